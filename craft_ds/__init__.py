@@ -1,0 +1,1 @@
+"""craft-ds: constrained retention fine-tuning of sharded vision-language-action policies."""
