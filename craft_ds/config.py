@@ -1,0 +1,143 @@
+"""What a user can set about CRaFT and about the engine. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from typing import Literal
+
+from craft_ds.errors import UserError
+
+ProjectionMode = Literal["weighted", "equal", "task_priority"]
+EpsilonSchedule = Literal["linear", "cosine", "exponential"]
+ConstraintSplit = Literal["heldout", "train"]
+EngineName = Literal["auto", "single", "zero"]
+EngineDtype = Literal["float32", "bfloat16"]
+
+
+def _choice(flag: str, value: str, choices: object) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise UserError(f"{flag}={value}: choose one of {', '.join(allowed)}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass
+class CraftConfig:
+    """Constrained Retention Fine-Tuning: the flags `--craft.*`.
+
+    Attributes:
+        enabled: Whether to run CRaFT; false is the plain baseline (same loop, no anchor is read).
+        anchor_cache_dir: Directory written by `scripts/build_anchor_cache.py`.
+        anchor_batch_size: Anchors a rank draws for the retention gradient of one step.
+        retention_freq: K: every K-th step is a retention step. Between them λ has no effect, so the
+            mean retention weight is about λ/K.
+        initial_lambda: λ before the first retention step.
+        lambda_lr: Step size of the dual ascent, in λ per unit of loss.
+        lambda_max: Upper bound of λ.
+        epsilon_start: ε at step 0; see `epsilon_relative` for its unit.
+        epsilon_end: ε after `epsilon_decay_steps`.
+        epsilon_decay_steps: Optimizer steps over which ε falls; 0 means all training steps.
+        use_grad_projection: Project g_t off g_r where they conflict.
+        conflict_threshold: Cosine below which the two gradients conflict.
+        projection_mode: How g_t and g_r are merged: `weighted`, `equal` or `task_priority`.
+        epsilon_schedule: How ε falls: `linear`, `cosine` or `exponential`.
+        epsilon_relative: ε counts in multiples of the teacher's own loss on the anchors that measure
+            the constraint, as the anchor cache records it: 1.1 allows 10 % more than the teacher has.
+        constraint_split: Which anchors measure L_ret: `heldout` (episodes whose gradient is never
+            followed; one more forward pass a retention step) or `train` (the anchors just drawn).
+    """
+
+    enabled: bool = False
+    anchor_cache_dir: str = ""
+    anchor_batch_size: int = 16
+    retention_freq: int = 5
+    initial_lambda: float = 1.0
+    lambda_lr: float = 0.01
+    lambda_max: float = 10.0
+    epsilon_start: float = 1.0
+    epsilon_end: float = 0.1
+    epsilon_decay_steps: int = 0
+    use_grad_projection: bool = True
+    conflict_threshold: float = -0.1
+    projection_mode: str = "weighted"
+    epsilon_schedule: str = "linear"
+    epsilon_relative: bool = False
+    constraint_split: str = "heldout"
+
+    def validate(self) -> None:
+        """Check every field that CRaFT would use.
+
+        Raises:
+            UserError: Names the flag, its value and what it must be.
+        """
+        if not self.enabled:
+            return
+        _require(
+            bool(self.anchor_cache_dir),
+            "--craft.enabled=true needs --craft.anchor_cache_dir: build one with scripts/build_anchor_cache.py",
+        )
+        for name in ("anchor_batch_size", "retention_freq"):
+            value = getattr(self, name)
+            _require(value >= 1, f"--craft.{name}={value} must be at least 1")
+        for name in ("initial_lambda", "lambda_lr", "lambda_max", "epsilon_end", "epsilon_decay_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, f"--craft.{name}={value} must not be negative")
+        _require(
+            self.initial_lambda <= self.lambda_max,
+            f"--craft.initial_lambda={self.initial_lambda} exceeds --craft.lambda_max={self.lambda_max}",
+        )
+        _require(
+            self.epsilon_start >= self.epsilon_end,
+            f"--craft.epsilon_start={self.epsilon_start} is below --craft.epsilon_end={self.epsilon_end}: "
+            "the constraint may only tighten, so set epsilon_start >= epsilon_end",
+        )
+        _require(
+            -1.0 <= self.conflict_threshold <= 1.0,
+            f"--craft.conflict_threshold={self.conflict_threshold} is a cosine and lies in [-1, 1]",
+        )
+        _choice("--craft.projection_mode", self.projection_mode, ProjectionMode)
+        _choice("--craft.epsilon_schedule", self.epsilon_schedule, EpsilonSchedule)
+        _choice("--craft.constraint_split", self.constraint_split, ConstraintSplit)
+        _require(
+            self.epsilon_schedule != "exponential" or self.epsilon_end > 0,
+            "--craft.epsilon_schedule=exponential needs --craft.epsilon_end above 0",
+        )
+
+
+@dataclass
+class EngineConfig:
+    """How the model is sharded: the flags `--engine.*` (`--engine=NAME` is `--engine.name=NAME`).
+
+    Attributes:
+        name: `single` (one process), `zero` (DeepSpeed ZeRO) or `auto`: `zero` where a DeepSpeed
+            config is given, else `single`.
+        ds_config: DeepSpeed configuration file; `--ds_config FILE` is the same flag.
+        dtype: Dtype of forward and backward. `bfloat16` keeps fp32 master weights and moments.
+    """
+
+    name: str = "auto"
+    ds_config: str | None = None
+    dtype: str = "float32"
+
+    def validate(self) -> None:
+        """Resolve `auto` and check the combination.
+
+        Raises:
+            UserError: Names the flag and the mend.
+        """
+        _choice("--engine", self.name, EngineName)
+        _choice("--engine.dtype", self.dtype, EngineDtype)
+        if self.name == "auto":
+            self.name = "zero" if self.ds_config else "single"
+        _require(
+            self.name != "zero" or bool(self.ds_config),
+            "--engine=zero needs --ds_config, for example --ds_config ds_configs/zero3.json",
+        )
+        _require(
+            self.name != "single" or not self.ds_config,
+            f"--ds_config={self.ds_config} has no meaning with --engine=single: leave one of them out",
+        )
