@@ -1,0 +1,115 @@
+"""What the training loop asks of an engine. The loop itself is never inside one."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from craft_ds.policies.adapter import TokenLoss
+
+Batch = dict[str, Tensor]
+
+ReadRange = Callable[[str, int, int], Tensor]
+"""read(name, start, stop): elements [start, stop) of a flattened tensor, 1-D, any float dtype."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of one parameter, with its optimizer state.
+
+    Attributes:
+        name: Fully qualified name as in the policy's `state_dict`.
+        shape: Global shape of the parameter.
+        start: Offset of the part in the flattened parameter, in elements.
+        master: The part itself, 1-D; fp32 also where forward and backward run in bf16.
+        state: Optimizer state of the same shape by name (`exp_avg`, …); empty before the first step.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    master: Tensor
+    state: Mapping[str, Tensor]
+
+
+class Engine(Protocol):
+    """A model, an optimizer and the ranks that share them.
+
+    Gradients: losses are *sums* over tokens, and an engine's gradient is the mean over ranks of the
+    gradient of each rank's accumulated loss. The gradient of the global mean is therefore
+    `world_size / global_tokens` times what `gradient()` shows; the loop folds that factor into the
+    merge, so that ranks with unequal token counts need no collective before the backward pass.
+
+    Attributes:
+        module: The unsharded view of the model (`PolicyWithLoss`).
+        optimizer: The torch optimizer whose `param_groups` hold the learning rate.
+        device: Where batches belong.
+        rank: This process among `world_size`.
+        world_size: Number of processes.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def forward(self, batch: Batch) -> TokenLoss:
+        """Loss of this rank's micro-batch. Collective: call on all ranks."""
+        ...
+
+    def evaluate(self, batch: Batch) -> TokenLoss:
+        """`forward` without gradients, in eval mode. Collective: call on all ranks."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient; `last` marks the last micro-batch of a pass. Collective."""
+        ...
+
+    def gradient(self) -> Sequence[Tensor]:
+        """Views of the accumulated local shards, which `step` consumes. Unused parameters are zeros."""
+        ...
+
+    def take_gradient(self) -> Sequence[Tensor]:
+        """Hand the accumulated shards over and leave the engine empty, ready for a second pass."""
+        ...
+
+    def step(self) -> None:
+        """Update the parameters with `gradient()` as it stands, then empty it. Collective."""
+        ...
+
+    def drop_gradient(self) -> None:
+        """Empty the accumulated gradient without a step."""
+        ...
+
+    def sum_scalars(self, values: Tensor) -> list[float]:
+        """Sum a small fp64 tensor over all ranks, in exactly one collective, and bring it to the host."""
+        ...
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's part of every parameter: together the ranks hold each element exactly once."""
+        ...
+
+    def load_parameters(self, read: ReadRange) -> None:
+        """Set this rank's part of every parameter, read by name. Collective: call on all ranks."""
+        ...
+
+    def load_optimizer(self, read: ReadRange, keys: Sequence[str], steps: int) -> None:
+        """Set the optimizer state of every trainable parameter.
+
+        Args:
+            read: Reads `<parameter name>.<key>`.
+            keys: State names, such as `exp_avg`.
+            steps: The optimizer's own step count.
+        """
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process group. Collective: call on all ranks."""
+        ...

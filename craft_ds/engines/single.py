@@ -1,0 +1,121 @@
+"""One process, no sharding: the reference that every sharded engine is proven against."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from craft_ds.engines.base import Batch, ReadRange, Shard
+from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss
+
+
+class SingleEngine:
+    """Plain PyTorch. Parameters and moments are fp32; bf16 is autocast around the forward pass.
+
+    Args:
+        module: The policy with its loss, on the CPU or on `device`.
+        build_optimizer: Makes the optimizer from the trainable parameters.
+        device: Where to train.
+        dtype: `torch.float32` or `torch.bfloat16`.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        module: PolicyWithLoss,
+        build_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.module = module.to(device)
+        self.device = device
+        self._dtype = dtype
+        self._trainable = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self._trainable)
+
+    def forward(self, batch: Batch) -> TokenLoss:
+        """Loss of one micro-batch."""
+        self.module.train()
+        with self._autocast():
+            return self.module(batch)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> TokenLoss:
+        """Loss of one micro-batch without gradients, in eval mode."""
+        self.module.eval()
+        with self._autocast():
+            return self.module(batch)
+
+    def _autocast(self):
+        if self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self._dtype)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient."""
+        loss.backward()
+
+    def gradient(self) -> Sequence[Tensor]:
+        """The parameters' `.grad`, made zero where a pass did not touch one."""
+        gradients = []
+        for parameter in self._trainable:
+            # A missing gradient counts as zero, so that decay and moments move as they do when sharded.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        return gradients
+
+    def take_gradient(self) -> Sequence[Tensor]:
+        """Hand over the `.grad` tensors themselves: no copy."""
+        gradients = self.gradient()
+        self.drop_gradient()
+        return gradients
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self.optimizer.step()
+        self.drop_gradient()
+
+    def drop_gradient(self) -> None:
+        """Set every `.grad` to None."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def sum_scalars(self, values: Tensor) -> list[float]:
+        """Bring the values to the host."""
+        return values.tolist()
+
+    def shards(self) -> Iterator[Shard]:
+        """Every parameter, whole."""
+        for name, parameter in self.module.policy.named_parameters():
+            state = {
+                key: value.detach().reshape(-1)
+                for key, value in self.optimizer.state.get(parameter, {}).items()
+                if torch.is_tensor(value) and key != "step"
+            }
+            yield Shard(name, tuple(parameter.shape), 0, parameter.detach().reshape(-1), state)
+
+    @torch.no_grad()
+    def load_parameters(self, read: ReadRange) -> None:
+        """Set every parameter."""
+        for name, parameter in self.module.policy.named_parameters():
+            parameter.copy_(read(name, 0, parameter.numel()).view(parameter.shape))
+
+    @torch.no_grad()
+    def load_optimizer(self, read: ReadRange, keys: Sequence[str], steps: int) -> None:
+        """Set the optimizer state of every trainable parameter."""
+        for name, parameter in self.module.policy.named_parameters():
+            if parameter.requires_grad:
+                state = self.optimizer.state[parameter]
+                state["step"] = torch.tensor(float(steps))
+                for key in keys:
+                    values = read(f"{name}.{key}", 0, parameter.numel())
+                    state[key] = torch.empty_like(parameter).copy_(values.view(parameter.shape))
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def close(self) -> None:
+        """Nothing to leave."""
