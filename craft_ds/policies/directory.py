@@ -1,0 +1,108 @@
+"""A policy directory as LeRobot lays it out, with the tokenizers of an embedded policy inside.
+
+``config.json``, ``model.safetensors``, ``policy_preprocessor.json`` and ``policy_postprocessor.json`` with
+their ``.safetensors`` state, and for an embedded policy ``text_tokenizer/`` and ``action_tokenizer/``.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
+
+from craft_ds.policies.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PREPROCESSOR = "policy_preprocessor.json"
+POSTPROCESSOR = "policy_postprocessor.json"
+
+ACTION_STEPS = ("action_tokenizer_processor", "craft_action_tokenizer_processor")
+_FOLDER_OF_FIELD = {
+    "text_tokenizer_name": TEXT_TOKENIZER,
+    "tokenizer_name": TEXT_TOKENIZER,
+    "paligemma_tokenizer_name": TEXT_TOKENIZER,
+    "action_tokenizer_name": ACTION_TOKENIZER,
+}
+
+
+def save_policy_directory(
+    policy: PreTrainedPolicy,
+    preprocessor: PolicyProcessorPipeline,
+    postprocessor: PolicyProcessorPipeline,
+    directory: str | Path,
+) -> None:
+    """Write a policy with its processors and tokenizers; the names stored in it are relative to itself.
+
+    Args:
+        policy: Weights and configuration.
+        preprocessor: From batches to policy batches.
+        postprocessor: From policy actions to actions.
+        directory: The folder to write; may exist.
+    """
+    directory = Path(directory)
+    policy.save_pretrained(directory)
+    preprocessor.save_pretrained(directory)
+    postprocessor.save_pretrained(directory)
+    for field, folder in (
+        ("text_tokenizer_name", TEXT_TOKENIZER),
+        ("action_tokenizer_name", ACTION_TOKENIZER),
+    ):
+        source = Path(getattr(policy.config, field))
+        if source.is_dir() and source.resolve() != (directory / folder).resolve():
+            shutil.copytree(source, directory / folder, dirs_exist_ok=True)
+    _rename_tokenizers(directory, root=None)
+
+
+def copy_policy_files(source_dir: str | Path, target_dir: str | Path, final_dir: str | Path) -> None:
+    """Copy all of a policy directory but its weights, so that stock LeRobot loads the copy.
+
+    Args:
+        source_dir: A policy directory.
+        target_dir: Where to write; made when missing. May be a temporary name of ``final_dir``.
+        final_dir: Where the directory will live: stored tokenizer names become absolute paths in it.
+    """
+    source, target = Path(source_dir), Path(target_dir)
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / CONFIG, target / CONFIG)
+    for name in (PREPROCESSOR, POSTPROCESSOR):
+        if not (source / name).is_file():
+            continue
+        shutil.copyfile(source / name, target / name)
+        for step in json.loads((source / name).read_text())["steps"]:
+            if "state_file" in step:
+                shutil.copyfile(source / step["state_file"], target / step["state_file"])
+    for folder in (TEXT_TOKENIZER, ACTION_TOKENIZER):
+        if (source / folder).is_dir():
+            shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
+    _rename_tokenizers(target, root=Path(final_dir).resolve())
+
+
+def _rename_tokenizers(directory: Path, root: Path | None) -> None:
+    """Point the stored names at the directory's own tokenizer folders: relative, or paths under ``root``.
+
+    LeRobot's action tokenizer step forgets two fields when it is saved; they are written back from
+    config.json, or a reload would give every action another token.
+    """
+
+    def rename(fields: dict[str, Any]) -> None:
+        for field, folder in _FOLDER_OF_FIELD.items():
+            if field in fields and (directory / folder).is_dir():
+                fields[field] = str(root / folder) if root else folder
+
+    config = json.loads((directory / CONFIG).read_text())
+    rename(config)
+    (directory / CONFIG).write_text(json.dumps(config, indent=4) + "\n")
+    for name in (PREPROCESSOR, POSTPROCESSOR):
+        if not (directory / name).is_file():
+            continue
+        pipeline = json.loads((directory / name).read_text())
+        for step in pipeline["steps"]:
+            fields = step.setdefault("config", {})
+            if step.get("registry_name") in ACTION_STEPS and "text_tokenizer_name" in config:
+                fields.setdefault("paligemma_tokenizer_name", config["text_tokenizer_name"])
+                fields.setdefault("fast_skip_tokens", config["fast_skip_tokens"])
+            rename(fields)
+        (directory / name).write_text(json.dumps(pipeline, indent=2) + "\n")
