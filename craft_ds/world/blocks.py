@@ -1,0 +1,99 @@
+"""Coloured blocks on a table, in numpy alone: for tests and for machines without any GL, not for claims.
+
+A hand moves to the position that it is told, at a limited speed; the task names the colour to reach.
+"""
+
+import numpy as np
+
+from craft_ds.world.base import IMAGE_SIZE, Observation, World
+
+_COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 80, 230),
+    "yellow": (235, 210, 40),
+}
+_TABLE = (120, 105, 90)
+_HAND = (255, 255, 255)
+_HALF_BLOCK = 6  # pixels
+_HALF_HAND = 2
+_SPEED = 0.05  # table widths a step
+_REACH = 0.09  # table widths: about the block's own half side
+_MARGIN = 0.12
+
+
+class Blocks(World):
+    """One to four blocks of different colours; reach the one that the task names.
+
+    Positions are (x, y) in table widths, from (0, 0) at the image's upper left to (1, 1). The state is the
+    hand's position and the action the position that it shall go to.
+    """
+
+    name = "blocks"
+    old_tasks = ("reach-red", "reach-green", "reach-blue")
+    new_tasks = ("reach-yellow",)
+    state_names = ("hand_x", "hand_y")
+    action_names = ("target_x", "target_y")
+    state_range = ((0.0, 0.0), (1.0, 1.0))
+    action_range = ((0.0, 0.0), (1.0, 1.0))
+    horizon = 48
+    fps = 10
+
+    def __init__(self) -> None:
+        self._colour = ""
+        self._blocks: dict[str, np.ndarray] = {}
+        self._hand = np.zeros(2)
+        self._setpoint = np.zeros(2)
+
+    @classmethod
+    def task_text(cls, task: str) -> str:
+        return f"Reach the {task.removeprefix('reach-')} block"
+
+    @classmethod
+    def texts(cls) -> list[str]:
+        return [cls.task_text(task) for task in cls.tasks("all")]
+
+    def reset(self, task: str, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self._colour = task.removeprefix("reach-")
+        others = rng.permutation([colour for colour in _COLOURS if colour != self._colour])
+        shown = [self._colour, *others[: rng.integers(len(others) + 1)]]
+        self._blocks = dict(zip(shown, _scatter(rng, len(shown)), strict=True))
+        self._hand = rng.uniform(_MARGIN, 1 - _MARGIN, size=2)
+        self._setpoint = self._hand
+
+    def observe(self) -> Observation:
+        image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), _TABLE, dtype=np.uint8)
+        for colour, position in self._blocks.items():
+            _fill(image, position, _HALF_BLOCK, _COLOURS[colour])
+        _fill(image, self._hand, _HALF_HAND, _HAND)
+        return Observation(image, self._hand.astype(np.float32))
+
+    def step(self, action: np.ndarray) -> None:
+        self._setpoint = np.clip(np.asarray(action, dtype=np.float64), 0.0, 1.0)
+        way = self._setpoint - self._hand
+        self._hand = self._hand + way * min(1.0, _SPEED / max(float(np.linalg.norm(way)), 1e-9))
+
+    def expert(self) -> np.ndarray:
+        return self._blocks[self._colour].astype(np.float32)
+
+    @property
+    def success(self) -> bool:
+        """The hand is at the block and was told to be there: passing over it does not count."""
+        target = self._blocks[self._colour]
+        return all(np.linalg.norm(place - target) < _REACH for place in (self._hand, self._setpoint))
+
+
+def _scatter(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """Draw ``count`` positions whose blocks do not touch one another."""
+    places: list[np.ndarray] = []
+    while len(places) < count:
+        place = rng.uniform(_MARGIN, 1 - _MARGIN, size=2)
+        if all(np.abs(place - other).max() > 2.5 * _HALF_BLOCK / IMAGE_SIZE for other in places):
+            places.append(place)
+    return places
+
+
+def _fill(image: np.ndarray, centre: np.ndarray, half: int, colour: tuple[int, int, int]) -> None:
+    x, y = np.round(centre * (IMAGE_SIZE - 1)).astype(int)
+    image[max(y - half, 0) : y + half + 1, max(x - half, 0) : x + half + 1] = colour
