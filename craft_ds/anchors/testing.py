@@ -1,11 +1,34 @@
-"""A small LeRobot v3 image data set for tests: random pictures, smooth actions, a few tasks."""
+"""A small LeRobot v3 image data set, and a hand-written anchor cache, for tests."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import (
+    ACTION,
+    ACTION_TOKEN_MASK,
+    ACTION_TOKENS,
+    OBS_IMAGES,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+    OBS_STATE,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+
+from craft_ds.anchors.cache import (
+    DTYPES,
+    FORMAT,
+    METADATA_FILE,
+    VERSION,
+    file_sha256,
+    metadata_sha256,
+    shard_name,
+)
 
 TASK_TEXTS = ("press the red button", "close the drawer", "turn the dial", "lift the lid")
 
@@ -67,6 +90,77 @@ def make_test_dataset(
         dataset.save_episode()
     dataset.finalize()
     return root
+
+
+def write_test_cache(
+    path: Path,
+    task: Sequence[int],
+    episode: Sequence[int],
+    heldout_episodes: Sequence[int] = (),
+    shard_size: int = 4,
+) -> dict[str, Tensor]:
+    """Write a valid cache of random anchors with one camera (3, 4, 6), without policy or data set.
+
+    Args:
+        path: Directory to create.
+        task: Task of each anchor.
+        episode: Episode of each anchor.
+        heldout_episodes: The held-out episodes.
+        shard_size: Anchors a shard.
+
+    Returns:
+        The stored fields of all anchors.
+    """
+    rng = torch.Generator().manual_seed(0)
+    n = len(task)
+    anchors = {
+        f"{OBS_IMAGES}.top": torch.randint(0, 256, (n, 3, 4, 6), generator=rng, dtype=torch.uint8),
+        OBS_LANGUAGE_TOKENS: torch.randint(0, 99, (n, 5), generator=rng, dtype=torch.int32),
+        OBS_LANGUAGE_ATTENTION_MASK: torch.rand((n, 5), generator=rng) < 0.5,
+        ACTION_TOKENS: torch.randint(0, 99, (n, 7), generator=rng, dtype=torch.int32),
+        ACTION_TOKEN_MASK: torch.rand((n, 7), generator=rng) < 0.5,
+        "task": torch.tensor(task, dtype=torch.int32),
+        "episode": torch.tensor(episode, dtype=torch.int32),
+        "frame": torch.arange(n, dtype=torch.int32),
+    }
+    path.mkdir(parents=True)
+    shards = []
+    for number, start in enumerate(range(0, n, shard_size)):
+        shard = {name: tensor[start : start + shard_size].clone() for name, tensor in anchors.items()}
+        file = path / shard_name(number)
+        save_file(shard, file)
+        shards.append(
+            {"samples": len(shard["task"]), "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        )
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "request": {"shard_size": shard_size, "image_size": "dataset"},
+        "teacher": {"path": "teacher"},
+        "dataset": {
+            "tasks": list(TASK_TEXTS[: max(task, default=0) + 1]),
+            "episodes": {"heldout": list(heldout_episodes)},
+        },
+        "cameras": [f"{OBS_IMAGES}.top"],
+        "tokenizer": "0123456789abcdef",
+        "fields": {
+            name: {"dtype": names[tensor.dtype], "shape": list(tensor.shape[1:])}
+            for name, tensor in anchors.items()
+        },
+        "num_samples": n,
+        "teacher_loss": {},
+        "shards": shards,
+    }
+    (path / METADATA_FILE).write_text(json.dumps({**metadata, "sha256": metadata_sha256(metadata)}))
+    return anchors
+
+
+def edit_metadata(path: Path, **changes: Any) -> None:
+    """Change entries of a cache's metadata and make its checksum right again."""
+    metadata = {**json.loads((path / METADATA_FILE).read_text()), **changes}
+    metadata.pop("sha256", None)
+    (path / METADATA_FILE).write_text(json.dumps({**metadata, "sha256": metadata_sha256(metadata)}))
 
 
 def _feature(dtype: str, shape: tuple[int, ...]) -> dict:

@@ -1,0 +1,247 @@
+"""The anchor cache on disk: its format, its integrity, and random reads from it.
+
+A cache is a directory of ``metadata.json`` and ``shard_00000.safetensors``, ``shard_00001.safetensors``, …
+Anchor i is row ``i % shard_size`` of shard ``i // shard_size``. Each shard holds, for its n anchors:
+
+- one uint8 tensor (n, C, H, W) a camera, named as the policy names the camera;
+- the prompt and the action tokens of the teacher's own processors, int32 (n, length), and their masks, bool;
+- ``task``, ``episode`` and ``frame``: int32 (n,), where the anchor comes from.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.utils.constants import (
+    ACTION_TOKEN_MASK,
+    ACTION_TOKENS,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from craft_ds.errors import UserError
+
+FORMAT = "craft-ds anchor cache"
+VERSION = 1
+METADATA_FILE = "metadata.json"
+SPLITS = ("train", "heldout")
+TOKEN_FIELDS = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK, ACTION_TOKENS, ACTION_TOKEN_MASK)
+ORIGIN_FIELDS = ("task", "episode", "frame")
+DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "bool": torch.bool}
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard_{number:05d}.safetensors"
+
+
+def partial_directory(path: Path) -> Path:
+    """The sibling of a cache in which an unfinished build of it lies."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def metadata_sha256(metadata: dict[str, Any]) -> str:
+    """SHA-256 of the metadata, without its own ``sha256`` entry, as canonical JSON."""
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+class AnchorCache:
+    """A finished anchor cache, opened for reading by `open`.
+
+    Attributes:
+        path: The directory.
+        metadata: What ``metadata.json`` says.
+        tasks: The tasks' texts; ``task`` of an anchor is an index into it.
+        cameras: Names of the image fields.
+        splits: Anchor indices of "train" and "heldout". The two share no episode.
+        task: Task of each anchor, int32 (N,).
+        episode: Episode of each anchor in the old data set, int32 (N,).
+        teacher_loss: L0, the teacher's own mean loss per action token, by split ("train", "heldout" and
+            "all"): ``{"overall": float, "by_task": {text: float}, "tokens": int}``.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Any], handles: list[Any]) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.tasks: list[str] = metadata["dataset"]["tasks"]
+        self.cameras: list[str] = metadata["cameras"]
+        self.teacher_loss: dict[str, dict[str, Any]] = metadata["teacher_loss"]
+        self._shard_size: int = metadata["request"]["shard_size"]
+        self._fields: dict[str, dict[str, Any]] = metadata["fields"]
+        self._slices = [{name: handle.get_slice(name) for name in self._fields} for handle in handles]
+        self.task = self._column("task")
+        self.episode = self._column("episode")
+        heldout = torch.isin(self.episode, torch.tensor(metadata["dataset"]["episodes"]["heldout"]))
+        self.splits: dict[str, list[int]] = {
+            "train": torch.nonzero(~heldout).flatten().tolist(),
+            "heldout": torch.nonzero(heldout).flatten().tolist(),
+        }
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> "AnchorCache":
+        """Open a cache after checking it.
+
+        Presence, size and sample count of every shard are always checked. Files are memory-mapped and kept
+        open.
+
+        Args:
+            path: The cache's directory.
+            verify: Also compare SHA-256 checksums, which reads every byte. One process a machine is
+                enough: with many ranks, pass True on the local main rank only.
+
+        Raises:
+            UserError: No cache there, a build that was interrupted, another format version, or a shard
+                that is missing or damaged.
+        """
+        path = Path(path)
+        metadata = read_metadata(path)
+        handles = []
+        for number, shard in enumerate(metadata["shards"]):
+            handles.append(_open_shard(path / shard_name(number), shard, metadata["fields"], verify))
+        return cls(path, metadata, handles)
+
+    def __len__(self) -> int:
+        return self.metadata["num_samples"]
+
+    def check_policy(self, config: PreTrainedConfig) -> None:
+        """Check that the anchors mean to this policy what they meant to the teacher.
+
+        Args:
+            config: The policy's configuration, as `craft_ds.policies.loading.load_policy_config` gives it.
+
+        Raises:
+            UserError: Another tokenizer, camera set, image shape or token length.
+        """
+        from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
+
+        cameras = policy_cameras(config)
+        if set(cameras) != set(self.cameras):
+            self._mismatch("cameras", sorted(self.cameras), sorted(cameras))
+        for name in cameras:
+            self._check_image_shape(name, config)
+        for field, option in (
+            (OBS_LANGUAGE_TOKENS, "tokenizer_max_length"),
+            (ACTION_TOKENS, "max_action_tokens"),
+        ):
+            length = self._fields[field]["shape"][0]
+            if getattr(config, option, length) != length:
+                self._mismatch(option, length, getattr(config, option))
+        fingerprint = tokenizer_fingerprint(config)
+        if fingerprint != self.metadata["tokenizer"]:
+            self._mismatch("tokenizers", self.metadata["tokenizer"][:12], fingerprint[:12])
+
+    def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Read anchors, stored fields as they are.
+
+        Args:
+            indices: Anchor indices in [0, len(self)), in any order, repeats allowed; B of them.
+
+        Returns:
+            uint8 images (B, C, H, W) a camera, int32 tokens and bool masks (B, length), int32 ``task``,
+            ``episode`` and ``frame`` (B,).
+        """
+        batch = {}
+        rows = [divmod(index, self._shard_size) for index in indices]
+        for name, field in self._fields.items():
+            out = torch.empty((len(rows), *field["shape"]), dtype=DTYPES[field["dtype"]])
+            for position, (shard, row) in enumerate(rows):
+                out[position] = self._slices[shard][name][row : row + 1][0]
+            batch[name] = out
+        return batch
+
+    def _column(self, name: str) -> Tensor:
+        return torch.cat([slices[name][:] for slices in self._slices])
+
+    def _check_image_shape(self, name: str, config: PreTrainedConfig) -> None:
+        channels, *size = self._fields[name]["shape"]
+        expected = list(config.input_features[name].shape)
+        resolution = getattr(config, "image_resolution", None)
+        if resolution is None:
+            # This policy takes images as they come.
+            wanted = expected[1:]
+        elif self.metadata["request"]["image_size"] == "model":
+            # Already resized for one policy: another size would resize, and pad, twice.
+            wanted = list(resolution)
+        else:
+            wanted = size
+        if [channels, *size] != [expected[0], *wanted]:
+            self._mismatch(f"image shape of {name}", [channels, *size], [expected[0], *wanted])
+
+    def _mismatch(self, what: str, cached: Any, wanted: Any) -> None:
+        teacher = self.metadata["teacher"]["path"]
+        raise UserError(
+            f"anchor cache {self.path} (teacher {teacher}) does not fit the policy: {what} {cached} in the "
+            f"cache, {wanted} in the policy; build one for this policy with scripts/build_anchor_cache.py"
+        )
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Read ``metadata.json`` of a cache and check that this code knows the format.
+
+    Raises:
+        UserError: As `AnchorCache.open`.
+    """
+    file = path / METADATA_FILE
+    if not file.is_file():
+        if not path.exists() and partial_directory(path).exists():
+            raise UserError(
+                f"the build of anchor cache {path} was interrupted: run the same "
+                "scripts/build_anchor_cache.py command again to finish it"
+            )
+        what = (
+            f"no anchor cache at {path}"
+            if not path.exists()
+            else f"{path} is no anchor cache: no {METADATA_FILE}"
+        )
+        raise UserError(f"{what}; build one with scripts/build_anchor_cache.py --output_dir={path}")
+    try:
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+        name, version = metadata["format"], metadata["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}); build the anchor cache again") from error
+    if (name, version) != (FORMAT, VERSION):
+        raise UserError(
+            f"{file}: format {name!r} version {version}, but this craft-ds reads {FORMAT!r} "
+            f"version {VERSION}; build the anchor cache again"
+        )
+    if metadata.pop("sha256", None) != metadata_sha256(metadata):
+        raise UserError(
+            f"{file} is damaged (its SHA-256 is not the recorded one); build the anchor cache again"
+        )
+    return metadata
+
+
+def _open_shard(path: Path, shard: dict[str, Any], fields: dict[str, Any], verify: bool) -> Any:
+    """Open one shard after checking it against its entry in the metadata."""
+
+    def damaged(why: str) -> UserError:
+        return UserError(f"anchor shard {path} is damaged ({why}); build the anchor cache again")
+
+    if not path.is_file():
+        raise UserError(f"anchor shard {path} is missing; build the anchor cache again")
+    size = path.stat().st_size
+    if size != shard["bytes"]:
+        raise damaged(f"{size} bytes instead of {shard['bytes']}")
+    if verify and file_sha256(path) != shard["sha256"]:
+        raise damaged("its SHA-256 is another")
+    try:
+        handle = safe_open(path, framework="pt")
+        shapes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise damaged(str(error)) from error
+    wanted = {name: [shard["samples"], *field["shape"]] for name, field in fields.items()}
+    if shapes != wanted:
+        raise damaged("its fields or their sample counts are not the recorded ones")
+    return handle

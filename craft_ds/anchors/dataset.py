@@ -1,0 +1,117 @@
+"""Opening a LeRobot data set for a policy, with clear errors where LeRobot's own mislead.
+
+LeRobot looks for a data set that is missing or unfinished on the hub, and reports the hub's failure.
+"""
+
+from pathlib import Path
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.factory import resolve_delta_timestamps
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.processor import PolicyProcessorPipeline, RenameObservationsProcessorStep
+from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_STATE
+
+from craft_ds.errors import UserError
+from craft_ds.policies.loading import policy_cameras
+
+_PARQUET_END = b"PAR1"
+
+
+def check_dataset_root(root: str | Path, flag: str = "--dataset_root") -> None:
+    """Check that a folder holds a finished LeRobot v3 data set.
+
+    Args:
+        root: The data set's folder.
+        flag: The flag that named it, for the message.
+
+    Raises:
+        UserError: There is none, or its recording was not finalised.
+    """
+    root = Path(root)
+    if not (root / "meta" / "info.json").is_file():
+        raise UserError(f"{flag}={root} holds no LeRobot data set: {root / 'meta' / 'info.json'} is missing")
+    for folder in (root / "meta" / "episodes", root / "data"):
+        files = sorted(folder.glob("*/*.parquet"))
+        broken = [file for file in files if not _parquet_is_whole(file)]
+        if broken or not files:
+            what = f"{broken[0]} is cut off" if broken else f"{folder} holds no parquet file"
+            raise UserError(
+                f"{flag}={root} was not finalised ({what}): the program that records it must end with "
+                "dataset.finalize()"
+            )
+
+
+def camera_keys(config: PreTrainedConfig, preprocessor: PolicyProcessorPipeline) -> dict[str, str]:
+    """The data set's name of each camera of a policy, with the renaming that the processors do undone."""
+    names = {key: key for key in policy_cameras(config)}
+    for step in preprocessor.steps:
+        if isinstance(step, RenameObservationsProcessorStep):
+            names.update({new: old for old, new in step.rename_map.items() if new in names})
+    return names
+
+
+def open_dataset(
+    repo_id: str,
+    root: str | Path | None,
+    config: PreTrainedConfig,
+    preprocessor: PolicyProcessorPipeline,
+    flag: str = "--dataset_root",
+) -> LeRobotDataset:
+    """Open a data set with the action chunks that a policy trains on, episode tails padded as LeRobot does.
+
+    Args:
+        repo_id: Hub id, or any name with a ``root``.
+        root: Local folder; None looks in LeRobot's cache and then on the hub.
+        config: The policy's configuration.
+        preprocessor: The policy's preprocessor.
+        flag: The flag of ``root``, for messages.
+
+    Raises:
+        UserError: No finished data set there, or it lacks the policy's cameras, state or action.
+    """
+    local = Path(root) if root is not None else HF_LEROBOT_HOME / repo_id
+    if root is not None or local.exists():
+        check_dataset_root(local, flag)
+    try:
+        meta = LeRobotDatasetMetadata(repo_id, root=root)
+        _check_features(meta, config, preprocessor)
+        # LeRobot probes torchcodec unless a backend is named, and prints pages when FFmpeg is missing.
+        backend = None if meta.video_keys else "pyav"
+        return LeRobotDataset(
+            repo_id,
+            root=root,
+            delta_timestamps=resolve_delta_timestamps(config, meta),
+            video_backend=backend,
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"data set {repo_id} cannot be opened ({first_line}): give its local folder by {flag}"
+        ) from error
+
+
+def _check_features(
+    meta: LeRobotDatasetMetadata, config: PreTrainedConfig, preprocessor: PolicyProcessorPipeline
+) -> None:
+    missing = sorted(set(camera_keys(config, preprocessor).values()) - set(meta.camera_keys))
+    if missing:
+        raise UserError(
+            f"data set {meta.repo_id} lacks cameras of the policy: {', '.join(missing)}; "
+            f"it has {', '.join(meta.camera_keys) or 'none'}"
+        )
+    for key in (OBS_STATE, ACTION):
+        if key not in meta.features:
+            raise UserError(f"data set {meta.repo_id} has no {key}, which the policy needs")
+
+
+def _parquet_is_whole(file: Path) -> bool:
+    """A parquet file ends with a magic word that is written last."""
+    with open(file, "rb") as stream:
+        stream.seek(0, 2)
+        if stream.tell() < 2 * len(_PARQUET_END):
+            return False
+        stream.seek(-len(_PARQUET_END), 2)
+        return stream.read() == _PARQUET_END

@@ -1,0 +1,83 @@
+"""Which frames of a data set become anchors: balanced over tasks, spread over episodes, split by episode."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Draw(NamedTuple):
+    """Frames drawn from a data set, ordered by split (train first), task, episode and frame.
+
+    Attributes:
+        rows: Row of each anchor in the data set, (N,).
+        heldout: Whether each anchor belongs to a held-out episode, bool (N,).
+        heldout_episodes: All held-out episodes, sorted, whether or not a frame was drawn from them.
+    """
+
+    rows: np.ndarray
+    heldout: np.ndarray
+    heldout_episodes: list[int]
+
+
+def draw_anchors(
+    task: np.ndarray, episode: np.ndarray, num_samples: int, heldout_fraction: float, seed: int
+) -> Draw:
+    """Draw frames without replacement.
+
+    Tasks get equal shares of ``num_samples``, and the episodes of a task equal shares of the task's; what a
+    short task or episode cannot give goes to the others.
+
+    Args:
+        task: Task of each frame, (F,).
+        episode: Episode of each frame, (F,).
+        num_samples: Frames to draw, at most F.
+        heldout_fraction: Part of each task's episodes to hold out, in [0, 1). With two episodes or more, at
+            least one is held out (unless the fraction is 0) and at least one is not.
+        seed: Seed of the draw.
+    """
+    heldout_episodes = _hold_out(task, episode, heldout_fraction, seed)
+    rng = np.random.default_rng((seed, 1))
+    tasks, frames_of_task = np.unique(task, return_counts=True)
+    rows = []
+    for one_task, share in zip(tasks, spread(num_samples, frames_of_task, rng), strict=True):
+        members = np.flatnonzero(task == one_task)
+        members = members[np.argsort(episode[members], kind="stable")]
+        _, lengths = np.unique(episode[members], return_counts=True)
+        by_episode = np.split(members, np.cumsum(lengths)[:-1])
+        for frames, count in zip(by_episode, spread(int(share), lengths, rng), strict=True):
+            rows.append(rng.choice(frames, size=count, replace=False))
+    drawn = np.concatenate(rows)
+    heldout = np.isin(episode[drawn], heldout_episodes)
+    order = np.lexsort((drawn, episode[drawn], task[drawn], heldout))
+    return Draw(drawn[order], heldout[order], heldout_episodes)
+
+
+def spread(total: int, capacities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Share ``total`` as equally as the capacities permit; leftovers go to random ones.
+
+    Args:
+        total: At most the sum of the capacities.
+        capacities: The most that each can take, (n,).
+        rng: Chooses who gets one more when the division leaves a remainder.
+    """
+    shares = np.zeros_like(capacities)
+    while left := total - int(shares.sum()):
+        (free,) = np.nonzero(shares < capacities)
+        if left < len(free):
+            shares[rng.choice(free, size=left, replace=False)] += 1
+        else:
+            shares[free] += np.minimum(left // len(free), capacities[free] - shares[free])
+    return shares
+
+
+def _hold_out(task: np.ndarray, episode: np.ndarray, fraction: float, seed: int) -> list[int]:
+    """Episodes to hold out. An episode with several tasks counts for the task of its first frame."""
+    episodes, first = np.unique(episode, return_index=True)
+    rng = np.random.default_rng((seed, 0))
+    heldout: list[int] = []
+    for one_task in np.unique(task[first]):
+        candidates = episodes[task[first] == one_task]
+        wanted = max(round(fraction * len(candidates)), 1) if fraction > 0 else 0
+        count = min(wanted, len(candidates) - 1)
+        heldout += rng.choice(candidates, size=count, replace=False).tolist()
+    return sorted(heldout)
