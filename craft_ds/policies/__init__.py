@@ -1,1 +1,9 @@
-"""What the trainer must know of a policy: its loss by token, its files, and the embedded tiny pi0_fast."""
+"""What the trainer must know of a policy: its loss by token, its files, and the embedded tiny pi0_fast.
+
+Importing any module of this package registers the policy type ``tiny_pi0_fast`` and the token-weighted loss
+of pi0_fast.
+"""
+
+from craft_ds.policies import pi0_fast, tiny
+
+__all__ = ["pi0_fast", "tiny"]

@@ -2,8 +2,8 @@
 
 Only constructors differ from ``PI0FastPolicy``: its sizes are fixed to PaliGemma's, here the configuration
 has them. Forward, loss, sampling and action selection are inherited, so what works on this policy works on
-pi0_fast. LeRobot finds the policy and its processors by name in the configuration's own module: all three stay
-in this file.
+pi0_fast. LeRobot finds the policy and its processors by name in the configuration's own module: all three
+stay in this file.
 """
 
 from dataclasses import dataclass, field
