@@ -1,9 +1,7 @@
 """What a user can set about CRaFT and about the engine. Imports nothing heavy."""
 
 from dataclasses import dataclass
-from typing import get_args
-
-from typing import Literal
+from typing import Literal, get_args
 
 from craft_ds.errors import UserError
 

@@ -49,7 +49,7 @@ def squared_norm(shards: Sequence[Tensor]) -> Tensor:
 
 
 def merge_(retention: Sequence[Tensor], task: Sequence[Tensor], a: float, b: float) -> None:
-    """g_r ← a·g_t + b·g_r, in place and without a temporary.
+    """Merge in place and without a temporary: g_r ← a·g_t + b·g_r.
 
     The retention shards are overwritten, since they are the ones that still lie where the engine's
     optimizer reads them.
@@ -60,6 +60,6 @@ def merge_(retention: Sequence[Tensor], task: Sequence[Tensor], a: float, b: flo
 
 
 def scale_(shards: Sequence[Tensor], factor: float) -> None:
-    """g ← factor·g, in place."""
+    """Multiply every shard by a factor, in place."""
     if shards and factor != 1.0:
         torch._foreach_mul_(list(shards), factor)

@@ -15,7 +15,7 @@ class SingleEngine:
 
     Args:
         module: The policy with its loss, on the CPU or on `device`.
-        build_optimizer: Makes the optimizer from the trainable parameters.
+        build_optimizer: Makes the optimizer of the policy's parameters.
         device: Where to train.
         dtype: `torch.float32` or `torch.bfloat16`.
     """
@@ -26,7 +26,7 @@ class SingleEngine:
     def __init__(
         self,
         module: PolicyWithLoss,
-        build_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+        build_optimizer: Callable[[], torch.optim.Optimizer],
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ):
@@ -34,7 +34,7 @@ class SingleEngine:
         self.device = device
         self._dtype = dtype
         self._trainable = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self._trainable)
+        self.optimizer = build_optimizer()
 
     def forward(self, batch: Batch) -> TokenLoss:
         """Loss of one micro-batch."""

@@ -30,23 +30,22 @@ class ZeroEngine:
 
     Args:
         module: The policy with its loss, whole and in fp32, on the CPU.
-        build_optimizer: Makes the optimizer from the trainable parameters.
+        build_optimizer: Makes the optimizer of the policy's parameters.
         config: A configuration from `resolve_ds_config`.
     """
 
     def __init__(
         self,
         module: PolicyWithLoss,
-        build_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+        build_optimizer: Callable[[], torch.optim.Optimizer],
         config: dict[str, Any],
     ):
         self.module = module
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # DeepSpeed casts the model before it makes the masters: keep the fp32 values until they are set.
         weights = {name: p.detach() for name, p in module.policy.named_parameters()}
-        trainable = [p for p in module.parameters() if p.requires_grad]
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=build_optimizer(trainable), config=config
+            model=module, optimizer=build_optimizer(), config=config
         )
         self.device = self._engine.device
         self._layout = Zero3Layout(self._engine.optimizer, self.rank)

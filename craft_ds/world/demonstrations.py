@@ -1,37 +1,27 @@
-"""Demonstrations of a world's scripted expert, written as LeRobot v3 data sets.
-
-While it demonstrates, the expert is pushed: noise is added to what is executed but not to what is recorded,
-so the data also shows how to come back (DART, Laskey et al. 2017, arXiv:1703.09327).
-"""
+"""Demonstrations of a world's scripted expert, written as LeRobot v3 data sets."""
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+import datasets
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from tqdm import tqdm
 
 from craft_ds.errors import UserError
 from craft_ds.world import make_world
 from craft_ds.world.base import ACTION, CAMERA, IMAGE_SIZE, STATE, World, scene_seed
-
-NOISE = 0.15
-"""Standard deviation of the push, as a share of half the action range."""
+from craft_ds.world.recording import Recorder, recorder
 
 _RECIPE = "world.json"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides every byte of the demonstrations.
+    """What decides the demonstrations.
 
     Attributes:
         world: Name of the world.
@@ -44,37 +34,6 @@ class Recipe:
     episodes_per_task: int = 40
     seed: int = 0
     version: int = 1
-
-
-class Episode(NamedTuple):
-    """One demonstration: uint8 (T, H, W, 3) images, float32 (T, S) states and (T, A) clean actions."""
-
-    images: np.ndarray
-    states: np.ndarray
-    actions: np.ndarray
-
-
-def record_episode(world: World, task: str, seed: int) -> Episode:
-    """Let the expert solve one scene of ``task``.
-
-    Raises:
-        RuntimeError: if it fails within the world's horizon.
-    """
-    rng = np.random.default_rng(seed)
-    low, high = np.array(world.action_range)
-    observations, actions = [], []
-    world.reset(task, seed)
-    while not world.success:
-        if len(actions) == world.horizon:
-            raise RuntimeError(f"the expert fails {task} with seed {seed}")
-        observations.append(world.observe())
-        actions.append(world.expert())
-        world.step(actions[-1] + NOISE * rng.standard_normal(len(low)) * (high - low) / 2)
-    return Episode(
-        np.stack([observation.image for observation in observations]),
-        np.stack([observation.state for observation in observations]),
-        np.stack(actions),
-    )
 
 
 def write_demonstrations(recipe: Recipe, output_dir: str | Path, processes: int = 2) -> tuple[Path, Path]:
@@ -95,21 +54,21 @@ def write_demonstrations(recipe: Recipe, output_dir: str | Path, processes: int 
         UserError: if ``output_dir`` exists and holds anything else.
     """
     output_dir = Path(output_dir)
-    data_sets = output_dir / "old", output_dir / "new"
     if output_dir.exists():
         if read_recipe(output_dir) != recipe:
             raise UserError(f"--output_dir {output_dir} exists and is not {recipe}: name another or remove it")
-        return data_sets
+        return output_dir / "old", output_dir / "new"
     making = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     making.mkdir(parents=True)
     try:
-        for which in ("old", "new"):
-            _write_data_set(recipe, which, making / which, processes)
+        with recorder(recipe.world, processes) as record:
+            for which in ("old", "new"):
+                _write_data_set(recipe, which, making / which, record)
         (making / _RECIPE).write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
         making.rename(output_dir)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    return data_sets
+    return output_dir / "old", output_dir / "new"
 
 
 def read_recipe(directory: str | Path) -> Recipe | None:
@@ -120,7 +79,26 @@ def read_recipe(directory: str | Path) -> Recipe | None:
         return None
 
 
-def _write_data_set(recipe: Recipe, which: str, root: Path, processes: int) -> None:
+def open_demonstrations(root: str | Path, chunk_size: int) -> LeRobotDataset:
+    """Open a data set so that each frame comes with its next ``chunk_size`` actions, (chunk_size, A).
+
+    Raises:
+        UserError: if ``root`` holds no whole data set.
+    """
+    root = Path(root)
+    info = root / "meta" / "info.json"
+    if not info.is_file() or not any(root.glob("meta/episodes/**/*.parquet")):
+        raise UserError(f"{root} is not a whole LeRobot v3 data set: make it by scripts/make_world.py")
+    fps = json.loads(info.read_text(encoding="utf-8"))["fps"]
+    return LeRobotDataset(
+        f"craft-ds/{root.name}",
+        root=root,
+        delta_timestamps={ACTION: [step / fps for step in range(chunk_size)]},
+        video_backend="pyav",
+    )
+
+
+def _write_data_set(recipe: Recipe, which: str, root: Path, record: Recorder) -> None:
     world = make_world(recipe.world)
     # Episodes of the tasks take turns, so that any run of episodes holds all of them.
     jobs = [
@@ -137,8 +115,8 @@ def _write_data_set(recipe: Recipe, which: str, root: Path, processes: int) -> N
         use_videos=False,
         video_backend="pyav",
     )
-    episodes = _record_all(recipe.world, jobs, processes)
-    bar = tqdm(zip(jobs, episodes, strict=True), total=len(jobs), desc=f"{which} tasks", unit="episode")
+    datasets.disable_progress_bars()  # one bar an episode would bury ours
+    bar = tqdm(zip(jobs, record(jobs), strict=True), total=len(jobs), desc=f"{which} tasks", unit="episode")
     for (task, _), episode in bar:
         for image, state, action in zip(*episode, strict=True):
             data_set.add_frame({CAMERA: image, STATE: state, ACTION: action, "task": world.task_text(task)})
@@ -153,25 +131,3 @@ def _features(world: World) -> dict[str, dict[str, Any]]:
         for key, names in ((STATE, world.state_names), (ACTION, world.action_names))
     }
     return {CAMERA: image, **vectors}
-
-
-def _record_all(world: str, jobs: Iterable[tuple[str, int]], processes: int) -> Iterator[Episode]:
-    """Yield the episodes in the order of ``jobs``, however many processes make them."""
-    record = partial(_record_job, world)
-    if processes == 1:
-        yield from map(record, jobs)
-        return
-    # Spawned, not forked: a GL context does not survive a fork.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(record, jobs)
-
-
-def _record_job(world: str, job: tuple[str, int]) -> Episode:
-    task, seed = job
-    return record_episode(_world_of(world, task), task, seed)
-
-
-@cache
-def _world_of(name: str, task: str) -> World:
-    """Return a world kept for one task: changing the task would load its scene again."""
-    return make_world(name)

@@ -1,0 +1,279 @@
+"""Checkpoints: written by all ranks at once, consolidated from the start, whole or not there.
+
+A checkpoint is a LeRobot policy directory with `optimizer.safetensors`, `scheduler.pt`,
+`craft_state.pt`, `train_config.json` and `manifest.json`. It is written under a temporary name and
+renamed when everything lies on the disk. Parameters and moments are stored by name in fp32 and whole
+shape, so it resumes at any world size and in any engine.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs.train import TRAIN_CONFIG_NAME
+
+from craft_ds.distributed import all_ranks, gather_objects, on_main
+from craft_ds.engines.base import Engine
+from craft_ds.errors import UserError
+from craft_ds.policies.directory import copy_policy_files
+from craft_ds.tensor_file import TensorFile, TensorSpec, create_tensor_file
+from craft_ds.train_config import TrainConfig
+
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+SCHEDULER = "scheduler.pt"
+CRAFT_STATE = "craft_state.pt"
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+# Ranks hash different segments of a file side by side.
+_SEGMENT = 1 << 28
+
+
+def step_directory(output_dir: Path, step: int) -> Path:
+    """Directory of the checkpoint after `step` steps."""
+    return output_dir / f"step_{step:06d}"
+
+
+def save_checkpoint(
+    directory: Path,
+    *,
+    engine: Engine,
+    config: TrainConfig,
+    policy_dir: Path,
+    scheduler_state: dict[str, Any] | None,
+    craft_state: dict[str, Any],
+    step: int,
+    extra: Callable[[Path], None] | None = None,
+) -> None:
+    """Write one checkpoint. Collective: call on all ranks.
+
+    Args:
+        directory: Where it will live, `step_001000` or `final`; must not exist.
+        engine: Holds parameters and optimizer state.
+        config: The configuration of the run.
+        policy_dir: The policy that the run began with: its config, processors and tokenizers are kept.
+        scheduler_state: State of the learning-rate scheduler, if there is one.
+        craft_state: λ and its history.
+        step: Optimizer steps done.
+        extra: Writes further files into the directory that it is given (main rank only).
+
+    Raises:
+        UserError: The directory exists.
+        OSError: The disk is full or the directory is not writable.
+    """
+    temporary = directory.with_name(directory.name + ".tmp")
+
+    def prepare() -> None:
+        if directory.exists():
+            raise UserError(
+                f"checkpoint {directory} exists already: move it away or choose another --output_dir"
+            )
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        copy_policy_files(policy_dir, temporary, directory)
+        config._save_pretrained(temporary)
+        torch.save(scheduler_state, temporary / SCHEDULER)
+        torch.save(craft_state, temporary / CRAFT_STATE)
+        _create_tensor_files(temporary, engine)
+        if extra is not None:
+            extra(temporary)
+
+    on_main(prepare)
+    _write_shards(temporary, engine)
+    engine.barrier()
+    hashes = _hash_segments(temporary, engine.rank, engine.world_size)
+
+    def finish() -> None:
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "world_size": engine.world_size,
+            "engine": config.engine.name,
+            "segment_bytes": _SEGMENT,
+            "files": hashes,
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for path in temporary.rglob("*"):
+            _fsync(path)
+        _fsync(temporary)
+        temporary.rename(directory)
+        _point_last_at(directory)
+        _fsync(directory.parent)
+
+    on_main(finish)
+
+
+def _create_tensor_files(directory: Path, engine: Engine) -> None:
+    """Make both tensor files. Rank 0 alone can: it holds the first elements of every parameter."""
+    shards = list(engine.shards())
+    parameters = [TensorSpec(shard.name, shard.shape, torch.float32) for shard in shards]
+    moments = [
+        TensorSpec(f"{shard.name}.{key}", shard.shape, torch.float32)
+        for shard in shards
+        for key in shard.state
+    ]
+    names = {shard.name for shard in shards}
+    buffers = {
+        name: value.detach().cpu().reshape(-1)
+        for name, value in engine.module.policy.state_dict().items()
+        if name not in names and name not in _aliases(engine)
+    }
+    shapes = {name: tuple(engine.module.policy.get_buffer(name).shape) for name in buffers}
+    specs = [TensorSpec(name, shapes[name], values.dtype) for name, values in buffers.items()]
+    create_tensor_file(directory / WEIGHTS, parameters + specs, {"format": "pt"})
+    create_tensor_file(directory / OPTIMIZER, moments, {"steps": str(_optimizer_steps(engine))})
+    with TensorFile(directory / WEIGHTS, writable=True) as file:
+        for name, values in buffers.items():
+            file.write(name, 0, values)
+
+
+def _aliases(engine: Engine) -> set[str]:
+    """Further names of tied parameters: the file holds each parameter once, as `save_model` does."""
+    policy = engine.module.policy
+    unique = {name for name, _ in policy.named_parameters()}
+    return {name for name, _ in policy.named_parameters(remove_duplicate=False)} - unique
+
+
+def _optimizer_steps(engine: Engine) -> int:
+    steps = [int(state["step"]) for state in engine.optimizer.state.values() if "step" in state]
+    return max(steps, default=0)
+
+
+def _write_shards(directory: Path, engine: Engine) -> None:
+    with (
+        TensorFile(directory / WEIGHTS, writable=True) as weights,
+        TensorFile(directory / OPTIMIZER, writable=True) as moments,
+    ):
+        for shard in engine.shards():
+            weights.write(shard.name, shard.start, shard.master)
+            for key, values in shard.state.items():
+                moments.write(f"{shard.name}.{key}", shard.start, values)
+        weights.sync()
+        moments.sync()
+
+
+def _hash_segments(directory: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Size and segment hashes of every file of a checkpoint. Collective: call on all ranks."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    segments = [(path, start) for path in paths for start in range(0, max(path.stat().st_size, 1), _SEGMENT)]
+    mine = {
+        (str(path.relative_to(directory)), start): _hash(path, start)
+        for path, start in segments[rank::world_size]
+    }
+    found = {key: value for part in gather_objects(mine) for key, value in part.items()}
+    return {
+        name: {
+            "bytes": path.stat().st_size,
+            "sha256": [value for (other, _), value in sorted(found.items()) if other == name],
+        }
+        for path in paths
+        for name in [str(path.relative_to(directory))]
+    }
+
+
+def _hash(path: Path, start: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        remaining = _SEGMENT
+        while remaining and (block := file.read(min(remaining, 1 << 20))):
+            digest.update(block)
+            remaining -= len(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point_last_at(directory: Path) -> None:
+    temporary = directory.with_name("last.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(directory.name)
+    temporary.rename(directory.with_name("last"))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, after a look at the sizes of its files.
+
+    Raises:
+        UserError: The directory is no checkpoint, or a file of it is missing or has another size.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no checkpoint of craft-ds: it has no {MANIFEST}") from None
+    except ValueError:
+        raise UserError(f"{directory / MANIFEST} is damaged: resume from an older checkpoint") from None
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{directory / MANIFEST}: format version {manifest.get('format_version')}, this craft-ds reads "
+            f"{FORMAT_VERSION}"
+        )
+    for name, entry in manifest["files"].items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path} is missing or incomplete: resume from an older checkpoint")
+    return manifest
+
+
+def verify_checkpoint(directory: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Check every byte of a checkpoint, the ranks side by side. Collective: call on all ranks.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: On all ranks, naming the damaged file.
+    """
+    manifest = all_ranks(lambda: read_manifest(directory))
+    segments = [
+        (name, index) for name, entry in manifest["files"].items() for index in range(len(entry["sha256"]))
+    ]
+
+    def check() -> None:
+        for name, index in segments[rank::world_size]:
+            if _hash(directory / name, index * _SEGMENT) != manifest["files"][name]["sha256"][index]:
+                raise UserError(f"{directory / name} is damaged (checksum): resume from an older checkpoint")
+
+    all_ranks(check)
+    return manifest
+
+
+def load_checkpoint(directory: Path, engine: Engine) -> tuple[dict[str, Any] | None, dict[str, Any], int]:
+    """Set the optimizer state from a checkpoint; the parameters came with the policy directory.
+
+    Collective: call on all ranks.
+
+    Returns:
+        Scheduler state, CRaFT state and the number of steps done.
+
+    Raises:
+        UserError: The checkpoint is incomplete or damaged.
+    """
+    manifest = verify_checkpoint(directory, engine.rank, engine.world_size)
+    with TensorFile(directory / OPTIMIZER) as moments:
+        keys = sorted({name.rsplit(".", 1)[1] for name, *_ in moments.specs()})
+        engine.load_optimizer(moments.read, keys, int(moments.metadata["steps"]))
+    scheduler_state = torch.load(directory / SCHEDULER, weights_only=True)
+    craft_state = torch.load(directory / CRAFT_STATE, weights_only=True)
+    return scheduler_state, craft_state, manifest["step"]
+
+
+__all__ = [
+    "TRAIN_CONFIG_NAME",
+    "load_checkpoint",
+    "read_manifest",
+    "save_checkpoint",
+    "step_directory",
+    "verify_checkpoint",
+]

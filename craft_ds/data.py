@@ -1,0 +1,181 @@
+"""Task data: LeRobot data sets, drawn so that any world size sees the same samples in the same steps."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.datasets.factory import make_train_eval_datasets
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from craft_ds.errors import UserError
+from craft_ds.train_config import TrainConfig
+
+
+class StepSampler(Sampler[list[int]]):
+    """Endless micro-batches of one rank: a pure function of (seed, step, rank), so nothing is resumed.
+
+    Each epoch is a random order of the data set, and the orders follow one another in one stream. A step
+    takes the next `batch_size · accumulation · world_size` samples; micro-batch and rank divide them. So
+    the samples of a step depend only on that product.
+
+    Args:
+        size: Samples in the data set.
+        batch_size: Samples a rank and micro-batch.
+        accumulation: Micro-batches a step.
+        rank: This rank.
+        world_size: Number of ranks.
+        seed: Seed of the orders.
+        start_step: First step to draw for.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start_step: int = 0,
+    ):
+        self._size, self._batch_size, self._accumulation = size, batch_size, accumulation
+        self._rank, self._world_size = rank, world_size
+        self._seed, self._start_step = seed, start_step
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Micro-batches from `start_step` on, without end."""
+        for micro_batch in itertools.count(self._start_step * self._accumulation):
+            first = (micro_batch * self._world_size + self._rank) * self._batch_size
+            yield [self._draw(position) for position in range(first, first + self._batch_size)]
+
+    def _draw(self, position: int) -> int:
+        epoch, place = divmod(position, self._size)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(self._size, generator=generator).tolist()
+        return self._order[1][place]
+
+
+def check_dataset_root(config: TrainConfig) -> None:
+    """Say what is wrong with a local data set before LeRobot takes it for a missing hub data set.
+
+    Raises:
+        UserError: The root does not exist or holds no finished data set.
+    """
+    if config.dataset.root is None:
+        return
+    root = Path(config.dataset.root)
+    if not root.is_dir():
+        raise UserError(f"--dataset.root={root}: no such directory")
+    if not (root / "meta" / "info.json").is_file() or not any(
+        (root / "meta" / "episodes").rglob("*.parquet")
+    ):
+        raise UserError(
+            f"--dataset.root={root} is no finished LeRobot v3 data set (meta/info.json and meta/episodes are "
+            "needed): call finalize() after recording"
+        )
+
+
+def load_datasets(config: TrainConfig, cameras: list[str]) -> tuple[LeRobotDataset, LeRobotDataset | None]:
+    """The training data set and, with `eval_freq`, the held-out one (last episodes of every task).
+
+    Args:
+        config: A validated configuration.
+        cameras: Image features that the policy looks at.
+
+    Raises:
+        UserError: The data set cannot be opened, lacks a camera or cannot be split.
+    """
+    check_dataset_root(config)
+    if not config.eval_freq:
+        config.dataset.eval_split = 0.0
+    try:
+        train, heldout = make_train_eval_datasets(config)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--dataset.repo_id={config.dataset.repo_id}: {' '.join(str(error).split())}"
+        ) from error
+    available = {config.rename_map.get(name, name) for name in train.meta.camera_keys}
+    missing = sorted(set(cameras) - available)
+    if missing:
+        raise UserError(
+            f"--dataset.repo_id={config.dataset.repo_id} lacks the policy's camera {', '.join(missing)} (it "
+            f"has {', '.join(sorted(available)) or 'none'}): take a matching data set or map the names with "
+            "--rename_map"
+        )
+    return train, heldout
+
+
+def training_batches(
+    config: TrainConfig, dataset: LeRobotDataset, rank: int, world_size: int, start_step: int
+) -> Iterator[dict[str, Any]]:
+    """Raw micro-batches of this rank from `start_step` on, without end.
+
+    Raises:
+        UserError: There are more ranks than samples.
+    """
+    if len(dataset) < world_size:
+        raise UserError(
+            f"--dataset.repo_id={config.dataset.repo_id} has {len(dataset)} training samples for "
+            f"{world_size} ranks: start fewer ranks"
+        )
+    sampler = StepSampler(
+        len(dataset),
+        config.batch_size,
+        config.gradient_accumulation_steps,
+        rank,
+        world_size,
+        config.seed or 0,
+        start_step,
+    )
+    return iter(_loader(config, dataset, sampler))
+
+
+def heldout_batches(
+    config: TrainConfig, dataset: LeRobotDataset, rank: int, world_size: int
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Every held-out sample once over all ranks, in the same number of batches on each rank.
+
+    With `max_eval_samples`, samples evenly spread over the data set stand for all.
+
+    Yields:
+        A raw batch and whether it counts: where fewer samples than ranks are left, a rank without one
+        gets a sample that does not count, so that sharded forward passes stay in step.
+    """
+    stride = -(-len(dataset) // config.max_eval_samples) if config.max_eval_samples > 0 else 1
+    order = list(range(0, len(dataset), stride))
+    batches, counts = [], []
+    for first in range(0, len(order), config.batch_size * world_size):
+        mine = order[first : first + config.batch_size * world_size][rank::world_size]
+        batches.append(mine or order[:1])
+        counts.append(bool(mine))
+    yield from zip(_loader(config, dataset, batches), counts, strict=True)
+
+
+def _loader(config: TrainConfig, dataset: LeRobotDataset, batches: Any) -> DataLoader:
+    workers: dict[str, Any] = {}
+    if config.num_workers > 0:
+        workers = {
+            "prefetch_factor": config.prefetch_factor,
+            "multiprocessing_context": config.dataloader_multiprocessing_context,
+        }
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=config.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        **workers,
+    )
+
+
+def images_to_float(batch: dict[str, Any]) -> dict[str, Any]:
+    """Turn uint8 images into float32 in [0, 1], as LeRobot's training loop does before its processors."""
+    return {
+        key: value.float() / 255.0 if isinstance(value, Tensor) and value.dtype == torch.uint8 else value
+        for key, value in batch.items()
+    }

@@ -1,0 +1,62 @@
+"""What the ranks must agree on before and beside training: who speaks, and that all fail together."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from craft_ds.errors import UserError
+
+
+def launched_world_size() -> int:
+    """Number of processes that the launcher (`deepspeed`, `torchrun`) started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_node_main() -> bool:
+    """Whether this process speaks for its node before the process group exists."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order. Collective: call on all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_ranks(action: Callable[[], Any]) -> Any:
+    """Run a check on every rank; if it fails on one, it fails on all, so that no rank waits for ever.
+
+    Collective: call on all ranks.
+
+    Raises:
+        UserError: What the first failing rank raised.
+    """
+    result, message = None, None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    for failure in gather_objects(message):
+        if failure is not None:
+            raise UserError(failure)
+    return result
+
+
+def main_first(action: Callable[[], Any]) -> Any:
+    """Run an action on rank 0 first (it may download), then on the others. Collective."""
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    result = all_ranks(lambda: action() if is_main else None)
+    return all_ranks(lambda: result if is_main else action())
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Run an action on rank 0 alone while the others wait. Collective: call on all ranks."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        all_ranks(action)
+    else:
+        all_ranks(lambda: None)

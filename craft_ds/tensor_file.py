@@ -1,0 +1,159 @@
+"""A safetensors file that all ranks write and read at once, each its own ranges.
+
+The format (https://github.com/huggingface/safetensors) is a length, a JSON header and one contiguous
+block of bytes a tensor. A shard is a range of a flattened tensor, therefore a range of the file: no rank
+gathers anything, and the file of a sharded run is the file of an unsharded one.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """What the header says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def create_tensor_file(
+    path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None
+) -> None:
+    """Create a file of its full size, with its header and without values. One rank does it.
+
+    Args:
+        path: The new file.
+        specs: Its tensors.
+        metadata: Strings for the header's `__metadata__`.
+
+    Raises:
+        OSError: The disk is full or the directory is not writable.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    # As the reference implementation orders them: larger items first, so that all stay aligned.
+    for spec in sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name)):
+        end = offset + math.prod(spec.shape) * spec.dtype.itemsize
+        header[spec.name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        start = file.tell()
+        if offset:
+            # Room for all ranks is claimed here, so that a full disk shows before anything is written.
+            os.posix_fallocate(file.fileno(), start, offset)
+
+
+class TensorFile:
+    """Ranges of the tensors of a safetensors file, for reading or for filling in.
+
+    Args:
+        path: The file.
+        writable: Open it for `write` too.
+
+    Raises:
+        ValueError: The file is not a safetensors file.
+    """
+
+    def __init__(self, path: Path, *, writable: bool = False):
+        self._fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        try:
+            length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+            if not 0 < length <= os.fstat(self._fd).st_size - 8:
+                raise ValueError(f"{path} is not a safetensors file")
+            header = json.loads(os.pread(self._fd, length, 8))
+        except ValueError:
+            os.close(self._fd)
+            raise ValueError(f"{path} is not a safetensors file") from None
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._start = 8 + length
+        self._entries: dict[str, Any] = header
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def specs(self) -> list[TensorSpec]:
+        """The tensors of the file."""
+        return [
+            TensorSpec(name, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+            for name, entry in self._entries.items()
+        ]
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flattened tensor, 1-D, on the CPU."""
+        dtype, offset = self._locate(name)
+        count = (stop - start) * dtype.itemsize
+        buffer = bytearray(count)
+        _fully(
+            lambda view, at: os.preadv(self._fd, [view], at),
+            memoryview(buffer),
+            offset + start * dtype.itemsize,
+        )
+        return torch.frombuffer(buffer, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Set elements [start, start + len(values)) of a flattened tensor.
+
+        Args:
+            name: The tensor.
+            start: First element.
+            values: 1-D, on any device; cast to the dtype of the file.
+        """
+        dtype, offset = self._locate(name)
+        values = values.detach().to("cpu", dtype).contiguous()
+        view = (
+            memoryview(values.view(torch.uint8).numpy())
+            if values.numel()
+            else memoryview(np.empty(0, np.uint8))
+        )
+        _fully(lambda part, at: os.pwrite(self._fd, part, at), view, offset + start * dtype.itemsize)
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
+        os.fsync(self._fd)
+
+    def _locate(self, name: str) -> tuple[torch.dtype, int]:
+        entry = self._entries[name]
+        return _DTYPES[entry["dtype"]], self._start + entry["data_offsets"][0]
+
+
+def _fully(transfer: Any, view: memoryview, offset: int) -> None:
+    """Repeat a positioned read or write until the whole view is done: one call moves at most 2 GiB."""
+    done = 0
+    while done < len(view):
+        moved = transfer(view[done:], offset + done)
+        if moved == 0:
+            raise OSError("unexpected end of file")
+        done += moved

@@ -1,0 +1,146 @@
+"""The configuration of a run: LeRobot's `TrainPipelineConfig` and what craft-ds adds to it."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from lerobot.configs import parser
+from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
+
+from craft_ds.config import CraftConfig, EngineConfig
+from craft_ds.errors import UserError
+
+# Written by the user as the launcher or the guide has it; understood as the field it means.
+_ALIASES = (
+    (re.compile(r"^--engine(?==|$)"), "--engine.name"),
+    (re.compile(r"^--ds_config(?==|$)"), "--engine.ds_config"),
+)
+_LAUNCHER_FLAG = re.compile(r"^--local[_-]rank(=|$)")
+
+
+@dataclass
+class TrainConfig(TrainPipelineConfig):
+    """Every `lerobot-train` flag keeps its meaning; these come on top.
+
+    Attributes:
+        craft: The retention constraint, `--craft.*`.
+        engine: How the model is sharded, `--engine.*`.
+        eval_freq: Report held-out task loss and anchor loss every so many steps; 0 turns it off. Needs
+            `--dataset.eval_split`, of which 0.05 is taken where none is given. (`--eval_steps` is
+            LeRobot's name for the same.)
+        gradient_accumulation_steps: Micro-batches of `batch_size` a rank and step.
+        max_skipped_steps: Steps with a non-finite loss or gradient that may follow one another; they
+            change nothing, and one more ends the run.
+    """
+
+    craft: CraftConfig = field(default_factory=CraftConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval_freq: int = 0
+    gradient_accumulation_steps: int = 1
+    max_skipped_steps: int = 10
+
+    def validate(self) -> None:
+        """Check all that can be checked without building anything.
+
+        Raises:
+            UserError: One line that names the flag or file and the mend.
+        """
+        self.craft.validate()
+        self.engine.validate()
+        for name in ("steps", "batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)} must be at least 1")
+        self._refuse_unsupported()
+        if self.eval_freq and self.eval_steps and self.eval_freq != self.eval_steps:
+            raise UserError(f"--eval_freq={self.eval_freq} and --eval_steps={self.eval_steps} are one flag")
+        self.eval_freq = self.eval_steps = self.eval_freq or self.eval_steps
+        if self.eval_freq and not self.dataset.eval_split:
+            self.dataset.eval_split = 0.05
+        try:
+            super().validate()
+        except (ValueError, OSError) as error:
+            raise UserError(" ".join(str(error).split())) from error
+        assert self.policy is not None  # super().validate() has seen to it
+        if not self.policy.pretrained_path:
+            raise UserError("--policy.path is missing: craft-ds fine-tunes a trained policy, it makes none")
+
+    def _refuse_unsupported(self) -> None:
+        refused = {
+            "--env": self.env is not None,
+            "--reward_model": self.reward_model is not None,
+            "--peft": self.peft is not None,
+            "--sample_weighting": self.sample_weighting is not None,
+            "--save_checkpoint_to_hub": self.save_checkpoint_to_hub,
+            "--dataset.streaming": self.dataset.streaming,
+            "--job.target": self.job.is_remote,
+        }
+        for flag, given in refused.items():
+            if given:
+                raise UserError(f"{flag} is not supported by craft-ds: leave it out")
+
+    def _resolve_pretrained_from_cli(self) -> None:
+        super()._resolve_pretrained_from_cli()
+        if self.policy is not None and self.policy.push_to_hub:
+            if self.policy.repo_id:
+                raise UserError(
+                    "--policy.repo_id: craft-ds does not push; train without it and upload final/ afterwards"
+                )
+            # LeRobot's default asks for a push, and so for a repo_id, that nobody asked for here.
+            self.policy.push_to_hub = False
+
+    def _resolve_resume_checkpoint(self) -> None:
+        """The checkpoint is the directory of `--config_path`, whatever the saved config named."""
+        config_path = parser.parse_arg("config_path")
+        if not config_path:
+            raise UserError(
+                f"--resume=true needs --config_path=<run>/step_NNNNNN/{TRAIN_CONFIG_NAME}, or <run>/last/…"
+            )
+        path = Path(config_path).resolve()
+        self.checkpoint_path = path if path.is_dir() else path.parent
+        if self.policy is not None:
+            self.policy.pretrained_path = self.checkpoint_path
+
+
+def normalise_arguments(arguments: Sequence[str]) -> list[str]:
+    """Rewrite the short forms (`--engine=zero`, `--ds_config FILE`) and drop the launcher's flag."""
+    normalised = []
+    for argument in arguments:
+        if _LAUNCHER_FLAG.match(argument):
+            continue
+        for pattern, name in _ALIASES:
+            argument = pattern.sub(name, argument)
+        normalised.append(argument)
+    return normalised
+
+
+def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
+    """Parse the command line with LeRobot's own parser.
+
+    `sys.argv` is replaced too, because LeRobot reads `--policy.path` and `--config_path` from it again
+    when the configuration is validated.
+
+    Raises:
+        UserError: An unknown flag or a value that does not parse.
+    """
+    sys.argv[1:] = normalise_arguments(arguments)
+    config_path = parser.parse_arg("config_path")
+    if config_path and Path(config_path).suffix and not Path(config_path).exists():
+        raise UserError(f"--config_path={config_path}: no such file")
+
+    def error(self: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+    @parser.wrap()
+    def identity(config: TrainConfig) -> TrainConfig:
+        return config
+
+    # argparse would print several screens of usage before the one line that matters.
+    original, argparse.ArgumentParser.error = argparse.ArgumentParser.error, error  # type: ignore[method-assign]
+    try:
+        return identity()
+    finally:
+        argparse.ArgumentParser.error = original  # type: ignore[method-assign]
