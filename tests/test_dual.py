@@ -5,12 +5,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from craft_ds.config import CraftConfig
 from craft_ds.dual import DualState, RetentionRecord, ascend, epsilon_at
 from craft_ds.surgery import GramTriple, merge
+
+settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+settings.load_profile("patient")
 
 SCHEDULES = ["linear", "cosine", "exponential"]
 schedules = st.sampled_from(SCHEDULES)
@@ -22,7 +25,7 @@ def config(**fields: object) -> CraftConfig:
 
 
 def record(step: int, loss: float, epsilon: float, multiplier: float = 1.0) -> RetentionRecord:
-    return RetentionRecord(step, multiplier, epsilon, loss, step % 2 == 0, -0.25, 1.5)
+    return RetentionRecord(step, multiplier, epsilon, loss, step % 2 == 0, -0.25, 1.5, -0.5)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +150,9 @@ def test_csv_has_the_documented_columns(tmp_path):
         "conflict",
         "cos",
         "retention_weight",
+        "dot",
     ]
-    assert [float(value) for value in rows[1].values()] == [5, 0.995, 0.9, 0.25, 0, -0.25, 1.5]
+    assert [float(value) for value in rows[1].values()] == [5, 0.995, 0.9, 0.25, 0, -0.25, 1.5, -0.5]
     assert rows[0]["conflict"] == "1"
 
 
@@ -174,6 +178,7 @@ def solve(fields: CraftConfig, task: np.ndarray, old: np.ndarray, rate: float, s
                 result.conflict,
                 result.cosine,
                 result.b / result.a,
+                float(g_t @ g_r),
             )
         )
         theta = theta - rate * (result.a * g_t + result.b * g_r)

@@ -8,7 +8,7 @@ import pytest
 from craft_ds import plots
 from craft_ds.plots import plot_demo, plot_lambda_analysis
 
-COLUMNS = ["step", "lambda", "epsilon", "retention_loss", "conflict", "cos", "retention_weight"]
+COLUMNS = ["step", "lambda", "epsilon", "retention_loss", "conflict", "cos", "retention_weight", "dot"]
 OLD, NEW = ["button-press-topdown-v3", "drawer-close-v3"], ["faucet-close-v3"]
 
 
@@ -58,7 +58,7 @@ def assert_picture(path: Path, ratio: float) -> None:
 
 
 def test_lambda_analysis_shows_the_history(tmp_path, figures):
-    rows = [[5 * i, 1 + 0.1 * i, 1 - 0.1 * i, 0.5, int(i in (2, 3)), -0.2, 1.0] for i in range(10)]
+    rows = [[5 * i, 1 + 0.1 * i, 1 - 0.1 * i, 0.5, int(i in (2, 3)), -0.2, 1.0, -0.5] for i in range(10)]
     out = tmp_path / "final" / "lambda_analysis.png"
     plot_lambda_analysis(write_history(tmp_path / "h.csv", rows), out)
     assert_picture(out, 12 / 3.6)
@@ -76,7 +76,7 @@ def test_lambda_analysis_shows_the_history(tmp_path, figures):
 
 def test_lambda_analysis_of_short_runs(tmp_path):
     for count in (0, 1):
-        rows = [[0, 1.0, 1.0, 0.5, 0, 0.0, 1.0]] * count
+        rows = [[0, 1.0, 1.0, 0.5, 0, 0.0, 1.0, 0.0]] * count
         plot_lambda_analysis(write_history(tmp_path / "h.csv", rows), tmp_path / f"{count}.png")
         assert (tmp_path / f"{count}.png").stat().st_size > 0
 
@@ -86,7 +86,7 @@ def test_lambda_analysis_reads_what_dual_writes(tmp_path):
     from craft_ds.dual import DualState, RetentionRecord
 
     state = DualState(CraftConfig())
-    state.update(RetentionRecord(0, 1.0, 1.0, 0.5, True, -0.2, 1.1))
+    state.update(RetentionRecord(0, 1.0, 1.0, 0.5, True, -0.2, 1.1, -0.5))
     state.write_csv(tmp_path / "lambda_history.csv")
     plot_lambda_analysis(tmp_path / "lambda_history.csv", tmp_path / "lambda_analysis.png")
     assert (tmp_path / "lambda_analysis.png").exists()

@@ -3,12 +3,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from craft_ds.config import CraftConfig
 from craft_ds.surgery import GramTriple, clip_factor, merge
+
+settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+settings.load_profile("patient")
 
 MODES = ["weighted", "equal", "task_priority"]
 NAN, INF = math.nan, math.inf
@@ -113,6 +116,14 @@ def test_non_finite_triples_are_recognised_and_never_raise(mode, triple):
     assert math.isnan(triple.cosine)
     result = merge(triple, 1.0, config(mode))
     assert not result.conflict, "nothing is known of the angle"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_non_finite_gradients_have_no_finite_norm(mode, bad):
+    """A norm of 0 in place of NaN would pass for a vanished gradient."""
+    for triple in (GramTriple(bad, NAN, 1.0), GramTriple(1.0, NAN, bad)):
+        assert not math.isfinite(merge(triple, 1.0, config(mode)).norm)
 
 
 def test_large_and_small_gradients_keep_their_cosine():
