@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs.train import TRAIN_CONFIG_NAME
 
 from craft_ds.distributed import all_ranks, gather_objects, on_main
 from craft_ds.engines.base import Engine
@@ -267,13 +266,3 @@ def load_checkpoint(directory: Path, engine: Engine) -> tuple[dict[str, Any] | N
     scheduler_state = torch.load(directory / SCHEDULER, weights_only=True)
     craft_state = torch.load(directory / CRAFT_STATE, weights_only=True)
     return scheduler_state, craft_state, manifest["step"]
-
-
-__all__ = [
-    "TRAIN_CONFIG_NAME",
-    "load_checkpoint",
-    "read_manifest",
-    "save_checkpoint",
-    "step_directory",
-    "verify_checkpoint",
-]

@@ -56,7 +56,7 @@ class RetentionRecord:
     """What one retention step saw; a row of `lambda_history.csv`.
 
     `lambda_` is λ as it was used in the step (the CSV's column is `lambda`), `retention_weight` is b/a
-    of the merged gradient: how much of g_r was followed for each unit of g_t.
+    of the merged gradient: how much of g_r was followed for each unit of g_t, `dot` is <g_t, g_r>.
     """
 
     step: int
@@ -66,6 +66,7 @@ class RetentionRecord:
     conflict: bool
     cos: float
     retention_weight: float
+    dot: float
 
 
 class DualState:

@@ -134,7 +134,7 @@ def retention_step(
     merged = merge(triple, multiplier, craft)
     loss, retention_loss = loss_sum / max(tokens, 1.0), c_loss_sum / max(c_tokens, 1.0)
     seen = RetentionResult(retention_loss, triple, merged)
-    if not math.isfinite(loss + retention_loss + merged.norm):
+    if not (triple.is_finite and math.isfinite(loss + retention_loss)):
         engine.drop_gradient()
         return StepResult(loss, merged.norm, applied=False), seen
     clip = clip_factor(merged.norm, max_norm)

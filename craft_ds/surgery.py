@@ -48,7 +48,7 @@ class GramTriple(NamedTuple):
 
     def norm(self, a: float, b: float) -> float:
         """‖a·g_t + b·g_r‖ = sqrt(a²·tt + 2ab·tr + b²·rr)."""
-        return math.sqrt(max(0.0, a * a * self.tt + 2.0 * a * b * self.tr + b * b * self.rr))
+        return math.sqrt(max(a * a * self.tt + 2.0 * a * b * self.tr + b * b * self.rr, 0.0))
 
 
 class Merge(NamedTuple):

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from lerobot.configs import parser
+from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 
 from craft_ds.config import CraftConfig, EngineConfig
 from craft_ds.errors import UserError
+from craft_ds.policies.loading import load_policy_config
+from craft_ds.policies.tokenizers import reroot_tokenizers
 
 # Written by the user as the launcher or the guide has it; understood as the field it means.
 _ALIASES = (
@@ -83,14 +85,34 @@ class TrainConfig(TrainPipelineConfig):
                 raise UserError(f"{flag} is not supported by craft-ds: leave it out")
 
     def _resolve_pretrained_from_cli(self) -> None:
-        super()._resolve_pretrained_from_cli()
-        if self.policy is not None and self.policy.push_to_hub:
-            if self.policy.repo_id:
-                raise UserError(
-                    "--policy.repo_id: craft-ds does not push; train without it and upload final/ afterwards"
-                )
-            # LeRobot's default asks for a push, and so for a repo_id, that nobody asked for here.
-            self.policy.push_to_hub = False
+        """Load the configuration of `--policy.path`, or find the checkpoint to resume."""
+        path = parser.get_path_arg("policy")
+        if path:
+            overrides = parser.get_yaml_overrides("policy") + (parser.get_cli_overrides("policy") or [])
+            self.policy = load_policy_config(path, overrides)
+            self.policy.pretrained_path = Path(path)
+        elif self.resume:
+            self._resolve_resume_checkpoint()
+        if self.policy is not None:
+            self._settle_policy(self.policy)
+
+    def _settle_policy(self, policy: PreTrainedConfig) -> None:
+        if policy.push_to_hub and policy.repo_id:
+            raise UserError(
+                "--policy.repo_id: craft-ds does not push; train without it and upload final/ afterwards"
+            )
+        # LeRobot's default asks for a push, and so for a repo_id, that nobody asked for here.
+        policy.push_to_hub = False
+        if self.use_policy_training_preset and not self.resume:
+            presets = (policy.get_optimizer_preset(), policy.get_scheduler_preset())
+            for name, given, preset in zip(
+                ("optimizer", "scheduler"), (self.optimizer, self.scheduler), presets, strict=True
+            ):
+                if given not in (None, preset):
+                    raise UserError(
+                        f"--{name}.* has no effect beside the policy's preset: set --policy.{name}_*, or "
+                        "give both --optimizer.* and --scheduler.* with --use_policy_training_preset=false"
+                    )
 
     def _resolve_resume_checkpoint(self) -> None:
         """The checkpoint is the directory of `--config_path`, whatever the saved config named."""
@@ -103,6 +125,7 @@ class TrainConfig(TrainPipelineConfig):
         self.checkpoint_path = path if path.is_dir() else path.parent
         if self.policy is not None:
             self.policy.pretrained_path = self.checkpoint_path
+            reroot_tokenizers(self.policy, self.checkpoint_path)
 
 
 def normalise_arguments(arguments: Sequence[str]) -> list[str]:

@@ -44,9 +44,7 @@ class ZeroEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # DeepSpeed casts the model before it makes the masters: keep the fp32 values until they are set.
         weights = {name: p.detach() for name, p in module.policy.named_parameters()}
-        self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=build_optimizer(), config=config
-        )
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=build_optimizer(), config=config)
         self.device = self._engine.device
         self._layout = Zero3Layout(self._engine.optimizer, self.rank)
         self.optimizer = self._layout.optimizer

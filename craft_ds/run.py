@@ -1,0 +1,301 @@
+"""A training run: everything around the loop, opened in the order in which it can fail."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.processor import PolicyProcessorPipeline
+from torch.optim.lr_scheduler import LRScheduler
+
+from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.stream import AnchorStream
+from craft_ds.checkpoint import load_checkpoint, read_manifest, save_checkpoint, step_directory
+from craft_ds.data import heldout_batches, images_to_float, load_datasets, training_batches
+from craft_ds.distributed import all_ranks, gather_objects, is_node_main, launched_world_size, main_first
+from craft_ds.dual import DualState, RetentionRecord
+from craft_ds.engines import build_engine, check_engine, join_ranks
+from craft_ds.engines.base import Batch, Engine
+from craft_ds.errors import UserError
+from craft_ds.metrics import MetricsLogger
+from craft_ds.plots import plot_lambda_analysis
+from craft_ds.policies.adapter import PolicyWithLoss
+from craft_ds.policies.loading import load_policy, load_processors, policy_cameras, resolve_policy_path
+from craft_ds.steps import PassSums, StepResult, measure
+from craft_ds.system import peak_memory_bytes
+from craft_ds.train_config import TrainConfig
+
+HISTORY_CSV = "lambda_history.csv"
+HISTORY_PLOT = "lambda_analysis.png"
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch as a pure function of step and rank, so that a resumed run draws what an unbroken one does."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+
+
+@dataclass
+class Run:
+    """One run on one rank.
+
+    Attributes:
+        config: The validated configuration.
+        engine: Model, optimizer and ranks.
+        dual: λ and its history.
+        anchors: The old tasks' anchors; None for the baseline.
+        start_step: Steps that a resumed checkpoint has behind it.
+        output_dir: Directory of the run.
+    """
+
+    config: TrainConfig
+    engine: Engine
+    dual: DualState
+    anchors: AnchorStream | None
+    start_step: int
+    output_dir: Path
+    policy_dir: Path
+    preprocessor: PolicyProcessorPipeline
+    heldout: LeRobotDataset | None
+    scheduler: LRScheduler | None
+    logger: MetricsLogger
+    batches: Iterator[dict[str, Any]]
+    _latest: dict[str, float] = field(default_factory=dict)
+    _losses: list[float] = field(default_factory=list)
+    _seconds: list[float] = field(default_factory=list)
+    _saved: Path | None = None
+
+    @property
+    def max_norm(self) -> float:
+        """The norm to which gradients are clipped."""
+        assert self.config.optimizer is not None
+        return self.config.optimizer.grad_clip_norm
+
+    def task_batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches of the next step, through the policy's processors."""
+        for _ in range(self.config.gradient_accumulation_steps):
+            yield self.preprocessor(images_to_float(next(self.batches)))
+
+    def advance_scheduler(self) -> None:
+        """Move the learning rate on by one step."""
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def record(
+        self, step: int, result: StepResult, retention: RetentionRecord | None, *, seconds: float
+    ) -> None:
+        """Take note of a step; every `log_freq` steps, say it."""
+        if step == self.start_step + 1 and result.applied:
+            for line in ("forward pass", "backward pass", "optimizer step"):
+                self.logger.say(f"✓ {line}")
+        self._losses.append(result.loss)
+        self._seconds.append(seconds)
+        if retention is not None:
+            self._latest |= {
+                "craft/retention_loss": retention.retention_loss,
+                "craft/lambda": self.dual.multiplier,
+                "craft/epsilon": retention.epsilon,
+                "craft/grad_conflict": float(retention.conflict),
+                "craft/grad_dot": retention.dot,
+                "craft/grad_cos": retention.cos,
+                "craft/retention_weight": retention.retention_weight,
+            }
+        if not result.applied:
+            self.logger.say(f"step {step} skipped: loss {result.loss}, gradient norm {result.grad_norm}")
+        self.logger.advance()
+        if self.config.log_freq > 0 and step % self.config.log_freq == 0:
+            self.logger.log(
+                step,
+                {
+                    "train/loss": sum(self._losses) / len(self._losses),
+                    "train/grad_norm": result.grad_norm,
+                    "train/lr": self.engine.optimizer.param_groups[0]["lr"],
+                    **self._latest,
+                    "time/step_s": sum(self._seconds) / len(self._seconds),
+                    "memory/peak_mb": peak_memory_bytes(self.engine.device) / 2**20,
+                },
+            )
+            self._losses.clear()
+            self._seconds.clear()
+
+    def after_step(self, step: int) -> None:
+        """Evaluate and save where this step asks for it. Collective: call on all ranks."""
+        config = self.config
+        if config.eval_freq and step % config.eval_freq == 0:
+            self.logger.log(step, self.evaluate())
+        due = config.save_freq > 0 and step % config.save_freq == 0
+        if config.save_checkpoint and due and step < config.steps:
+            self._save(step_directory(self.output_dir, step), step)
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out task loss and, with anchors, held-out anchor loss. Collective."""
+        metrics = {}
+        if self.heldout is not None:
+            raw = heldout_batches(self.config, self.heldout, self.engine.rank, self.engine.world_size)
+            batches = ((self.preprocessor(images_to_float(batch)), counts) for batch, counts in raw)
+            metrics["eval/task_loss"] = self._mean_loss(batches)
+        if self.anchors is not None:
+            metrics["eval/anchor_loss"] = self._mean_loss(
+                self.anchors.heldout_batches(self.config.max_eval_samples)
+            )
+        return metrics
+
+    def _mean_loss(self, batches: Iterator[tuple[Batch, bool]]) -> float:
+        total = PassSums(*torch.zeros(2, dtype=torch.float64, device=self.engine.device))
+        for batch, counts in batches:
+            sums = measure(self.engine, [batch])
+            if counts:
+                total = PassSums(total.loss + sums.loss, total.tokens + sums.tokens)
+        loss, tokens = self.engine.sum_scalars(torch.stack(total))
+        return loss / tokens if tokens else math.nan
+
+    def _save(self, directory: Path, step: int, *, final: bool = False) -> None:
+        save_checkpoint(
+            directory,
+            engine=self.engine,
+            config=self.config,
+            policy_dir=self.policy_dir,
+            scheduler_state=self.scheduler.state_dict() if self.scheduler else None,
+            craft_state=self.dual.state_dict(),
+            step=step,
+            extra=self._write_history if final and self.anchors is not None else None,
+        )
+        self.logger.say(f"saved {directory}")
+
+    def _write_history(self, directory: Path) -> None:
+        self.dual.write_csv(directory / HISTORY_CSV)
+        if self.dual.history:
+            plot_lambda_analysis(directory / HISTORY_CSV, directory / HISTORY_PLOT)
+
+    def finish(self) -> Path:
+        """Write the final checkpoint. Collective: call on all ranks.
+
+        Returns:
+            Its directory, or the run's where `save_checkpoint` is false.
+        """
+        peaks = gather_objects(peak_memory_bytes(self.engine.device) / 2**20)
+        self.logger.say("peak memory a rank: " + ", ".join(f"{peak:.0f} MiB" for peak in peaks))
+        if not self.config.save_checkpoint:
+            return self.output_dir
+        self._save(self.output_dir / "final", self.config.steps, final=True)
+        return self.output_dir / "final"
+
+    def close(self) -> None:
+        """Let go of the log and of the other ranks."""
+        self.logger.close()
+        self.engine.close()
+
+
+def open_run(config: TrainConfig) -> Run:
+    """Check everything, then build everything. Collective: call on all ranks.
+
+    Raises:
+        UserError: On all ranks alike, before anything is written, and before the model is built
+            wherever that can be known.
+    """
+    world_size = launched_world_size()
+    config.validate()
+    ds_config = check_engine(config, world_size)
+    join_ranks(config)
+    cache, policy_dir = all_ranks(lambda: _check_inputs(config))
+    train, heldout = main_first(lambda: load_datasets(config, policy_cameras(config.policy)))
+
+    policy = all_ranks(lambda: load_policy(config.policy, policy_dir))
+    policy.config.dtype = "float32"
+    module = PolicyWithLoss(policy)
+    engine = build_engine(
+        config, module, lambda: config.optimizer.build(policy.get_optim_params()), ds_config
+    )
+    preprocessor, _ = all_ranks(lambda: load_processors(config.policy, policy_dir, str(engine.device)))
+    scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
+    anchors = all_ranks(lambda: _open_anchors(config, cache, engine))
+    dual = DualState(config.craft)
+
+    start_step = 0
+    if config.resume:
+        scheduler_state, craft_state, start_step = load_checkpoint(config.checkpoint_path, engine)
+        if scheduler is not None and scheduler_state is not None:
+            scheduler.load_state_dict(scheduler_state)
+            for group, rate in zip(engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+        dual.load_state_dict(craft_state)
+    batches = all_ranks(lambda: training_batches(config, train, engine.rank, engine.world_size, start_step))
+    engine.barrier()  # nobody makes the output directory before everybody has seen that it is free
+    output_dir = Path(config.output_dir)
+    logger = all_ranks(
+        lambda: MetricsLogger(
+            output_dir,
+            config.steps,
+            config.wandb,
+            config.to_dict(),
+            is_main=engine.rank == 0,
+            resume_step=start_step if config.resume else None,
+        )
+    )
+    logger.say(f"✓ data set: {train.num_episodes} episodes, {len(train)} samples")
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
+    logger.say(f"✓ policy: {config.policy.type}, {count / 1e6:.2f} M parameters, {_describe(engine, config)}")
+    return Run(
+        config=config,
+        engine=engine,
+        dual=dual,
+        anchors=anchors,
+        start_step=start_step,
+        output_dir=output_dir,
+        policy_dir=policy_dir,
+        preprocessor=preprocessor,
+        heldout=heldout,
+        scheduler=scheduler,
+        logger=logger,
+        batches=batches,
+    )
+
+
+def _check_inputs(config: TrainConfig) -> tuple[AnchorCache | None, Path]:
+    """What can be known before data and model are loaded. Checksums are read once a node."""
+    policy_dir = resolve_policy_path(config.policy.pretrained_path)
+    if config.resume:
+        manifest = read_manifest(config.checkpoint_path)
+        _check_resumable(config, manifest["step"])
+    if not config.craft.enabled:
+        return None, policy_dir
+    cache = AnchorCache.open(config.craft.anchor_cache_dir, verify=is_node_main())
+    cache.check_policy(config.policy)
+    return cache, policy_dir
+
+
+def _check_resumable(config: TrainConfig, step: int) -> None:
+    if step >= config.steps:
+        raise UserError(
+            f"{config.checkpoint_path} has done {step} of --steps={config.steps} steps: raise --steps to go on"
+        )
+    output_dir = Path(config.output_dir)
+    later = [path for path in output_dir.glob("step_*") if path.is_dir() and path.name > f"step_{step:06d}"]
+    later += [path for path in (output_dir / "final",) if path.exists()]
+    later = [path for path in later if not path.name.endswith(".tmp")]
+    if later:
+        raise UserError(
+            f"resuming at step {step} would overwrite {min(later)}: resume from the last checkpoint, move "
+            "it away, or give another --output_dir"
+        )
+
+
+def _open_anchors(config: TrainConfig, cache: AnchorCache | None, engine: Engine) -> AnchorStream | None:
+    if cache is None:
+        return None
+    return AnchorStream(
+        cache,
+        config.craft,
+        micro_batch_size=config.batch_size,
+        device=engine.device,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        seed=config.seed or 0,
+    )
+
+
+def _describe(engine: Engine, config: TrainConfig) -> str:
+    ranks = f"{engine.world_size} rank{'s' if engine.world_size > 1 else ''}"
+    return f"{config.engine.name} engine on {ranks} ({engine.device.type}, {config.engine.dtype})"

@@ -1,0 +1,97 @@
+"""The training loop. It reads like the algorithm; what it needs is set up in `craft_ds.run`."""
+
+import math
+import time
+from pathlib import Path
+
+from craft_ds.config import CraftConfig
+from craft_ds.dual import RetentionRecord, epsilon_at
+from craft_ds.run import Run, open_run, seed_step
+from craft_ds.steps import RetentionResult, StepResult, retention_step, task_step
+from craft_ds.train_config import TrainConfig
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that was not finite."""
+
+
+def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) -> Path:
+    """Fine-tune a policy on a new task under a retention constraint on the old ones.
+
+    Minimises L_task(θ) subject to L_ret(θ) ≤ ε(t): every `retention_freq`-th step is a retention step,
+    which merges the gradients of both losses and moves the multiplier λ by dual ascent. With
+    `craft.enabled=false` every step is a plain task step and no anchor is read.
+
+    Collective under a launcher (`deepspeed`): call on all ranks.
+
+    Args:
+        config: The run, as `lerobot-train` knows it, with craft-ds's additions.
+        craft_config: Takes the place of `config.craft`.
+
+    Returns:
+        The directory of the final checkpoint.
+
+    Raises:
+        UserError: Bad input, found before anything is written.
+        TrainingDiverged: More than `max_skipped_steps` steps in a row were not finite.
+    """
+    if craft_config is not None:
+        config.craft = craft_config
+    run = open_run(config)
+    try:
+        skipped = 0
+        for step in range(run.start_step, config.steps):
+            began = time.perf_counter()
+            seed_step(config.seed or 0, step, run.engine.rank)
+            result, retention = _one_step(run, step)
+            if result.applied:
+                run.advance_scheduler()
+            skipped = 0 if result.applied else skipped + 1
+            run.record(step + 1, result, retention, seconds=time.perf_counter() - began)
+            if skipped > config.max_skipped_steps:
+                raise TrainingDiverged(
+                    f"{skipped} steps in a row up to step {step + 1} had a non-finite loss or gradient "
+                    f"(--max_skipped_steps={config.max_skipped_steps}): lower the learning rate or "
+                    f"resume from {run.output_dir / 'last'}"
+                )
+            run.after_step(step + 1)
+        return run.finish()
+    finally:
+        run.close()
+
+
+def _one_step(run: Run, step: int) -> tuple[StepResult, RetentionRecord | None]:
+    """Task step or retention step, and the dual step that follows the latter."""
+    craft, dual = run.config.craft, run.dual
+    batches = run.task_batches()
+    if run.anchors is None or step % craft.retention_freq:
+        return task_step(run.engine, batches, run.max_norm), None
+
+    epsilon = run.anchors.epsilon_unit * epsilon_at(step, run.config.steps, craft)
+    result, seen = retention_step(
+        run.engine,
+        batches,
+        run.anchors.gradient_batches(step),
+        run.anchors.constraint_batches(step),
+        dual.multiplier,
+        craft,
+        run.max_norm,
+    )
+    record = _record(step, dual.multiplier, epsilon, seen)
+    if result.applied:
+        dual.update(record)
+    return result, record
+
+
+def _record(step: int, multiplier: float, epsilon: float, seen: RetentionResult) -> RetentionRecord:
+    merged = seen.merge
+    return RetentionRecord(
+        step=step + 1,
+        lambda_=multiplier,
+        epsilon=epsilon,
+        retention_loss=seen.loss,
+        conflict=merged.conflict,
+        cos=merged.cosine,
+        retention_weight=merged.b / merged.a if merged.a else math.nan,
+        dot=seen.triple.tr,
+    )
