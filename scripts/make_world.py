@@ -1,6 +1,6 @@
 """Write the demonstrations of an embedded world as LeRobot data sets: OUTPUT_DIR/old and OUTPUT_DIR/new.
 
-    python scripts/make_world.py --world metaworld --output_dir outputs/world
+python scripts/make_world.py --world metaworld --output_dir outputs/world
 """
 
 import argparse
@@ -13,7 +13,9 @@ from craft_ds.world.demonstrations import Recipe, write_demonstrations
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--world", choices=WORLDS, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--episodes_per_task", type=int, default=Recipe.episodes_per_task)

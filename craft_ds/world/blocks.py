@@ -3,6 +3,8 @@
 A hand moves to the position that it is told, at a limited speed; the task names the colour to reach.
 """
 
+from typing import override
+
 import numpy as np
 
 from craft_ds.world.base import IMAGE_SIZE, Observation, World
@@ -19,6 +21,7 @@ _HALF_BLOCK = 6  # pixels
 _HALF_HAND = 2
 _SPEED = 0.05  # table widths a step
 _REACH = 0.09  # table widths: about the block's own half side
+_LEAST_WAY = 0.25  # table widths from where the hand begins to its block
 _MARGIN = 0.12
 
 
@@ -42,26 +45,32 @@ class Blocks(World):
     def __init__(self) -> None:
         self._colour = ""
         self._blocks: dict[str, np.ndarray] = {}
-        self._hand = np.zeros(2)
-        self._setpoint = np.zeros(2)
+        self._hand: np.ndarray = np.zeros(2)
+        self._setpoint: np.ndarray = np.zeros(2)
 
+    @override
     @classmethod
     def task_text(cls, task: str) -> str:
         return f"Reach the {task.removeprefix('reach-')} block"
 
+    @override
     @classmethod
     def texts(cls) -> list[str]:
         return [cls.task_text(task) for task in cls.tasks("all")]
 
+    @override
     def reset(self, task: str, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self._colour = task.removeprefix("reach-")
         others = rng.permutation([colour for colour in _COLOURS if colour != self._colour])
         shown = [self._colour, *others[: rng.integers(len(others) + 1)]]
         self._blocks = dict(zip(shown, _scatter(rng, len(shown)), strict=True))
-        self._hand = rng.uniform(_MARGIN, 1 - _MARGIN, size=2)
+        self._hand = self._blocks[self._colour]
+        while np.linalg.norm(self._hand - self._blocks[self._colour]) < _LEAST_WAY:
+            self._hand = rng.uniform(_MARGIN, 1 - _MARGIN, size=2)
         self._setpoint = self._hand
 
+    @override
     def observe(self) -> Observation:
         image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), _TABLE, dtype=np.uint8)
         for colour, position in self._blocks.items():
@@ -69,14 +78,17 @@ class Blocks(World):
         _fill(image, self._hand, _HALF_HAND, _HAND)
         return Observation(image, self._hand.astype(np.float32))
 
+    @override
     def step(self, action: np.ndarray) -> None:
         self._setpoint = np.clip(np.asarray(action, dtype=np.float64), 0.0, 1.0)
         way = self._setpoint - self._hand
         self._hand = self._hand + way * min(1.0, _SPEED / max(float(np.linalg.norm(way)), 1e-9))
 
+    @override
     def expert(self) -> np.ndarray:
         return self._blocks[self._colour].astype(np.float32)
 
+    @override
     @property
     def success(self) -> bool:
         """The hand is at the block and was told to be there: passing over it does not count."""

@@ -56,7 +56,7 @@ def write_demonstrations(recipe: Recipe, output_dir: str | Path, processes: int 
     output_dir = Path(output_dir)
     if output_dir.exists():
         if read_recipe(output_dir) != recipe:
-            raise UserError(f"--output_dir {output_dir} exists and is not {recipe}: name another or remove it")
+            raise UserError(f"--output_dir {output_dir} exists and is not {recipe}: name another")
         return output_dir / "old", output_dir / "new"
     making = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     making.mkdir(parents=True)
@@ -106,7 +106,7 @@ def _write_data_set(recipe: Recipe, which: str, root: Path, record: Recorder) ->
         for episode in range(recipe.episodes_per_task)
         for task in world.tasks(which)
     ]
-    # Naming the video backend keeps LeRobot from probing torchcodec, which complains at length without FFmpeg.
+    # Naming the video backend keeps LeRobot from probing torchcodec, which prints pages without FFmpeg.
     data_set = LeRobotDataset.create(
         f"craft-ds/{recipe.world}-{which}",
         fps=world.fps,

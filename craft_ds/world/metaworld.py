@@ -10,7 +10,7 @@ import os
 import sys
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, override
 
 import numpy as np
 
@@ -58,14 +58,17 @@ class MetaWorld(World):
         self._raw = np.zeros(39)
         self._success = False
 
+    @override
     @classmethod
     def task_text(cls, task: str) -> str:
         return _lerobot_tables()["TASK_DESCRIPTIONS"][task]
 
+    @override
     @classmethod
     def texts(cls) -> list[str]:
         return list(_lerobot_tables()["TASK_DESCRIPTIONS"].values())
 
+    @override
     def reset(self, task: str, seed: int) -> None:
         if task != self._task:
             self._task, self._env = task, _build_environment(task)
@@ -74,6 +77,7 @@ class MetaWorld(World):
         self._raw, _ = self._env.reset()
         self._success = False
 
+    @override
     def observe(self) -> Observation:
         model, data = self._env.model, self._env.data
         if self._task not in self._renderers:
@@ -89,13 +93,16 @@ class MetaWorld(World):
         image = np.ascontiguousarray(renderer.render()[::-1, ::-1])  # this camera is mounted upside down
         return Observation(image, self._raw[: len(self.state_names)].astype(np.float32))
 
+    @override
     def step(self, action: np.ndarray) -> None:
         self._raw, _, _, _, info = self._env.step(np.clip(action, -1.0, 1.0).astype(np.float32))
         self._success = bool(info["success"])
 
+    @override
     def expert(self) -> np.ndarray:
         return np.clip(self._policy.get_action(self._raw), -1.0, 1.0).astype(np.float32)
 
+    @override
     @property
     def success(self) -> bool:
         return self._success
