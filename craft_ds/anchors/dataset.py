@@ -18,27 +18,28 @@ from craft_ds.policies.loading import policy_cameras
 _PARQUET_END = b"PAR1"
 
 
-def check_dataset_root(root: str | Path, flag: str = "--dataset_root") -> None:
+def check_dataset_root(root: str | Path) -> None:
     """Check that a folder holds a finished LeRobot v3 data set.
 
     Args:
         root: The data set's folder.
-        flag: The flag that named it, for the message.
 
     Raises:
         UserError: There is none, or its recording was not finalised.
     """
     root = Path(root)
     if not (root / "meta" / "info.json").is_file():
-        raise UserError(f"{flag}={root} holds no LeRobot data set: {root / 'meta' / 'info.json'} is missing")
+        raise UserError(
+            f"--dataset_root={root} holds no LeRobot data set: {root / 'meta' / 'info.json'} is missing"
+        )
     for folder in (root / "meta" / "episodes", root / "data"):
         files = sorted(folder.glob("*/*.parquet"))
         broken = [file for file in files if not _parquet_is_whole(file)]
         if broken or not files:
             what = f"{broken[0]} is cut off" if broken else f"{folder} holds no parquet file"
             raise UserError(
-                f"{flag}={root} was not finalised ({what}): the program that records it must end with "
-                "dataset.finalize()"
+                f"--dataset_root={root} was not finalised ({what}): the program that records it must "
+                "end with dataset.finalize()"
             )
 
 
@@ -56,7 +57,6 @@ def open_dataset(
     root: str | Path | None,
     config: PreTrainedConfig,
     preprocessor: PolicyProcessorPipeline,
-    flag: str = "--dataset_root",
 ) -> LeRobotDataset:
     """Open a data set with the action chunks that a policy trains on, episode tails padded as LeRobot does.
 
@@ -65,14 +65,13 @@ def open_dataset(
         root: Local folder; None looks in LeRobot's cache and then on the hub.
         config: The policy's configuration.
         preprocessor: The policy's preprocessor.
-        flag: The flag of ``root``, for messages.
 
     Raises:
         UserError: No finished data set there, or it lacks the policy's cameras, state or action.
     """
     local = Path(root) if root is not None else HF_LEROBOT_HOME / repo_id
     if root is not None or local.exists():
-        check_dataset_root(local, flag)
+        check_dataset_root(local)
     try:
         meta = LeRobotDatasetMetadata(repo_id, root=root)
         _check_features(meta, config, preprocessor)
@@ -89,7 +88,7 @@ def open_dataset(
     except Exception as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"data set {repo_id} cannot be opened ({first_line}): give its local folder by {flag}"
+            f"data set {repo_id} cannot be opened ({first_line}): give its local folder by --dataset_root"
         ) from error
 
 
