@@ -76,7 +76,7 @@ class CraftConfig:
             return
         _require(
             bool(self.anchor_cache_dir),
-            "--craft.enabled=true needs --craft.anchor_cache_dir: build one with scripts/build_anchor_cache.py",
+            "--craft.enabled=true needs --craft.anchor_cache_dir (scripts/build_anchor_cache.py builds one)",
         )
         for name in ("anchor_batch_size", "retention_freq"):
             value = getattr(self, name)

@@ -33,7 +33,7 @@ HISTORY_PLOT = "lambda_analysis.png"
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch as a pure function of step and rank, so that a resumed run draws what an unbroken one does."""
+    """Seed torch by step and rank alone, so that a resumed run draws what an unbroken one does."""
     torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)
 
 
@@ -269,7 +269,7 @@ def _check_inputs(config: TrainConfig) -> tuple[AnchorCache | None, Path]:
 def _check_resumable(config: TrainConfig, step: int) -> None:
     if step >= config.steps:
         raise UserError(
-            f"{config.checkpoint_path} has done {step} of --steps={config.steps} steps: raise --steps to go on"
+            f"{config.checkpoint_path} has done {step} of --steps={config.steps}: raise --steps to go on"
         )
     output_dir = Path(config.output_dir)
     later = [path for path in output_dir.glob("step_*") if path.is_dir() and path.name > f"step_{step:06d}"]

@@ -57,9 +57,13 @@ class TrainConfig(TrainPipelineConfig):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)} must be at least 1")
         self._refuse_unsupported()
-        if self.eval_freq and self.eval_steps and self.eval_freq != self.eval_steps:
-            raise UserError(f"--eval_freq={self.eval_freq} and --eval_steps={self.eval_steps} are one flag")
-        self.eval_freq = self.eval_steps = self.eval_freq or self.eval_steps
+        same: int = self.eval_steps
+        if self.eval_freq and same and self.eval_freq != same:
+            raise UserError(
+                f"--eval_freq={self.eval_freq} and --eval_steps={same} are the same thing: set one"
+            )
+        self.eval_freq = self.eval_freq or same
+        self.eval_steps = self.eval_freq
         if self.eval_freq and not self.dataset.eval_split:
             self.dataset.eval_split = 0.05
         try:

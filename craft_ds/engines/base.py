@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from craft_ds.policies.adapter import TokenLoss
+from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss
 
 Batch = dict[str, Tensor]
 
@@ -50,7 +50,7 @@ class Engine(Protocol):
         world_size: Number of processes.
     """
 
-    module: nn.Module
+    module: PolicyWithLoss
     optimizer: torch.optim.Optimizer
     device: torch.device
     rank: int

@@ -104,7 +104,7 @@ class ZeroEngine:
         for name, parameter, start, values in self._frozen_parts():
             yield Shard(name, tuple(parameter.ds_shape), start, values.float(), {})
 
-    def _frozen_parts(self) -> Iterator[tuple[str, torch.nn.Parameter, int, Tensor]]:
+    def _frozen_parts(self) -> Iterator[tuple[str, Any, int, Tensor]]:
         for name, parameter in self._layout.frozen(self.module.policy):
             size = parameter.ds_tensor.numel()
             start = self.rank * size

@@ -40,7 +40,7 @@ class Partition:
         numel: Elements of the part, without the padding that evens out the ranks.
     """
 
-    parameter: nn.Parameter
+    parameter: Any  # DeepSpeed hangs its ds_ attributes on it
     group: int
     offset: int
     start: int
@@ -125,7 +125,7 @@ class Zero3Layout:
         if persistent:
             persistent[0].all_gather(persistent)
 
-    def frozen(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    def frozen(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
         """Parameters that the optimizer does not hold."""
         trainable = {id(partition.parameter) for partition in self.partitions}
         for name, parameter in module.named_parameters():
