@@ -83,7 +83,7 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
         cli_overrides: Flags in draccus' form without the ``policy.`` prefix, such as ``--dtype=bfloat16``.
 
     Raises:
-        UserError: If there is no readable configuration of a known policy type.
+        UserError: If there is no readable configuration of a known policy type, or a tokenizer is missing.
     """
     directory = resolve_policy_path(path)
     if not (directory / CONFIG).is_file():
@@ -93,6 +93,11 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
     except Exception as error:
         raise UserError(f"{directory / CONFIG} is not a policy configuration: {_one_line(error)}") from error
     reroot_tokenizers(config, directory)
+    for field in ("text_tokenizer_name", "action_tokenizer_name"):
+        name = getattr(config, field, None)
+        # transformers would ask the hub for minutes before giving up on such a name.
+        if name and not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
+            raise UserError(f"{directory / CONFIG}: {field} '{name}' is neither a folder nor a hub id")
     return config
 
 
@@ -113,7 +118,8 @@ def load_policy(config: PreTrainedConfig, path: str | Path, device: str = "cpu")
         The policy in evaluation mode.
 
     Raises:
-        UserError: If a tokenizer or a weight file is missing or damaged, or names or shapes do not fit.
+        UserError: If a tokenizer cannot be loaded, a weight file is missing or damaged, or names or shapes do
+            not fit.
     """
     directory = resolve_policy_path(path)
     weight_files(directory)
@@ -123,7 +129,7 @@ def load_policy(config: PreTrainedConfig, path: str | Path, device: str = "cpu")
         # The weights are read below: drawing random ones first would only cost time.
         with no_init_weights():
             policy = get_policy_class(config.type)(config)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"cannot build the policy of '{path}': {_one_line(error.__cause__ or error)}"
         ) from error
@@ -151,7 +157,11 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / WEIGHTS_INDEX
     if not index.is_file():
         raise UserError(f"{directory / WEIGHTS} is missing: the policy has no weights")
-    files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: {_one_line(error)}") from error
+    files = [directory / name for name in sorted(names)]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing, but {index} names it")
