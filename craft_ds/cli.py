@@ -13,7 +13,7 @@ from craft_ds.errors import UserError
 def run_main(action: Callable[[], object]) -> None:
     """Run a command; bad input ends it with `error: …` on stderr and status 2, without a traceback."""
     # LeRobot logs several screens of loader tracebacks where FFmpeg is absent, then decodes with PyAV.
-    logging.getLogger().addFilter(lambda record: "torchcodec" not in str(record.msg))
+    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
     try:
         action()
     except UserError as error:

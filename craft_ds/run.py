@@ -177,6 +177,7 @@ class Run:
         """
         peaks = gather_objects(peak_memory_bytes(self.engine.device) / 2**20)
         self.logger.say("peak memory a rank: " + ", ".join(f"{peak:.0f} MiB" for peak in peaks))
+        self.logger.log(self.config.steps, {"memory/peak_mb": max(peaks)})
         if not self.config.save_checkpoint:
             return self.output_dir
         self._save(self.output_dir / "final", self.config.steps, final=True)

@@ -42,6 +42,7 @@ class TrainConfig(TrainPipelineConfig):
     craft: CraftConfig = field(default_factory=CraftConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval_freq: int = 0
+    eval_steps: int = 0
     gradient_accumulation_steps: int = 1
     max_skipped_steps: int = 10
 
