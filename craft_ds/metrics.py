@@ -159,9 +159,10 @@ class MetricsLogger:
         Args:
             step: Optimizer steps done so far.
             metrics: Plain numbers by key (see the module's docstring). The console shows a training line when
-                ``train/loss`` is among them and an evaluation line when an ``eval/`` key is.
+                ``train/loss`` is among them and an evaluation line when an ``eval/`` key is. Nothing measured,
+                nothing logged.
         """
-        if not self._active:
+        if not self._active or not metrics:
             return
         self._file.write(json_row(step, metrics) + "\n")
         self._file.flush()

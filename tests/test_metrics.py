@@ -65,6 +65,7 @@ def test_rows_and_console(tmp_path, capsys):
     logger.log(100, CRAFT)
     logger.advance()
     logger.log(200, {"eval/task_loss": 0.4})
+    logger.log(300, {})
     logger.close()
     assert read_rows(tmp_path) == [{"step": 100} | CRAFT, {"step": 200, "eval/task_loss": 0.4}]
     output = capsys.readouterr()
