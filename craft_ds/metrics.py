@@ -159,8 +159,8 @@ class MetricsLogger:
         Args:
             step: Optimizer steps done so far.
             metrics: Plain numbers by key (see the module's docstring). The console shows a training line when
-                ``train/loss`` is among them and an evaluation line when an ``eval/`` key is. Nothing measured,
-                nothing logged.
+                ``train/loss`` is among them and an evaluation line when an ``eval/`` key is. An empty
+                mapping is not recorded.
         """
         if not self._active or not metrics:
             return
