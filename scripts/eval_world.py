@@ -69,11 +69,7 @@ def print_table(world: World, success: dict[str, float], loss: dict[str, float])
     print(f"{'task':28s} {'':4s} {'success':>7s} {'loss/token':>10s}")
     for task, share in success.items():
         kind = "old" if task in world.old_tasks else "new"
-        print(
-            f"{task:28s} {kind:4s} {share:7.2f} {loss[task]:10.3f}"
-            if loss
-            else f"{task:28s} {kind:4s} {share:7.2f}"
-        )
+        print(f"{task:28s} {kind:4s} {share:7.2f} {f'{loss[task]:.3f}' if loss else '-':>10s}")
 
 
 if __name__ == "__main__":
