@@ -19,7 +19,7 @@ def epsilon_at(step: int, total_steps: int, config: CraftConfig) -> float:
 
     With p = min(t / T, 1) and T = `epsilon_decay_steps` (0: all training steps), ε falls from s =
     `epsilon_start` at t = 0 to e = `epsilon_end` at t = T and stays there:
-    `linear` s + (e − s)·p, `cosine` e + (s − e)·(1 + cos πp)/2, `exponential` s·(e/s)^p.
+    `linear` s + (e − s)·p, `cosine` s + (e − s)·(1 − cos πp)/2, `exponential` s·(e/s)^p.
 
     Args:
         step: Optimizer steps taken so far, t.
@@ -34,7 +34,7 @@ def epsilon_at(step: int, total_steps: int, config: CraftConfig) -> float:
         case "linear":
             return start + (end - start) * progress
         case "cosine":
-            return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+            return start + (end - start) * 0.5 * (1.0 - math.cos(math.pi * progress))
         case "exponential":
             return start * (end / start) ** progress
         case kind:

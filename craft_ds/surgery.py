@@ -82,7 +82,7 @@ def merge(triple: GramTriple, multiplier: float, config: CraftConfig) -> Merge:
         config: `use_grad_projection`, `conflict_threshold` and `projection_mode` are read.
 
     Warning:
-        A non-finite triple gives non-finite weights: check `triple.is_finite` and skip the step.
+        The weights of a non-finite triple mean nothing: check `triple.is_finite` and skip the step.
     """
     cosine = triple.cosine
     conflict = cosine < config.conflict_threshold
