@@ -50,8 +50,9 @@ def test_the_vocabulary_ends_with_the_action_tokens(text):
     )
 
 
-def test_training_texts_in_another_number_keep_action_whole(tmp_path):
-    tokenizer = build_text_tokenizer(["Acting on actions and actors"] * 500, tmp_path)
+def test_action_is_one_piece_even_when_the_texts_have_more_frequent_pieces(tmp_path):
+    words = ["".join(chr(97 + (7 * i + 3 * k * k) % 26) for k in range(6)) for i in range(40)]
+    tokenizer = build_text_tokenizer([" ".join(words * 3)] * 20, tmp_path)
     assert tokenizer.tokenize("Action: ")[0] == "Action"
 
 
