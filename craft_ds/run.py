@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.processor import PolicyProcessorPipeline
+from lerobot.processor import PolicyProcessorPipeline, RenameObservationsProcessorStep
 from torch.optim.lr_scheduler import LRScheduler
 
 from craft_ds.anchors.cache import AnchorCache
@@ -198,6 +198,8 @@ def open_run(config: TrainConfig) -> Run:
     """
     world_size = launched_world_size()
     config.validate()
+    torch.backends.cudnn.deterministic = config.cudnn_deterministic
+    torch.backends.cudnn.benchmark = not config.cudnn_deterministic
     ds_config = check_engine(config, world_size)
     join_ranks(config)
     cache, policy_dir = all_ranks(lambda: _check_inputs(config))
@@ -210,6 +212,9 @@ def open_run(config: TrainConfig) -> Run:
         config, module, lambda: config.optimizer.build(policy.get_optim_params()), ds_config
     )
     preprocessor, _ = all_ranks(lambda: load_processors(config.policy, policy_dir, str(engine.device)))
+    for processor in preprocessor.steps:
+        if config.rename_map and isinstance(processor, RenameObservationsProcessorStep):
+            processor.rename_map = config.rename_map
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
     anchors = all_ranks(lambda: _open_anchors(config, cache, engine))
     dual = DualState(config.craft)

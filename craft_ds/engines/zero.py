@@ -44,11 +44,15 @@ class ZeroEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # DeepSpeed casts the model before it makes the masters: keep the fp32 values until they are set.
         weights = {name: p.detach() for name, p in module.policy.named_parameters()}
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=build_optimizer(), config=config)
         self.device = self._engine.device
         self._layout = Zero3Layout(self._engine.optimizer, self.rank)
         self.optimizer = self._layout.optimizer
         self._names = {id(p): name for name, p in module.policy.named_parameters()}
+        # It casts buffers too; rotary frequencies in bf16 would be wrong by a whole turn at long range.
+        for name, buffer in module.named_buffers():
+            buffer.data = buffers[name].to(buffer.device)
         self.load_parameters(lambda name, start, stop: weights[name].reshape(-1)[start:stop])
 
     def forward(self, batch: Batch) -> TokenLoss:
