@@ -28,20 +28,8 @@ from craft_ds.policies.directory import (
     POSTPROCESSOR,
     PREPROCESSOR,
     WEIGHTS,
-    copy_policy_files,
 )
 from craft_ds.policies.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
-
-__all__ = [
-    "copy_policy_files",
-    "load_policy",
-    "load_policy_config",
-    "load_processors",
-    "locate_weights",
-    "policy_cameras",
-    "resolve_policy_path",
-    "tokenizer_fingerprint",
-]
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _EMBEDDING = "model.language_model.embed_tokens.weight"

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from craft_ds.errors import UserError
 from craft_ds.policies import loading
+from craft_ds.policies.directory import copy_policy_files
 from craft_ds.policies.loading import (
-    copy_policy_files,
     load_policy,
     load_policy_config,
     load_processors,
