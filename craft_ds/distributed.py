@@ -29,21 +29,27 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def all_ranks(action: Callable[[], Any]) -> Any:
-    """Run a check on every rank; if it fails on one, it fails on all, so that no rank waits for ever.
+    """Run an action on every rank; if it fails on one, it fails on all, so that no rank waits for ever.
 
     Collective: call on all ranks.
 
     Raises:
         UserError: What the first failing rank raised.
+        RuntimeError: Another rank raised anything else; that rank raises the error itself.
     """
-    result, message = None, None
+    result: Any = None
+    error: Exception | None = None
     try:
         result = action()
-    except UserError as error:
-        message = str(error)
-    for failure in gather_objects(message):
+    except Exception as caught:
+        error = caught
+    failures = gather_objects(error and (isinstance(error, UserError), type(error).__name__, str(error)))
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    for rank, failure in enumerate(failures):
         if failure is not None:
-            raise UserError(failure)
+            bad_input, kind, message = failure
+            raise UserError(message) if bad_input else RuntimeError(f"rank {rank} failed: {kind}: {message}")
     return result
 
 
