@@ -55,9 +55,14 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
                     f"resume from {run.output_dir / 'last'}"
                 )
             run.after_step(step + 1)
-        return run.finish()
-    finally:
-        run.close()
+        final = run.finish()
+    except BaseException:
+        # The other ranks may be in the middle of a step: to meet them here could take for ever. The launcher
+        # ends them when this one is gone.
+        run.logger.close()
+        raise
+    run.close()
+    return final
 
 
 def _one_step(run: Run, step: int) -> tuple[StepResult, RetentionRecord | None]:
