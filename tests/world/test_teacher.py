@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
+
+import craft_ds.world
+from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
+from craft_ds.world.base import ACTION, CAMERA, STATE
+from craft_ds.world.evaluation import evaluate
+from craft_ds.world.recording import record_episode
+
+ASSETS = Path(craft_ds.world.__file__).parent / "assets"
+TEACHER = ASSETS / "metaworld_teacher"
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    config = load_policy_config(TEACHER)
+    return load_policy(config, TEACHER), *load_processors(config, TEACHER)
+
+
+def test_all_that_ships_is_small_and_names_no_machine():
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4e6
+    for path in TEACHER.glob("*.json"):
+        assert '"/' not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_record_says_how_good_it_was():
+    record = json.loads((TEACHER / "teacher.json").read_text(encoding="utf-8"))
+    success = record["success"]
+    assert np.mean([success[task] for task in record["old_tasks"]]) >= 0.9
+    assert all(success[task] <= 0.1 for task in record["new_tasks"])
+    assert {"command", "hardware"} <= record.keys()
+
+
+def test_it_does_the_old_tasks_and_not_the_new_one(metaworld, teacher):
+    success = evaluate(*teacher, metaworld(), metaworld.tasks("all"), episodes=5, seed=7)
+    assert np.mean([success[task] for task in metaworld.old_tasks]) >= 0.8
+    assert success[metaworld.new_tasks[0]] <= 0.2
+
+
+@pytest.mark.filterwarnings(r"ignore:Constant\(s\) may be too high")
+def test_the_new_tasks_states_and_actions_survive_its_tokens(metaworld, teacher):
+    policy, preprocessor, postprocessor = teacher
+    world = metaworld()
+    task = world.new_tasks[0]
+    episode = record_episode(world, task, seed=1)
+    low, high = np.array(world.state_range)
+    assert (episode.states >= low).all()
+    assert (episode.states <= high).all()
+
+    chunks = np.lib.stride_tricks.sliding_window_view(episode.actions, world.chunk_size, axis=0)
+    chunks = torch.from_numpy(chunks.transpose(0, 2, 1).copy())
+    count = len(chunks)
+    sample = {
+        CAMERA: torch.zeros(count, 3, 64, 64),
+        STATE: torch.from_numpy(episode.states[:count]),
+        ACTION: chunks,
+        "task": [world.task_text(task)] * count,
+    }
+    batch = preprocessor(sample)
+    assert batch[ACTION_TOKEN_MASK].sum(1).max() < policy.config.max_action_tokens  # nothing was cut off
+    spelled = batch[ACTION_TOKENS][:, 1:]  # as a policy would have written them, after the start token
+    decoded = postprocessor(policy.detokenize_actions(spelled, world.chunk_size, 4))
+    assert (decoded.clip(-1, 1) - chunks).abs().mean() < 0.05
