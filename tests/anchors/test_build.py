@@ -323,6 +323,7 @@ def run_script(monkeypatch, *arguments):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return script.main()
 
 
