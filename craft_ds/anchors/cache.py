@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from craft_ds.errors import UserError
+from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
 
 FORMAT = "craft-ds anchor cache"
 VERSION = 1
@@ -124,8 +125,6 @@ class AnchorCache:
         Raises:
             UserError: Another tokenizer, camera set, image shape or token length.
         """
-        from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
-
         cameras = policy_cameras(config)
         if set(cameras) != set(self.cameras):
             self._mismatch("cameras", sorted(self.cameras), sorted(cameras))
