@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.initialization import no_init_weights
 
-from craft_ds.errors import UserError
+from craft_ds.errors import UserError, exits_as_user_error
 from craft_ds.policies.directory import (
     ACTION_STEPS,
     CONFIG,
@@ -76,10 +76,15 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
     directory = resolve_policy_path(path)
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory / CONFIG} is missing: '{path}' is not a policy directory")
+    overrides = cli_overrides or []
     try:
-        config = PreTrainedConfig.from_pretrained(directory, cli_overrides=cli_overrides or [])
+        with exits_as_user_error():
+            config = PreTrainedConfig.from_pretrained(directory, cli_overrides=overrides)
     except Exception as error:
-        raise UserError(f"{directory / CONFIG} is not a policy configuration: {_one_line(error)}") from error
+        flags = "".join(f" with --policy.{flag.removeprefix('--')}" for flag in overrides)
+        raise UserError(
+            f"{directory / CONFIG}{flags} is not a policy configuration: {_one_line(error)}"
+        ) from error
     reroot_tokenizers(config, directory)
     for field in ("text_tokenizer_name", "action_tokenizer_name"):
         name = getattr(config, field, None)
@@ -90,8 +95,11 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
 
 
 def policy_cameras(config: PreTrainedConfig) -> list[str]:
-    """The batch keys of the policy's cameras, in the policy's order."""
-    return list(config.image_features)
+    """The batch keys of the policy's real cameras, in the policy's order.
+
+    Empty cameras, which the policy fills with blank images itself, are in no data set.
+    """
+    return [name for name in config.image_features if ".empty_camera_" not in name]
 
 
 def load_policy(config: PreTrainedConfig, path: str | Path, device: str = "cpu") -> PreTrainedPolicy:
