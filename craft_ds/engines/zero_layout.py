@@ -123,6 +123,8 @@ class Zero3Layout:
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         persistent = self._zero.persistent_parameters
         if persistent:
+            # These are kept whole; a gather does nothing while their old values are there.
+            persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
     def frozen(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
