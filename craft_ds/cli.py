@@ -1,25 +1,37 @@
-"""What the thin scripts share: errors become one line and a status, once a node."""
+"""What the thin scripts share: errors become one line, once a node, and a status on every rank."""
 
 import argparse
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from craft_ds.distributed import is_node_main
-from craft_ds.errors import UserError
+from craft_ds.errors import TrainingDiverged, UserError
 
 
 def run_main(action: Callable[[], object]) -> None:
-    """Run a command; bad input ends it with `error: …` on stderr and status 2, without a traceback."""
+    """Run a command. What the user can mend, or did, ends it with one line on stderr and no traceback.
+
+    Status 2: bad input; 1: training diverged; 130: interrupted from the keyboard.
+    """
     # LeRobot logs several screens of loader tracebacks where FFmpeg is absent, then decodes with PyAV.
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
     try:
         action()
     except UserError as error:
-        if is_node_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        _leave(f"error: {error}", 2)
+    except TrainingDiverged as error:
+        _leave(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+
+
+def _leave(line: str, status: int) -> NoReturn:
+    if is_node_main():
+        print(line, file=sys.stderr, flush=True)
+    raise SystemExit(status) from None
 
 
 def train_main() -> None:
@@ -27,7 +39,7 @@ def train_main() -> None:
 
     def action() -> None:
         # Imported here, inside what turns errors into one line: LeRobot and torch take seconds.
-        from craft_ds.train_config import parse_arguments
+        from craft_ds.command_line import parse_arguments
         from craft_ds.trainer import train_craft
 
         train_craft(parse_arguments(sys.argv[1:]))

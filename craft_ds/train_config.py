@@ -1,12 +1,7 @@
 """The configuration of a run: LeRobot's `TrainPipelineConfig` and what craft-ds adds to it."""
 
-import argparse
-import re
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
@@ -15,13 +10,6 @@ from craft_ds.config import CraftConfig, EngineConfig
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.tokenizers import reroot_tokenizers
-
-# Written by the user as the launcher or the guide has it; understood as the field it means.
-_ALIASES = (
-    (re.compile(r"^--engine(?==|$)"), "--engine.name"),
-    (re.compile(r"^--ds_config(?==|$)"), "--engine.ds_config"),
-)
-_LAUNCHER_FLAG = re.compile(r"^--local[_-]rank(=|$)")
 
 
 @dataclass
@@ -54,10 +42,16 @@ class TrainConfig(TrainPipelineConfig):
         """
         self.craft.validate()
         self.engine.validate()
-        for name in ("steps", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}={getattr(self, name)} must be at least 1")
+        least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "num_workers": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise UserError(f"--{name}={getattr(self, name)} must be at least {minimum}")
         self._refuse_unsupported()
+        if not self.resume and self.output_dir and Path(self.output_dir).exists():
+            raise UserError(
+                f"--output_dir={self.output_dir} exists already: choose another, or go on with that run by "
+                f"--resume=true --config_path={self.output_dir}/last/{TRAIN_CONFIG_NAME}"
+            )
         same: int = self.eval_steps
         if self.eval_freq and same and self.eval_freq != same:
             raise UserError(
@@ -71,9 +65,6 @@ class TrainConfig(TrainPipelineConfig):
             super().validate()
         except (ValueError, OSError) as error:
             raise UserError(" ".join(str(error).split())) from error
-        assert self.policy is not None  # super().validate() has seen to it
-        if not self.policy.pretrained_path:
-            raise UserError("--policy.path is missing: craft-ds fine-tunes a trained policy, it makes none")
 
     def _refuse_unsupported(self) -> None:
         refused = {
@@ -92,14 +83,22 @@ class TrainConfig(TrainPipelineConfig):
     def _resolve_pretrained_from_cli(self) -> None:
         """Load the configuration of `--policy.path`, or find the checkpoint to resume."""
         path = parser.get_path_arg("policy")
-        if path:
+        if self.resume:
+            if path:
+                raise UserError(
+                    f"--policy.path={path} has no meaning with --resume=true, which goes on with the "
+                    "checkpoint of --config_path: leave one of them out"
+                )
+            self._resolve_resume_checkpoint()
+        elif path:
             overrides = parser.get_yaml_overrides("policy") + (parser.get_cli_overrides("policy") or [])
             self.policy = load_policy_config(path, overrides)
             self.policy.pretrained_path = Path(path)
-        elif self.resume:
-            self._resolve_resume_checkpoint()
-        if self.policy is not None:
-            self._settle_policy(self.policy)
+        if self.policy is None or not self.policy.pretrained_path:
+            raise UserError("--policy.path is missing: craft-ds fine-tunes a trained policy, it makes none")
+        # A configuration that was saved, or made in Python, may name its tokenizers where they lay once.
+        reroot_tokenizers(self.policy, self.policy.pretrained_path)
+        self._settle_policy(self.policy)
 
     def _settle_policy(self, policy: PreTrainedConfig) -> None:
         if policy.push_to_hub and policy.repo_id:
@@ -130,45 +129,3 @@ class TrainConfig(TrainPipelineConfig):
         self.checkpoint_path = path if path.is_dir() else path.parent
         if self.policy is not None:
             self.policy.pretrained_path = self.checkpoint_path
-            reroot_tokenizers(self.policy, self.checkpoint_path)
-
-
-def normalise_arguments(arguments: Sequence[str]) -> list[str]:
-    """Rewrite the short forms (`--engine=zero`, `--ds_config FILE`) and drop the launcher's flag."""
-    normalised = []
-    for argument in arguments:
-        if _LAUNCHER_FLAG.match(argument):
-            continue
-        for pattern, name in _ALIASES:
-            argument = pattern.sub(name, argument)
-        normalised.append(argument)
-    return normalised
-
-
-def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
-    """Parse the command line with LeRobot's own parser.
-
-    `sys.argv` is replaced too, because LeRobot reads `--policy.path` and `--config_path` from it again
-    when the configuration is validated.
-
-    Raises:
-        UserError: An unknown flag or a value that does not parse.
-    """
-    sys.argv[1:] = normalise_arguments(arguments)
-    config_path = parser.parse_arg("config_path")
-    if config_path and Path(config_path).suffix and not Path(config_path).exists():
-        raise UserError(f"--config_path={config_path}: no such file")
-
-    def error(self: argparse.ArgumentParser, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-    @parser.wrap()
-    def identity(config: TrainConfig) -> TrainConfig:
-        return config
-
-    # argparse would print several screens of usage before the one line that matters.
-    original, argparse.ArgumentParser.error = argparse.ArgumentParser.error, error  # type: ignore[method-assign]
-    try:
-        return identity()
-    finally:
-        argparse.ArgumentParser.error = original  # type: ignore[method-assign]

@@ -6,13 +6,10 @@ from pathlib import Path
 
 from craft_ds.config import CraftConfig
 from craft_ds.dual import RetentionRecord, epsilon_at
+from craft_ds.errors import TrainingDiverged
 from craft_ds.run import Run, open_run, seed_step
 from craft_ds.steps import RetentionResult, StepResult, retention_step, task_step
 from craft_ds.train_config import TrainConfig
-
-
-class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had a loss or a gradient that was not finite."""
 
 
 def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) -> Path:

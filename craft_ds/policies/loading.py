@@ -81,10 +81,9 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
         with exits_as_user_error():
             config = PreTrainedConfig.from_pretrained(directory, cli_overrides=overrides)
     except Exception as error:
-        flags = "".join(f" with --policy.{flag.removeprefix('--')}" for flag in overrides)
-        raise UserError(
-            f"{directory / CONFIG}{flags} is not a policy configuration: {_one_line(error)}"
-        ) from error
+        flags = " with " * bool(overrides) + " ".join(f"--policy.{flag[2:]}" for flag in overrides)
+        reason = _one_line(error)
+        raise UserError(f"{directory / CONFIG}{flags} is not a policy configuration: {reason}") from error
     reroot_tokenizers(config, directory)
     for field in ("text_tokenizer_name", "action_tokenizer_name"):
         name = getattr(config, field, None)
