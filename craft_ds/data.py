@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from lerobot.datasets.factory import make_train_eval_datasets
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.constants import HF_LEROBOT_HOME
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
+from craft_ds.anchors.dataset import check_dataset_root
 from craft_ds.errors import UserError
 from craft_ds.train_config import TrainConfig
 
@@ -61,26 +64,6 @@ class StepSampler(Sampler[list[int]]):
         return self._order[1][place]
 
 
-def check_dataset_root(config: TrainConfig) -> None:
-    """Say what is wrong with a local data set before LeRobot takes it for a missing hub data set.
-
-    Raises:
-        UserError: The root does not exist or holds no finished data set.
-    """
-    if config.dataset.root is None:
-        return
-    root = Path(config.dataset.root)
-    if not root.is_dir():
-        raise UserError(f"--dataset.root={root}: no such directory")
-    if not (root / "meta" / "info.json").is_file() or not any(
-        (root / "meta" / "episodes").rglob("*.parquet")
-    ):
-        raise UserError(
-            f"--dataset.root={root} is no finished LeRobot v3 data set (meta/info.json and meta/episodes are "
-            "needed): call finalize() after recording"
-        )
-
-
 def load_datasets(config: TrainConfig, cameras: list[str]) -> tuple[LeRobotDataset, LeRobotDataset | None]:
     """The training data set and, with `eval_freq`, the held-out one (last episodes of every task).
 
@@ -91,14 +74,18 @@ def load_datasets(config: TrainConfig, cameras: list[str]) -> tuple[LeRobotDatas
     Raises:
         UserError: The data set cannot be opened, lacks a camera or cannot be split.
     """
-    check_dataset_root(config)
+    root = Path(config.dataset.root or HF_LEROBOT_HOME / config.dataset.repo_id)
+    if config.dataset.root is not None or root.exists():
+        check_dataset_root(root, "--dataset.root")
     if not config.eval_freq:
         config.dataset.eval_split = 0.0
     try:
         train, heldout = make_train_eval_datasets(config)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub's client has a dozen of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--dataset.repo_id={config.dataset.repo_id}: {' '.join(str(error).split())}"
+            f"--dataset.repo_id={config.dataset.repo_id} cannot be opened: {reason}"
+            + ("" if config.dataset.root else " (a local data set is given by --dataset.root)")
         ) from error
     available = {config.rename_map.get(name, name) for name in train.meta.camera_keys}
     missing = sorted(set(cameras) - available)
@@ -109,6 +96,24 @@ def load_datasets(config: TrainConfig, cameras: list[str]) -> tuple[LeRobotDatas
             "--rename_map"
         )
     return train, heldout
+
+
+def check_processors(
+    config: TrainConfig, dataset: LeRobotDataset, preprocessor: PolicyProcessorPipeline
+) -> None:
+    """Send one sample through the policy's processors.
+
+    Raises:
+        UserError: They cannot take it.
+    """
+    try:
+        preprocessor(images_to_float(default_collate([dataset[0]])))
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--dataset.repo_id={config.dataset.repo_id} does not fit the policy's processors ({reason}): "
+            "take a data set with the policy's state and action"
+        ) from error
 
 
 def training_batches(

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.checkpoint import load_checkpoint, read_manifest, save_checkpoint, step_directory
-from craft_ds.data import heldout_batches, images_to_float, load_datasets, training_batches
+from craft_ds.data import check_processors, heldout_batches, images_to_float, load_datasets, training_batches
 from craft_ds.distributed import all_ranks, gather_objects, is_node_main, launched_world_size, main_first
 from craft_ds.dual import DualState, RetentionRecord
 from craft_ds.engines import build_engine, check_engine, join_ranks
@@ -215,6 +215,7 @@ def open_run(config: TrainConfig) -> Run:
     for processor in preprocessor.steps:
         if config.rename_map and isinstance(processor, RenameObservationsProcessorStep):
             processor.rename_map = config.rename_map
+    all_ranks(lambda: check_processors(config, train, preprocessor))
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
     anchors = all_ranks(lambda: _open_anchors(config, cache, engine))
     dual = DualState(config.craft)
@@ -230,16 +231,7 @@ def open_run(config: TrainConfig) -> Run:
     batches = all_ranks(lambda: training_batches(config, train, engine.rank, engine.world_size, start_step))
     engine.barrier()  # nobody makes the output directory before everybody has seen that it is free
     output_dir = Path(config.output_dir)
-    logger = all_ranks(
-        lambda: MetricsLogger(
-            output_dir,
-            config.steps,
-            config.wandb,
-            config.to_dict(),
-            is_main=engine.rank == 0,
-            resume_step=start_step if config.resume else None,
-        )
-    )
+    logger = all_ranks(lambda: _open_logger(config, engine, start_step))
     logger.say(f"✓ data set: {train.num_episodes} episodes, {len(train)} samples")
     count = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
     logger.say(f"✓ policy: {config.policy.type}, {count / 1e6:.2f} M parameters, {_describe(engine, config)}")
@@ -300,6 +292,20 @@ def _open_anchors(config: TrainConfig, cache: AnchorCache | None, engine: Engine
         world_size=engine.world_size,
         seed=config.seed or 0,
     )
+
+
+def _open_logger(config: TrainConfig, engine: Engine, start_step: int) -> MetricsLogger:
+    try:
+        return MetricsLogger(
+            Path(config.output_dir),
+            config.steps,
+            config.wandb,
+            config.to_dict(),
+            is_main=engine.rank == 0,
+            resume_step=start_step if config.resume else None,
+        )
+    except OSError as error:
+        raise UserError(f"--output_dir={config.output_dir} cannot be written: {error}") from error
 
 
 def _describe(engine: Engine, config: TrainConfig) -> str:

@@ -18,27 +18,26 @@ from craft_ds.policies.loading import policy_cameras
 _PARQUET_END = b"PAR1"
 
 
-def check_dataset_root(root: str | Path) -> None:
+def check_dataset_root(root: str | Path, flag: str = "--dataset_root") -> None:
     """Check that a folder holds a finished LeRobot v3 data set.
 
     Args:
         root: The data set's folder.
+        flag: What the message calls it.
 
     Raises:
         UserError: There is none, or its recording was not finalised.
     """
     root = Path(root)
     if not (root / "meta" / "info.json").is_file():
-        raise UserError(
-            f"--dataset_root={root} holds no LeRobot data set: {root / 'meta' / 'info.json'} is missing"
-        )
+        raise UserError(f"{flag}={root} holds no LeRobot data set: {root / 'meta' / 'info.json'} is missing")
     for folder in (root / "meta" / "episodes", root / "data"):
         files = sorted(folder.glob("*/*.parquet"))
         broken = [file for file in files if not _parquet_is_whole(file)]
         if broken or not files:
             what = f"{broken[0]} is cut off" if broken else f"{folder} holds no parquet file"
             raise UserError(
-                f"--dataset_root={root} was not finalised ({what}): the program that records it must "
+                f"{flag}={root} was not finalised ({what}): the program that records it must "
                 "end with dataset.finalize()"
             )
 
