@@ -62,8 +62,7 @@ def save_checkpoint(
         extra: Writes further files into the directory that it is given (main rank only).
 
     Raises:
-        UserError: The directory exists.
-        OSError: The disk is full or the directory is not writable.
+        UserError: On all ranks: the directory exists, the disk is full or not writable.
     """
     temporary = directory.with_name(directory.name + ".tmp")
 
@@ -82,9 +81,8 @@ def save_checkpoint(
         if extra is not None:
             extra(temporary)
 
-    on_main(prepare)
-    _write_shards(temporary, engine)
-    engine.barrier()
+    on_main(lambda: _write(directory, prepare))
+    all_ranks(lambda: _write(directory, lambda: _write_shards(temporary, engine)))
     hashes = _hash_segments(temporary, engine.rank, engine.world_size)
 
     def finish() -> None:
@@ -104,7 +102,14 @@ def save_checkpoint(
         _point_last_at(directory)
         _fsync(directory.parent)
 
-    on_main(finish)
+    on_main(lambda: _write(directory, finish))
+
+
+def _write(directory: Path, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise UserError(f"checkpoint {directory} cannot be written: {error}") from error
 
 
 def _create_tensor_files(directory: Path, engine: Engine) -> None:
