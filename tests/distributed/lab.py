@@ -1,0 +1,191 @@
+"""Where scenarios run: engines over small policies, and what a rank holds written down for comparison.
+
+The same scenario runs on one process with the reference engine and on several ranks with ZeRO-3.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from toy import ToyPolicy, deal, samples
+
+from craft_ds.config import CraftConfig
+from craft_ds.engines.base import Batch, Engine
+from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
+from craft_ds.engines.single import SingleEngine
+from craft_ds.policies.adapter import PolicyWithLoss
+from craft_ds.policies.loading import load_policy, load_policy_config
+from craft_ds.policies.testing import random_batch
+
+DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
+
+
+@dataclass
+class Output:
+    """What a scenario found on one rank: parts of flat tensors by name, and plain values."""
+
+    parts: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
+    values: dict = field(default_factory=dict)
+
+    def add(self, prefix: str, parts: Iterator[tuple[str, int, Tensor]]) -> None:
+        for name, start, tensor in parts:
+            self.parts[f"{prefix}/{name}"] = (start, tensor.detach().cpu().clone())
+
+    def save(self, directory: Path, name: str, rank: int) -> None:
+        tensors = {f"{key}@{start}": tensor for key, (start, tensor) in self.parts.items()}
+        save_file(tensors, directory / f"{name}.{rank}.safetensors")
+        # The JSON comes last: it says that the scenario is done.
+        (directory / f"{name}.{rank}.json").write_text(json.dumps(self.values))
+
+
+@dataclass
+class Result:
+    """What all ranks found: whole flat tensors, and one dictionary of values a rank."""
+
+    tensors: dict[str, Tensor]
+    values: list[dict]
+
+    @classmethod
+    def of(cls, outputs: list[Output]) -> "Result":
+        found: dict[str, dict[int, Tensor]] = {}
+        for output in outputs:
+            for key, (start, tensor) in output.parts.items():
+                assert start not in found.setdefault(key, {}), f"{key}: element {start} is held twice"
+                found[key][start] = tensor
+        tensors = {}
+        for key, parts in found.items():
+            end = 0
+            for start, tensor in sorted(parts.items()):
+                assert start == end, f"{key}: elements {end} to {start} are held by no rank, or twice"
+                end += tensor.numel()
+            tensors[key] = torch.cat([tensor for _, tensor in sorted(parts.items())])
+        return cls(tensors, [output.values for output in outputs])
+
+    @classmethod
+    def load(cls, directory: Path, name: str, world_size: int) -> "Result":
+        outputs = []
+        for rank in range(world_size):
+            parts = {}
+            for key, tensor in load_file(directory / f"{name}.{rank}.safetensors").items():
+                label, start = key.rsplit("@", 1)
+                parts[label] = (int(start), tensor)
+            outputs.append(Output(parts, json.loads((directory / f"{name}.{rank}.json").read_text())))
+        return cls.of(outputs)
+
+
+@dataclass
+class Lab:
+    """A rank and how to build engines on it.
+
+    Attributes:
+        rank: This rank.
+        world_size: Number of ranks; 1 means the single-process reference.
+        policy_dir: A tiny pi0_fast.
+        scratch: A directory that all ranks, and later spawns, share.
+    """
+
+    rank: int
+    world_size: int
+    policy_dir: Path
+    scratch: Path
+
+    def engine(
+        self,
+        policy: nn.Module,
+        *,
+        dtype: str = "float32",
+        persistence: int | None = None,
+        lr: float = 1e-2,
+        eps: float = 1e-8,
+    ) -> Engine:
+        """An engine over a policy with AdamW.
+
+        Args:
+            policy: The policy, fp32.
+            dtype: Dtype of forward and backward.
+            persistence: ZeRO-3 keeps smaller parameters whole; None: as in the project's configuration.
+            lr: Learning rate.
+            eps: AdamW's epsilon.
+        """
+        module = PolicyWithLoss(policy)
+        trainable = [p for p in policy.parameters() if p.requires_grad]
+
+        def build_optimizer():
+            return torch.optim.AdamW(trainable, lr=lr, eps=eps, weight_decay=0.1)
+
+        if self.world_size == 1:
+            return SingleEngine(module, build_optimizer, torch.device("cpu"), getattr(torch, dtype))
+        from craft_ds.engines.zero import ZeroEngine
+
+        config = resolve_ds_config(
+            read_ds_config(DS_CONFIG),
+            path=str(DS_CONFIG),
+            batch_size=1,
+            gradient_accumulation_steps=1,
+            grad_clip_norm=1.0,
+            bf16=dtype == "bfloat16",
+            world_size=self.world_size,
+        )
+        if persistence is not None:
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
+        return ZeroEngine(module, build_optimizer, config)
+
+    def toy_engine(self, *, width: int = 7, inner: int = 13, seed: int = 0, **options) -> Engine:
+        return self.engine(ToyPolicy(width, inner, seed), **options)
+
+    def pi0_engine(self, policy_dir: Path | None = None, **options) -> Engine:
+        directory = policy_dir or self.policy_dir
+        policy = load_policy(load_policy_config(directory), directory)
+        # Some gradients of attention are zero but for rounding; AdamW must not divide them by themselves.
+        return self.engine(policy, eps=1e-4, **options)
+
+    def toy_batches(self, step: int, accumulation: int, *, retention: bool = False) -> list[Batch]:
+        return list(deal(samples(step, retention=retention), accumulation, self.rank, self.world_size))
+
+    def pi0_batches(self, step: int, accumulation: int) -> list[Batch]:
+        batch = random_batch(load_policy_config(self.policy_dir), 6, seed=step)
+        return list(deal(batch, accumulation, self.rank, self.world_size))
+
+
+def craft_config(mode: str = "weighted", threshold: float = 0.0) -> CraftConfig:
+    return CraftConfig(enabled=True, projection_mode=mode, conflict_threshold=threshold)
+
+
+def gradients(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
+    """This rank's part of every parameter's accumulated gradient, by DeepSpeed's own public call."""
+    if isinstance(engine, SingleEngine):
+        engine.gradient()
+        for name, parameter in engine.module.policy.named_parameters():
+            if parameter.requires_grad:
+                yield name, 0, parameter.grad.reshape(-1)
+        return
+    from deepspeed.utils import safe_get_local_grad
+
+    for name, parameter in engine.module.policy.named_parameters():
+        if parameter.requires_grad:
+            whole = safe_get_local_grad(parameter).reshape(-1)
+            start = engine.rank * whole.numel()
+            numel = min(whole.numel(), parameter.ds_numel - start)
+            if numel > 0:
+                yield name, start, whole[:numel]
+
+
+def masters(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
+    for shard in engine.shards():
+        yield shard.name, shard.start, shard.master
+
+
+def moments(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
+    for shard in engine.shards():
+        for key, values in shard.state.items():
+            yield f"{shard.name}.{key}", shard.start, values
+
+
+def let_go(engine: Engine) -> None:
+    """Free an engine but stay in the process group: the next scenario needs it."""
+    if not isinstance(engine, SingleEngine):
+        engine._engine.destroy()

@@ -1,0 +1,366 @@
+"""What is run on every number of ranks. A scenario builds its engine, works, and says what it holds.
+
+Scenarios of `PARITY` run on the reference too and must find the same there.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+from collectives import CollectiveCounter
+from lab import Lab, Output, craft_config, gradients, let_go, masters, moments
+
+import craft_ds.steps
+from craft_ds.checkpoint import load_checkpoint, save_checkpoint
+from craft_ds.distributed import all_ranks, on_main
+from craft_ds.engines.base import Engine
+from craft_ds.errors import UserError
+from craft_ds.memory_counter import MemoryCounter
+from craft_ds.steps import accumulate, measure, retention_step, task_step
+from craft_ds.tensor_file import TensorFile
+from craft_ds.trainer import _one_step
+
+NEVER, ALWAYS = -1.0, 1.0
+NO_CLIP = 0.0
+FOLLOWED_BY = {"weighted": 0.7, "equal": 1.5, "task_priority": 2.0}
+
+
+def surgery(lab: Lab, mode: str, threshold: float) -> Output:
+    """One retention step that stops before the optimizer: triple, weights, merged gradient."""
+    engine, output = lab.toy_engine(), Output()
+
+    def record() -> None:
+        output.add("merged", gradients(engine))
+        engine.drop_gradient()
+
+    engine.step = record  # type: ignore[method-assign]
+    _, seen = retention_step(
+        engine,
+        lab.toy_batches(0, 1),
+        lab.toy_batches(0, 1, retention=True),
+        None,
+        FOLLOWED_BY[mode],
+        craft_config(mode, threshold),
+        NO_CLIP,
+    )
+    output.values |= {"triple": list(seen.triple), "merge": list(seen.merge), "loss": seen.loss}
+    let_go(engine)
+    return output
+
+
+def _steps(
+    engine: Engine, task, anchors, output: Output, kinds: str, max_norm: float, first: int = 0
+) -> None:
+    """Task steps and retention steps, `T` and `R`; every retention step takes another mode."""
+    for step, kind in enumerate(kinds, first):
+        if kind == "T":
+            result = task_step(engine, task(step), max_norm)
+        else:
+            mode = list(FOLLOWED_BY)[step % 3]
+            # Every other step measures the constraint on anchors of its own.
+            constraint = anchors(step + 50) if step % 2 else None
+            config = craft_config(mode, threshold=0.0)
+            result, seen = retention_step(
+                engine, task(step), anchors(step), constraint, FOLLOWED_BY[mode], config, max_norm
+            )
+            output.values[f"retention{step}"] = [seen.loss, *seen.triple]
+        assert result.applied
+        output.values[f"step{step}"] = [result.loss, result.grad_norm]
+
+
+def trajectory(
+    lab: Lab, accumulation: int, max_norm: float, persistence: int | None = None, dtype: str = "float32"
+) -> Output:
+    """Six steps of both kinds; parameters and moments at the end."""
+    engine, output = lab.toy_engine(persistence=persistence, dtype=dtype), Output()
+    output.add("loaded", masters(engine))
+    output.values["dtypes"] = sorted({str(p.dtype) for p in engine.module.parameters()})
+    _steps(
+        engine,
+        lambda step: lab.toy_batches(step, accumulation),
+        lambda step: lab.toy_batches(step, accumulation + 1, retention=True),
+        output,
+        "TRTRRT",
+        max_norm,
+    )
+    output.add("parameters", masters(engine))
+    output.add("moments", moments(engine))
+    states = [tensor.dtype for shard in engine.shards() for tensor in (shard.master, *shard.state.values())]
+    output.values["master_dtypes"] = sorted({str(dtype) for dtype in states})
+    let_go(engine)
+    return output
+
+
+def pi0(lab: Lab, accumulation: int) -> Output:
+    """The same on a tiny pi0_fast."""
+    engine, output = lab.pi0_engine(persistence=0 if accumulation > 1 else None, lr=1e-3), Output()
+    _steps(
+        engine,
+        lambda step: lab.pi0_batches(step, accumulation),
+        lambda step: lab.pi0_batches(step + 100, 2),
+        output,
+        "TRR",
+        max_norm=1.0,
+    )
+    output.add("parameters", masters(engine))
+    output.add("moments", moments(engine))
+    let_go(engine)
+    return output
+
+
+def untouched(lab: Lab, *, zeroing: bool = True) -> Output:
+    """The gradients of the two passes; `zeroing=False` breaks the engine in the way to guard against."""
+    engine, output = lab.toy_engine(), Output()
+    if not zeroing:
+        layout = engine._layout
+        layout.clear_gradient = lambda: layout._zero.zero_grad(set_to_none=True)
+    accumulate(engine, lab.toy_batches(0, 1))
+    output.add("task", gradients(engine))
+    engine.take_gradient()
+    accumulate(engine, lab.toy_batches(0, 1, retention=True))
+    output.add("retention", gradients(engine))
+    engine.take_gradient()
+    accumulate(engine, lab.toy_batches(0, 1))
+    output.add("again", gradients(engine))
+    engine.drop_gradient()
+    let_go(engine)
+    return output
+
+
+def _collectives(action: Callable[[], object]) -> list:
+    with CollectiveCounter() as counter:
+        action()
+    return sorted([name, size, count] for (name, size), count in counter.seen.items())
+
+
+def collectives(lab: Lab) -> Output:
+    """What the steps send, beside what their passes send without any surgery."""
+    # Parameters are gathered, not kept, so that there is something to count.
+    engine, output = lab.toy_engine(persistence=0), Output()
+    task, anchors = lab.toy_batches(0, 2), lab.toy_batches(0, 2, retention=True)
+    craft = craft_config()
+
+    def task_only() -> None:
+        task_step(engine, task, 1.0)
+
+    def retention() -> None:
+        retention_step(engine, task, anchors, anchors, 1.0, craft, 1.0)
+
+    def passes_of_task() -> None:
+        accumulate(engine, task)
+        engine.step()
+
+    def passes_of_retention() -> None:
+        accumulate(engine, task)
+        engine.drop_gradient()
+        accumulate(engine, anchors)
+        measure(engine, anchors)
+        engine.step()
+
+    def baseline() -> None:
+        run = SimpleNamespace(
+            config=SimpleNamespace(craft=craft),
+            engine=engine,
+            dual=None,
+            anchors=None,
+            task_batches=lambda: task,
+            max_norm=1.0,
+        )
+        _one_step(run, 0)  # type: ignore[arg-type]
+
+    actions = (task_only, retention, passes_of_task, passes_of_retention, baseline)
+    for action in actions:
+        # ZeRO-3 learns the order of modules in one pass and prefetches by it in the next: settle it.
+        for _ in range(3):
+            task_only()
+        output.values[action.__name__] = _collectives(action)
+    let_go(engine)
+    return output
+
+
+def memory(lab: Lab) -> Output:
+    """Peaks of both kinds of step, and the largest tensors that surgery itself asks for."""
+    engine, output = lab.toy_engine(width=257, inner=131, persistence=0), Output()
+    task, anchors = lab.toy_batches(0, 1), lab.toy_batches(0, 1, retention=True)
+    craft = craft_config(threshold=ALWAYS)
+
+    def plain() -> None:
+        task_step(engine, task, 1.0)
+
+    def retention() -> None:
+        retention_step(engine, task, anchors, None, 1.0, craft, 1.0)
+
+    for action in (plain, retention, plain, retention):
+        with MemoryCounter() as counter:
+            action()
+        output.values[action.__name__] = counter.peak
+
+    largest: dict[str, int] = {}
+
+    def watched(name: str, function: Callable) -> Callable:
+        def wrapper(*args):
+            with MemoryCounter() as counter:
+                result = function(*args)
+            largest[name] = counter.largest
+            return result
+
+        return wrapper
+
+    engine.take_gradient = watched("take_gradient", engine.take_gradient)  # type: ignore[method-assign]
+    originals = {name: getattr(craft_ds.steps, name) for name in ("gram", "merge", "merge_")}
+    try:
+        for name, function in originals.items():
+            setattr(craft_ds.steps, name, watched(name, function))
+        retention()
+    finally:
+        for name, function in originals.items():
+            setattr(craft_ds.steps, name, function)
+    output.values["largest"] = largest
+    output.values["shard"] = sum(part.numel() * 4 for part in engine.gradient())
+    output.values["gradient"] = sum(
+        getattr(p, "ds_numel", p.numel()) * 4 for p in engine.module.parameters() if p.requires_grad
+    )
+    let_go(engine)
+    return output
+
+
+def _continue(lab: Lab, engine: Engine, output: Output, kinds: str, first: int) -> None:
+    _steps(
+        engine,
+        lambda step: lab.pi0_batches(step, 1),
+        lambda step: lab.pi0_batches(step + 100, 1),
+        output,
+        kinds,
+        1.0,
+        first,
+    )
+
+
+def _train_config(lab: Lab):
+    from lerobot.configs.default import DatasetConfig
+
+    from craft_ds.policies.loading import load_policy_config
+    from craft_ds.train_config import TrainConfig
+
+    config = TrainConfig(dataset=DatasetConfig(repo_id="none"), policy=load_policy_config(lab.policy_dir))
+    config.engine.name = "single" if lab.world_size == 1 else "zero"
+    return config
+
+
+def save_and_resume(lab: Lab) -> Output:
+    """Three steps, a checkpoint, two more; and the same two again from the checkpoint."""
+    output, directory = Output(), lab.scratch / f"from{lab.world_size}"
+    engine = lab.pi0_engine()
+    _continue(lab, engine, output, "TRT", 0)
+    save_checkpoint(
+        directory,
+        engine=engine,
+        config=_train_config(lab),
+        policy_dir=lab.policy_dir,
+        scheduler_state=None,
+        craft_state={"multiplier": 1.5},
+        step=3,
+    )
+    output.add("saved", masters(engine))
+    output.add("saved", moments(engine))
+    _continue(lab, engine, output, "RT", 3)
+    output.add("unbroken", masters(engine))
+    output.add("unbroken", moments(engine))
+    let_go(engine)
+
+    engine = lab.pi0_engine(directory)
+    scheduler_state, craft_state, step = load_checkpoint(directory, engine)
+    output.values["loaded"] = [scheduler_state, craft_state, step]
+    output.add("loaded", masters(engine))
+    output.add("loaded", moments(engine))
+    _continue(lab, engine, output, "RT", 3)
+    output.add("resumed", masters(engine))
+    output.add("resumed", moments(engine))
+    let_go(engine)
+    return output
+
+
+def load_from(lab: Lab, world_size: int) -> Output:
+    """Go on from a checkpoint of another number of ranks, its parameters read by shard."""
+    output, directory = Output(), lab.scratch / f"from{world_size}"
+    engine = lab.pi0_engine()
+    with TensorFile(directory / "model.safetensors") as weights:
+        engine.load_parameters(weights.read)
+    load_checkpoint(directory, engine)
+    output.add("loaded", masters(engine))
+    output.add("loaded", moments(engine))
+    _continue(lab, engine, output, "RT", 3)
+    output.add("continued", masters(engine))
+    let_go(engine)
+    return output
+
+
+def failing_rank(lab: Lab) -> Output:
+    """One rank fails: what every rank hears."""
+    last = lab.world_size - 1
+
+    def bad_input() -> None:
+        if lab.rank == last:
+            raise UserError("no such file")
+
+    def bug() -> None:
+        if lab.rank == last:
+            raise KeyError("weight")
+
+    def full_disk() -> None:
+        raise OSError("no space left")
+
+    heard = {}
+    for name, call in {
+        "bad_input": lambda: all_ranks(bad_input),
+        "bug": lambda: all_ranks(bug),
+        "full_disk": lambda: on_main(full_disk),
+    }.items():
+        try:
+            call()
+            heard[name] = None
+        except Exception as error:
+            heard[name] = [type(error).__name__, str(error)]
+    heard["after"] = all_ranks(lambda: lab.rank)
+    return Output(values=heard)
+
+
+PARITY: dict[str, Callable[[Lab], Output]] = {
+    **{
+        f"surgery-{mode}-{name}": partial(surgery, mode=mode, threshold=threshold)
+        for mode in FOLLOWED_BY
+        for name, threshold in (("conflict", ALWAYS), ("agreement", NEVER))
+    },
+    **{
+        f"trajectory-accumulate{accumulation}-{clip}": partial(
+            trajectory,
+            accumulation=accumulation,
+            max_norm=max_norm,
+            persistence=0 if clip == "clipped" else None,
+        )
+        for accumulation in (1, 2)
+        for clip, max_norm in (("clipped", 0.05), ("unclipped", NO_CLIP))
+    },
+    "untouched": untouched,
+    "bf16": partial(trajectory, accumulation=2, max_norm=0.05, dtype="bfloat16"),
+    "pi0-accumulate1": partial(pi0, accumulation=1),
+    "pi0-accumulate2": partial(pi0, accumulation=2),
+    "save_and_resume": save_and_resume,
+}
+SHARDED: dict[str, Callable[[Lab], Output]] = {
+    "untouched-without-zeroing": partial(untouched, zeroing=False),
+    "collectives": collectives,
+    "memory": memory,
+    "failing_rank": failing_rank,
+}
+# 3 ranks run after 2 ranks.
+OF_WORLD_SIZE: dict[int, dict[str, Callable[[Lab], Output]]] = {
+    1: {"load_from2": partial(load_from, world_size=2), "load_from3": partial(load_from, world_size=3)},
+    2: {},
+    3: {"load_from2": partial(load_from, world_size=2)},
+}
+
+
+def scenarios_of(world_size: int) -> dict[str, Callable[[Lab], Output]]:
+    """Everything that runs on so many ranks, in order."""
+    return PARITY | (SHARDED if world_size > 1 else {}) | OF_WORLD_SIZE[world_size]

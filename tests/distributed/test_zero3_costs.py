@@ -1,0 +1,50 @@
+"""What surgery costs beside the passes: one small all-reduce and one gradient shard."""
+
+from collections import Counter
+
+ALL_REDUCE = "allreduce_.default"
+
+
+def counts(entries):
+    return Counter({(name, size): count for name, size, count in entries})
+
+
+def test_surgery_adds_one_all_reduce_of_64_bytes(ranks):
+    for values in ranks["collectives"].values:
+        added = counts(values["retention"])
+        added.subtract(counts(values["passes_of_retention"]))
+        assert {key: count for key, count in added.items() if count} == {(ALL_REDUCE, 64): 1}
+
+
+def test_a_task_step_adds_one_all_reduce_of_24_bytes(ranks):
+    for values in ranks["collectives"].values:
+        added = counts(values["task_only"])
+        added.subtract(counts(values["passes_of_task"]))
+        assert {key: count for key, count in added.items() if count} == {(ALL_REDUCE, 24): 1}
+
+
+def test_the_baseline_is_the_plain_task_step(ranks):
+    for values in ranks["collectives"].values:
+        assert values["baseline"] == values["task_only"]
+
+
+def test_the_counter_sees_what_the_engine_sends(ranks):
+    names = {name for name, *_ in ranks["collectives"].values[0]["passes_of_task"]}
+    assert any("allgather" in name for name in names)
+    assert any("reduce_scatter" in name for name in names)
+
+
+def test_a_retention_step_needs_at_most_1_3_gradient_shards_more(ranks):
+    for values in ranks["memory"].values:
+        extra = (values["retention"] - values["plain"]) / values["shard"]
+        assert 0.9 <= extra <= 1.3
+
+
+def test_no_rank_allocates_a_full_gradient_for_surgery(ranks):
+    for values in ranks["memory"].values:
+        assert values["gradient"] > (ranks.world_size - 0.1) * values["shard"]
+        largest = values["largest"]
+        assert largest["take_gradient"] == values["shard"]
+        # Eight scalars and a block's products; nothing that grows with the model.
+        assert largest["gram"] <= 1024
+        assert largest["merge"] == largest["merge_"] == 0

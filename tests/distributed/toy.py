@@ -1,0 +1,81 @@
+"""A policy small enough to see through, with every awkward parameter that sharding can meet."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from craft_ds.policies.adapter import TokenLoss, token_loss
+
+INPUT, LENGTH, CLASSES, SAMPLES = 5, 6, 3, 12
+
+
+class Table(nn.Module):
+    """A single parameter in a module of its own, so that ZeRO-3 gathers it when it is used."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(shape) * 0.5)
+
+    def forward(self) -> Tensor:
+        # A view, so that it carries a gradient hook like any other output.
+        return self.values * 1.0
+
+
+class ToyPolicy(nn.Module):
+    """Classifies each token. No size divides by 2 and 3, and two parameters are smaller than 3 ranks."""
+
+    def __init__(self, width: int = 7, inner: int = 13, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.trunk = nn.Linear(INPUT, width)  # 7x5
+        self.scale = Table(1)  # empty on all ranks but one
+        self.pair = Table(2)  # empty on the last of three ranks
+        self.inner = nn.Linear(width, inner)
+        self.outer = nn.Linear(inner, 11, bias=False)  # 11x13
+        self.head = nn.Linear(11, CLASSES)
+        self.task_only = nn.Linear(11, CLASSES)
+        self.retention_only = nn.Linear(11, CLASSES)
+        self.unused = Table(5)
+        self.frozen = nn.Linear(INPUT, INPUT).requires_grad_(False)
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        x = batch["x"].to(self.trunk.weight.dtype)
+        hidden = torch.tanh(self.trunk(x + self.frozen(x))) * self.scale()
+        pair = self.pair()
+        hidden = torch.cat([hidden[..., :2] * pair, hidden[..., 2:]], dim=-1)
+        hidden = torch.tanh(self.outer(torch.tanh(self.inner(hidden))))
+        own = self.retention_only if bool(batch["retention"]) else self.task_only
+        return self.head(hidden) + own(hidden)
+
+
+@token_loss.register
+def _toy_loss(policy: ToyPolicy, batch: dict[str, Tensor]) -> TokenLoss:
+    logits, mask = policy.logits(batch), batch["mask"]
+    losses = F.cross_entropy(logits.float().flatten(0, 1), batch["y"].flatten(), reduction="none")
+    return TokenLoss((losses * mask.flatten()).sum(), mask.float().sum())
+
+
+def samples(step: int, *, retention: bool) -> dict[str, Tensor]:
+    """The global batch of a step. Samples have 0 to 6 tokens; anchors contradict the task's labels."""
+    rng = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(SAMPLES, LENGTH, INPUT, generator=rng)
+    y = (x[..., 0] > 0).long() + (x[..., 1] > 0.5).long()
+    lengths = torch.randint(0, LENGTH + 1, (SAMPLES, 1), generator=rng)
+    lengths[1::6] = 0  # rank 1 of 2 and of 3 has far fewer tokens than rank 0
+    lengths[0::6] = LENGTH
+    if retention:
+        x, y = x + 0.1 * torch.randn(x.shape, generator=rng), (y + 1) % CLASSES
+    return {"x": x, "y": y, "mask": torch.arange(LENGTH) < lengths, "retention": torch.tensor(retention)}
+
+
+def deal(
+    batch: dict[str, Tensor], accumulation: int, rank: int, world_size: int
+) -> Iterator[dict[str, Tensor]]:
+    """This rank's micro-batches of a global batch; together the ranks have each sample once."""
+    for micro in range(accumulation):
+        yield {
+            key: value[micro::accumulation][rank::world_size] if value.ndim else value
+            for key, value in batch.items()
+        }
