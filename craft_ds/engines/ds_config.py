@@ -54,11 +54,14 @@ def resolve_ds_config(
         UserError: A value contradicts a flag (both are named), or belongs to the trainer's flags.
     """
     resolved = deepcopy(config)
+    for section in ("zero_optimization", "bf16", "fp16", "data_types"):
+        if not isinstance(resolved.get(section, {}), dict):
+            raise UserError(f"--ds_config={path}: {section} must be a JSON object")
 
     def settle(keys: tuple[str, ...], expected: object, flag: str) -> None:
         node: Any = resolved
         for key in keys[:-1]:
-            node = node.get(key) or {}
+            node = node.get(key, {})
         value = node.get(keys[-1], "auto")
         if value not in ("auto", expected):
             raise UserError(
@@ -88,8 +91,7 @@ def resolve_ds_config(
     if stage != 3:
         raise UserError(f"--ds_config={path} says zero_optimization.stage={stage}: this version needs 3")
     for key in ("offload_optimizer", "offload_param"):
-        device = resolved["zero_optimization"].get(key, {}).get("device", "none")
-        if device != "none":
+        if (resolved["zero_optimization"].get(key) or {}).get("device", "none") != "none":
             raise UserError(f"--ds_config={path}: zero_optimization.{key} is not supported, remove it")
 
     resolved.update(

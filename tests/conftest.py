@@ -1,0 +1,132 @@
+"""One small policy, its data sets and its anchors for all tests of the commands: made once, never changed."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from craft_ds.anchors.build import BuildOptions, build_anchor_cache
+from craft_ds.anchors.testing import make_test_dataset
+from craft_ds.policies.testing import make_test_policy_dir
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training run reads: a teacher, the new task's data (80 frames), the old tasks' data and anchors."""
+
+    policy: Path
+    new: Path
+    old: Path
+    anchors: Path
+
+    def flags(self, output: Path) -> list[str]:
+        """A plain run of 4 steps."""
+        return [
+            f"--policy.path={self.policy}",
+            "--policy.device=cpu",
+            "--dataset.repo_id=craft-ds/test",
+            f"--dataset.root={self.new}",
+            f"--output_dir={output}",
+            "--steps=4",
+            "--batch_size=2",
+            "--num_workers=0",
+            "--log_freq=1",
+            "--save_freq=0",
+        ]
+
+    def craft_flags(self) -> list[str]:
+        """What makes it a CRaFT run with retention steps 0 and 2."""
+        return [
+            "--craft.enabled=true",
+            f"--craft.anchor_cache_dir={self.anchors}",
+            "--craft.anchor_batch_size=2",
+            "--craft.retention_freq=2",
+        ]
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    inputs = Inputs(root / "policy", root / "new", root / "old", root / "anchors")
+    make_test_policy_dir(inputs.policy)
+    make_test_dataset(inputs.old, tasks=2, episodes_per_task=3)
+    make_test_dataset(inputs.new, tasks=1, episodes_per_task=4, seed=5)
+    build_anchor_cache(
+        BuildOptions(
+            dataset_repo_id="craft-ds/test",
+            dataset_root=str(inputs.old),
+            policy_path=str(inputs.policy),
+            output_dir=str(inputs.anchors),
+            num_samples=24,
+            num_workers=0,
+            heldout_fraction=0.34,
+        )
+    )
+    return inputs
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit status and what it printed."""
+
+    status: int
+    output: str
+    errors: str
+
+
+@pytest.fixture
+def train(inputs, monkeypatch, capsys) -> Callable[..., Ended]:
+    """Run `scripts/train_craft.py` in this process: flags of a plain run, then those given, which win."""
+    from craft_ds.cli import train_main
+
+    def run(output: Path | None, *flags: str) -> Ended:
+        defaults = [] if output is None else inputs.flags(output)
+        monkeypatch.setattr(sys, "argv", ["train_craft.py", *defaults, *map(str, flags)])
+        capsys.readouterr()
+        status = 0
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            train_main()
+        except SystemExit as leaving:
+            status = leaving.code
+        finally:
+            torch.set_num_threads(threads)
+        printed = capsys.readouterr()
+        return Ended(status, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture
+def refuses(train) -> Callable[..., str]:
+    """Run a training command that must end with status 2 and one line, and leave its output alone."""
+
+    def run(output: Path | None, *flags: str) -> str:
+        before = _contents(output)
+        ended = train(output, *flags)
+        assert ended.status == 2, ended
+        assert ended.output == ""
+        assert _contents(output) == before
+        return error_line(ended.errors)
+
+    return run
+
+
+def error_line(errors: str) -> str:
+    """The one line of an error output."""
+    assert errors.startswith("error: "), errors
+    assert errors.endswith("\n"), errors
+    assert errors.count("\n") == 1, errors
+    return errors.removeprefix("error: ").strip()
+
+
+def _contents(path: Path | None) -> dict[str, bytes | None] | None:
+    """Every file below a directory with its bytes; None where there is nothing."""
+    if path is None or not path.exists():
+        return None
+    files = [path, *path.rglob("*")]
+    return {str(file): file.read_bytes() if file.is_file() else None for file in files}
