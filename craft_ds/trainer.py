@@ -41,8 +41,6 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
             began = time.perf_counter()
             seed_step(config.seed or 0, step, run.engine.rank)
             result, retention = _one_step(run, step)
-            if result.applied:
-                run.advance_scheduler()
             skipped = 0 if result.applied else skipped + 1
             run.record(step + 1, result, retention, seconds=time.perf_counter() - began)
             if skipped > config.max_skipped_steps:
@@ -51,6 +49,8 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
                     f"(--max_skipped_steps={config.max_skipped_steps}): lower the learning rate or "
                     f"resume from {run.output_dir / 'last'}"
                 )
+            if result.applied:
+                run.advance_scheduler()
             run.after_step(step + 1)
         final = run.finish()
     except BaseException:
