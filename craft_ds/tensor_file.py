@@ -91,10 +91,16 @@ class TensorFile:
             if not 0 < length <= os.fstat(self._fd).st_size - 8:
                 raise ValueError(f"{path} is not a safetensors file")
             header = json.loads(os.pread(self._fd, length, 8))
-        except ValueError:
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            room = os.fstat(self._fd).st_size - 8 - length
+            for entry in header.values():
+                begin, end = entry["data_offsets"]
+                size = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
+                if not (0 <= begin <= end <= room and end - begin == size):
+                    raise ValueError("a tensor lies outside the file or has another size than its shape")
+        except (ValueError, KeyError, TypeError, AttributeError):
             os.close(self._fd)
-            raise ValueError(f"{path} is not a safetensors file") from None
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            raise ValueError(f"{path} is not a safetensors file, or is damaged") from None
         self._start = 8 + length
         self._entries: dict[str, Any] = header
 
@@ -112,15 +118,16 @@ class TensorFile:
         ]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened tensor, 1-D, on the CPU."""
-        dtype, offset = self._locate(name)
+        """Elements [start, stop) of a flattened tensor, 1-D, on the CPU.
+
+        Raises:
+            KeyError: The file has no such tensor.
+            IndexError: The tensor has no such elements.
+        """
+        dtype, offset = self._locate(name, start, stop)
         count = (stop - start) * dtype.itemsize
         buffer = bytearray(count)
-        _fully(
-            lambda view, at: os.preadv(self._fd, [view], at),
-            memoryview(buffer),
-            offset + start * dtype.itemsize,
-        )
+        _fully(lambda view, at: os.preadv(self._fd, [view], at), memoryview(buffer), offset)
         return torch.frombuffer(buffer, dtype=dtype) if count else torch.empty(0, dtype=dtype)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
@@ -130,23 +137,31 @@ class TensorFile:
             name: The tensor.
             start: First element.
             values: 1-D, on any device; cast to the dtype of the file.
+
+        Raises:
+            KeyError: The file has no such tensor.
+            IndexError: The tensor has no such elements.
         """
-        dtype, offset = self._locate(name)
+        dtype, offset = self._locate(name, start, start + values.numel())
         values = values.detach().to("cpu", dtype).contiguous()
         view = (
             memoryview(values.view(torch.uint8).numpy())
             if values.numel()
             else memoryview(np.empty(0, np.uint8))
         )
-        _fully(lambda part, at: os.pwrite(self._fd, part, at), view, offset + start * dtype.itemsize)
+        _fully(lambda part, at: os.pwrite(self._fd, part, at), view, offset)
 
     def sync(self) -> None:
         """Force what was written to the disk."""
         os.fsync(self._fd)
 
-    def _locate(self, name: str) -> tuple[torch.dtype, int]:
+    def _locate(self, name: str, start: int, stop: int) -> tuple[torch.dtype, int]:
         entry = self._entries[name]
-        return _DTYPES[entry["dtype"]], self._start + entry["data_offsets"][0]
+        dtype, numel = _DTYPES[entry["dtype"]], math.prod(entry["shape"])
+        if not 0 <= start <= stop <= numel:
+            # The bytes beyond are the next tensor's: they would be taken for this one's.
+            raise IndexError(f"{name} has {numel} elements, not [{start}, {stop})")
+        return dtype, self._start + entry["data_offsets"][0] + start * dtype.itemsize
 
 
 def _fully(transfer: Any, view: memoryview, offset: int) -> None:
