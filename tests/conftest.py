@@ -15,7 +15,7 @@ from craft_ds.policies.testing import make_test_policy_dir
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a training run reads: a teacher, the new task's data (80 frames), the old tasks' data and anchors."""
+    """What a run reads: a teacher, the new task's data (80 frames), the old tasks' data and anchors."""
 
     policy: Path
     new: Path
