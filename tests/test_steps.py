@@ -145,7 +145,7 @@ def assert_nothing_happened(one, applied):
     assert weights(one) == list(START)
     assert not one.optimizer.state
     # And nothing is left over for the next step.
-    task_step(one, [tokens((1.0, 0.0))], 0.0)
+    assert task_step(one, [tokens((1.0, 0.0))], 0.0).grad_norm == 1.0
     assert weights(one)[1] == START[1]
 
 
