@@ -213,10 +213,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         UserError: The directory is no checkpoint, or a file of it is missing or has another size.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = dict(json.loads((directory / MANIFEST).read_text()))
     except FileNotFoundError:
         raise UserError(f"{directory} is no checkpoint of craft-ds: it has no {MANIFEST}") from None
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(f"{directory / MANIFEST} is damaged: resume from an older checkpoint") from None
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
@@ -267,7 +267,8 @@ def load_checkpoint(directory: Path, engine: Engine) -> tuple[dict[str, Any] | N
     manifest = verify_checkpoint(directory, engine.rank, engine.world_size)
     with TensorFile(directory / OPTIMIZER) as moments:
         keys = sorted({name.rsplit(".", 1)[1] for name, *_ in moments.specs()})
-        engine.load_optimizer(moments.read, keys, int(moments.metadata["steps"]))
+        if keys:  # else no step was applied yet, and the optimizer makes its state at its first
+            engine.load_optimizer(moments.read, keys, int(moments.metadata["steps"]))
     scheduler_state = torch.load(directory / SCHEDULER, weights_only=True)
     craft_state = torch.load(directory / CRAFT_STATE, weights_only=True)
     return scheduler_state, craft_state, manifest["step"]
