@@ -25,7 +25,7 @@ from craft_ds.world import gl_problem, make_world
 ROOT = Path(__file__).resolve().parent.parent
 TEACHERS = ROOT / "craft_ds" / "world" / "assets"
 TRAINING_FLAGS = [
-    "--policy.optimizer_lr=3e-4",
+    "--policy.optimizer_lr=5e-4",
     "--policy.scheduler_warmup_steps=0",
     "--num_workers=0",
     "--log_freq=20",
@@ -35,8 +35,8 @@ CRAFT_FLAGS = [
     "--craft.enabled=true",
     "--craft.retention_freq=1",
     "--craft.epsilon_relative=true",
-    "--craft.epsilon_start=1.3",
-    "--craft.epsilon_end=1.1",
+    "--craft.epsilon_start=1.6",
+    "--craft.epsilon_end=1.4",
     "--craft.lambda_lr=0.1",
 ]
 METHODS = ("teacher", "baseline", "craft")
@@ -54,10 +54,10 @@ def parse_arguments() -> argparse.Namespace:
         help="auto: metaworld where GL works",
     )
     add("--seeds", type=int, nargs="+", default=[0], help="seeds of fine-tuning (default: 0)")
-    add("--steps", type=int, default=300, help="optimizer steps of each fine-tuning (default: 300)")
+    add("--steps", type=int, default=400, help="optimizer steps of each fine-tuning (default: 400)")
     add("--ranks", type=int, default=2, help="ZeRO-3 ranks (default: 2)")
     add("--batch_size", type=int, default=16, help="samples a step over all ranks (default: 16)")
-    add("--num_anchors", type=int, default=320, help="anchors of the old tasks (default: 320)")
+    add("--num_anchors", type=int, default=1000, help="anchors of the old tasks (default: 1000)")
     add("--episodes", type=int, default=20, help="simulator episodes a task (default: 20)")
     add("--output_dir", type=Path, default=Path("outputs/demo"))
     add(
