@@ -3,6 +3,7 @@ import json
 import os
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,9 @@ def wandb_history(run_file: Path) -> tuple[list[dict], dict]:
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
+    deadline = time.monotonic() + 30
+    while run_file.stat().st_size < 100 and time.monotonic() < deadline:
+        time.sleep(0.05)  # wandb's own process writes the file a moment after `finish`
     store = DataStore()
     store.open_for_scan(str(run_file))
     history, config = [], {}

@@ -1,0 +1,39 @@
+"""What a run left behind, read back for comparison."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["train/loss"] for row in metrics(run) if "train/loss" in row]
+
+
+def trained(checkpoint: Path) -> dict[str, Tensor]:
+    """Parameters and moments."""
+    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+
+
+def assert_same_bits(found: Path, expected: Path) -> None:
+    """Two checkpoints hold the same parameters, moments, schedule, λ and history."""
+    one, other = trained(found), trained(expected)
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        assert torch.equal(one[name], tensor), name
+    for name in ("craft_state.pt", "scheduler.pt"):
+        states = [torch.load(checkpoint / name, weights_only=True) for checkpoint in (found, expected)]
+        assert states[0] == states[1], name
+
+
+def assert_trained(checkpoint: Path, policy: Path) -> None:
+    """The parameters are others than the policy's."""
+    weights, initial = load_file(checkpoint / "model.safetensors"), load_file(policy / "model.safetensors")
+    assert weights.keys() == initial.keys()
+    assert any(not torch.equal(weights[name], initial[name]) for name in initial)
