@@ -7,9 +7,9 @@ Demonstrations are held out when scripts/make_world.py made them with another --
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+from craft_ds.cli import run_main
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.world import WORLDS, make_world
@@ -73,8 +73,4 @@ def print_table(world: World, success: dict[str, float], loss: dict[str, float])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

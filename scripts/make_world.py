@@ -4,9 +4,9 @@ python scripts/make_world.py --world metaworld --output_dir outputs/world
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from craft_ds.cli import run_main
 from craft_ds.errors import UserError
 from craft_ds.world import WORLDS
 from craft_ds.world.demonstrations import Recipe, write_demonstrations
@@ -30,8 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

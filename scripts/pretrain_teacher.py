@@ -7,18 +7,18 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import torch
 
+from craft_ds.cli import run_main
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.world import WORLDS, make_world
 from craft_ds.world.demonstrations import Recipe, write_demonstrations
 from craft_ds.world.evaluation import evaluate
-from craft_ds.world.pretraining import pretrain
+from craft_ds.world.pretraining import PLANS, pretrain
 
 
 def main() -> None:
@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--world", choices=WORLDS, required=True)
     parser.add_argument("--output_dir", type=Path, required=True, help="the policy directory to make")
     parser.add_argument("--data_dir", type=Path, help="demonstrations to make or reuse [outputs/world/WORLD]")
-    parser.add_argument("--episodes_per_task", type=int, default=Recipe.episodes_per_task)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--episodes_per_task", type=int, help="demonstrations [the world's plan]")
+    parser.add_argument("--steps", type=int, help="optimizer steps [the world's plan]")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and batches")
     parser.add_argument("--eval_episodes", type=int, default=20, help="episodes a task at the end")
     parser.add_argument("--processes", type=int, default=2, help="processes that simulate and render")
@@ -39,12 +39,14 @@ def main() -> None:
 
     world = make_world(args.world)
     data_dir = args.data_dir or Path("outputs") / "world" / args.world
-    old, _ = write_demonstrations(Recipe(args.world, args.episodes_per_task), data_dir, args.processes)
+    plan = PLANS[args.world]
+    episodes, steps = args.episodes_per_task or plan.episodes_per_task, args.steps or plan.steps
+    old, _ = write_demonstrations(Recipe(args.world, episodes), data_dir, args.processes)
 
     making = args.output_dir.with_name(f".{args.output_dir.name}.{os.getpid()}.tmp")
     try:
         started = time.perf_counter()
-        pretrain(world, old, making, steps=args.steps, seed=args.seed)
+        pretrain(world, old, making, steps=steps, seed=args.seed)
         minutes = (time.perf_counter() - started) / 60
 
         # What is measured is what lies on the disk: the rounded weights and the saved processors.
@@ -52,8 +54,8 @@ def main() -> None:
         policy, processors = load_policy(config, making), load_processors(config, making)
         success = evaluate(policy, *processors, world, world.tasks("all"), args.eval_episodes, seed=1000)
         record = {
-            "command": f"python scripts/pretrain_teacher.py --world {args.world} --steps {args.steps} "
-            f"--seed {args.seed} --episodes_per_task {args.episodes_per_task}",
+            "command": f"python scripts/pretrain_teacher.py --world {args.world} --steps {steps} "
+            f"--seed {args.seed} --episodes_per_task {episodes}",
             "old_tasks": world.old_tasks,
             "new_tasks": world.new_tasks,
             "parameters": sum(p.numel() for p in policy.parameters()),
@@ -72,8 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -22,11 +22,15 @@ _HALF_HAND = 2
 _SPEED = 0.05  # table widths a step
 _REACH = 0.09  # table widths: about the block's own half side
 _LEAST_WAY = 0.25  # table widths from where the hand begins to its block
+_GRID = 4
 _MARGIN = 0.12
 
 
 class Blocks(World):
-    """One to four blocks of different colours; reach the one that the task names.
+    """One to four blocks of different colours on a 4×4 grid; reach the one that the task names.
+
+    The others hop to other cells at every step: a short episode then shows many scenes, and what teaches is
+    the number of scenes.
 
     Positions are (x, y) in table widths, from (0, 0) at the image's upper left to (1, 1). The state is the
     hand's position and the action the position that it shall go to.
@@ -44,7 +48,9 @@ class Blocks(World):
 
     def __init__(self) -> None:
         self._colour = ""
-        self._blocks: dict[str, np.ndarray] = {}
+        self._rng = np.random.default_rng()
+        self._colours: list[str] = []  # those on the table, the task's own first
+        self._cells: np.ndarray = np.arange(_GRID**2)  # the blocks lie in the first ones
         self._hand: np.ndarray = np.zeros(2)
         self._setpoint: np.ndarray = np.zeros(2)
 
@@ -60,21 +66,21 @@ class Blocks(World):
 
     @override
     def reset(self, task: str, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        self._colour = task.removeprefix("reach-")
-        others = rng.permutation([colour for colour in _COLOURS if colour != self._colour])
-        shown = [self._colour, *others[: rng.integers(len(others) + 1)]]
-        self._blocks = dict(zip(shown, _scatter(rng, len(shown)), strict=True))
-        self._hand = self._blocks[self._colour]
-        while np.linalg.norm(self._hand - self._blocks[self._colour]) < _LEAST_WAY:
-            self._hand = rng.uniform(_MARGIN, 1 - _MARGIN, size=2)
+        self._rng = np.random.default_rng(seed)
+        colour = task.removeprefix("reach-")
+        others = self._rng.permutation([other for other in _COLOURS if other != colour])
+        self._colours = [colour, *others[: self._rng.integers(len(others) + 1)]]
+        self._cells = self._rng.permutation(_GRID**2)
+        self._hand = self.expert()
+        while np.linalg.norm(self._hand - self.expert()) < _LEAST_WAY:
+            self._hand = self._rng.uniform(_MARGIN, 1 - _MARGIN, size=2)
         self._setpoint = self._hand
 
     @override
     def observe(self) -> Observation:
         image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), _TABLE, dtype=np.uint8)
-        for colour, position in self._blocks.items():
-            _fill(image, position, _HALF_BLOCK, _COLOURS[colour])
+        for colour, cell in zip(self._colours, self._cells, strict=False):
+            _fill(image, _centre(cell), _HALF_BLOCK, _COLOURS[colour])
         _fill(image, self._hand, _HALF_HAND, _HAND)
         return Observation(image, self._hand.astype(np.float32))
 
@@ -83,27 +89,23 @@ class Blocks(World):
         self._setpoint = np.clip(np.asarray(action, dtype=np.float64), 0.0, 1.0)
         way = self._setpoint - self._hand
         self._hand = self._hand + way * min(1.0, _SPEED / max(float(np.linalg.norm(way)), 1e-9))
+        self._cells[1:] = self._rng.permutation(self._cells[1:])
 
     @override
     def expert(self) -> np.ndarray:
-        return self._blocks[self._colour].astype(np.float32)
+        return _centre(self._cells[0]).astype(np.float32)
 
     @override
     @property
     def success(self) -> bool:
         """The hand is at the block and was told to be there: passing over it does not count."""
-        target = self._blocks[self._colour]
+        target = _centre(self._cells[0])
         return all(np.linalg.norm(place - target) < _REACH for place in (self._hand, self._setpoint))
 
 
-def _scatter(rng: np.random.Generator, count: int) -> list[np.ndarray]:
-    """Draw ``count`` positions whose blocks do not touch one another."""
-    places: list[np.ndarray] = []
-    while len(places) < count:
-        place = rng.uniform(_MARGIN, 1 - _MARGIN, size=2)
-        if all(np.abs(place - other).max() > 2.5 * _HALF_BLOCK / IMAGE_SIZE for other in places):
-            places.append(place)
-    return places
+def _centre(cell: int) -> np.ndarray:
+    """Return the position of a cell's centre."""
+    return (np.array(divmod(cell, _GRID)) + 0.5) / _GRID
 
 
 def _fill(image: np.ndarray, centre: np.ndarray, half: int, colour: tuple[int, int, int]) -> None:

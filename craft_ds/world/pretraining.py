@@ -1,6 +1,7 @@
 """A teacher from nothing: the embedded policy trained on the old tasks' demonstrations."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,37 @@ from craft_ds.world.demonstrations import open_demonstrations
 # Chunks of a task that the action tokenizer was not fitted on take more tokens: cut at the policy's default
 # of 24, one in twelve of Meta-World's new task would lose its end.
 _MAX_ACTION_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What it takes to learn a world's old tasks.
+
+    Attributes:
+        episodes_per_task: Demonstrations of each task.
+        steps: Optimizer steps, of 32 samples each.
+        sizes: Fields of the policy's configuration that differ from its defaults.
+    """
+
+    episodes_per_task: int
+    steps: int
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+PLANS = {
+    "metaworld": Plan(episodes_per_task=40, steps=2000),
+    "blocks": Plan(
+        episodes_per_task=200,
+        steps=1500,
+        sizes={
+            "text_width": 96,
+            "text_depth": 2,
+            "text_mlp_dim": 256,
+            "vision_width": 64,
+            "vision_mlp_dim": 128,
+        },
+    ),
+}
 
 Bounds = dict[str, dict[str, Tensor]]
 
@@ -82,6 +114,7 @@ def pretrain(
         seed,
         max_action_tokens=_MAX_ACTION_TOKENS,
         max_decoding_steps=_MAX_ACTION_TOKENS,
+        **PLANS[world.name].sizes,
     )
     inputs = _preprocess_whole(samples, preprocessor)
     _optimise(policy, inputs, steps, seed, batch_size, learning_rate)
