@@ -9,6 +9,7 @@ One call of `MetricsLogger.log` feeds all three, under the same keys: ``train/lo
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,16 +130,20 @@ class MetricsLogger:
         if not is_main:
             return
         self._total_steps = total_steps
+        is_new = not output_dir.exists()
         output_dir.mkdir(parents=True, exist_ok=True)
+        self._wandb = None
+        if wandb_config.enable:
+            try:
+                self._wandb = _start_wandb(output_dir, wandb_config, run_config, resume_step is not None)
+            except UserError:
+                if is_new:  # the mended command must not find its own directory in the way
+                    shutil.rmtree(output_dir, ignore_errors=True)
+                raise
         path = output_dir / METRICS_FILE
         if resume_step is not None:
             drop_rows_after(path, resume_step)
         self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
-        self._wandb = (
-            _start_wandb(output_dir, wandb_config, run_config, resume_step is not None)
-            if wandb_config.enable
-            else None
-        )
         self._bar = tqdm(
             total=total_steps,
             initial=resume_step or 0,

@@ -105,12 +105,12 @@ def train(inputs, monkeypatch, capsys) -> Callable[..., Ended]:
 def refuses(train) -> Callable[..., str]:
     """Run a training command that must end with status 2 and one line, and leave its output alone."""
 
-    def run(output: Path | None, *flags: str) -> str:
-        before = _contents(output)
+    def run(output: Path | None, *flags: str, untouched: Path | None = None) -> str:
+        before = _contents(untouched or output)
         ended = train(output, *flags)
         assert ended.status == 2, ended
         assert ended.output == ""
-        assert _contents(output) == before
+        assert _contents(untouched or output) == before
         return error_line(ended.errors)
 
     return run

@@ -1,0 +1,297 @@
+"""Bad input to `scripts/train_craft.py`: one line that names the flag or file, status 2, nothing touched."""
+
+import json
+import shutil
+
+import pytest
+
+from craft_ds.anchors.testing import edit_metadata, make_test_dataset
+from craft_ds.policies.testing import make_test_policy_dir
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The output directory of a run that must not come about."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def anchors(inputs, tmp_path):
+    """A copy of the cache, to be damaged."""
+    copy = tmp_path / "anchors"
+    shutil.copytree(inputs.anchors, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def two_cameras(tmp_path_factory):
+    """A policy that also looks through a second camera."""
+    return make_test_policy_dir(tmp_path_factory.mktemp("two") / "policy", cameras=2)
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+# --- flags ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--nonsense=1"], ["--nonsense=1"]),
+        (["--craft.nonsense=1"], ["--craft.nonsense=1"]),
+        (["--policy.nonsense=1"], ["--policy.nonsense=1"]),
+        (["--steps=abc"], ["--steps", "abc"]),
+        (["--steps=0"], ["--steps=0"]),
+        (["--batch_size=0"], ["--batch_size=0"]),
+        (["--config_path=missing.json"], ["--config_path=missing.json"]),
+        (["--engine=fsdp"], ["--engine=fsdp"]),
+        (["--engine=zero"], ["--ds_config"]),
+        (["--env.type=pusht"], ["--env"]),
+        (["--optimizer.type=adamw"], ["--optimizer", "--policy.optimizer_"]),
+        (["--resume=true"], ["--policy.path", "--resume=true"]),
+        (["--wandb.enable=true", "--wandb.mode=ofline"], ["--wandb.mode=ofline"]),
+    ],
+)
+def test_a_flag(refuses, run, flags, names):
+    line = refuses(run, *flags)
+    assert all(name in line for name in names), line
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--craft.epsilon_start=0.05"], ["--craft.epsilon_start=0.05", "--craft.epsilon_end=0.1"]),
+        (["--craft.retention_freq=0"], ["--craft.retention_freq=0"]),
+        (["--craft.anchor_batch_size=0"], ["--craft.anchor_batch_size=0"]),
+        (["--craft.anchor_cache_dir="], ["--craft.anchor_cache_dir"]),
+        (["--craft.projection_mode=sum"], ["--craft.projection_mode=sum"]),
+    ],
+)
+def test_a_craft_flag(refuses, inputs, run, flags, names):
+    line = refuses(run, *inputs.craft_flags(), *flags)
+    assert all(name in line for name in names), line
+
+
+def test_an_output_directory_that_exists(refuses, run):
+    run.mkdir()
+    (run / "precious.txt").write_text("precious")
+    assert f"--output_dir={run} exists already" in refuses(run)
+
+
+def test_an_output_directory_that_cannot_be_made(refuses, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert f"--output_dir={tmp_path}/file/run" in refuses(tmp_path / "file" / "run")
+
+
+# --- DeepSpeed's file, as far as it is known without ranks ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (None, ["no such file"]),
+        ("{", ["not readable as JSON"]),
+        (
+            '{"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 64}',
+            ["=64", "--batch_size=2"],
+        ),
+        ('{"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}}', ["'optimizer'"]),
+        (
+            '{"zero_optimization": {"stage": 3}, "bf16": {"enabled": true}}',
+            ["bf16", "--engine.dtype=float32"],
+        ),
+    ],
+)
+def test_a_contradicting_ds_config(refuses, run, tmp_path, text, names):
+    path = tmp_path / "mine.json"
+    if text is not None:
+        path.write_text(text)
+    line = refuses(run, "--ds_config", path)
+    assert all(name in line for name in [f"--ds_config={path}", *names]), line
+
+
+def test_processes_without_an_engine_that_shards(refuses, run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 processes were launched, but --engine=single" in refuses(run)
+
+
+# --- the policy -------------------------------------------------------------------------------------------
+
+
+def test_a_policy_path_that_is_not_there(refuses, run, tmp_path):
+    line = refuses(run, f"--policy.path={tmp_path}/none/at/all")
+    assert f"{tmp_path}/none/at/all" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("model.safetensors", "model.safetensors"),
+        ("config.json", "config.json is missing"),
+        ("policy_preprocessor.json", "policy_preprocessor.json is missing"),
+    ],
+)
+def test_a_policy_path_without(refuses, inputs, run, tmp_path, name, reason):
+    policy = tmp_path / "policy"
+    shutil.copytree(inputs.policy, policy)
+    (policy / name).unlink()
+    line = refuses(run, f"--policy.path={policy}")
+    assert reason in line
+    assert str(policy) in line
+
+
+def test_damaged_weights(refuses, inputs, run, tmp_path):
+    policy = tmp_path / "policy"
+    shutil.copytree(inputs.policy, policy)
+    weights = policy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert str(weights) in refuses(run, f"--policy.path={policy}")
+
+
+def test_a_hub_policy_without_a_network(refuses, run, monkeypatch):
+    from craft_ds.policies import loading
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Name or service not known\nand more")
+
+    monkeypatch.setattr(loading, "snapshot_download", unreachable)
+    assert "lerobot/none" in refuses(run, "--policy.path=lerobot/none")
+
+
+# --- the data set -----------------------------------------------------------------------------------------
+
+
+def test_a_data_set_that_is_not_there(refuses, run, tmp_path):
+    assert f"--dataset.root={tmp_path}/none" in refuses(run, f"--dataset.root={tmp_path}/none")
+
+
+def test_a_data_set_without_the_policys_cameras(refuses, run, two_cameras):
+    line = refuses(run, f"--policy.path={two_cameras}")
+    assert "lacks the policy's camera observation.images.side1" in line
+    assert "--dataset.repo_id=craft-ds/test" in line
+
+
+def test_a_data_set_of_another_robot(refuses, run, tmp_path):
+    root = make_test_dataset(tmp_path / "six", tasks=1, episodes_per_task=1, frames=3, action_dim=6)
+    assert "does not fit the policy's processors" in refuses(run, f"--dataset.root={root}")
+
+
+def test_nothing_left_to_hold_out(refuses, run):
+    line = refuses(run, "--eval_freq=1", "--dataset.episodes=[0]")
+    assert "eval_split=0.05 leaves 0 training episodes" in line
+
+
+# --- the anchor cache -------------------------------------------------------------------------------------
+
+
+def test_no_anchor_cache(refuses, inputs, run, tmp_path):
+    line = refuses(run, *inputs.craft_flags(), f"--craft.anchor_cache_dir={tmp_path}/none")
+    assert f"no anchor cache at {tmp_path}/none" in line
+    assert "scripts/build_anchor_cache.py" in line
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "shard_00000.safetensors"])
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_a_damaged_anchor_cache(refuses, inputs, run, anchors, name, damage):
+    flip_a_byte(anchors / name) if damage == "flip" else (anchors / name).unlink()
+    line = refuses(run, *inputs.craft_flags(), f"--craft.anchor_cache_dir={anchors}")
+    assert str(anchors) in line
+    assert "build" in line
+
+
+def test_a_cache_of_another_tokenizer(refuses, inputs, run, anchors):
+    edit_metadata(anchors, tokenizer="0" * 64)
+    line = refuses(run, *inputs.craft_flags(), f"--craft.anchor_cache_dir={anchors}")
+    assert f"anchor cache {anchors}" in line
+    assert "tokenizers 000000000000 in the cache" in line
+
+
+def test_a_cache_of_another_camera_set(refuses, inputs, run, two_cameras, tmp_path):
+    root = make_test_dataset(
+        tmp_path / "both", tasks=1, episodes_per_task=1, frames=3, cameras=("top", "side1")
+    )
+    line = refuses(run, *inputs.craft_flags(), f"--policy.path={two_cameras}", f"--dataset.root={root}")
+    assert f"anchor cache {inputs.anchors}" in line
+    assert "cameras ['observation.images.top'] in the cache" in line
+
+
+# --- resuming ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A run of 2 steps with a checkpoint after 1."""
+    from craft_ds.command_line import parse_arguments
+    from craft_ds.trainer import train_craft
+
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sys.argv", ["train_craft.py"])
+        train_craft(parse_arguments([*inputs.flags(output), "--steps=2", "--save_freq=1"]))
+    return output
+
+
+@pytest.fixture
+def resume(refuses, finished, tmp_path):
+    """Refuse to resume a copy of the finished run, after `change` was made to it."""
+
+    def resume(checkpoint: str, change, *flags: str) -> str:
+        copy = tmp_path / "copy"
+        shutil.copytree(finished, copy, symlinks=True)
+        change(copy)
+        path = copy / checkpoint / "train_config.json"
+        return refuses(
+            None, f"--config_path={path}", "--resume=true", f"--output_dir={copy}", *flags, untouched=copy
+        )
+
+    return resume
+
+
+def nothing(_: object) -> None:
+    pass
+
+
+def test_resuming_a_run_that_is_done(resume):
+    line = resume("final", nothing)
+    assert "has done 2 of --steps=2" in line
+
+
+@pytest.mark.parametrize("later", ["final", "step_000002"])
+def test_resuming_would_overwrite_a_later_checkpoint(resume, later):
+    def change(run):
+        (run / "final").rename(run / later)
+
+    line = resume("step_000001", change)
+    assert "resuming at step 1 would overwrite" in line
+    assert f"copy/{later}:" in line
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "scheduler.pt"])
+def test_resuming_from_a_damaged_checkpoint(resume, name):
+    def change(run):
+        shutil.rmtree(run / "final")
+        flip_a_byte(run / "step_000001" / name)
+
+    line = resume("step_000001", change)
+    assert f"step_000001/{name} is damaged" in line
+
+
+def test_resuming_from_what_is_no_checkpoint(resume):
+    def change(run):
+        shutil.rmtree(run / "final")
+        (run / "step_000001" / "manifest.json").unlink()
+
+    assert "step_000001 is no checkpoint of craft-ds" in resume("step_000001", change)
+
+
+def test_a_checkpoint_of_another_format(resume):
+    def change(run):
+        shutil.rmtree(run / "final")
+        path = run / "step_000001" / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+
+    assert "format version 99" in resume("step_000001", change)
