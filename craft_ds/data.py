@@ -64,15 +64,19 @@ class StepSampler(Sampler[list[int]]):
         return self._order[1][place]
 
 
-def load_datasets(config: TrainConfig, cameras: list[str]) -> tuple[LeRobotDataset, LeRobotDataset | None]:
+def load_datasets(
+    config: TrainConfig, cameras: list[str], world_size: int = 1
+) -> tuple[LeRobotDataset, LeRobotDataset | None]:
     """The training data set and, with `eval_freq`, the held-out one (last episodes of every task).
 
     Args:
         config: A validated configuration.
         cameras: Image features that the policy looks at.
+        world_size: Number of ranks.
 
     Raises:
-        UserError: The data set cannot be opened, lacks a camera or cannot be split.
+        UserError: The data set cannot be opened, lacks a camera, cannot be split or has fewer samples than
+            there are ranks.
     """
     root = Path(config.dataset.root or HF_LEROBOT_HOME / config.dataset.repo_id)
     if config.dataset.root is not None or root.exists():
@@ -94,6 +98,11 @@ def load_datasets(config: TrainConfig, cameras: list[str]) -> tuple[LeRobotDatas
             f"--dataset.repo_id={config.dataset.repo_id} lacks the policy's camera {', '.join(missing)} (it "
             f"has {', '.join(sorted(available)) or 'none'}): take a matching data set or map the names with "
             "--rename_map"
+        )
+    if len(train) < world_size:
+        raise UserError(
+            f"--dataset.repo_id={config.dataset.repo_id} has {len(train)} training samples for "
+            f"{world_size} ranks: start fewer ranks"
         )
     return train, heldout
 
@@ -119,16 +128,7 @@ def check_processors(
 def training_batches(
     config: TrainConfig, dataset: LeRobotDataset, rank: int, world_size: int, start_step: int
 ) -> Iterator[dict[str, Any]]:
-    """Raw micro-batches of this rank from `start_step` on, without end.
-
-    Raises:
-        UserError: There are more ranks than samples.
-    """
-    if len(dataset) < world_size:
-        raise UserError(
-            f"--dataset.repo_id={config.dataset.repo_id} has {len(dataset)} training samples for "
-            f"{world_size} ranks: start fewer ranks"
-        )
+    """Raw micro-batches of this rank from `start_step` on, without end."""
     sampler = StepSampler(
         len(dataset),
         config.batch_size,

@@ -203,7 +203,8 @@ def open_run(config: TrainConfig) -> Run:
     ds_config = check_engine(config, world_size)
     join_ranks(config)
     cache, policy_dir = all_ranks(lambda: _check_inputs(config))
-    train, heldout = main_first(lambda: load_datasets(config, policy_cameras(config.policy)))
+    cameras = policy_cameras(config.policy)
+    train, heldout = main_first(lambda: load_datasets(config, cameras, world_size))
 
     policy = all_ranks(lambda: load_policy(config.policy, policy_dir))
     policy.config.dtype = "float32"

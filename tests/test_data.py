@@ -137,9 +137,11 @@ def test_workers_change_nothing(config):
 
 
 def test_more_ranks_than_samples_are_refused(config):
-    train, _ = load(config)
+    config.validate()
+    cameras = policy_cameras(config.policy)
+    load_datasets(config, cameras, world_size=80)
     with pytest.raises(UserError, match=r"80 training samples for 81 ranks"):
-        training_batches(config, train, 0, 81, 0)
+        load_datasets(config, cameras, world_size=81)
 
 
 def test_the_held_out_part_shares_no_episode(config):
