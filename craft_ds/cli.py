@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from craft_ds.distributed import is_node_main
 from craft_ds.errors import TrainingDiverged, UserError
+from craft_ds.launch import is_node_main
 
 
 def run_main(action: Callable[[], object]) -> None:

@@ -1,22 +1,11 @@
-"""What the ranks must agree on before and beside training: who speaks, and that all fail together."""
+"""What the ranks do together beside training: exchange values, and fail all at once."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
 from craft_ds.errors import UserError
-
-
-def launched_world_size() -> int:
-    """Number of processes that the launcher (`deepspeed`, `torchrun`) started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_node_main() -> bool:
-    """Whether this process speaks for its node before the process group exists."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def gather_objects(value: Any) -> list[Any]:

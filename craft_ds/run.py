@@ -15,11 +15,12 @@ from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.checkpoint import load_checkpoint, read_manifest, save_checkpoint, step_directory
 from craft_ds.data import check_processors, heldout_batches, images_to_float, load_datasets, training_batches
-from craft_ds.distributed import all_ranks, gather_objects, is_node_main, launched_world_size, main_first
+from craft_ds.distributed import all_ranks, gather_objects, main_first
 from craft_ds.dual import DualState, RetentionRecord
 from craft_ds.engines import build_engine, check_engine, join_ranks
 from craft_ds.engines.base import Batch, Engine
 from craft_ds.errors import UserError
+from craft_ds.launch import is_node_main, launched_world_size
 from craft_ds.metrics import MetricsLogger
 from craft_ds.plots import plot_lambda_analysis
 from craft_ds.policies.adapter import PolicyWithLoss

@@ -9,7 +9,8 @@ POLICY="lerobot/pi0_fast"                     # the teacher: what is fine-tuned,
 ANCHORS="data/anchor_cache"                   # from scripts/build_anchor_cache.py, on the old tasks
 OUTPUT="outputs/craft_train"
 
-exec deepspeed scripts/train_craft.py \
+# MASTER_PORT=29501 bash scripts/train_craft.sh runs beside another job of this machine.
+exec deepspeed ${MASTER_PORT:+--master_port="$MASTER_PORT"} scripts/train_craft.py \
     --ds_config ds_configs/zero3.json \
     --engine.dtype=bfloat16 \
     --policy.path="$POLICY" \
