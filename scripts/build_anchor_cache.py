@@ -3,7 +3,8 @@
 
 import argparse
 import os
-import sys
+
+from craft_ds.cli import run_main
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,29 +44,23 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
+def main() -> None:
     arguments = parse_arguments()
     # The teacher's threads spin while they wait: on cores that the workers need, that costs half the speed.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - arguments.num_workers)))
     # After the arguments, so that --help and a misspelt flag answer at once.
     from craft_ds.anchors.build import BuildOptions, build_anchor_cache
     from craft_ds.anchors.cache import AnchorCache
-    from craft_ds.errors import UserError
 
-    try:
-        built = build_anchor_cache(BuildOptions(**vars(arguments)))
-        cache = AnchorCache.open(arguments.output_dir, verify=not built)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    built = build_anchor_cache(BuildOptions(**vars(arguments)))
+    cache = AnchorCache.open(arguments.output_dir, verify=not built)
     counts = " and ".join(f"{len(cache.splits[split])} {split}" for split in cache.splits)
     loss = cache.teacher_loss["all"]["overall"]
     print(
         f"{'built' if built else 'already built'}: {arguments.output_dir} ({counts} anchors of "
         f"{len(cache.tasks)} tasks, teacher loss {loss:.4f} a token)"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

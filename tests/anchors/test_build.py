@@ -15,6 +15,7 @@ from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.cache import AnchorCache, partial_directory
 from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.anchors.testing import make_test_dataset
+from craft_ds.cli import run_main
 from craft_ds.errors import UserError
 from craft_ds.policies.adapter import token_loss
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
@@ -320,12 +321,17 @@ def _offline(*args, **kwargs):
 
 
 def run_script(monkeypatch, *arguments):
+    """Run the script's `main` as the script does; return its exit status."""
     spec = importlib.util.spec_from_file_location("build_anchor_cache", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return script.main()
+    try:
+        run_main(script.main)
+    except SystemExit as leaving:
+        return leaving.code
+    return 0
 
 
 def test_script(data, teacher, built, tmp_path, monkeypatch, capsys):
@@ -347,7 +353,5 @@ def test_script(data, teacher, built, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("already built: ")
     assert run_script(monkeypatch, *flags, f"--policy_path={teacher}", "--seed=7") == 2
     assert capsys.readouterr().err.startswith("error: ")
-    with pytest.raises(SystemExit) as caught:
-        run_script(monkeypatch, *flags, f"--policy_path={teacher}", "--num_sample=7")
-    assert caught.value.code == 2
+    assert run_script(monkeypatch, *flags, f"--policy_path={teacher}", "--num_sample=7") == 2
     assert "--num_sample=7" in capsys.readouterr().err
