@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,7 +210,7 @@ class Killed(BaseException):
     """Stands for Ctrl-C and for the process's end."""
 
 
-@pytest.mark.parametrize("place", ["create", "write", "hash", "rename"])
+@pytest.mark.parametrize("place", ["create", "write", "hash", "sync", "rename"])
 @pytest.mark.parametrize("failure", [Killed(), OSError(28, "No space left on device")])
 def test_a_save_that_fails_leaves_nothing_that_looks_whole(save, saved, monkeypatch, place, failure):
     def fail(*_: object, **__: object) -> None:
@@ -224,8 +225,13 @@ def test_a_save_that_fails_leaves_nothing_that_looks_whole(save, saved, monkeypa
                 patched.setattr(TensorFile, "write", fail)
             case "hash":
                 patched.setattr(checkpoint, "_hash", fail)
-            case "rename":
+            case "sync":
                 patched.setattr(checkpoint, "_fsync", fail)
+            case "rename":
+                rename = Path.rename
+                patched.setattr(
+                    Path, "rename", lambda path, to: rename(path, to) if path.is_symlink() else fail()
+                )
         expected = Killed if isinstance(failure, Killed) else (UserError, OSError)
         with pytest.raises(expected) as raised:
             save(target, 4)
