@@ -1,5 +1,6 @@
 """A training run: everything around the loop, opened in the order in which it can fail."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline, RenameObservationsProcessorStep
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -207,8 +210,7 @@ def open_run(config: TrainConfig) -> Run:
     cameras = policy_cameras(config.policy)
     train, heldout = main_first(lambda: load_datasets(config, cameras, world_size))
 
-    policy = all_ranks(lambda: load_policy(config.policy, policy_dir))
-    policy.config.dtype = "float32"
+    policy = all_ranks(lambda: load_fp32_policy(config.policy, policy_dir))
     module = PolicyWithLoss(policy)
     engine = build_engine(
         config, module, lambda: config.optimizer.build(policy.get_optim_params()), ds_config
@@ -251,6 +253,18 @@ def open_run(config: TrainConfig) -> Run:
         logger=logger,
         batches=batches,
     )
+
+
+def load_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedPolicy:
+    """The policy with fp32 weights, whatever dtype its configuration was saved with.
+
+    `dtype=bfloat16`, as hub policies have it, would round the master weights before the first step and
+    mix dtypes within a layer. The engine casts for forward and backward (`--engine.dtype`).
+    """
+    config = copy.copy(config)
+    if hasattr(config, "dtype"):
+        config.dtype = "float32"
+    return load_policy(config, policy_dir)
 
 
 def _check_inputs(config: TrainConfig) -> tuple[AnchorCache | None, Path]:
