@@ -19,11 +19,10 @@ import torch
 from craft_ds.distributed import all_ranks, gather_objects, on_main
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
-from craft_ds.policies.directory import copy_policy_files
+from craft_ds.policies.directory import WEIGHTS, copy_policy_files
 from craft_ds.tensor_file import TensorFile, TensorSpec, create_tensor_file
 from craft_ds.train_config import TrainConfig
 
-WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 SCHEDULER = "scheduler.pt"
 CRAFT_STATE = "craft_state.pt"

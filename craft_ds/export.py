@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from craft_ds.checkpoint import WEIGHTS, verify_checkpoint
+from craft_ds.checkpoint import verify_checkpoint
 from craft_ds.errors import UserError
-from craft_ds.policies.directory import copy_policy_files
+from craft_ds.policies.directory import WEIGHTS, copy_policy_files
 from craft_ds.tensor_file import TensorFile, TensorSpec, create_tensor_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

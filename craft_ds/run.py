@@ -234,7 +234,6 @@ def open_run(config: TrainConfig) -> Run:
         dual.load_state_dict(craft_state)
     batches = all_ranks(lambda: training_batches(config, train, engine.rank, engine.world_size, start_step))
     engine.barrier()  # nobody makes the output directory before everybody has seen that it is free
-    output_dir = Path(config.output_dir)
     logger = all_ranks(lambda: _open_logger(config, engine, start_step))
     logger.say(f"✓ data set: {train.num_episodes} episodes, {len(train)} samples")
     count = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
@@ -245,7 +244,7 @@ def open_run(config: TrainConfig) -> Run:
         dual=dual,
         anchors=anchors,
         start_step=start_step,
-        output_dir=output_dir,
+        output_dir=Path(config.output_dir),
         policy_dir=policy_dir,
         preprocessor=preprocessor,
         heldout=heldout,
