@@ -14,6 +14,22 @@ Batch = dict[str, Tensor]
 ReadRange = Callable[[str, int, int], Tensor]
 """read(name, start, stop): elements [start, stop) of a flattened tensor, 1-D, any float dtype."""
 
+_PIECE = 1 << 22
+
+
+def fill_(part: Tensor, read: ReadRange, name: str, start: int) -> None:
+    """Read a part of a flattened tensor into its place, piece by piece: no second copy of it ever exists.
+
+    Args:
+        part: 1-D; elements [start, start + len(part)) of the tensor belong here, in any dtype and device.
+        read: Reads ranges by name.
+        name: The tensor.
+        start: Offset of the part in the flattened tensor, in elements.
+    """
+    for offset in range(0, part.numel(), _PIECE):
+        piece = part[offset : offset + _PIECE]
+        piece.copy_(read(name, start + offset, start + offset + piece.numel()))
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -37,6 +53,10 @@ class Shard:
 class Engine(Protocol):
     """A model, an optimizer and the ranks that share them.
 
+    An engine is made from a `PolicyWithLoss` whose parameters may lie on the meta device (buffers are
+    real), a `ReadRange` of its parameters and persistent buffers, and a function that makes the
+    optimizer once the parameters are sharded. Each rank reads only what it keeps.
+
     Gradients: losses are *sums* over tokens, and an engine's gradient is the mean over ranks of the
     gradient of each rank's accumulated loss. The gradient of the global mean is therefore
     `world_size / global_tokens` times what `gradient()` shows; the loop folds that factor into the
@@ -48,6 +68,8 @@ class Engine(Protocol):
         device: Where batches belong.
         rank: This process among `world_size`.
         world_size: Number of processes.
+        replicas: How many ranks hold the same shard of a gradient (1, but for hybrid sharding): products
+            of local shards, summed over all ranks, count each element so many times.
     """
 
     module: PolicyWithLoss
@@ -55,6 +77,7 @@ class Engine(Protocol):
     device: torch.device
     rank: int
     world_size: int
+    replicas: int
 
     def forward(self, batch: Batch) -> TokenLoss:
         """Loss of this rank's micro-batch. Collective: call on all ranks."""
@@ -62,6 +85,12 @@ class Engine(Protocol):
 
     def evaluate(self, batch: Batch) -> TokenLoss:
         """`forward` without gradients, in eval mode. Collective: call on all ranks."""
+        ...
+
+    def act(self, batch: Batch) -> Tensor:
+        """The policy's greedy action chunk for observations, (B, chunk, action width), before its
+        postprocessor. Collective: call on all ranks, equally often; each has observations of its own.
+        """
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -89,7 +118,7 @@ class Engine(Protocol):
         ...
 
     def shards(self) -> Iterator[Shard]:
-        """This rank's part of every parameter: together the ranks hold each element exactly once."""
+        """What this rank writes of every parameter: together the ranks yield each element exactly once."""
         ...
 
     def load_parameters(self, read: ReadRange) -> None:
