@@ -4,8 +4,9 @@ A mean of per-rank means is not the mean over all tokens: ranks with short sampl
 trainer therefore divides the summed loss by the count of *all* ranks.
 """
 
+from collections.abc import Callable
 from functools import singledispatch
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -42,7 +43,8 @@ def token_loss(policy: PreTrainedPolicy, batch: Batch) -> TokenLoss:
 
 
 class PolicyWithLoss(nn.Module):
-    """The module that engines wrap: its ``forward`` is the loss, so that root hooks of sharding fire.
+    """The module that engines wrap: whatever is done with the policy is a ``forward``, so that the root's
+    hooks of sharding fire.
 
     Attributes:
         policy: The policy; parameters are named ``policy.<name in the policy>``.
@@ -52,6 +54,11 @@ class PolicyWithLoss(nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, batch: Batch) -> TokenLoss:
-        """As ``token_loss``."""
-        return token_loss(self.policy, batch)
+    def forward(self, batch: Batch, call: Callable[[PreTrainedPolicy, Batch], Any] = token_loss) -> Any:
+        """What ``call`` makes of the policy and a batch.
+
+        Args:
+            batch: What ``call`` expects.
+            call: ``token_loss`` by default; ``craft_ds.policies.generation.action_chunk`` to act.
+        """
+        return call(self.policy, batch)
