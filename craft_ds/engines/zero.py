@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from craft_ds.engines.base import Batch, ReadRange, Shard
-from craft_ds.engines.zero_layout import Zero3Layout
+from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
+from craft_ds.engines.zero_layout import Zero3Layout, partition_parameters_
 from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss
 
 
@@ -21,6 +21,16 @@ def init_distributed() -> None:
     deepspeed.init_distributed(verbose=False)
 
 
+def _read_buffers(module: PolicyWithLoss, read: ReadRange) -> Iterator[tuple[str, Tensor]]:
+    """Copies of all buffers by their names in `module`; those of the policy's `state_dict` are read."""
+    persistent = module.policy.state_dict().keys()
+    for name, buffer in module.named_buffers():
+        values, key = buffer.detach().clone(), name.removeprefix("policy.")
+        if key in persistent:
+            values.copy_(read(key, 0, values.numel()).view(values.shape))
+        yield name, values
+
+
 class ZeroEngine:
     """ZeRO-3: parameters, gradients and optimizer state partitioned over all ranks.
 
@@ -29,31 +39,34 @@ class ZeroEngine:
     that a retention step adds) and empties it for the second pass.
 
     Args:
-        module: The policy with its loss, whole and in fp32, on the CPU.
-        build_optimizer: Makes the optimizer of the policy's parameters.
+        module: The policy with its loss; its parameters may lie on the meta device.
+        read: Reads its parameters and persistent buffers; each rank asks for what it keeps.
+        build_optimizer: Makes the optimizer of the policy's parameters, once they are partitioned.
         config: A configuration from `resolve_ds_config`.
     """
+
+    replicas = 1
 
     def __init__(
         self,
         module: PolicyWithLoss,
+        read: ReadRange,
         build_optimizer: Callable[[], torch.optim.Optimizer],
         config: dict[str, Any],
     ):
         self.module = module
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        # DeepSpeed casts the model before it makes the masters: keep the fp32 values until they are set.
-        weights = {name: p.detach() for name, p in module.policy.named_parameters()}
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        buffers = dict(_read_buffers(module, read))
+        partition_parameters_(module, config)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=build_optimizer(), config=config)
         self.device = self._engine.device
         self._layout = Zero3Layout(self._engine.optimizer, self.rank)
         self.optimizer = self._layout.optimizer
         self._names = {id(p): name for name, p in module.policy.named_parameters()}
-        # It casts buffers too: rotary frequencies rounded to bf16 are a radian off at position 500.
+        # DeepSpeed casts buffers too: rotary frequencies rounded to bf16 are a radian off at position 500.
         for name, buffer in module.named_buffers():
-            buffer.data = buffers[name].to(buffer.device)
-        self.load_parameters(lambda name, start, stop: weights[name].reshape(-1)[start:stop])
+            buffer.data = buffers[name].to(self.device)
+        self.load_parameters(read)
 
     def forward(self, batch: Batch) -> TokenLoss:
         """Loss of this rank's micro-batch. Collective: call on all ranks."""
@@ -65,6 +78,15 @@ class ZeroEngine:
         """`forward` without gradients, in eval mode. Collective: call on all ranks."""
         self._engine.eval()
         return self._engine(batch)
+
+    @torch.no_grad()
+    def act(self, batch: Batch) -> Tensor:
+        """The policy's greedy action chunk. Collective: call on all ranks, equally often."""
+        # Imported here: no other part of the engine knows how a policy decodes.
+        from craft_ds.policies.generation import action_chunk
+
+        self._engine.eval()
+        return self._engine(batch, call=action_chunk)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient. Collective: call on all ranks."""
@@ -122,9 +144,9 @@ class ZeroEngine:
         for part in self._layout.partitions:
             if part.numel:
                 name = self._names[id(part.parameter)]
-                self._layout.master(part).copy_(read(name, part.start, part.start + part.numel))
+                fill_(self._layout.master(part), read, name, part.start)
         for name, _, start, values in self._frozen_parts():
-            values.copy_(read(name, start, start + values.numel()))
+            fill_(values, read, name, start)
         self._layout.publish_masters()
 
     @torch.no_grad()
@@ -133,9 +155,9 @@ class ZeroEngine:
         self._layout.create_state(tuple(keys), steps)
         for part in self._layout.partitions:
             if part.numel:
-                name, stop = self._names[id(part.parameter)], part.start + part.numel
+                name = self._names[id(part.parameter)]
                 for key, values in self._layout.state(part).items():
-                    values.copy_(read(f"{name}.{key}", part.start, stop))
+                    fill_(values, read, f"{name}.{key}", part.start)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

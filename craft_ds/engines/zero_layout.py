@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,41 @@ _ATTRIBUTES = (
     "zero_grad",
     "_reassign_or_swap_out_partitioned_parameters",
 )
+
+
+class _EmptyPartitions(deepspeed.zero.Init):
+    """`deepspeed.zero.Init` without its broadcast of every whole parameter from rank 0.
+
+    The values come later, and each rank reads only its own.
+    """
+
+    def _zero_init_param(self, param: nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+@torch.no_grad()
+def partition_parameters_(module: nn.Module, config: dict[str, Any]) -> None:
+    """Replace every parameter, which may be on the meta device, by an empty partitioned one.
+
+    One parameter at a time is allocated whole and freed; on a CPU not even that, since its pages are
+    never written.
+
+    Args:
+        module: The model; its parameters are new objects afterwards, tied ones still the same.
+        config: DeepSpeed's configuration.
+    """
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    init = _EmptyPartitions(module=nn.Module(), config_dict_or_path=config, dtype=dtype)
+    partitioned: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, old in owner.named_parameters(recurse=False, remove_duplicate=False):
+            if old not in partitioned:
+                empty = torch.empty(old.shape, dtype=dtype, device=init.local_device)
+                partitioned[old] = nn.Parameter(empty, old.requires_grad)
+                del empty
+                init._convert_to_zero_parameters([partitioned[old]])
+            setattr(owner, name, partitioned[old])
 
 
 @dataclass(frozen=True)
