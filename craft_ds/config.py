@@ -1,15 +1,17 @@
 """What a user can set about CRaFT and about the engine. Imports nothing heavy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from craft_ds.errors import UserError
+from craft_ds.launch import launched_world_size
 
 ProjectionMode = Literal["weighted", "equal", "task_priority"]
 EpsilonSchedule = Literal["linear", "cosine", "exponential"]
 ConstraintSplit = Literal["heldout", "train"]
-EngineName = Literal["auto", "single", "zero"]
+EngineName = Literal["auto", "single", "zero", "fsdp"]
 EngineDtype = Literal["float32", "bfloat16"]
+FsdpDtype = Literal["auto", "float32", "bfloat16"]
 
 
 def _choice(flag: str, value: str, choices: object) -> None:
@@ -107,18 +109,56 @@ class CraftConfig:
 
 
 @dataclass
+class FsdpConfig:
+    """PyTorch FSDP2: the flags `--engine.fsdp.*`, in PyTorch's own words.
+
+    Attributes:
+        dp_shard: Ranks that share one copy of the model; -1: all, divided by `dp_replicate`.
+        dp_replicate: Copies of the sharded model (hybrid sharding, HSDP); 1: none.
+        reshard_after_forward: Free gathered parameters between forward and backward; false gathers them once
+            a pass and holds the whole model meanwhile.
+        cpu_offload: Keep parameters, gradients and optimizer state in CPU memory.
+        param_dtype: Dtype of gathered parameters; `auto`: that of `--engine.dtype`.
+        reduce_dtype: Dtype in which gradients are reduced and kept; `auto`: as `param_dtype`.
+    """
+
+    dp_shard: int = -1
+    dp_replicate: int = 1
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    param_dtype: str = "auto"
+    reduce_dtype: str = "float32"
+
+    def validate(self) -> None:
+        """Check every field for itself.
+
+        Raises:
+            UserError: Names the flag and what it must be.
+        """
+        _require(
+            self.dp_shard == -1 or self.dp_shard >= 1,
+            f"--engine.fsdp.dp_shard={self.dp_shard} must be at least 1, or -1 for all ranks",
+        )
+        _require(self.dp_replicate >= 1, f"--engine.fsdp.dp_replicate={self.dp_replicate} must be at least 1")
+        _choice("--engine.fsdp.param_dtype", self.param_dtype, FsdpDtype)
+        _choice("--engine.fsdp.reduce_dtype", self.reduce_dtype, FsdpDtype)
+
+
+@dataclass
 class EngineConfig:
     """How the model is sharded: the flags `--engine.*` (`--engine=NAME` is `--engine.name=NAME`).
 
     Attributes:
-        name: `single` (one process), `zero` (DeepSpeed ZeRO) or `auto`: `zero` where a DeepSpeed
-            config is given, else `single`.
+        name: `single` (one process), `zero` (DeepSpeed ZeRO), `fsdp` (PyTorch FSDP2) or `auto`: `zero` where
+            a DeepSpeed config is given, else `fsdp` where several processes were launched, else `single`.
         ds_config: DeepSpeed configuration file; `--ds_config FILE` is the same flag.
+        fsdp: Options of FSDP2.
         dtype: Dtype of forward and backward. `bfloat16` keeps fp32 master weights and moments.
     """
 
     name: str = "auto"
     ds_config: str | None = None
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     dtype: str = "float32"
 
     def validate(self) -> None:
@@ -130,12 +170,17 @@ class EngineConfig:
         _choice("--engine", self.name, EngineName)
         _choice("--engine.dtype", self.dtype, EngineDtype)
         if self.name == "auto":
-            self.name = "zero" if self.ds_config else "single"
+            self.name = "zero" if self.ds_config else "fsdp" if launched_world_size() > 1 else "single"
         _require(
             self.name != "zero" or bool(self.ds_config),
             "--engine=zero needs --ds_config, for example --ds_config ds_configs/zero3.json",
         )
         _require(
-            self.name != "single" or not self.ds_config,
-            f"--ds_config={self.ds_config} has no meaning with --engine=single: leave one of them out",
+            self.name == "zero" or not self.ds_config,
+            f"--ds_config={self.ds_config} has no meaning with --engine={self.name}: leave one of them out",
+        )
+        self.fsdp.validate()
+        _require(
+            self.name == "fsdp" or self.fsdp == FsdpConfig(),
+            f"--engine.fsdp.* has no meaning with --engine={self.name}: leave it out, or set --engine=fsdp",
         )

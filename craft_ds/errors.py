@@ -19,6 +19,12 @@ class TrainingDiverged(RuntimeError):
     """Too many steps in a row had a loss or a gradient that was not finite."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 300 characters; its type where it says nothing."""
+    text = " ".join(str(error).split())
+    return (text or type(error).__name__)[:300]
+
+
 @contextlib.contextmanager
 def exits_as_user_error() -> Iterator[None]:
     """Raise `UserError` where a library would print what is wrong and leave the process.

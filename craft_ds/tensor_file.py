@@ -8,7 +8,7 @@ gathers anything, and the file of a sharded run is the file of an unsharded one.
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -29,6 +29,26 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+ReadRange = Callable[[str, int, int], Tensor]
+"""read(name, start, stop): elements [start, stop) of a flattened tensor, 1-D, any float dtype."""
+
+_PIECE = 1 << 22
+
+
+def fill_(part: Tensor, read: ReadRange, name: str, start: int) -> None:
+    """Read a part of a flattened tensor into its place, piece by piece: no second copy of it ever exists.
+
+    Args:
+        part: 1-D; elements [start, start + len(part)) of the tensor belong here, in any dtype and device.
+        read: Reads ranges by name.
+        name: The tensor.
+        start: Offset of the part in the flattened tensor, in elements.
+    """
+    for offset in range(0, part.numel(), _PIECE):
+        piece = part[offset : offset + _PIECE]
+        piece.copy_(read(name, start + offset, start + offset + piece.numel()))
 
 
 class TensorSpec(NamedTuple):

@@ -18,7 +18,8 @@ from craft_ds.anchors.cache import DTYPES, FORMAT, VERSION, file_sha256
 from craft_ds.anchors.draw import Draw
 from craft_ds.errors import UserError
 from craft_ds.policies.directory import CONFIG
-from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint, weight_files
+from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
+from craft_ds.policies.weights import weight_files
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the training loop asks of an engine. The loop itself is never inside one."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,27 +8,11 @@ import torch
 from torch import Tensor
 
 from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss
+from craft_ds.tensor_file import ReadRange, fill_
+
+__all__ = ["Batch", "Engine", "ReadRange", "Shard", "fill_"]
 
 Batch = dict[str, Tensor]
-
-ReadRange = Callable[[str, int, int], Tensor]
-"""read(name, start, stop): elements [start, stop) of a flattened tensor, 1-D, any float dtype."""
-
-_PIECE = 1 << 22
-
-
-def fill_(part: Tensor, read: ReadRange, name: str, start: int) -> None:
-    """Read a part of a flattened tensor into its place, piece by piece: no second copy of it ever exists.
-
-    Args:
-        part: 1-D; elements [start, start + len(part)) of the tensor belong here, in any dtype and device.
-        read: Reads ranges by name.
-        name: The tensor.
-        start: Offset of the part in the flattened tensor, in elements.
-    """
-    for offset in range(0, part.numel(), _PIECE):
-        piece = part[offset : offset + _PIECE]
-        piece.copy_(read(name, start + offset, start + offset + piece.numel()))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ LeRobot's ``from_pretrained`` prints a line and returns a part-random model when
 nothing here does.
 """
 
-import copy
 import hashlib
 import json
 import re
@@ -14,25 +13,23 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
-from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor, AutoTokenizer
-from transformers.initialization import no_init_weights
 
-from craft_ds.errors import UserError, exits_as_user_error
+from craft_ds.errors import UserError, exits_as_user_error, one_line
 from craft_ds.policies.directory import (
     ACTION_STEPS,
     CONFIG,
     POSTPROCESSOR,
     PREPROCESSOR,
-    WEIGHTS,
 )
+from craft_ds.policies.skeleton import build_skeleton, materialize_
 from craft_ds.policies.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
+from craft_ds.policies.weights import WEIGHTS_INDEX, WeightReader, unique_tensors, weight_files
+from craft_ds.tensor_file import fill_
 
-WEIGHTS_INDEX = "model.safetensors.index.json"
-_EMBEDDING = "model.language_model.embed_tokens.weight"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = [
     CONFIG,
@@ -82,7 +79,7 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
             config = PreTrainedConfig.from_pretrained(directory, cli_overrides=overrides)
     except Exception as error:
         flags = " with " * bool(overrides) + " ".join(f"--policy.{flag[2:]}" for flag in overrides)
-        reason = _one_line(error)
+        reason = one_line(error)
         raise UserError(f"{directory / CONFIG}{flags} is not a policy configuration: {reason}") from error
     reroot_tokenizers(config, directory)
     for field in ("text_tokenizer_name", "action_tokenizer_name"):
@@ -117,97 +114,28 @@ def load_policy(config: PreTrainedConfig, path: str | Path, device: str = "cpu")
             not fit.
     """
     directory = resolve_policy_path(path)
+    policy = build_policy(config, directory)
+    materialize_(policy, device)
+    policy.config.device = device
+    with WeightReader(directory, policy) as weights, torch.no_grad():
+        for name, tensor in unique_tensors(policy).items():
+            fill_(tensor.view(-1), weights.read, name, 0)
+    return policy
+
+
+def build_policy(config: PreTrainedConfig, directory: Path) -> PreTrainedPolicy:
+    """A policy without weights, as `build_skeleton`, where its weights are there to be read.
+
+    Raises:
+        UserError: A weight file is missing, or the policy cannot be built (a tokenizer cannot be loaded).
+    """
     weight_files(directory)
-    config = copy.copy(config)
-    config.device = device
     try:
-        # The weights are read below: drawing random ones first would only cost time.
-        with no_init_weights():
-            policy = get_policy_class(config.type)(config)
+        return build_skeleton(config)
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
-            f"cannot build the policy of '{path}': {_one_line(error.__cause__ or error)}"
+            f"cannot build the policy of '{directory}': {one_line(error.__cause__ or error)}"
         ) from error
-
-    tensors = policy.state_dict()
-    located = locate_weights(directory, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    by_file: dict[Path, list[tuple[str, str]]] = {}
-    for name, (file, key) in located.items():
-        by_file.setdefault(file, []).append((name, key))
-    for file, pairs in by_file.items():
-        with safe_open(file, framework="pt") as reader, torch.no_grad():
-            for name, key in pairs:
-                tensors[name].copy_(reader.get_tensor(key))
-    return policy.to(device).eval()
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a policy directory: ``model.safetensors``, or those that the index names.
-
-    Raises:
-        UserError: If there is neither, or the index names a file that is not there.
-    """
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    index = directory / WEIGHTS_INDEX
-    if not index.is_file():
-        raise UserError(f"{directory / WEIGHTS} is missing: the policy has no weights")
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} is damaged: {_one_line(error)}") from error
-    files = [directory / name for name in sorted(names)]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is missing, but {index} names it")
-    return files
-
-
-def locate_weights(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Path, str]]:
-    """Where each tensor of a policy lies.
-
-    Names may lack the leading ``model.``, and ``embed_tokens`` may be missing where it equals ``lm_head``, as
-    in LeRobot's and openpi's own files.
-
-    Args:
-        directory: A policy directory.
-        shapes: The policy's state dictionary: names and shapes.
-
-    Returns:
-        For each name, the file and the key to give to ``safe_open(file).get_slice(key)``.
-
-    Raises:
-        UserError: If names or shapes of the files and of the policy differ, or a file is damaged.
-    """
-    found: dict[str, tuple[Path, str]] = {}
-    found_shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for key in reader.keys():  # noqa: SIM118 - no mapping
-                    name = key if key in shapes or key.startswith("model.") else f"model.{key}"
-                    found[name] = (file, key)
-                    found_shapes[name] = tuple(reader.get_slice(key).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or no safetensors file: {_one_line(error)}") from error
-
-    for name in shapes:
-        head = name.replace(_EMBEDDING, "lm_head.weight")
-        if name.endswith(_EMBEDDING) and name not in found and head in found:
-            found[name], found_shapes[name] = found[head], found_shapes[head]
-
-    where = directory / WEIGHTS if (directory / WEIGHTS).is_file() else directory / WEIGHTS_INDEX
-    for problem, names in (
-        ("lacks", shapes.keys() - found.keys()),
-        ("has unknown", found.keys() - shapes.keys()),
-        ("has another shape for", {n for n in shapes.keys() & found.keys() if shapes[n] != found_shapes[n]}),
-    ):
-        if names:
-            more = ", …" if len(names) > 3 else ""
-            raise UserError(
-                f"{where} {problem} {len(names)} tensors of the policy: {', '.join(sorted(names)[:3])}{more}"
-            )
-    return found
 
 
 def load_processors(
@@ -242,7 +170,7 @@ def load_processors(
             preprocessor_overrides={k: v for k, v in _overrides(config, device).items() if k in names},
         )
     except Exception as error:
-        raise UserError(f"cannot load the processors of '{path}': {_one_line(error)}") from error
+        raise UserError(f"cannot load the processors of '{path}': {one_line(error)}") from error
 
 
 def _overrides(config: PreTrainedConfig, device: str) -> dict[str, dict[str, Any]]:
@@ -283,8 +211,3 @@ def tokenizer_fingerprint(config: PreTrainedConfig) -> str:
 def _backend(tokenizer: Any) -> dict[str, Any]:
     """A tokenizer's own serialisation, without the padding and truncation that its last call left in it."""
     return json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text or type(error).__name__)[:300]

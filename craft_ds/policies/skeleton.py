@@ -1,0 +1,65 @@
+"""A policy without its weights: parameters on the meta device, buffers real.
+
+Buffers that are not stored with the weights (rotary frequencies, embedding scales, position ids) are computed
+by the constructors. Building everything on the meta device would lose them.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from accelerate import init_empty_weights
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+
+def build_skeleton(config: PreTrainedConfig) -> PreTrainedPolicy:
+    """Build a policy whose parameters take no memory, in evaluation mode.
+
+    Args:
+        config: From `load_policy_config`; not changed.
+    """
+    config = copy.copy(config)
+    config.device = "meta"
+    # The initial weights are never seen: drawing them would take time and touch memory.
+    with no_init_weights(), init_empty_weights(include_buffers=False), _kept_buffers():
+        policy = get_policy_class(config.type)(config)
+    return policy.eval()
+
+
+@contextmanager
+def _kept_buffers() -> Iterator[None]:
+    """Put buffers back that a constructor moved to the meta device with everything else."""
+    registered: dict[tuple[nn.Module, str], Tensor | None] = {}
+    register = nn.Module.register_buffer
+
+    def remember(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        register(module, name, tensor, persistent)
+        registered[module, name] = tensor
+
+    with patch.object(nn.Module, "register_buffer", remember):
+        yield
+    for (module, name), tensor in registered.items():
+        if tensor is not None and name in module._buffers:
+            module._buffers[name] = tensor
+
+
+def materialize_(module: nn.Module, device: torch.device | str) -> None:
+    """Give parameters on the meta device memory on `device`, without values, and move all else there.
+
+    Tied parameters stay tied.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    empty = torch.empty_like(parameter, device=device)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                part._parameters[name] = made[id(parameter)]
+    module.to(device)

@@ -1,0 +1,149 @@
+"""The weights of a policy directory, read by range: a rank reads what it keeps, and no rank reads it all."""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from craft_ds.errors import UserError, one_line
+from craft_ds.policies.directory import WEIGHTS
+from craft_ds.tensor_file import TensorFile
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_EMBEDDING = "model.language_model.embed_tokens.weight"
+
+
+class WeightReader:
+    """Ranges of a policy's parameters and persistent buffers, in one file or in several.
+
+    Args:
+        directory: A policy directory.
+        policy: The policy, on any device: its names and shapes must be the files'.
+
+    Raises:
+        UserError: As `locate_weights`.
+    """
+
+    def __init__(self, directory: Path, policy: nn.Module):
+        self._files = ExitStack()
+        self._places = {}
+        opened: dict[Path, TensorFile] = {}
+        shapes = {name: tuple(tensor.shape) for name, tensor in unique_tensors(policy).items()}
+        for name, (path, key) in locate_weights(directory, shapes, tied_names(policy)).items():
+            if path not in opened:
+                try:
+                    opened[path] = self._files.enter_context(TensorFile(path))
+                except ValueError as error:
+                    self._files.close()
+                    raise UserError(str(error)) from error
+            self._places[name] = (opened[path], key)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flattened tensor, 1-D, in the dtype of the file."""
+        file, key = self._places[name]
+        return file.read(key, start, stop)
+
+
+def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer, each under its first name: what a policy's file holds."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in policy.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def tied_names(policy: nn.Module) -> dict[str, str]:
+    """The further names of tied tensors, with the first name of each."""
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(tensor), name) for name, tensor in policy.state_dict(keep_vars=True).items()
+    }
+    return {name: known for name, known in names.items() if name != known}
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files of a policy directory: ``model.safetensors``, or those that the index names.
+
+    Raises:
+        UserError: If there is neither, or the index names a file that is not there.
+    """
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / WEIGHTS_INDEX
+    if not index.is_file():
+        raise UserError(f"{directory / WEIGHTS} is missing: the policy has no weights")
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: {one_line(error)}") from error
+    files = [directory / name for name in sorted(names)]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing, but {index} names it")
+    return files
+
+
+def locate_weights(
+    directory: Path, shapes: dict[str, tuple[int, ...]], aliases: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, tuple[Path, str]]:
+    """Where each tensor of a policy lies.
+
+    Names may lack the leading ``model.``, and ``embed_tokens`` may be missing where it equals ``lm_head``, as
+    in LeRobot's and openpi's own files.
+
+    Args:
+        directory: A policy directory.
+        shapes: Names and shapes of the policy's tensors.
+        aliases: Further names of tied tensors, with the name in `shapes` that each stands for.
+
+    Returns:
+        For each name, the file and the tensor's key in it.
+
+    Raises:
+        UserError: If names or shapes of the files and of the policy differ, or a file is damaged.
+    """
+    found: dict[str, tuple[Path, str]] = {}
+    found_shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for key in reader.keys():  # noqa: SIM118 - no mapping
+                    known = key in shapes or key in aliases or key.startswith("model.")
+                    name = key if known else f"model.{key}"
+                    name = aliases.get(name, name)
+                    found[name] = (file, key)
+                    found_shapes[name] = tuple(reader.get_slice(key).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or no safetensors file: {one_line(error)}") from error
+
+    for name in shapes:
+        head = name.replace(_EMBEDDING, "lm_head.weight")
+        if name.endswith(_EMBEDDING) and name not in found and head in found:
+            found[name], found_shapes[name] = found[head], found_shapes[head]
+
+    where = directory / WEIGHTS if (directory / WEIGHTS).is_file() else directory / WEIGHTS_INDEX
+    for problem, names in (
+        ("lacks", shapes.keys() - found.keys()),
+        ("has unknown", found.keys() - shapes.keys()),
+        ("has another shape for", {n for n in shapes.keys() & found.keys() if shapes[n] != found_shapes[n]}),
+    ):
+        if names:
+            more = ", …" if len(names) > 3 else ""
+            raise UserError(
+                f"{where} {problem} {len(names)} tensors of the policy: {', '.join(sorted(names)[:3])}{more}"
+            )
+    return found
