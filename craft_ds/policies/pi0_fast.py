@@ -49,12 +49,12 @@ def pi0_fast_token_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
     device = images[0].device
     prompt_mask = batch[OBS_LANGUAGE_ATTENTION_MASK].cpu()
     action_mask = batch[ACTION_TOKEN_MASK].cpu()
-    prompt_length, action_length = _longest(prompt_mask), max(_longest(action_mask), 1)
+    prompt_length, action_length = longest(prompt_mask), max(longest(action_mask), 1)
     prompt = batch[OBS_LANGUAGE_TOKENS][:, :prompt_length].to(device)
     actions = batch[ACTION_TOKENS][:, :action_length].to(device)
     supervised = action_mask[:, 1:action_length].flatten().nonzero().squeeze(1).to(device)
 
-    vision = _embed_cameras(model, images)
+    vision = embed_cameras(model, images)
     words = model._apply_checkpoint(
         model.paligemma_with_expert.embed_language_tokens, torch.cat([prompt, actions[:, :-1]], dim=1)
     )
@@ -87,13 +87,13 @@ def pi0_fast_token_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
     return TokenLoss(total, torch.full((), float(supervised.numel()), device=device))
 
 
-def _longest(mask: Tensor) -> int:
+def longest(mask: Tensor) -> int:
     """The length that keeps every true entry of a (B, L) mask on the host."""
     used = mask.any(dim=0).nonzero()
     return int(used[-1]) + 1 if len(used) else 0
 
 
-def _embed_cameras(model: PI0FastPytorch, images: list[Tensor]) -> Tensor:
+def embed_cameras(model: PI0FastPytorch, images: list[Tensor]) -> Tensor:
     """Image tokens of all cameras, (B, cameras * tokens, width), from one call of the vision tower."""
     batch_size = images[0].shape[0]
     tokens = model._apply_checkpoint(model.paligemma_with_expert.embed_image, torch.cat(images))
