@@ -1,0 +1,180 @@
+"""PyTorch's FSDP2 (`fully_shard`) behind the engine protocol."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from craft_ds.config import FsdpConfig
+from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
+from craft_ds.engines.fsdp_layout import compute_dtype, local, make_mesh, mesh_shape, reshard_, rows, shard_
+from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss
+from craft_ds.policies.generation import action_chunk
+from craft_ds.policies.skeleton import materialize_
+from craft_ds.policies.weights import unique_tensors
+
+
+def init_distributed() -> None:
+    """Join the process group that the launcher described, or form one of a single process.
+
+    Does nothing where there is a process group already. Collective: call on all ranks.
+    """
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # Gradients and masters that are kept on the CPU, and exchanged objects, go by gloo.
+        backend = "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+class FsdpEngine:
+    """FSDP2: parameters, gradients and optimizer state sharded by rows, as DTensors.
+
+    FSDP2 reduces every micro-batch into `.grad`, which therefore only ever holds shards. Handing the first
+    gradient over is taking those tensors away: a retention step adds one gradient shard and copies nothing.
+
+    Args:
+        module: The policy with its loss; parameters may lie on the meta device.
+        read: Reads weights by range.
+        build_optimizer: Makes the optimizer of the policy's (sharded) parameters.
+        options: Flags of FSDP2.
+        dtype: Dtype of forward and backward; masters and moments are fp32.
+
+    Raises:
+        UserError: `options` do not fit the number of processes, or a parameter cannot be sharded.
+    """
+
+    def __init__(
+        self,
+        module: PolicyWithLoss,
+        read: ReadRange,
+        build_optimizer: Callable[[], torch.optim.Optimizer],
+        options: FsdpConfig,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.module = module
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = _device()
+        self.replicas, self._shards = mesh_shape(options, self.world_size)
+        mesh = make_mesh(self.replicas, self._shards, self.device)
+        self._shard_rank = mesh.get_local_rank("dp_shard")
+        shard_(module, mesh, options, compute_dtype(options, dtype))
+        materialize_(module, "cpu" if options.cpu_offload else self.device)
+        for buffer in module.buffers():
+            buffer.data = buffer.to(self.device)
+        self.load_parameters(read)
+        self._trainable = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer()
+
+    def forward(self, batch: Batch) -> TokenLoss:
+        """Loss of this rank's micro-batch. Collective: call on all ranks."""
+        self.module.train()
+        return self.module(batch)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> TokenLoss:
+        """`forward` without gradients, in eval mode. Collective: call on all ranks."""
+        self.module.eval()
+        loss = self.module(batch)
+        reshard_(self.module)
+        return loss
+
+    @torch.no_grad()
+    def act(self, batch: Batch) -> Tensor:
+        """The policy's greedy action chunk. Collective: call on all ranks, equally often."""
+        self.module.eval()
+        actions = self.module(batch, call=action_chunk)
+        reshard_(self.module)
+        return actions
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient: one reduce-scatter a unit. Collective: call on all ranks."""
+        loss.backward()
+
+    def gradient(self) -> Sequence[Tensor]:
+        """The local rows of every `.grad`, made zero where a pass did not touch one."""
+        for parameter in self._trainable:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [local(parameter.grad) for parameter in self._trainable]
+
+    def take_gradient(self) -> Sequence[Tensor]:
+        """Hand over the local rows of every `.grad` themselves: no copy."""
+        gradients = self.gradient()
+        self.drop_gradient()
+        return gradients
+
+    def step(self) -> None:
+        """One optimizer step on the shards; nothing is communicated."""
+        self.optimizer.step()
+        self.drop_gradient()
+
+    def drop_gradient(self) -> None:
+        """Set every `.grad` to None."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def sum_scalars(self, values: Tensor) -> list[float]:
+        """Sum over all ranks, replicas included: one all-reduce. Collective: call on all ranks."""
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values.tolist()
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's rows of every parameter; of the replicas, the first yields them."""
+        if self.rank >= self._shards:
+            return
+        for name, parameter, start in self._rows():
+            master = local(parameter).reshape(-1)
+            if master.numel():
+                state = {
+                    key: local(value).reshape(-1)
+                    for key, value in self.optimizer.state.get(parameter, {}).items()
+                    if isinstance(value, DTensor)
+                }
+                yield Shard(name, tuple(parameter.shape), start, master.float(), state)
+
+    def _rows(self) -> Iterator[tuple[str, torch.nn.Parameter, int]]:
+        return rows(self.module.policy, self._shard_rank, self._shards)
+
+    @torch.no_grad()
+    def load_parameters(self, read: ReadRange) -> None:
+        """Set this rank's rows of every parameter, and every persistent buffer."""
+        for name, parameter, start in self._rows():
+            fill_(local(parameter).view(-1), read, name, start)
+        for name, tensor in unique_tensors(self.module.policy).items():
+            if not isinstance(tensor, DTensor):
+                fill_(tensor.view(-1), read, name, 0)
+
+    @torch.no_grad()
+    def load_optimizer(self, read: ReadRange, keys: Sequence[str], steps: int) -> None:
+        """Set this rank's rows of the optimizer state."""
+        for name, parameter, start in self._rows():
+            if parameter.requires_grad:
+                state = self.optimizer.state[parameter]
+                state["step"] = torch.tensor(float(steps))
+                for key in keys:
+                    state[key] = torch.zeros_like(parameter)
+                    fill_(local(state[key]).view(-1), read, f"{name}.{key}", start)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group. Collective: call on all ranks."""
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
