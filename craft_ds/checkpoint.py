@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from craft_ds.distributed import all_ranks, gather_objects, on_main
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
+from craft_ds.policies.weights import unique_tensors
 from craft_ds.tensor_file import TensorFile, TensorSpec, create_tensor_file
 from craft_ds.train_config import TrainConfig
 
@@ -64,6 +65,7 @@ def save_checkpoint(
         UserError: On all ranks: the directory exists, the disk is full or not writable.
     """
     temporary = directory.with_name(directory.name + ".tmp")
+    layout = _layout(engine)
 
     def prepare() -> None:
         if directory.exists():
@@ -76,7 +78,7 @@ def save_checkpoint(
         config._save_pretrained(temporary)
         torch.save(scheduler_state, temporary / SCHEDULER)
         torch.save(craft_state, temporary / CRAFT_STATE)
-        _create_tensor_files(temporary, engine)
+        _create_tensor_files(temporary, engine, layout)
         if extra is not None:
             extra(temporary)
 
@@ -111,35 +113,35 @@ def _write(directory: Path, action: Callable[[], None]) -> None:
         raise UserError(f"checkpoint {directory} cannot be written: {error}") from error
 
 
-def _create_tensor_files(directory: Path, engine: Engine) -> None:
-    """Make both tensor files. Rank 0 alone can: it holds the first elements of every parameter."""
-    shards = list(engine.shards())
-    parameters = [TensorSpec(shard.name, shard.shape, torch.float32) for shard in shards]
+class _Parameter(NamedTuple):
+    """What the files hold of a parameter: its global shape and the names of its optimizer state."""
+
+    shape: tuple[int, ...]
+    keys: tuple[str, ...]
+
+
+def _layout(engine: Engine) -> dict[str, _Parameter]:
+    """Every parameter that any rank has a part of. Collective: call on all ranks."""
+    mine = {shard.name: _Parameter(shard.shape, tuple(shard.state)) for shard in engine.shards()}
+    return {name: entry for part in gather_objects(mine) for name, entry in part.items()}
+
+
+def _create_tensor_files(directory: Path, engine: Engine, layout: dict[str, _Parameter]) -> None:
+    parameters = [TensorSpec(name, entry.shape, torch.float32) for name, entry in layout.items()]
     moments = [
-        TensorSpec(f"{shard.name}.{key}", shard.shape, torch.float32)
-        for shard in shards
-        for key in shard.state
+        TensorSpec(f"{name}.{key}", entry.shape, torch.float32)
+        for name, entry in layout.items()
+        for key in entry.keys
     ]
-    names = {shard.name for shard in shards}
-    buffers = {
-        name: value.detach().cpu().reshape(-1)
-        for name, value in engine.module.policy.state_dict().items()
-        if name not in names and name not in _aliases(engine)
-    }
-    shapes = {name: tuple(engine.module.policy.get_buffer(name).shape) for name in buffers}
-    specs = [TensorSpec(name, shapes[name], values.dtype) for name, values in buffers.items()]
+    policy = engine.module.policy
+    stored = {name: tensor for name, tensor in unique_tensors(policy).items() if name not in layout}
+    buffers = {name: tensor.detach().cpu() for name, tensor in stored.items()}
+    specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in buffers.items()]
     create_tensor_file(directory / WEIGHTS, parameters + specs, {"format": "pt"})
     create_tensor_file(directory / OPTIMIZER, moments, {"steps": str(_optimizer_steps(engine))})
     with TensorFile(directory / WEIGHTS, writable=True) as file:
         for name, values in buffers.items():
-            file.write(name, 0, values)
-
-
-def _aliases(engine: Engine) -> set[str]:
-    """Further names of tied parameters: the file holds each parameter once, as `save_model` does."""
-    policy = engine.module.policy
-    unique = {name for name, _ in policy.named_parameters()}
-    return {name for name, _ in policy.named_parameters(remove_duplicate=False)} - unique
+            file.write(name, 0, values.reshape(-1))
 
 
 def _optimizer_steps(engine: Engine) -> int:

@@ -27,7 +27,8 @@ from craft_ds.launch import is_node_main, launched_world_size
 from craft_ds.metrics import MetricsLogger
 from craft_ds.plots import plot_lambda_analysis
 from craft_ds.policies.adapter import PolicyWithLoss
-from craft_ds.policies.loading import load_policy, load_processors, policy_cameras, resolve_policy_path
+from craft_ds.policies.loading import build_policy, load_processors, policy_cameras, resolve_policy_path
+from craft_ds.policies.weights import WeightReader
 from craft_ds.steps import PassSums, StepResult, measure
 from craft_ds.system import peak_memory_bytes
 from craft_ds.train_config import TrainConfig
@@ -210,11 +211,21 @@ def open_run(config: TrainConfig) -> Run:
     cameras = policy_cameras(config.policy)
     train, heldout = main_first(lambda: load_datasets(config, cameras, world_size))
 
-    policy = all_ranks(lambda: load_fp32_policy(config.policy, policy_dir))
-    module = PolicyWithLoss(policy)
-    engine = build_engine(
-        config, module, lambda: config.optimizer.build(policy.get_optim_params()), ds_config
-    )
+    policy = all_ranks(lambda: build_fp32_policy(config.policy, policy_dir))
+    weights = all_ranks(lambda: WeightReader(policy_dir, policy))
+    count = sum(parameter.numel() for parameter in policy.parameters())
+    if config.activation_checkpointing == "full":
+        from craft_ds.activation_checkpointing import checkpoint_activations
+
+        checkpoint_activations(policy)
+    with weights:
+        engine = build_engine(
+            config,
+            PolicyWithLoss(policy),
+            weights.read,
+            lambda: config.optimizer.build(policy.get_optim_params()),
+            ds_config,
+        )
     preprocessor, _ = all_ranks(lambda: load_processors(config.policy, policy_dir, str(engine.device)))
     for processor in preprocessor.steps:
         if config.rename_map and isinstance(processor, RenameObservationsProcessorStep):
@@ -236,7 +247,6 @@ def open_run(config: TrainConfig) -> Run:
     engine.barrier()  # nobody makes the output directory before everybody has seen that it is free
     logger = all_ranks(lambda: _open_logger(config, engine, start_step))
     logger.say(f"✓ data set: {train.num_episodes} episodes, {len(train)} samples")
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
     logger.say(f"✓ policy: {config.policy.type}, {count / 1e6:.2f} M parameters, {_describe(engine, config)}")
     return Run(
         config=config,
@@ -254,8 +264,8 @@ def open_run(config: TrainConfig) -> Run:
     )
 
 
-def load_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedPolicy:
-    """The policy with fp32 weights, whatever dtype its configuration was saved with.
+def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedPolicy:
+    """The policy without weights, whose parameters will be fp32 whatever dtype its configuration names.
 
     `dtype=bfloat16`, as hub policies have it, would round the master weights before the first step and
     mix dtypes within a layer. The engine casts for forward and backward (`--engine.dtype`).
@@ -263,7 +273,7 @@ def load_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedPo
     config = copy.copy(config)
     if hasattr(config, "dtype"):
         config.dtype = "float32"
-    return load_policy(config, policy_dir)
+    return build_policy(config, policy_dir)
 
 
 def _check_inputs(config: TrainConfig) -> tuple[AnchorCache | None, Path]:

@@ -22,7 +22,7 @@ from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
 from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.policies.loading import load_policy, load_policy_config
-from craft_ds.policies.testing import random_batch
+from craft_ds.policies.testing import random_batch, read_from
 from craft_ds.tensor_file import TensorFile
 from craft_ds.train_config import TrainConfig
 
@@ -45,6 +45,7 @@ def make_engine(policy_dir) -> SingleEngine:
     policy = load_policy(load_policy_config(policy_dir), policy_dir)
     return SingleEngine(
         PolicyWithLoss(policy),
+        read_from(policy),
         lambda: torch.optim.AdamW(policy.parameters(), lr=1e-3),
         torch.device("cpu"),
     )

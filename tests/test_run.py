@@ -5,9 +5,12 @@ import json
 import torch
 from safetensors.torch import load_file
 
+from craft_ds.engines.single import SingleEngine
+from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.testing import make_test_policy_dir
-from craft_ds.run import load_fp32_policy, seed_step
+from craft_ds.policies.weights import WeightReader
+from craft_ds.run import build_fp32_policy, seed_step
 
 
 def test_masters_are_fp32_whatever_the_policy_was_saved_as(tmp_path):
@@ -16,7 +19,14 @@ def test_masters_are_fp32_whatever_the_policy_was_saved_as(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}))
     config = load_policy_config(tmp_path / "policy")
 
-    policy = load_fp32_policy(config, tmp_path / "policy")
+    policy = build_fp32_policy(config, tmp_path / "policy")
+    with WeightReader(tmp_path / "policy", policy) as weights:
+        SingleEngine(
+            PolicyWithLoss(policy),
+            weights.read,
+            lambda: torch.optim.SGD(policy.parameters()),
+            torch.device("cpu"),
+        )
 
     assert config.dtype == "bfloat16"  # what is saved with a checkpoint stays the teacher's
     stored = load_file(tmp_path / "policy" / "model.safetensors")

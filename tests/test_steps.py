@@ -9,6 +9,7 @@ from torch import nn
 from craft_ds.config import CraftConfig
 from craft_ds.engines.single import SingleEngine
 from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss, token_loss
+from craft_ds.policies.testing import read_from
 from craft_ds.steps import retention_step, task_step
 
 START = (1.0, 2.0)
@@ -36,7 +37,10 @@ def tokens(*slopes):
 def engine(optimizer=torch.optim.SGD):
     policy = LinearPolicy()
     return SingleEngine(
-        PolicyWithLoss(policy), lambda: optimizer(policy.parameters(), lr=LR), torch.device("cpu")
+        PolicyWithLoss(policy),
+        read_from(policy),
+        lambda: optimizer(policy.parameters(), lr=LR),
+        torch.device("cpu"),
     )
 
 

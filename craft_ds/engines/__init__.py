@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from craft_ds.engines.base import Engine
+from craft_ds.engines.base import Engine, ReadRange
 from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
+from craft_ds.engines.fsdp import FsdpEngine, init_distributed, mesh_shape
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
 from craft_ds.policies.adapter import PolicyWithLoss
@@ -21,17 +22,19 @@ def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
         world_size: Number of processes that were launched.
 
     Returns:
-        The DeepSpeed configuration to run with; None for the single-process engine.
+        The DeepSpeed configuration to run with, where DeepSpeed is the engine.
 
     Raises:
         UserError: Names the flags that contradict one another.
     """
-    if config.engine.name == "single":
-        if world_size > 1:
-            raise UserError(
-                f"{world_size} processes were launched, but --engine=single runs in one: add "
-                "--ds_config ds_configs/zero3.json"
-            )
+    if config.engine.name == "single" and world_size > 1:
+        raise UserError(
+            f"{world_size} processes were launched, but --engine=single runs in one: leave it out, or add "
+            "--engine=fsdp or --ds_config ds_configs/zero3.json"
+        )
+    if config.engine.name == "fsdp":
+        mesh_shape(config.engine.fsdp, world_size)
+    if config.engine.name != "zero":
         return None
     assert config.engine.ds_config is not None  # EngineConfig.validate has seen to it
     assert config.optimizer is not None
@@ -52,35 +55,42 @@ def join_ranks(config: TrainConfig) -> None:
     Raises:
         UserError: DeepSpeed is not installed.
     """
+    if config.engine.name == "fsdp":
+        init_distributed()
     if config.engine.name == "zero":
         try:
-            # Imported here: the single-process engine runs without DeepSpeed.
-            from craft_ds.engines.zero import init_distributed
+            # Imported here: the other engines run without DeepSpeed.
+            from craft_ds.engines import zero
         except ImportError as error:
             raise UserError(
                 f"--ds_config needs DeepSpeed ({error}): pip install 'craft-ds[deepspeed]'"
             ) from error
-        init_distributed()
+        zero.init_distributed()
 
 
 def build_engine(
     config: TrainConfig,
     module: PolicyWithLoss,
+    read: ReadRange,
     build_optimizer: Callable[[], torch.optim.Optimizer],
     ds_config: dict[str, Any] | None,
 ) -> Engine:
-    """Shard a policy. Collective: call on all ranks.
+    """Shard a policy and read its weights. Collective: call on all ranks.
 
     Args:
         config: A validated configuration.
-        module: The policy with its loss, on the CPU.
-        build_optimizer: Makes the optimizer of the policy's parameters.
+        module: The policy with its loss, without weights.
+        read: Reads its parameters and persistent buffers by range.
+        build_optimizer: Makes the optimizer of the policy's (sharded) parameters.
         ds_config: What `check_engine` returned.
     """
-    if ds_config is None:
-        assert config.policy is not None
-        device = torch.device(config.policy.device or "cpu")
-        return SingleEngine(module, build_optimizer, device, getattr(torch, config.engine.dtype))
-    from craft_ds.engines.zero import ZeroEngine
+    dtype = getattr(torch, config.engine.dtype)
+    if config.engine.name == "fsdp":
+        return FsdpEngine(module, read, build_optimizer, config.engine.fsdp, dtype)
+    if config.engine.name == "zero":
+        from craft_ds.engines.zero import ZeroEngine
 
-    return ZeroEngine(module, build_optimizer, ds_config)
+        assert ds_config is not None
+        return ZeroEngine(module, read, build_optimizer, ds_config)
+    assert config.policy is not None
+    return SingleEngine(module, read, build_optimizer, torch.device(config.policy.device or "cpu"), dtype)

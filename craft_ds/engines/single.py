@@ -6,15 +6,19 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from craft_ds.engines.base import Batch, ReadRange, Shard
+from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
 from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss
+from craft_ds.policies.generation import action_chunk
+from craft_ds.policies.skeleton import materialize_
+from craft_ds.policies.weights import unique_tensors
 
 
 class SingleEngine:
     """Plain PyTorch. Parameters and moments are fp32; bf16 is autocast around the forward pass.
 
     Args:
-        module: The policy with its loss, on the CPU or on `device`.
+        module: The policy with its loss; parameters may lie on the meta device.
+        read: Reads its parameters and persistent buffers by range.
         build_optimizer: Makes the optimizer of the policy's parameters.
         device: Where to train.
         dtype: `torch.float32` or `torch.bfloat16`.
@@ -22,18 +26,24 @@ class SingleEngine:
 
     rank = 0
     world_size = 1
+    replicas = 1
 
     def __init__(
         self,
         module: PolicyWithLoss,
+        read: ReadRange,
         build_optimizer: Callable[[], torch.optim.Optimizer],
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ):
-        self.module = module.to(device)
+        materialize_(module, device)
+        self.module = module
         self.device = device
         self._dtype = dtype
         self._trainable = [p for p in module.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for name, tensor in unique_tensors(module.policy).items():
+                fill_(tensor.view(-1), read, name, 0)
         self.optimizer = build_optimizer()
 
     def forward(self, batch: Batch) -> TokenLoss:
@@ -48,6 +58,13 @@ class SingleEngine:
         self.module.eval()
         with self._autocast():
             return self.module(batch)
+
+    @torch.no_grad()
+    def act(self, batch: Batch) -> Tensor:
+        """The greedy action chunk for observations."""
+        self.module.eval()
+        with self._autocast():
+            return self.module(batch, call=action_chunk)
 
     def _autocast(self):
         if self._dtype == torch.float32:
@@ -101,7 +118,7 @@ class SingleEngine:
     def load_parameters(self, read: ReadRange) -> None:
         """Set every parameter."""
         for name, parameter in self.module.policy.named_parameters():
-            parameter.copy_(read(name, 0, parameter.numel()).view(parameter.shape))
+            fill_(parameter.view(-1), read, name, 0)
 
     @torch.no_grad()
     def load_optimizer(self, read: ReadRange, keys: Sequence[str], steps: int) -> None:
@@ -111,8 +128,8 @@ class SingleEngine:
                 state = self.optimizer.state[parameter]
                 state["step"] = torch.tensor(float(steps))
                 for key in keys:
-                    values = read(f"{name}.{key}", 0, parameter.numel())
-                    state[key] = torch.empty_like(parameter).copy_(values.view(parameter.shape))
+                    state[key] = torch.empty_like(parameter)
+                    fill_(state[key].view(-1), read, f"{name}.{key}", 0)
 
     def barrier(self) -> None:
         """Nobody to wait for."""

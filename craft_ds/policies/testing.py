@@ -10,6 +10,7 @@ from lerobot.utils.constants import (
     OBS_LANGUAGE_ATTENTION_MASK,
     OBS_LANGUAGE_TOKENS,
 )
+from torch import nn
 
 from craft_ds.policies.directory import save_policy_directory
 from craft_ds.policies.tiny import TinyPI0FastConfig, build_tiny_policy
@@ -19,6 +20,8 @@ from craft_ds.policies.tokenizers import (
     build_text_tokenizer,
     fit_action_tokenizer,
 )
+from craft_ds.policies.weights import unique_tensors
+from craft_ds.tensor_file import ReadRange
 
 TASKS = ("Press a button from the top", "Push and close a drawer", "Rotate the faucet clockwise")
 _BOS, _EOS = 2, 1
@@ -74,6 +77,12 @@ def make_test_policy_dir(path: str | Path, seed: int = 0, cameras: int = 1) -> P
     )
     save_policy_directory(policy, preprocessor, postprocessor, path)
     return path
+
+
+def read_from(policy: nn.Module) -> ReadRange:
+    """Reads a copy of a policy's own tensors, for engines over policies that lie in no directory."""
+    values = {name: tensor.detach().clone() for name, tensor in unique_tensors(policy).items()}
+    return lambda name, start, stop: values[name].reshape(-1)[start:stop]
 
 
 def random_batch(config: TinyPI0FastConfig, batch_size: int, seed: int) -> dict[str, torch.Tensor]:

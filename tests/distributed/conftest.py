@@ -1,4 +1,4 @@
-"""Ranks are dear to start (each imports torch, transformers and DeepSpeed): one spawn a world size."""
+"""The engines under test: spawned when a test first asks for one of them, and the reference beside them."""
 
 import sys
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lab import Lab, Result
-from scenarios import scenarios_of
+from registry import EVERY, SINGLE, SPAWNS, Ranks, Spawn
 
 from craft_ds.local_ranks import run_ranks
 from craft_ds.policies.testing import make_test_policy_dir
@@ -16,65 +16,88 @@ TIMEOUT_S = 240
 
 
 @dataclass
-class Ranks:
-    """What one number of ranks found, by scenario. A scenario that failed fails whoever asks for it."""
+class Reference:
+    """The single-process engine, which runs a scenario when it is first asked for."""
 
-    world_size: int
     lab: Lab
-    directory: Path | None = None
-    output: str = ""
+    world_size: int = 1
+    kind: str = "single"
     _results: dict[str, Result] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Result:
         if name not in self._results:
-            self._results[name] = self._run(name) if self.directory is None else self._load(name)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                self._results[name] = Result.of([SINGLE[name](self.lab)])
+            finally:
+                torch.set_num_threads(threads)
         return self._results[name]
 
-    def _run(self, name: str) -> Result:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return Result.of([scenarios_of(1)[name](self.lab)])
-        finally:
-            torch.set_num_threads(threads)
 
-    def _load(self, name: str) -> Result:
-        assert self.directory is not None
-        errors = sorted(self.directory.glob(f"{name}.?.error"))
+@dataclass
+class Found:
+    """What a kind of engine found on some ranks. A scenario that failed fails whoever asks for it."""
+
+    kind: str
+    world_size: int
+    directory: Path
+    scratch: Path
+    output: str
+
+    def __getitem__(self, name: str) -> Result:
+        errors = sorted(self.directory.glob(f"{self.kind}.{name}.?.error"))
         if errors:
             pytest.fail("\n".join(f"{path.name}:\n{path.read_text()}" for path in errors))
-        if len(list(self.directory.glob(f"{name}.?.json"))) < self.world_size:
+        if len(list(self.directory.glob(f"{self.kind}.{name}.?.json"))) < self.world_size:
             pytest.fail(f"the ranks ended before {name!r} was done:\n{self.output[-8000:]}")
-        return Result.load(self.directory, name, self.world_size)
+        return Result.load(self.directory, f"{self.kind}.{name}", self.world_size)
 
 
-def _spawn(world_size: int, lab: Lab, directory: Path) -> Ranks:
-    command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
-    command += [str(directory), str(lab.policy_dir), str(lab.scratch)]
-    ends = run_ranks(command, world_size, timeout=TIMEOUT_S)
-    output = "\n".join(f"--- rank {rank}: {end.status}\n{end.output}" for rank, end in enumerate(ends))
-    print(output)
-    return Ranks(world_size, lab, directory, output)
+@dataclass
+class Spawner:
+    """Starts each spawn once, after those whose checkpoints it reads."""
+
+    lab: Lab
+    root: Path
+    _outputs: dict[Spawn, str] = field(default_factory=dict)
+
+    def __call__(self, ranks: Ranks) -> Found:
+        wanted = EVERY[ranks]
+        for spawn in SPAWNS:
+            needed = spawn == wanted or spawn.world_size < wanted.world_size or wanted.family == "fsdp"
+            if needed and spawn not in self._outputs:
+                self._outputs[spawn] = self._start(spawn)
+            if spawn == wanted:
+                break
+        return Found(*ranks, self._directory(wanted), self.lab.scratch, self._outputs[wanted])
+
+    def _directory(self, spawn: Spawn) -> Path:
+        return self.root / f"{spawn.family}{spawn.world_size}"
+
+    def _start(self, spawn: Spawn) -> str:
+        directory = self._directory(spawn)
+        directory.mkdir()
+        command = [sys.executable, str(Path(__file__).with_name("worker.py")), spawn.family]
+        command += [str(directory), str(self.lab.policy_dir), str(self.lab.scratch)]
+        ends = run_ranks(command, spawn.world_size, timeout=TIMEOUT_S)
+        output = "\n".join(f"--- rank {rank}: {end.status}\n{end.output}" for rank, end in enumerate(ends))
+        print(output)
+        return output
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
-    """The single-process engine, which runs a scenario when it is first asked for."""
     policy_dir = make_test_policy_dir(tmp_path_factory.mktemp("policy") / "policy")
-    return Ranks(1, Lab(0, 1, policy_dir, tmp_path_factory.mktemp("scratch")))
+    return Reference(Lab("single", 0, 1, policy_dir, tmp_path_factory.mktemp("scratch")))
 
 
 @pytest.fixture(scope="session")
-def two_ranks(reference, tmp_path_factory):
-    return _spawn(2, reference.lab, tmp_path_factory.mktemp("ranks2"))
+def spawner(reference, tmp_path_factory):
+    return Spawner(reference.lab, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.fixture(scope="session")
-def three_ranks(two_ranks, tmp_path_factory):
-    """Spawned after the two: it reads their checkpoint."""
-    return _spawn(3, two_ranks.lab, tmp_path_factory.mktemp("ranks3"))
-
-
-@pytest.fixture(params=[2, 3], ids=["2ranks", "3ranks"])
-def ranks(request):
-    return request.getfixturevalue("two_ranks" if request.param == 2 else "three_ranks")
+@pytest.fixture
+def ranks(request, spawner):
+    """What `registry.every` asks for."""
+    return spawner(request.param)

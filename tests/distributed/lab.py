@@ -1,6 +1,7 @@
 """Where scenarios run: engines over small policies, and what a rank holds written down for comparison.
 
-The same scenario runs on one process with the reference engine and on several ranks with ZeRO-3.
+The same scenario runs on one process with the reference engine and on several ranks with every kind of
+sharded engine.
 """
 
 import json
@@ -13,15 +14,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy import ToyPolicy, deal, samples
 
-from craft_ds.config import CraftConfig
-from craft_ds.engines.base import Batch, Engine
+from craft_ds.config import CraftConfig, FsdpConfig
+from craft_ds.engines.base import Batch, Engine, ReadRange
 from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
+from craft_ds.engines.fsdp import FsdpEngine
 from craft_ds.engines.single import SingleEngine
 from craft_ds.policies.adapter import PolicyWithLoss
-from craft_ds.policies.loading import load_policy, load_policy_config
-from craft_ds.policies.testing import random_batch
+from craft_ds.policies.loading import build_policy, load_policy_config
+from craft_ds.policies.testing import random_batch, read_from
+from craft_ds.policies.weights import WeightReader, unique_tensors
 
-DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+# What each kind of engine is made with: a DeepSpeed file and what replaces entries of its zero_optimization.
+ZERO: dict[str, tuple[str, dict]] = {
+    "zero3": ("zero3.json", {}),
+}
+FSDP: dict[str, FsdpConfig] = {
+    "fsdp": FsdpConfig(),
+    "fsdp_offload": FsdpConfig(cpu_offload=True),
+    "fsdp_kept": FsdpConfig(reshard_after_forward=False),
+    "hsdp": FsdpConfig(dp_replicate=2),
+}
 
 
 @dataclass
@@ -82,12 +95,14 @@ class Lab:
     """A rank and how to build engines on it.
 
     Attributes:
+        kind: Kind of engine: `single` (the reference), or a key of `ZERO` or `FSDP`.
         rank: This rank.
-        world_size: Number of ranks; 1 means the single-process reference.
+        world_size: Number of ranks.
         policy_dir: A tiny pi0_fast.
         scratch: A directory that all ranks, and later spawns, share.
     """
 
+    kind: str
     rank: int
     world_size: int
     policy_dir: Path
@@ -96,6 +111,7 @@ class Lab:
     def engine(
         self,
         policy: nn.Module,
+        read: ReadRange,
         *,
         dtype: str = "float32",
         persistence: int | None = None,
@@ -105,43 +121,59 @@ class Lab:
         """An engine over a policy with AdamW.
 
         Args:
-            policy: The policy, fp32.
+            policy: The policy, fp32, with or without values.
+            read: Its weights.
             dtype: Dtype of forward and backward.
             persistence: ZeRO-3 keeps smaller parameters whole; None: as in the project's configuration.
             lr: Learning rate.
             eps: AdamW's epsilon.
         """
         module = PolicyWithLoss(policy)
-        trainable = [p for p in policy.parameters() if p.requires_grad]
 
         def build_optimizer():
+            trainable = [p for p in policy.parameters() if p.requires_grad]
             return torch.optim.AdamW(trainable, lr=lr, eps=eps, weight_decay=0.1)
 
-        if self.world_size == 1:
-            return SingleEngine(module, build_optimizer, torch.device("cpu"), getattr(torch, dtype))
+        torch_dtype = getattr(torch, dtype)
+        if self.kind == "single":
+            return SingleEngine(module, read, build_optimizer, torch.device("cpu"), torch_dtype)
+        if self.kind in FSDP:
+            return FsdpEngine(module, read, build_optimizer, FSDP[self.kind], torch_dtype)
         from craft_ds.engines.zero import ZeroEngine
 
-        config = resolve_ds_config(
-            read_ds_config(DS_CONFIG),
-            path=str(DS_CONFIG),
+        file, changes = ZERO[self.kind]
+        config = read_ds_config(DS_CONFIGS / file)
+        config["zero_optimization"] |= changes
+        resolved = resolve_ds_config(
+            config,
+            path=file,
             batch_size=1,
             gradient_accumulation_steps=1,
             grad_clip_norm=1.0,
             bf16=dtype == "bfloat16",
             world_size=self.world_size,
         )
-        if persistence is not None:
-            config["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
-        return ZeroEngine(module, build_optimizer, config)
+        if persistence is not None and resolved["zero_optimization"]["stage"] == 3:
+            resolved["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
+        return ZeroEngine(module, read, build_optimizer, resolved)
 
     def toy_engine(self, *, width: int = 7, inner: int = 13, seed: int = 0, **options) -> Engine:
-        return self.engine(ToyPolicy(width, inner, seed), **options)
+        policy = ToyPolicy(width, inner, seed)
+        read = read_from(policy)
+        for tensor in unique_tensors(policy).values():
+            tensor.detach().fill_(torch.nan)  # what is not read shows
+        return self.engine(policy, read, **options)
 
-    def pi0_engine(self, policy_dir: Path | None = None, **options) -> Engine:
+    def pi0_engine(self, policy_dir: Path | None = None, *, recompute: bool = False, **options) -> Engine:
         directory = policy_dir or self.policy_dir
-        policy = load_policy(load_policy_config(directory), directory)
-        # Some gradients of attention are zero but for rounding; AdamW must not divide them by themselves.
-        return self.engine(policy, eps=1e-4, **options)
+        policy = build_policy(load_policy_config(directory), directory)
+        with WeightReader(directory, policy) as weights:
+            if recompute:
+                from craft_ds.activation_checkpointing import checkpoint_activations
+
+                checkpoint_activations(policy)
+            # Some gradients of attention are zero but for rounding; AdamW must not divide them by themselves.
+            return self.engine(policy, weights.read, eps=1e-4, **options)
 
     def toy_batches(self, step: int, accumulation: int, *, retention: bool = False) -> list[Batch]:
         return list(deal(samples(step, retention=retention), accumulation, self.rank, self.world_size))
@@ -156,22 +188,35 @@ def craft_config(mode: str = "weighted", threshold: float = 0.0) -> CraftConfig:
 
 
 def gradients(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
-    """This rank's part of every parameter's accumulated gradient, by DeepSpeed's own public call."""
+    """This rank's part of every parameter's accumulated gradient, by the library's own public calls."""
+    policy = engine.module.policy
+    trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if isinstance(engine, SingleEngine):
         engine.gradient()
-        for name, parameter in engine.module.policy.named_parameters():
-            if parameter.requires_grad:
-                yield name, 0, parameter.grad.reshape(-1)
-        return
-    from deepspeed.utils import safe_get_local_grad
+        for name, parameter in trainable.items():
+            yield name, 0, parameter.grad.reshape(-1)
+    elif isinstance(engine, FsdpEngine):
+        for shard in engine.shards():
+            if shard.name in trainable:
+                gradient = trainable[shard.name].grad
+                local = torch.zeros_like(shard.master) if gradient is None else gradient.to_local()
+                yield shard.name, shard.start, local.reshape(-1)
+    elif engine._engine.zero_optimization_stage() == 3:
+        from deepspeed.utils import safe_get_local_grad
 
-    for name, parameter in engine.module.policy.named_parameters():
-        if parameter.requires_grad:
+        for name, parameter in trainable.items():
             whole = safe_get_local_grad(parameter).reshape(-1)
             start = engine.rank * whole.numel()
             numel = min(whole.numel(), parameter.ds_numel - start)
             if numel > 0:
                 yield name, start, whole[:numel]
+    else:
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in trainable.items():
+            whole = safe_get_full_grad(parameter)
+            if engine.rank == 0:
+                yield name, 0, whole.reshape(-1)
 
 
 def masters(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
@@ -187,5 +232,5 @@ def moments(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
 
 def let_go(engine: Engine) -> None:
     """Free an engine but stay in the process group: the next scenario needs it."""
-    if not isinstance(engine, SingleEngine):
+    if not isinstance(engine, SingleEngine | FsdpEngine):
         engine._engine.destroy()

@@ -4,11 +4,10 @@ Scenarios of `PARITY` run on the reference too and must find the same there.
 """
 
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 
 from collectives import CollectiveCounter
-from lab import Lab, Output, craft_config, gradients, let_go, masters, moments
+from lab import FSDP, Lab, Output, craft_config, gradients, let_go, masters, moments
 
 import craft_ds.steps
 from craft_ds.checkpoint import load_checkpoint, save_checkpoint
@@ -74,7 +73,8 @@ def trajectory(
     """Six steps of both kinds; parameters and moments at the end."""
     engine, output = lab.toy_engine(persistence=persistence, dtype=dtype), Output()
     output.add("loaded", masters(engine))
-    output.values["dtypes"] = sorted({str(p.dtype) for p in engine.module.parameters()})
+    dtypes: set[str] = set()
+    engine.module.policy.trunk.register_forward_pre_hook(lambda m, _: dtypes.add(str(m.weight.dtype)))
     _steps(
         engine,
         lambda step: lab.toy_batches(step, accumulation),
@@ -86,20 +86,22 @@ def trajectory(
     output.add("parameters", masters(engine))
     output.add("moments", moments(engine))
     states = [tensor.dtype for shard in engine.shards() for tensor in (shard.master, *shard.state.values())]
+    output.values["dtypes"] = sorted(dtypes)
     output.values["master_dtypes"] = sorted({str(dtype) for dtype in states})
     let_go(engine)
     return output
 
 
-def pi0(lab: Lab, accumulation: int) -> Output:
+def pi0(lab: Lab, accumulation: int, kinds: str = "TRR", recompute: bool = False) -> Output:
     """The same on a tiny pi0_fast."""
-    engine, output = lab.pi0_engine(persistence=0 if accumulation > 1 else None, lr=1e-3), Output()
+    persistence = 0 if accumulation > 1 else None
+    engine, output = lab.pi0_engine(persistence=persistence, lr=1e-3, recompute=recompute), Output()
     _steps(
         engine,
         lambda step: lab.pi0_batches(step, accumulation),
         lambda step: lab.pi0_batches(step + 100, 2),
         output,
-        "TRR",
+        kinds,
         max_norm=1.0,
     )
     output.add("parameters", masters(engine))
@@ -245,13 +247,13 @@ def _train_config(lab: Lab):
     from craft_ds.train_config import TrainConfig
 
     config = TrainConfig(dataset=DatasetConfig(repo_id="none"), policy=load_policy_config(lab.policy_dir))
-    config.engine.name = "single" if lab.world_size == 1 else "zero"
+    config.engine.name = "fsdp" if lab.kind in FSDP else "single" if lab.kind == "single" else "zero"
     return config
 
 
 def save_and_resume(lab: Lab) -> Output:
     """Three steps, a checkpoint, two more; and the same two again from the checkpoint."""
-    output, directory = Output(), lab.scratch / f"from{lab.world_size}"
+    output, directory = Output(), lab.scratch / f"{lab.kind}_on{lab.world_size}"
     engine = lab.pi0_engine()
     _continue(lab, engine, output, "TRT", 0)
     save_checkpoint(
@@ -282,9 +284,9 @@ def save_and_resume(lab: Lab) -> Output:
     return output
 
 
-def load_from(lab: Lab, world_size: int) -> Output:
-    """Go on from a checkpoint of another number of ranks, its parameters read by shard."""
-    output, directory = Output(), lab.scratch / f"from{world_size}"
+def load_from(lab: Lab, written_by: str) -> Output:
+    """Go on from a checkpoint of other ranks, its parameters read by shard."""
+    output, directory = Output(), lab.scratch / written_by
     engine = lab.pi0_engine()
     with TensorFile(directory / "model.safetensors") as weights:
         engine.load_parameters(weights.read)
@@ -325,44 +327,3 @@ def failing_rank(lab: Lab) -> Output:
             heard[name] = [type(error).__name__, str(error)]
     heard["after"] = all_ranks(lambda: lab.rank)
     return Output(values=heard)
-
-
-PARITY: dict[str, Callable[[Lab], Output]] = {
-    **{
-        f"surgery-{mode}-{name}": partial(surgery, mode=mode, threshold=threshold)
-        for mode in FOLLOWED_BY
-        for name, threshold in (("conflict", ALWAYS), ("agreement", NEVER))
-    },
-    **{
-        f"trajectory-accumulate{accumulation}-{clip}": partial(
-            trajectory,
-            accumulation=accumulation,
-            max_norm=max_norm,
-            persistence=0 if clip == "clipped" else None,
-        )
-        for accumulation in (1, 2)
-        for clip, max_norm in (("clipped", 0.05), ("unclipped", NO_CLIP))
-    },
-    "untouched": untouched,
-    "bf16": partial(trajectory, accumulation=2, max_norm=0.05, dtype="bfloat16"),
-    "pi0-accumulate1": partial(pi0, accumulation=1),
-    "pi0-accumulate2": partial(pi0, accumulation=2),
-    "save_and_resume": save_and_resume,
-}
-SHARDED: dict[str, Callable[[Lab], Output]] = {
-    "untouched-without-zeroing": partial(untouched, zeroing=False),
-    "collectives": collectives,
-    "memory": memory,
-    "failing_rank": failing_rank,
-}
-# 3 ranks run after 2 ranks.
-OF_WORLD_SIZE: dict[int, dict[str, Callable[[Lab], Output]]] = {
-    1: {"load_from2": partial(load_from, world_size=2), "load_from3": partial(load_from, world_size=3)},
-    2: {},
-    3: {"load_from2": partial(load_from, world_size=2)},
-}
-
-
-def scenarios_of(world_size: int) -> dict[str, Callable[[Lab], Output]]:
-    """Everything that runs on so many ranks, in order."""
-    return PARITY | (SHARDED if world_size > 1 else {}) | OF_WORLD_SIZE[world_size]

@@ -3,30 +3,36 @@
 import sys
 import time
 
+from registry import every
+
 from craft_ds.local_ranks import run_ranks
 
 
-def test_bad_input_on_one_rank_is_the_same_error_on_all(ranks):
-    for heard in ranks["failing_rank"].values:
+@every("failing_rank")
+def test_bad_input_on_one_rank_is_the_same_error_on_all(ranks, name):
+    for heard in ranks[name].values:
         assert heard["bad_input"] == ["UserError", "no such file"]
 
 
-def test_any_other_error_on_one_rank_fails_all(ranks):
-    *others, failing = ranks["failing_rank"].values
+@every("failing_rank")
+def test_any_other_error_on_one_rank_fails_all(ranks, name):
+    *others, failing = ranks[name].values
     assert failing["bug"] == ["KeyError", "'weight'"]
     for heard in others:
         assert heard["bug"] == ["RuntimeError", f"rank {ranks.world_size - 1} failed: KeyError: 'weight'"]
 
 
-def test_an_error_of_the_main_rank_alone_fails_all(ranks):
-    main, *others = ranks["failing_rank"].values
+@every("failing_rank")
+def test_an_error_of_the_main_rank_alone_fails_all(ranks, name):
+    main, *others = ranks[name].values
     assert main["full_disk"] == ["OSError", "no space left"]
     for heard in others:
         assert heard["full_disk"] == ["RuntimeError", "rank 0 failed: OSError: no space left"]
 
 
-def test_the_ranks_are_in_step_afterwards(ranks):
-    assert [heard["after"] for heard in ranks["failing_rank"].values] == list(range(ranks.world_size))
+@every("failing_rank")
+def test_the_ranks_are_in_step_afterwards(ranks, name):
+    assert [heard["after"] for heard in ranks[name].values] == list(range(ranks.world_size))
 
 
 WAITS = """

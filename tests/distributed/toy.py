@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from craft_ds.policies.adapter import TokenLoss, token_loss
+from craft_ds.policies.units import shard_units
 
 INPUT, LENGTH, CLASSES, SAMPLES = 5, 6, 3, 12
 
@@ -48,6 +49,20 @@ class ToyPolicy(nn.Module):
         hidden = torch.tanh(self.outer(torch.tanh(self.inner(hidden))))
         own = self.retention_only if bool(batch["retention"]) else self.task_only
         return self.head(hidden) + own(hidden)
+
+
+@shard_units.register
+def _toy_units(policy: ToyPolicy) -> list[nn.Module]:
+    """All but `pair`, `head` and `frozen`, which are left to the root."""
+    return [
+        policy.trunk,
+        policy.scale,
+        policy.inner,
+        policy.outer,
+        policy.task_only,
+        policy.retention_only,
+        policy.unused,
+    ]
 
 
 @token_loss.register

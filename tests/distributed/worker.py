@@ -1,7 +1,7 @@
 """One rank of a spawn: runs the scenarios in order and writes down what each finds.
 
-Arguments: the directory of results, the policy directory, the scratch directory, and names of scenarios
-(none: all).
+Arguments: the family of engines, the directory of results, the policy directory, the scratch directory, and
+names of scenarios (none: all).
 """
 
 import faulthandler
@@ -21,23 +21,28 @@ torch.set_num_threads(1)
 
 def main() -> None:
     from lab import Lab
-    from scenarios import scenarios_of
+    from registry import SPAWNS, Spawn
 
-    from craft_ds.engines.zero import init_distributed
+    family = sys.argv[1]
+    if family == "zero":
+        from craft_ds.engines.zero import init_distributed
+    else:
+        from craft_ds.engines.fsdp import init_distributed
 
-    results, policy_dir, scratch = map(Path, sys.argv[1:4])
+    results, policy_dir, scratch = map(Path, sys.argv[2:5])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     init_distributed()
-    lab = Lab(rank, world_size, policy_dir, scratch)
-    for name, scenario in scenarios_of(world_size).items():
-        if sys.argv[4:] and name not in sys.argv[4:]:
-            continue
-        began = time.perf_counter()
-        try:
-            scenario(lab).save(results, name, rank)
-        except Exception:
-            (results / f"{name}.{rank}.error").write_text(traceback.format_exc())
-        print(f"{name}: {time.perf_counter() - began:.1f} s")
+    for kind, scenarios in SPAWNS[Spawn(family, world_size)].items():
+        lab = Lab(kind, rank, world_size, policy_dir, scratch)
+        for name, scenario in scenarios.items():
+            if sys.argv[5:] and name not in sys.argv[5:] and kind not in sys.argv[5:]:
+                continue
+            began = time.perf_counter()
+            try:
+                scenario(lab).save(results, f"{kind}.{name}", rank)
+            except Exception:
+                (results / f"{kind}.{name}.{rank}.error").write_text(traceback.format_exc())
+            print(f"{kind} {name}: {time.perf_counter() - began:.1f} s", flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

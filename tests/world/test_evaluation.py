@@ -1,9 +1,11 @@
-from types import SimpleNamespace
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+import craft_ds.world.evaluation
 from craft_ds.world import make_world
 from craft_ds.world.base import CAMERA, STATE, scene_seed
 from craft_ds.world.blocks import _COLOURS
@@ -15,16 +17,12 @@ class FindsColours:
 
     def __init__(self, known):
         self.known = known
-        self.config = SimpleNamespace(validate_action_token_prefix=True)
         self.batch_sizes = []
-        self.strict_seen = False
+        self.scenes = []
 
-    def eval(self):
-        return self
-
-    def predict_action_chunk(self, batch):
+    def __call__(self, batch):
         self.batch_sizes.append(len(batch[STATE]))
-        self.strict_seen |= self.config.validate_action_token_prefix
+        self.scenes.append((batch["task"][0], batch[STATE].tolist()))
         places = [
             self.find(image, state, text)
             for image, state, text in zip(batch[CAMERA], batch[STATE], batch["task"], strict=True)
@@ -39,11 +37,43 @@ class FindsColours:
         return torch.from_numpy(shown.mean(0)[::-1] / 63).float()
 
 
-def run(policy, episodes=6, seed=0):
+def run(policy, episodes=6, seed=0, rank=0, world_size=1):
     world = make_world("blocks")
     return evaluate(
-        policy, lambda batch: batch, lambda chunk: chunk, world, world.tasks("all"), episodes, seed
+        policy,
+        lambda batch: batch,
+        lambda chunk: chunk,
+        world,
+        world.tasks("all"),
+        episodes,
+        seed,
+        rank,
+        world_size,
     )
+
+
+def run_on_ranks(monkeypatch, world_size, make_policy, episodes):
+    """One thread a rank; a rank that asked for one exchange more than another would break the barrier."""
+    values, barrier, rank_of = (
+        [None] * world_size,
+        threading.Barrier(world_size, timeout=60),
+        threading.local(),
+    )
+
+    def gather(value):
+        values[rank_of.rank] = value
+        barrier.wait()
+        gathered = list(values)
+        barrier.wait()
+        return gathered
+
+    def one_rank(rank):
+        rank_of.rank, policy = rank, make_policy()
+        return run(policy, episodes, rank=rank, world_size=world_size), policy
+
+    monkeypatch.setattr(craft_ds.world.evaluation, "gather_objects", gather)
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(one_rank, range(world_size)))
 
 
 def test_a_policy_that_knows_some_colours_succeeds_at_those():
@@ -60,11 +90,30 @@ def test_episodes_share_a_call_and_leave_it_when_they_succeed():
     assert len(policy.batch_sizes) < 4 * chunks
 
 
-def test_a_forgetful_policy_may_fail_but_not_raise_and_gets_its_strictness_back():
-    policy = FindsColours({"red"})
-    run(policy, episodes=1)
-    assert not policy.strict_seen
-    assert policy.config.validate_action_token_prefix
+class FindsNearOnes(FindsColours):
+    """Finds blocks that begin in the left half only: some episodes succeed, sooner or later."""
+
+    def find(self, image, state, text):
+        place = super().find(image, state, text)
+        return place if place[0] < 0.5 else state
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_any_number_of_ranks_sees_the_same_scenes_and_success(monkeypatch, world_size):
+    def make_policy():
+        return FindsNearOnes({"red", "green", "blue", "yellow"})
+
+    alone = make_policy()
+    expected = run(alone, episodes=4)
+    assert 0 < sum(expected.values()) < 4
+    ranks = run_on_ranks(monkeypatch, world_size, make_policy, episodes=4)
+    assert [success for success, _ in ranks] == [expected] * world_size
+    # The ranks of a sharded policy must call it together, whatever becomes of their episodes.
+    calls = [len(policy.batch_sizes) for _, policy in ranks]
+    assert calls == [len(alone.batch_sizes)] * world_size
+    first = [policy.scenes[0] for _, policy in ranks]
+    states = [state for _, seen in first[: min(4, world_size)] for state in seen]
+    assert sorted(states) == sorted(alone.scenes[0][1])
 
 
 @pytest.mark.parametrize("seed", [0, 7])

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
 
 import craft_ds.world
+from craft_ds.policies.generation import action_chunk
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.world import WORLDS, make_world
 from craft_ds.world.base import ACTION, CAMERA, STATE
@@ -45,13 +47,17 @@ def test_the_record_says_how_good_it_was(teacher):
 
 def test_the_blocks_teacher_does_the_old_tasks_and_not_the_new_one():
     world = make_world("blocks")
-    success = evaluate(*load(ASSETS / "blocks_teacher"), world, world.tasks("all"), episodes=10, seed=7)
+    policy, *processors = load(ASSETS / "blocks_teacher")
+    act = partial(action_chunk, policy)
+    success = evaluate(act, *processors, world, world.tasks("all"), episodes=10, seed=7)
     assert np.mean([success[task] for task in world.old_tasks]) >= 0.9
     assert success[world.new_tasks[0]] <= 0.3
 
 
 def test_the_metaworld_teacher_does_the_old_tasks_and_not_the_new_one(metaworld, teacher):
-    success = evaluate(*teacher, metaworld(), metaworld.tasks("all"), episodes=5, seed=7)
+    policy, *processors = teacher
+    act = partial(action_chunk, policy)
+    success = evaluate(act, *processors, metaworld(), metaworld.tasks("all"), episodes=5, seed=7)
     assert np.mean([success[task] for task in metaworld.old_tasks]) >= 0.8
     assert success[metaworld.new_tasks[0]] <= 0.2
 

@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+from registry import every
+
 from craft_ds.shards import CPU_BLOCK
 
 ALL_REDUCE = "allreduce_.default"
@@ -11,39 +13,45 @@ def counts(entries):
     return Counter({(name, size): count for name, size, count in entries})
 
 
-def test_surgery_adds_one_all_reduce_of_64_bytes(ranks):
-    for values in ranks["collectives"].values:
+@every("collectives")
+def test_surgery_adds_one_all_reduce_of_64_bytes(ranks, name):
+    for values in ranks[name].values:
         added = counts(values["retention"])
         added.subtract(counts(values["passes_of_retention"]))
         assert {key: count for key, count in added.items() if count} == {(ALL_REDUCE, 64): 1}
 
 
-def test_a_task_step_adds_one_all_reduce_of_24_bytes(ranks):
-    for values in ranks["collectives"].values:
+@every("collectives")
+def test_a_task_step_adds_one_all_reduce_of_24_bytes(ranks, name):
+    for values in ranks[name].values:
         added = counts(values["task_only"])
         added.subtract(counts(values["passes_of_task"]))
         assert {key: count for key, count in added.items() if count} == {(ALL_REDUCE, 24): 1}
 
 
-def test_the_baseline_is_the_plain_task_step(ranks):
-    for values in ranks["collectives"].values:
+@every("collectives")
+def test_the_baseline_is_the_plain_task_step(ranks, name):
+    for values in ranks[name].values:
         assert values["baseline"] == values["task_only"]
 
 
-def test_the_counter_sees_what_the_engine_sends(ranks):
-    names = {name for name, *_ in ranks["collectives"].values[0]["passes_of_task"]}
+@every("collectives")
+def test_the_counter_sees_what_the_engine_sends(ranks, name):
+    names = {name for name, *_ in ranks[name].values[0]["passes_of_task"]}
     assert any("allgather" in name for name in names)
     assert any("reduce_scatter" in name for name in names)
 
 
-def test_a_retention_step_needs_at_most_1_3_gradient_shards_more(ranks):
-    for values in ranks["memory"].values:
+@every("memory")
+def test_a_retention_step_needs_at_most_1_3_gradient_shards_more(ranks, name):
+    for values in ranks[name].values:
         extra = (values["retention"] - values["plain"]) / values["shard"]
         assert 0.9 <= extra <= 1.3
 
 
-def test_no_rank_allocates_a_full_gradient_for_surgery(ranks):
-    for values in ranks["memory"].values:
+@every("memory")
+def test_no_rank_allocates_a_full_gradient_for_surgery(ranks, name):
+    for values in ranks[name].values:
         assert values["gradient"] > (ranks.world_size - 0.1) * values["shard"]
         largest = values["largest"]
         assert largest["take_gradient"] == values["shard"]

@@ -1,0 +1,113 @@
+"""Which scenarios run on which kind of engine and number of ranks.
+
+Ranks are dear to start (each imports torch, transformers and DeepSpeed), so all kinds of one family share the
+spawns of that family.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+from lab import Lab, Output
+from scenarios import (
+    ALWAYS,
+    FOLLOWED_BY,
+    NEVER,
+    NO_CLIP,
+    collectives,
+    failing_rank,
+    load_from,
+    memory,
+    pi0,
+    save_and_resume,
+    surgery,
+    trajectory,
+    untouched,
+)
+
+Scenarios = dict[str, Callable[[Lab], Output]]
+
+
+class Spawn(NamedTuple):
+    """Ranks that are started together."""
+
+    family: str
+    world_size: int
+
+
+# The reference knows these too, and must find the same.
+CORE: Scenarios = {
+    "surgery-weighted-conflict": partial(surgery, mode="weighted", threshold=ALWAYS),
+    "trajectory-accumulate1-unclipped": partial(trajectory, accumulation=1, max_norm=NO_CLIP),
+    "trajectory-accumulate2-clipped": partial(trajectory, accumulation=2, max_norm=0.05, persistence=0),
+    "untouched": untouched,
+    "pi0-accumulate2": partial(pi0, accumulation=2),
+    "save_and_resume": save_and_resume,
+}
+WHOLE: Scenarios = {
+    **{
+        f"surgery-{mode}-{name}": partial(surgery, mode=mode, threshold=threshold)
+        for mode in FOLLOWED_BY
+        for name, threshold in (("conflict", ALWAYS), ("agreement", NEVER))
+    },
+    **CORE,
+    "trajectory-accumulate1-clipped": partial(trajectory, accumulation=1, max_norm=0.05, persistence=0),
+    "trajectory-accumulate2-unclipped": partial(trajectory, accumulation=2, max_norm=NO_CLIP),
+    "bf16": partial(trajectory, accumulation=2, max_norm=0.05, dtype="bfloat16"),
+    "pi0-accumulate1": partial(pi0, accumulation=1),
+    "pi0-recompute": partial(pi0, accumulation=2, recompute=True),
+    "five-retention-steps": partial(pi0, accumulation=1, kinds="RRRRR"),
+}
+# Only sharded engines.
+COSTS: Scenarios = {"collectives": collectives}
+ALL_COSTS: Scenarios = COSTS | {"memory": memory, "failing_rank": failing_rank}
+
+
+def _from(*written_by: str) -> Scenarios:
+    return {f"load_{directory}": partial(load_from, written_by=directory) for directory in written_by}
+
+
+# In the order in which they are started: a spawn reads the checkpoints of those before it.
+SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
+    Spawn("zero", 2): {
+        "zero3": WHOLE | ALL_COSTS | {"untouched-without-zeroing": partial(untouched, zeroing=False)},
+    },
+    Spawn("fsdp", 2): {
+        "fsdp": WHOLE | ALL_COSTS | _from("zero3_on2"),
+        "fsdp_offload": CORE | COSTS,
+        "fsdp_kept": {"trajectory-accumulate2-clipped": CORE["trajectory-accumulate2-clipped"]},
+    },
+    Spawn("zero", 3): {
+        "zero3": WHOLE
+        | ALL_COSTS
+        | {"untouched-without-zeroing": partial(untouched, zeroing=False)}
+        | _from("zero3_on2", "fsdp_on2"),
+    },
+    Spawn("fsdp", 3): {"fsdp": WHOLE | ALL_COSTS | _from("fsdp_on2"), "fsdp_offload": CORE},
+    Spawn("fsdp", 4): {"hsdp": CORE | COSTS | _from("fsdp_on3")},
+}
+# Checkpoints that others go on from.
+LOADED = ("zero3_on2", "zero3_on3", "fsdp_on2", "fsdp_on3", "hsdp_on4")
+SINGLE: Scenarios = WHOLE | _from(*LOADED)
+
+
+class Ranks(NamedTuple):
+    """A kind of engine on a number of ranks."""
+
+    kind: str
+    world_size: int
+
+
+EVERY = {Ranks(kind, spawn.world_size): spawn for spawn, kinds in SPAWNS.items() for kind in kinds}
+
+
+def every(*scenarios: str):
+    """Parametrise a test by `ranks` and `name`: each scenario on every engine that runs it."""
+    cases = [
+        pytest.param(ranks, name, id=f"{ranks.kind}-on{ranks.world_size}-{name}")
+        for ranks, spawn in EVERY.items()
+        for name in scenarios
+        if name in SPAWNS[spawn][ranks.kind]
+    ]
+    return pytest.mark.parametrize(("ranks", "name"), cases, indirect=["ranks"])
