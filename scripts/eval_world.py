@@ -7,10 +7,12 @@ Demonstrations are held out when scripts/make_world.py made them with another --
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from craft_ds.cli import run_main
 from craft_ds.errors import UserError
+from craft_ds.policies.generation import action_chunk
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.world import WORLDS, make_world
 from craft_ds.world.base import World
@@ -43,7 +45,8 @@ def main() -> None:
     policy, processors = load_policy(config, args.policy_path), load_processors(config, args.policy_path)
 
     tasks = world.tasks(args.tasks)
-    success = evaluate(policy, *processors, world, tasks, args.episodes, args.seed)
+    act = partial(action_chunk, policy)
+    success = evaluate(act, *processors, world, tasks, args.episodes, args.seed)
     losses: dict[str, float] = {}
     if args.data_root:
         parts = ("old", "new") if args.tasks == "all" else (args.tasks,)

@@ -8,12 +8,14 @@ import json
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from craft_ds.cli import run_main
 from craft_ds.errors import UserError
+from craft_ds.policies.generation import action_chunk
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.world import WORLDS, make_world
 from craft_ds.world.demonstrations import Recipe, write_demonstrations
@@ -52,7 +54,8 @@ def main() -> None:
         # What is measured is what lies on the disk: the rounded weights and the saved processors.
         config = load_policy_config(making)
         policy, processors = load_policy(config, making), load_processors(config, making)
-        success = evaluate(policy, *processors, world, world.tasks("all"), args.eval_episodes, seed=1000)
+        act = partial(action_chunk, policy)
+        success = evaluate(act, *processors, world, world.tasks("all"), args.eval_episodes, seed=1000)
         record = {
             "command": f"python scripts/pretrain_teacher.py --world {args.world} --steps {steps} "
             f"--seed {args.seed} --episodes_per_task {episodes}",

@@ -1,8 +1,7 @@
 """How good a policy is: success in closed loop, and its loss on demonstrations."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,54 +10,68 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from torch.utils.data import DataLoader, Subset
 
+from craft_ds.distributed import gather_objects
 from craft_ds.policies.adapter import token_loss
 from craft_ds.world.base import CAMERA, STATE, Observation, World, scene_seed
 from craft_ds.world.demonstrations import open_demonstrations
 
+Act = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+"""act(batch): a policy's action chunks, (B, steps, action width), before its postprocessor."""
 
-@torch.no_grad()
+
 def evaluate(
-    policy: PreTrainedPolicy,
+    act: Act,
     preprocessor: PolicyProcessorPipeline,
     postprocessor: PolicyProcessorPipeline,
     world: World,
     tasks: Iterable[str],
     episodes: int,
     seed: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, float]:
-    """Run a policy in closed loop.
+    """Run a policy in closed loop. Collective where there are several ranks: call on all of them.
 
-    The episodes of a task run in lockstep: one call of the policy gives all of them their next chunk.
-    The scenes depend on ``seed`` alone and are none of those that demonstrations show.
+    The episodes of a task are dealt to the ranks, and those of a rank run in lockstep: one call of the
+    policy gives all of them their next chunk. Every rank calls the policy equally often, as a sharded one
+    demands: a rank whose episodes have ended goes on asking until those of all ranks have.
+
+    The scenes depend on ``seed`` and the episode's number alone, and are none of those that demonstrations
+    show: other numbers of ranks see the same ones.
 
     Args:
-        policy: The policy; it is put into evaluation mode.
+        act: The policy, such as ``partial(action_chunk, policy)`` or an engine's ``act``.
         preprocessor: From observations to the policy's input.
         postprocessor: From the policy's output to actions.
         world: Where to run.
         tasks: The world's tasks to run.
-        episodes: Episodes a task.
+        episodes: Episodes a task, over all ranks.
         seed: Seed of the scenes.
+        rank: This process among ``world_size``.
+        world_size: Number of processes that share the episodes.
 
     Returns:
-        The share of episodes that succeed within the world's horizon, by task.
+        The share of episodes that succeed within the world's horizon, by task; the same on all ranks.
     """
+    # A rank without an episode of its own runs the first one along, and does not count it.
+    own = range(rank, episodes, world_size)
     success = {}
-    with _lenient(policy):
-        for task in tasks:
-            running = [world.fork() for _ in range(episodes)]
-            for episode, one in enumerate(running):
-                one.reset(task, scene_seed(seed, episode, evaluation=True))
-            for start in range(0, world.horizon, world.chunk_size):
+    for task in tasks:
+        running = [world.fork() for _ in own or [0]]
+        for episode, one in zip(own or [0], running, strict=True):
+            one.reset(task, scene_seed(seed, episode, evaluation=True))
+        for start in range(0, world.horizon, world.chunk_size):
+            if not any(gather_objects(bool(running))):
+                break
+            if running:
                 batch = _batch([one.observe() for one in running], world.task_text(task))
-                chunks = postprocessor(policy.predict_action_chunk(preprocessor(batch))).numpy()
-                steps = min(world.chunk_size, world.horizon - start)
-                for one, chunk in zip(running, chunks[:, :steps], strict=True):
-                    _run(one, chunk)
-                running = [one for one in running if not one.success]
-                if not running:
-                    break
-            success[task] = 1.0 - len(running) / episodes
+            chunks = postprocessor(act(preprocessor(batch))).cpu().numpy()
+            steps = min(world.chunk_size, world.horizon - start)
+            for one, chunk in zip(running, chunks[: len(running), :steps], strict=True):
+                _run(one, chunk)
+            running = [one for one in running if not one.success]
+        succeeded = len(own) - len(running) if own else 0
+        success[task] = sum(gather_objects(succeeded)) / episodes
     return success
 
 
@@ -91,20 +104,6 @@ def demonstration_loss(
             total, count = total + float(loss.total), count + float(loss.count)
         losses[text] = total / count
     return losses
-
-
-@contextmanager
-def _lenient(policy: PreTrainedPolicy) -> Iterator[None]:
-    """Let a policy that forgot how to begin an action fail its episode; pi0_fast would raise."""
-    policy.eval()
-    strict = getattr(policy.config, "validate_action_token_prefix", None)
-    if strict:
-        policy.config.validate_action_token_prefix = False
-    try:
-        yield
-    finally:
-        if strict:
-            policy.config.validate_action_token_prefix = True
 
 
 def _batch(observations: list[Observation], text: str) -> dict[str, torch.Tensor | list[str]]:
