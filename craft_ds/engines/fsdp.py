@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from craft_ds.config import FsdpConfig
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
-from craft_ds.engines.fsdp_layout import compute_dtype, local, make_mesh, mesh_shape, reshard_, rows, shard_
-from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss
+from craft_ds.engines.fsdp_layout import gathered_dtype, local, make_mesh, mesh_shape, reshard_, rows, shard_
+from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.policies.generation import action_chunk
 from craft_ds.policies.skeleton import materialize_
 from craft_ds.policies.weights import unique_tensors
@@ -66,7 +67,10 @@ class FsdpEngine:
         self.replicas, self._shards = mesh_shape(options, self.world_size)
         mesh = make_mesh(self.replicas, self._shards, self.device)
         self._shard_rank = mesh.get_local_rank("dp_shard")
-        shard_(module, mesh, options, compute_dtype(options, dtype))
+        param_dtype = gathered_dtype(options, dtype)
+        # Layers that FSDP2 does not cast for, since they lie outside of a unit, meet bf16 and fp32 mixed.
+        self._dtype = min(dtype, param_dtype, key=lambda dtype: dtype.itemsize)
+        shard_(module, mesh, options, param_dtype)
         materialize_(module, "cpu" if options.cpu_offload else self.device)
         for buffer in module.buffers():
             buffer.data = buffer.to(self.device)
@@ -77,23 +81,29 @@ class FsdpEngine:
     def forward(self, batch: Batch) -> TokenLoss:
         """Loss of this rank's micro-batch. Collective: call on all ranks."""
         self.module.train()
-        return self.module(batch)
+        with self._autocast():
+            return self.module(batch)
 
-    @torch.no_grad()
     def evaluate(self, batch: Batch) -> TokenLoss:
         """`forward` without gradients, in eval mode. Collective: call on all ranks."""
-        self.module.eval()
-        loss = self.module(batch)
-        reshard_(self.module)
-        return loss
+        return self._without_gradients(batch, token_loss)
 
-    @torch.no_grad()
     def act(self, batch: Batch) -> Tensor:
         """The policy's greedy action chunk. Collective: call on all ranks, equally often."""
+        return self._without_gradients(batch, action_chunk)
+
+    @torch.no_grad()
+    def _without_gradients(self, batch: Batch, call: Callable[..., Any]) -> Any:
         self.module.eval()
-        actions = self.module(batch, call=action_chunk)
+        with self._autocast():
+            result = self.module(batch, call=call)
         reshard_(self.module)
-        return actions
+        return result
+
+    def _autocast(self) -> torch.autocast:
+        # Its cache of cast weights would outlive the gathered weights themselves.
+        enabled = self._dtype != torch.float32
+        return torch.autocast(self.device.type, self._dtype, enabled, cache_enabled=False)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient: one reduce-scatter a unit. Collective: call on all ranks."""
@@ -101,10 +111,12 @@ class FsdpEngine:
 
     def gradient(self) -> Sequence[Tensor]:
         """The local rows of every `.grad`, made zero where a pass did not touch one."""
+        gradients = []
         for parameter in self._trainable:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [local(parameter.grad) for parameter in self._trainable]
+            gradients.append(local(parameter.grad))
+        return gradients
 
     def take_gradient(self) -> Sequence[Tensor]:
         """Hand over the local rows of every `.grad` themselves: no copy."""

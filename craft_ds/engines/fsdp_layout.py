@@ -40,7 +40,7 @@ def mesh_shape(options: FsdpConfig, world_size: int) -> tuple[int, int]:
     return replicate, shard
 
 
-def compute_dtype(options: FsdpConfig, dtype: torch.dtype) -> torch.dtype:
+def gathered_dtype(options: FsdpConfig, dtype: torch.dtype) -> torch.dtype:
     """Dtype of gathered parameters: that of forward and backward unless it is given."""
     return dtype if options.param_dtype == "auto" else getattr(torch, options.param_dtype)
 

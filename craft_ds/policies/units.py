@@ -22,3 +22,18 @@ def _pi0_fast_units(policy: PI0FastPolicy) -> list[nn.Module]:
         decoder.embed_tokens,
         paligemma.lm_head,
     ]
+
+
+@singledispatch
+def checkpoint_units(policy: nn.Module) -> list[nn.Module]:
+    """Layers whose activations are worth computing again."""
+    return []
+
+
+@checkpoint_units.register
+def _pi0_fast_layers(policy: PI0FastPolicy) -> list[nn.Module]:
+    paligemma = policy.model.paligemma_with_expert.paligemma
+    return [
+        *paligemma.model.vision_tower.vision_model.encoder.layers,
+        *paligemma.model.language_model.layers,
+    ]
