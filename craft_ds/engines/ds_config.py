@@ -1,4 +1,9 @@
-"""DeepSpeed's configuration file: read it, fill in what the trainer decides, refuse what contradicts it."""
+"""DeepSpeed's configuration file: read it, fill in what the trainer decides, refuse what contradicts it.
+
+What a key means to DeepSpeed was tested against a single process for every key that is let through. Any
+other is refused rather than trusted: two backward passes a step and masters that are read by range are not
+what its other features were made for. `ds_configs/README.md` describes them.
+"""
 
 import json
 from copy import deepcopy
@@ -6,6 +11,71 @@ from pathlib import Path
 from typing import Any
 
 from craft_ds.errors import UserError
+
+_TOP = {
+    "bf16",
+    "comms_logger",
+    "communication_data_type",
+    "data_types",
+    "dump_state",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "memory_breakdown",
+    "steps_per_print",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+}
+_BOTH_STAGES = {
+    "allgather_partitions",
+    "contiguous_gradients",
+    "offload_optimizer",
+    "offload_param",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "stage",
+}
+_ZERO = {
+    2: _BOTH_STAGES
+    | {
+        "allgather_bucket_size",
+        "round_robin_gradients",
+        "use_multi_rank_bucket_allreduce",
+    },
+    3: _BOTH_STAGES
+    | {
+        "memory_efficient_linear",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_model_persistence_threshold",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "sub_group_size",
+    },
+}
+_SECTIONS = {
+    "bf16": {"enabled", "check_grad_overflow"},
+    "fp16": {
+        "enabled",
+        "loss_scale",
+        "initial_scale_power",
+        "loss_scale_window",
+        "hysteresis",
+        "min_loss_scale",
+    },
+    "data_types": {"grad_accum_dtype"},
+    "zero_optimization.offload_optimizer": {"device", "pin_memory", "buffer_count", "fast_init"},
+    "zero_optimization.offload_param": {"device"},
+}
+# DeepSpeed makes masters from parameters a sub-group at a time, with one more copy of it: a tenth of the
+# default keeps that copy small beside the shard.
+_SUB_GROUP = 100_000_000
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
@@ -38,8 +108,9 @@ def resolve_ds_config(
     """The configuration handed to `deepspeed.initialize`.
 
     A value that the trainer decides may be absent or `"auto"` in the file, or equal to the trainer's
-    flag. DeepSpeed itself then neither accumulates nor clips: the trainer runs two backward passes a
-    step and clips the merged gradient, whose norm it knows without a pass over it.
+    flag; any other `"auto"` means DeepSpeed's default. DeepSpeed itself then neither accumulates nor
+    clips: the trainer runs two backward passes a step and clips the merged gradient, whose norm it knows
+    without a pass over it.
 
     Args:
         config: What the file holds; not changed.
@@ -51,58 +122,106 @@ def resolve_ds_config(
         world_size: Number of ranks.
 
     Raises:
-        UserError: A value contradicts a flag (both are named), or belongs to the trainer's flags.
+        UserError: A value contradicts a flag (both are named), belongs to the trainer's flags, or is not
+            supported.
     """
-    resolved = deepcopy(config)
-    for section in ("zero_optimization", "bf16", "fp16", "data_types"):
-        if not isinstance(resolved.get(section, {}), dict):
-            raise UserError(f"--ds_config={path}: {section} must be a JSON object")
-
-    def settle(keys: tuple[str, ...], expected: object, flag: str) -> None:
-        node: Any = resolved
-        for key in keys[:-1]:
-            node = node.get(key, {})
-        value = node.get(keys[-1], "auto")
-        if value not in ("auto", expected):
-            raise UserError(
-                f"--ds_config={path} says {'.'.join(keys)}={json.dumps(value)}, but {flag} means "
-                f'{json.dumps(expected)}: change one of them, or write "auto" in the file'
-            )
-
+    file = f"--ds_config={path}"
+    resolved = _without_auto(deepcopy(config))
     for section, flags in (("optimizer", "--optimizer.*"), ("scheduler", "--scheduler.*")):
         if section in resolved:
             raise UserError(
-                f"--ds_config={path} has a section {section!r}: remove it, {flags} and the policy's "
-                "presets decide that"
+                f"{file} has a section {section!r}: remove it, {flags} and the policy's presets decide that"
             )
-    settle(("train_micro_batch_size_per_gpu",), batch_size, f"--batch_size={batch_size}")
+    _check_keys(resolved, file)
+
+    def settle(dotted: str, expected: object, flag: str) -> None:
+        value = _look_up(resolved, dotted, expected)
+        if value != expected:
+            raise UserError(
+                f"{file} says {dotted}={json.dumps(value)}, but {flag} means {json.dumps(expected)}: change "
+                'one of them, or write "auto" in the file'
+            )
+
     accumulation = f"--gradient_accumulation_steps={gradient_accumulation_steps}"
-    settle(("gradient_accumulation_steps",), gradient_accumulation_steps, accumulation)
+    settle("train_micro_batch_size_per_gpu", batch_size, f"--batch_size={batch_size}")
+    settle("gradient_accumulation_steps", gradient_accumulation_steps, accumulation)
     settle(
-        ("train_batch_size",),
+        "train_batch_size",
         batch_size * gradient_accumulation_steps * world_size,
         f"--batch_size={batch_size} with {accumulation} on {world_size} ranks",
     )
-    settle(("gradient_clipping",), grad_clip_norm, f"--optimizer.grad_clip_norm={grad_clip_norm}")
-    settle(("bf16", "enabled"), bf16, f"--engine.dtype={'bfloat16' if bf16 else 'float32'}")
-    settle(("fp16", "enabled"), False, "--engine.dtype (fp16 is not supported)")
-    settle(("data_types", "grad_accum_dtype"), "fp32", "the gradient merge")
-    stage = resolved.get("zero_optimization", {}).get("stage")
-    if stage != 3:
-        raise UserError(f"--ds_config={path} says zero_optimization.stage={stage}: this version needs 3")
-    for key in ("offload_optimizer", "offload_param"):
-        if (resolved["zero_optimization"].get(key) or {}).get("device", "none") != "none":
-            raise UserError(f"--ds_config={path}: zero_optimization.{key} is not supported, remove it")
+    settle("gradient_clipping", grad_clip_norm, f"--optimizer.grad_clip_norm={grad_clip_norm}")
+    settle("bf16.enabled", bf16, f"--engine.dtype={'bfloat16' if bf16 else 'float32'}")
+    settle("fp16.enabled", False, "--engine.dtype (fp16 is not supported)")
+    settle("data_types.grad_accum_dtype", "fp32", "the gradient merge")
 
+    zero = resolved["zero_optimization"]
+    offload = _look_up(zero, "offload_optimizer.device", "none") != "none"
+    zero.pop("offload_param", None)
+    if zero["stage"] == 3:
+        zero.setdefault("sub_group_size", _SUB_GROUP)
     resolved.update(
         train_micro_batch_size_per_gpu=batch_size,
         gradient_accumulation_steps=1,
         train_batch_size=batch_size * world_size,
         gradient_clipping=0.0,
         bf16={**resolved.get("bf16", {}), "enabled": bf16},
-        data_types={**resolved.get("data_types", {}), "grad_accum_dtype": "fp32"},
+        data_types={"grad_accum_dtype": "fp32"},
         # The optimizer is LeRobot's choice; DeepSpeed would refuse all but a few without this.
         zero_allow_untested_optimizer=True,
+        # As in DeepSpeed, an offloaded optimizer is its own Adam unless the file says no.
+        zero_force_ds_cpu_optimizer=offload and resolved.get("zero_force_ds_cpu_optimizer", True),
     )
     resolved.setdefault("steps_per_print", 1 << 31)
     return resolved
+
+
+def _without_auto(node: Any) -> Any:
+    """The configuration without its `"auto"` entries, which mean the same as absent ones."""
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_auto(value) for key, value in node.items() if value != "auto"}
+
+
+def _look_up(node: Any, dotted: str, default: object) -> Any:
+    for key in dotted.split("."):
+        node = (node or {}).get(key)
+        if node is None:
+            return default
+    return node
+
+
+def _check_keys(config: dict[str, Any], file: str) -> None:
+    """Refuse what this trainer is not known to work with."""
+    zero = _section(config, "zero_optimization", file)
+    stage = zero.get("stage")
+    if stage not in _ZERO:
+        why = ": stage 2 also partitions gradients, at the same traffic" if stage == 1 else ""
+        raise UserError(f"{file} says zero_optimization.stage={json.dumps(stage)}: choose 2 or 3{why}")
+    allowed = {"": _TOP, "zero_optimization": _ZERO[stage], **_SECTIONS}
+    for section, names in allowed.items():
+        for key in _section(config, section, file).keys() - names:
+            dotted = f"{section}.{key}" if section else key
+            at_stage = f" at stage {stage}" if section == "zero_optimization" else ""
+            raise UserError(f"{file}: {dotted} is not supported{at_stage}, remove it")
+    device = _look_up(zero, "offload_optimizer.device", "none")
+    if device not in ("none", "cpu"):
+        raise UserError(
+            f"{file} says zero_optimization.offload_optimizer.device={json.dumps(device)}: "
+            'choose "cpu" or "none"'
+        )
+    if _look_up(zero, "offload_param.device", "none") != "none":
+        raise UserError(
+            f"{file}: zero_optimization.offload_param is not supported, remove it; offload_optimizer is"
+        )
+
+
+def _section(config: dict[str, Any], dotted: str, file: str) -> dict[str, Any]:
+    node: Any = config
+    for key in filter(None, dotted.split(".")):
+        node = node.get(key)
+        if node is None:
+            return {}
+    if not isinstance(node, dict):
+        raise UserError(f"{file}: {dotted} must be a JSON object")
+    return node

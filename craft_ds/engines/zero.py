@@ -1,16 +1,24 @@
-"""DeepSpeed ZeRO-3 behind the engine protocol."""
+"""DeepSpeed ZeRO-2 and ZeRO-3 behind the engine protocol."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
-from craft_ds.engines.zero_layout import Zero3Layout, partition_parameters_
+from craft_ds.engines.zero2_layout import Zero2Layout, without_broadcast
+from craft_ds.engines.zero3_layout import Zero3Layout, partition_parameters_
+from craft_ds.engines.zero_layout import ZeroLayout
+from craft_ds.errors import UserError, one_line
 from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss
+from craft_ds.policies.generation import action_chunk
+from craft_ds.policies.skeleton import materialize_
 
 
 def init_distributed() -> None:
@@ -21,28 +29,56 @@ def init_distributed() -> None:
     deepspeed.init_distributed(verbose=False)
 
 
-def _read_buffers(module: PolicyWithLoss, read: ReadRange) -> Iterator[tuple[str, Tensor]]:
+def _read_buffers(module: PolicyWithLoss, read: ReadRange) -> dict[str, Tensor]:
     """Copies of all buffers by their names in `module`; those of the policy's `state_dict` are read."""
     persistent = module.policy.state_dict().keys()
-    for name, buffer in module.named_buffers():
-        values, key = buffer.detach().clone(), name.removeprefix("policy.")
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    for name, values in buffers.items():
+        key = name.removeprefix("policy.")
         if key in persistent:
-            values.copy_(read(key, 0, values.numel()).view(values.shape))
-        yield name, values
+            fill_(values.view(-1), read, key, 0)
+    return buffers
+
+
+def _cpu_adam(optimizer: torch.optim.Optimizer) -> DeepSpeedCPUAdam:
+    """DeepSpeed's vectorised Adam over the same parameter groups.
+
+    Raises:
+        UserError: It cannot stand in for this optimizer, or cannot be compiled.
+    """
+    instead = (
+        'write "zero_force_ds_cpu_optimizer": false into the --ds_config file to step with torch instead'
+    )
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        raise UserError(f"DeepSpeedCPUAdam cannot replace {type(optimizer).__name__}: {instead}")
+    keys = ("params", "lr", "betas", "eps", "weight_decay", "amsgrad")
+    groups = [{key: group[key] for key in keys} for group in optimizer.param_groups]
+    try:
+        return DeepSpeedCPUAdam(groups, adamw_mode=isinstance(optimizer, torch.optim.AdamW))
+    except RuntimeError as error:
+        reason = one_line(error.__cause__ or error)
+        raise UserError(
+            f"DeepSpeedCPUAdam needs g++ and ninja ({reason}): install them, or {instead}"
+        ) from error
 
 
 class ZeroEngine:
-    """ZeRO-3: parameters, gradients and optimizer state partitioned over all ranks.
+    """ZeRO-3: parameters, gradients and optimizer state partitioned over all ranks; ZeRO-2: all but the
+    parameters.
 
-    Two complete forward and backward passes run before one step. DeepSpeed accumulates each into one
-    flat shard; `take_gradient` copies that shard (4 bytes a parameter / world size, the only memory
-    that a retention step adds) and empties it for the second pass.
+    Two complete forward and backward passes run before one step. DeepSpeed accumulates each into shards
+    that `take_gradient` empties for the second pass. What it hands over is the only memory that a
+    retention step adds: 4 bytes a trainable parameter / world size, and none where DeepSpeed offloads the
+    optimizer of an fp32 model or of ZeRO-3, since a second buffer lies idle there.
 
     Args:
         module: The policy with its loss; its parameters may lie on the meta device.
         read: Reads its parameters and persistent buffers; each rank asks for what it keeps.
         build_optimizer: Makes the optimizer of the policy's parameters, once they are partitioned.
         config: A configuration from `resolve_ds_config`.
+
+    Raises:
+        UserError: The optimizer cannot be offloaded as the configuration asks.
     """
 
     replicas = 1
@@ -56,13 +92,27 @@ class ZeroEngine:
     ):
         self.module = module
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        buffers = dict(_read_buffers(module, read))
-        partition_parameters_(module, config)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=build_optimizer(), config=config)
+        stage = config["zero_optimization"]["stage"]
+        dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        buffers = _read_buffers(module, read)
+        if stage == 3:
+            partition_parameters_(module, config, dtype)
+        else:
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(dtype)
+            materialize_(module, get_accelerator().current_device_name())
+        optimizer = build_optimizer()
+        if config["zero_force_ds_cpu_optimizer"]:
+            optimizer = _cpu_adam(optimizer)
+        with without_broadcast() if stage == 2 else nullcontext():
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.device = self._engine.device
-        self._layout = Zero3Layout(self._engine.optimizer, self.rank)
+        self._layout: ZeroLayout
+        if stage == 3:
+            self._layout = Zero3Layout(self._engine.optimizer, module.policy)
+        else:
+            self._layout = Zero2Layout(self._engine.optimizer, module.policy, self.rank, self.world_size)
         self.optimizer = self._layout.optimizer
-        self._names = {id(p): name for name, p in module.policy.named_parameters()}
         # DeepSpeed casts buffers too: rotary frequencies rounded to bf16 are a radian off at position 500.
         for name, buffer in module.named_buffers():
             buffer.data = buffers[name].to(self.device)
@@ -82,29 +132,25 @@ class ZeroEngine:
     @torch.no_grad()
     def act(self, batch: Batch) -> Tensor:
         """The policy's greedy action chunk. Collective: call on all ranks, equally often."""
-        # Imported here: no other part of the engine knows how a policy decodes.
-        from craft_ds.policies.generation import action_chunk
-
         self._engine.eval()
         return self._engine(batch, call=action_chunk)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient. Collective: call on all ranks."""
-        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.set_gradient_accumulation_boundary(self._layout.boundary(last))
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def gradient(self) -> Sequence[Tensor]:
-        """The flat accumulated shard."""
-        return [self._layout.gradient]
+        """The accumulated shards, flat or a tensor a parameter."""
+        return self._layout.gradient()
 
     def take_gradient(self) -> Sequence[Tensor]:
-        """A copy of the flat shard; the accumulator is emptied for the next pass."""
-        taken = [self._layout.gradient.clone()]
-        self.drop_gradient()
-        return taken
+        """The accumulated shards, or copies of them; the accumulator is empty for the next pass."""
+        return self._layout.take_gradient()
 
     def step(self) -> None:
         """One optimizer step on the shards. Collective: call on all ranks."""
+        self._layout.prepare_step()
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
         if not self._engine.was_step_applied():
@@ -122,42 +168,26 @@ class ZeroEngine:
 
     def shards(self) -> Iterator[Shard]:
         """This rank's part of every parameter, without padding."""
+        masters = self._layout.masters
         for part in self._layout.partitions:
-            name, shape = self._names[id(part.parameter)], tuple(part.parameter.ds_shape)
-            if part.numel:
-                master, state = self._layout.master(part), self._layout.state(part)
-                yield Shard(name, shape, part.start, master, state)
-        for name, parameter, start, values in self._frozen_parts():
-            yield Shard(name, tuple(parameter.ds_shape), start, values.float(), {})
-
-    def _frozen_parts(self) -> Iterator[tuple[str, Any, int, Tensor]]:
-        for name, parameter in self._layout.frozen(self.module.policy):
-            size = parameter.ds_tensor.numel()
-            start = self.rank * size
-            numel = min(size, max(0, parameter.ds_numel - start))
-            if numel:
-                yield name, parameter, start, parameter.ds_tensor.detach().reshape(-1)[:numel]
+            yield Shard(part.name, part.shape, part.start, part.of(masters), self._layout.state(part))
+        for frozen in self._layout.frozen_parts():
+            yield Shard(frozen.name, frozen.shape, frozen.start, frozen.values.float(), {})
 
     @torch.no_grad()
     def load_parameters(self, read: ReadRange) -> None:
         """Set this rank's part of every parameter. Collective: call on all ranks."""
-        for part in self._layout.partitions:
-            if part.numel:
-                name = self._names[id(part.parameter)]
-                fill_(self._layout.master(part), read, name, part.start)
-        for name, _, start, values in self._frozen_parts():
-            fill_(values, read, name, start)
+        self._layout.load_frozen(read)
+        self._layout.load_masters(read)
         self._layout.publish_masters()
 
     @torch.no_grad()
     def load_optimizer(self, read: ReadRange, keys: Sequence[str], steps: int) -> None:
         """Set this rank's part of the optimizer state."""
-        self._layout.create_state(tuple(keys), steps)
+        self._layout.create_state(keys, steps)
         for part in self._layout.partitions:
-            if part.numel:
-                name = self._names[id(part.parameter)]
-                for key, values in self._layout.state(part).items():
-                    fill_(values, read, f"{name}.{key}", part.start)
+            for key, values in self._layout.state(part).items():
+                fill_(values, read, f"{part.name}.{key}", part.start)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

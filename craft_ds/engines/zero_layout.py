@@ -1,67 +1,24 @@
-"""The one place that reaches into DeepSpeed: where ZeRO-3 keeps gradients, masters and moments.
+"""Where DeepSpeed keeps gradients, masters and moments: what ZeRO-2 and ZeRO-3 have in common.
 
-DeepSpeed has public calls for one parameter's local gradient, none for the whole accumulated shard, for
-emptying it between two backward passes, or for reading masters without a collective. What is used of
-its inside was read in the sources of the versions below and is checked when the engine starts.
+DeepSpeed has public calls for one parameter's local gradient under ZeRO-3, none for the whole accumulated
+shard, for emptying it between two backward passes, or for reading masters without a collective. What is
+used of its inside was read in the sources of the versions below, lies in the modules `zero*_layout` and
+nowhere else, and is checked when the engine starts.
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import deepspeed
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 
-KNOWN_VERSIONS = "0.19.3 to 0.19.8"
-_ATTRIBUTES = (
-    "averaged_gradients",
-    "fp16_groups",
-    "fp32_partitioned_groups_flat",
-    "get_param_id",
-    "grad_partitions_flat_buffer",
-    "grad_position",
-    "micro_step_id",
-    "optimizer",
-    "persistent_parameters",
-    "zero_grad",
-    "_reassign_or_swap_out_partitioned_parameters",
-)
+from craft_ds.tensor_file import ReadRange, fill_
 
-
-class _EmptyPartitions(deepspeed.zero.Init):
-    """`deepspeed.zero.Init` without its broadcast of every whole parameter from rank 0.
-
-    The values come later, and each rank reads only its own.
-    """
-
-    def _zero_init_param(self, param: nn.Parameter) -> None:
-        self._convert_to_deepspeed_param(param)
-        param.partition()
-
-
-@torch.no_grad()
-def partition_parameters_(module: nn.Module, config: dict[str, Any]) -> None:
-    """Replace every parameter, which may be on the meta device, by an empty partitioned one.
-
-    One parameter at a time is allocated whole and freed; on a CPU not even that, since its pages are
-    never written.
-
-    Args:
-        module: The model; its parameters are new objects afterwards, tied ones still the same.
-        config: DeepSpeed's configuration.
-    """
-    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
-    init = _EmptyPartitions(module=nn.Module(), config_dict_or_path=config, dtype=dtype)
-    partitioned: dict[nn.Parameter, nn.Parameter] = {}
-    for owner in module.modules():
-        for name, old in owner.named_parameters(recurse=False, remove_duplicate=False):
-            if old not in partitioned:
-                empty = torch.empty(old.shape, dtype=dtype, device=init.local_device)
-                partitioned[old] = nn.Parameter(empty, old.requires_grad)
-                del empty
-                init._convert_to_zero_parameters([partitioned[old]])
-            setattr(owner, name, partitioned[old])
+KNOWN_VERSIONS = "0.19.8"
 
 
 @dataclass(frozen=True)
@@ -69,48 +26,72 @@ class Partition:
     """Where a rank keeps its part of one trainable parameter.
 
     Attributes:
-        parameter: The (partitioned) parameter.
+        name: Name of the parameter in the policy.
+        shape: Global shape of the parameter.
         group: Index of the flat fp32 group that holds the part.
         offset: Offset of the part in that group, in elements.
         start: Offset of the part in the flattened parameter.
-        numel: Elements of the part, without the padding that evens out the ranks.
+        numel: Elements of the part, at least one, without padding.
     """
 
-    parameter: Any  # DeepSpeed hangs its ds_ attributes on it
+    name: str
+    shape: tuple[int, ...]
     group: int
     offset: int
     start: int
     numel: int
 
+    def of(self, flats: Sequence[Tensor]) -> Tensor:
+        """The part, a 1-D view, of a list with one flat tensor a group."""
+        return flats[self.group].detach().narrow(0, self.offset, self.numel)
 
-class Zero3Layout:
-    """Access to a `DeepSpeedZeroOptimizer_Stage3` by shard.
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """This rank's part of a parameter that the optimizer does not hold.
+
+    Attributes:
+        name: Name of the parameter in the policy.
+        shape: Global shape of the parameter.
+        start: Offset of the part in the flattened parameter.
+        values: The part, 1-D, as forward reads it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
+
+
+class ZeroLayout(ABC):
+    """Access to a ZeRO optimizer by shard.
 
     Args:
         zero: The ZeRO optimizer (`engine.optimizer`).
-        rank: This rank.
+        policy: The policy, whose parameters are the optimizer's or frozen.
+
+    Attributes:
+        partitions: This rank's parts of all trainable parameters, in the order of the flat groups.
+        offloaded: Whether masters and moments live on the CPU.
 
     Raises:
         RuntimeError: This DeepSpeed lacks an attribute that the known versions have.
     """
 
-    def __init__(self, zero: Any, rank: int):
-        missing = [name for name in _ATTRIBUTES if not hasattr(zero, name)]
-        if missing:
-            from deepspeed import __version__
+    _ATTRIBUTES: ClassVar[tuple[str, ...]]
 
+    def __init__(self, zero: Any, policy: nn.Module):
+        missing = [name for name in self._ATTRIBUTES if not hasattr(zero, name)]
+        if missing:
             raise RuntimeError(
-                f"DeepSpeed {__version__} keeps its gradients in another way than the versions craft-ds "
-                f"knows ({KNOWN_VERSIONS}): {type(zero).__name__} lacks {', '.join(missing)}"
+                f"DeepSpeed {deepspeed.__version__} keeps its gradients in another way than the version "
+                f"craft-ds knows ({KNOWN_VERSIONS}): {type(zero).__name__} lacks {', '.join(missing)}"
             )
         self._zero = zero
-        self.partitions: list[Partition] = []
-        for group in zero.fp16_groups:
-            for parameter in group:
-                index, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-                start = rank * size
-                numel = min(size, max(0, parameter.ds_numel - start))
-                self.partitions.append(Partition(parameter, index, offset, start, numel))
+        self._policy = policy
+        self._names = {id(parameter): name for name, parameter in policy.named_parameters()}
+        self.offloaded = False
+        self.partitions = [part for part in self._find_partitions() if part.numel]
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -118,54 +99,84 @@ class Zero3Layout:
         return self._zero.optimizer
 
     @property
-    def gradient(self) -> Tensor:
-        """The accumulated shard of the whole gradient: one flat tensor, zero in the padding."""
-        return self._zero.grad_partitions_flat_buffer
+    @abstractmethod
+    def masters(self) -> Sequence[Tensor]:
+        """The flat fp32 masters of this rank, one a group."""
 
+    @property
+    @abstractmethod
+    def _groups(self) -> Sequence[Sequence[Any]]:
+        """The trainable parameters of each flat group, in its order."""
+
+    @abstractmethod
+    def _find_partitions(self) -> Iterator[Partition]: ...
+
+    @abstractmethod
+    def boundary(self, last: bool) -> bool:
+        """What to tell DeepSpeed of a micro-batch: whether it ends the accumulation."""
+
+    @abstractmethod
+    def gradient(self) -> list[Tensor]:
+        """Views of this rank's accumulated gradient; zero where no micro-batch of the pass was."""
+
+    @abstractmethod
+    def take_gradient(self) -> list[Tensor]:
+        """Hand the gradient over, in tensors like those of `gradient`, and clear the accumulator."""
+
+    @abstractmethod
     def clear_gradient(self) -> None:
         """Empty the accumulator and let the next backward pass begin a new sum.
 
-        `zero_grad` alone resets only the count of micro-batches. A parameter that the next pass does
-        not touch would then keep the last pass's gradient.
+        DeepSpeed alone would keep the last pass's gradient of a parameter that the next does not touch.
         """
-        self._zero.zero_grad(set_to_none=True)
-        self.gradient.zero_()
 
-    def master(self, partition: Partition) -> Tensor:
-        """The fp32 master values of a partition: a 1-D view."""
-        flat = self._zero.fp32_partitioned_groups_flat[partition.group]
-        return flat.detach().narrow(0, partition.offset, partition.numel)
+    @property
+    def _master_gradients(self) -> list[Tensor]:
+        """Where an offloaded optimizer reads: as large as the masters, and always there."""
+        gradients = [flat.grad for flat in self.masters]
+        return [gradient for gradient in gradients if gradient is not None]
+
+    @abstractmethod
+    def prepare_step(self) -> None:
+        """Put `gradient` where DeepSpeed's step reads it."""
+
+    @abstractmethod
+    def publish_masters(self) -> None:
+        """Copy the masters into the parameters that forward uses. Collective: call on all ranks."""
+
+    @abstractmethod
+    def frozen_parts(self) -> Iterator[FrozenPart]:
+        """Parts of the frozen parameters: together the ranks yield each element once."""
+
+    @abstractmethod
+    def load_frozen(self, read: ReadRange) -> None:
+        """Set what this rank keeps of the frozen parameters."""
+
+    def load_masters(self, read: ReadRange) -> None:
+        """Set this rank's masters; `publish_masters` makes them seen."""
+        for part in self.partitions:
+            fill_(part.of(self.masters), read, part.name, part.start)
 
     def state(self, partition: Partition) -> dict[str, Tensor]:
         """The optimizer state of a partition: 1-D views by name; empty before the first step."""
-        flat = self._zero.fp32_partitioned_groups_flat[partition.group]
+        flat = self.masters[partition.group]
         return {
             key: value.narrow(0, partition.offset, partition.numel)
             for key, value in self.optimizer.state.get(flat, {}).items()
             if torch.is_tensor(value) and value.shape == flat.shape
         }
 
-    def create_state(self, keys: tuple[str, ...], steps: int) -> None:
+    def create_state(self, keys: Sequence[str], steps: int) -> None:
         """Make the optimizer state that the first step would make, with zeros for values."""
-        for flat in self._zero.fp32_partitioned_groups_flat:
+        counts_in_ints = isinstance(self.optimizer, DeepSpeedCPUAdam)
+        for flat in self.masters:
             state = self.optimizer.state[flat]
-            state["step"] = torch.tensor(float(steps))
+            state["step"] = steps if counts_in_ints else torch.tensor(float(steps))
             for key in keys:
                 state[key] = torch.zeros_like(flat)
 
-    def publish_masters(self) -> None:
-        """Copy the masters into the parameters that forward uses. Collective: call on all ranks."""
-        for group in range(len(self._zero.fp16_groups)):
-            self._zero._reassign_or_swap_out_partitioned_parameters(group)
-        persistent = self._zero.persistent_parameters
-        if persistent:
-            # These are kept whole; a gather does nothing while their old values are there.
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
-
-    def frozen(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
-        """Parameters that the optimizer does not hold."""
-        trainable = {id(partition.parameter) for partition in self.partitions}
-        for name, parameter in module.named_parameters():
-            if id(parameter) not in trainable:
+    def _frozen(self) -> Iterator[tuple[str, Any]]:
+        held = {id(parameter) for group in self._groups for parameter in group}
+        for name, parameter in self._policy.named_parameters():
+            if id(parameter) not in held:
                 yield name, parameter
