@@ -25,6 +25,7 @@ from scenarios import (
     trajectory,
     untouched,
 )
+from scenarios_acting import acting
 
 Scenarios = dict[str, Callable[[Lab], Output]]
 
@@ -44,6 +45,7 @@ CORE: Scenarios = {
     "untouched": untouched,
     "pi0-accumulate2": partial(pi0, accumulation=2),
     "save_and_resume": save_and_resume,
+    "acting": acting,
 }
 WHOLE: Scenarios = {
     **{
