@@ -14,6 +14,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline, RenameObservationsProcessorStep
 from torch.optim.lr_scheduler import LRScheduler
 
+from craft_ds.activation_checkpointing import checkpoint_activations
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.checkpoint import load_checkpoint, read_manifest, save_checkpoint, step_directory
@@ -32,6 +33,7 @@ from craft_ds.policies.weights import WeightReader
 from craft_ds.steps import PassSums, StepResult, measure
 from craft_ds.system import peak_memory_bytes
 from craft_ds.train_config import TrainConfig
+from craft_ds.world.in_training import check_world, evaluate_in_world
 
 HISTORY_CSV = "lambda_history.csv"
 HISTORY_PLOT = "lambda_analysis.png"
@@ -63,6 +65,7 @@ class Run:
     output_dir: Path
     policy_dir: Path
     preprocessor: PolicyProcessorPipeline
+    postprocessor: PolicyProcessorPipeline
     heldout: LeRobotDataset | None
     scheduler: LRScheduler | None
     logger: MetricsLogger
@@ -135,7 +138,7 @@ class Run:
             self._save(step_directory(self.output_dir, step), step)
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out task loss and, with anchors, held-out anchor loss. Collective."""
+        """Held-out task loss; with anchors, held-out anchor loss; with a world, success in it. Collective."""
         metrics = {}
         if self.heldout is not None:
             raw = heldout_batches(self.config, self.heldout, self.engine.rank, self.engine.world_size)
@@ -145,7 +148,14 @@ class Run:
             metrics["eval/anchor_loss"] = self._mean_loss(
                 self.anchors.heldout_batches(self.config.max_eval_samples)
             )
-        return metrics
+        return metrics | evaluate_in_world(
+            self.config.world,
+            self.engine.act,
+            self.preprocessor,
+            self.postprocessor,
+            self.engine.rank,
+            self.engine.world_size,
+        )
 
     def _mean_loss(self, batches: Iterator[tuple[Batch, bool]]) -> float:
         total = PassSums(*torch.zeros(2, dtype=torch.float64, device=self.engine.device))
@@ -215,8 +225,6 @@ def open_run(config: TrainConfig) -> Run:
     weights = all_ranks(lambda: WeightReader(policy_dir, policy))
     count = sum(parameter.numel() for parameter in policy.parameters())
     if config.activation_checkpointing == "full":
-        from craft_ds.activation_checkpointing import checkpoint_activations
-
         checkpoint_activations(policy)
     with weights:
         engine = build_engine(
@@ -226,7 +234,9 @@ def open_run(config: TrainConfig) -> Run:
             lambda: config.optimizer.build(policy.get_optim_params()),
             ds_config,
         )
-    preprocessor, _ = all_ranks(lambda: load_processors(config.policy, policy_dir, str(engine.device)))
+    preprocessor, postprocessor = all_ranks(
+        lambda: load_processors(config.policy, policy_dir, str(engine.device))
+    )
     for processor in preprocessor.steps:
         if config.rename_map and isinstance(processor, RenameObservationsProcessorStep):
             processor.rename_map = config.rename_map
@@ -257,6 +267,7 @@ def open_run(config: TrainConfig) -> Run:
         output_dir=Path(config.output_dir),
         policy_dir=policy_dir,
         preprocessor=preprocessor,
+        postprocessor=postprocessor,
         heldout=heldout,
         scheduler=scheduler,
         logger=logger,
@@ -268,17 +279,21 @@ def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedP
     """The policy without weights, whose parameters will be fp32 whatever dtype its configuration names.
 
     `dtype=bfloat16`, as hub policies have it, would round the master weights before the first step and
-    mix dtypes within a layer. The engine casts for forward and backward (`--engine.dtype`).
+    mix dtypes within a layer. The engine casts for forward and backward (`--engine.dtype`). Nor does the
+    policy checkpoint its own activations: `--activation_checkpointing` does, in every engine.
     """
     config = copy.copy(config)
     if hasattr(config, "dtype"):
         config.dtype = "float32"
+    if hasattr(config, "gradient_checkpointing"):
+        config.gradient_checkpointing = False
     return build_policy(config, policy_dir)
 
 
 def _check_inputs(config: TrainConfig) -> tuple[AnchorCache | None, Path]:
     """What can be known before data and model are loaded. Checksums are read once a node."""
     policy_dir = resolve_policy_path(config.policy.pretrained_path)
+    check_world(config.world, config.policy)
     if config.resume:
         manifest = read_manifest(config.checkpoint_path)
         _check_resumable(config, manifest["step"])

@@ -10,6 +10,7 @@ from craft_ds.config import CraftConfig, EngineConfig
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.tokenizers import reroot_tokenizers
+from craft_ds.world.in_training import WorldEvalConfig
 
 
 @dataclass
@@ -19,18 +20,21 @@ class TrainConfig(TrainPipelineConfig):
     Attributes:
         craft: The retention constraint, `--craft.*`.
         engine: How the model is sharded, `--engine.*`.
+        world: An embedded world in which the policy is tried every `eval_freq` steps, `--world.*`.
         eval_freq: Report held-out task loss and anchor loss every so many steps; 0 turns it off. Needs
             `--dataset.eval_split`, of which 0.05 is taken where none is given. (`--eval_steps` is
             LeRobot's name for the same.)
         gradient_accumulation_steps: Micro-batches of `batch_size` a rank and step.
         activation_checkpointing: `full` keeps only the inputs of decoder and encoder layers and runs them
             again in the backward pass: less memory, about a third more computing. `none` keeps everything.
+            LeRobot's `--policy.gradient_checkpointing=true` means `full`.
         max_skipped_steps: Steps with a non-finite loss or gradient that may follow one another; they
             change nothing, and one more ends the run.
     """
 
     craft: CraftConfig = field(default_factory=CraftConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    world: WorldEvalConfig = field(default_factory=WorldEvalConfig)
     eval_freq: int = 0
     eval_steps: int = 0
     gradient_accumulation_steps: int = 1
@@ -65,6 +69,7 @@ class TrainConfig(TrainPipelineConfig):
                 f"--eval_freq={self.eval_freq} and --eval_steps={same} are the same thing: set one"
             )
         self.eval_freq = self.eval_freq or same
+        self.world.validate(self.eval_freq)
         self.eval_steps = self.eval_freq
         if self.eval_freq and not self.dataset.eval_split:
             self.dataset.eval_split = 0.05
@@ -112,6 +117,8 @@ class TrainConfig(TrainPipelineConfig):
             raise UserError(
                 "--policy.repo_id: craft-ds does not push; train without it and upload final/ afterwards"
             )
+        if getattr(policy, "gradient_checkpointing", False):
+            self.activation_checkpointing = "full"
         # LeRobot's default asks for a push, and so for a repo_id, that nobody asked for here.
         policy.push_to_hub = False
         if self.use_policy_training_preset and not self.resume:

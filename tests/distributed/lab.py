@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy import ToyPolicy, deal, samples
 
+from craft_ds.activation_checkpointing import checkpoint_activations
 from craft_ds.config import CraftConfig, FsdpConfig
 from craft_ds.engines.base import Batch, Engine, ReadRange
 from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
@@ -169,8 +170,6 @@ class Lab:
         policy = build_policy(load_policy_config(directory), directory)
         with WeightReader(directory, policy) as weights:
             if recompute:
-                from craft_ds.activation_checkpointing import checkpoint_activations
-
                 checkpoint_activations(policy)
             # Some gradients of attention are zero but for rounding; AdamW must not divide them by themselves.
             return self.engine(policy, weights.read, eps=1e-4, **options)

@@ -42,7 +42,7 @@ class ToyPolicy(nn.Module):
         self.frozen = nn.Linear(INPUT, INPUT).requires_grad_(False)
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        x = batch["x"].to(self.trunk.weight.dtype)
+        x = batch["x"].to(self.head.weight.dtype)
         hidden = torch.tanh(self.trunk(x + self.frozen(x))) * self.scale()
         pair = self.pair()
         hidden = torch.cat([hidden[..., :2] * pair, hidden[..., 2:]], dim=-1)
