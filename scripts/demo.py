@@ -1,8 +1,8 @@
 """The demo: teacher, plain fine-tuning and CRaFT on a new robot task, measured on old and new tasks.
 
-It makes demonstrations, builds the anchor cache, fine-tunes the shipped teacher twice a seed with
-`deepspeed` on ZeRO-3 (once as the plain baseline, once with CRaFT, same steps, same samples), runs all
-policies in the simulator and ends with a table, a picture and outputs/demo/summary.json.
+It makes demonstrations, builds the anchor cache, fine-tunes the shipped teacher twice a seed on several ranks
+of ZeRO-3 or FSDP2 (once as the plain baseline, once with CRaFT, same steps, same samples), runs all policies
+in the simulator and ends with a table, a picture and outputs/demo/summary.json.
 """
 
 import argparse
@@ -40,6 +40,7 @@ CRAFT_FLAGS = [
     "--craft.lambda_lr=0.1",
 ]
 METHODS = ("teacher", "baseline", "craft")
+ENGINES = {"zero3": "ZeRO-3", "fsdp": "FSDP2"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +56,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--seeds", type=int, nargs="+", default=[0], help="seeds of fine-tuning (default: 0)")
     add("--steps", type=int, default=400, help="optimizer steps of each fine-tuning (default: 400)")
-    add("--ranks", type=int, default=2, help="ZeRO-3 ranks (default: 2)")
+    add(
+        "--engine",
+        choices=tuple(ENGINES),
+        default="zero3",
+        help="DeepSpeed ZeRO-3, started by deepspeed, or FSDP2, started by torchrun (default: zero3)",
+    )
+    add("--ranks", type=int, default=2, help="ranks that share the policy (default: 2)")
     add("--batch_size", type=int, default=16, help="samples a step over all ranks (default: 16)")
     add("--num_anchors", type=int, default=1000, help="anchors of the old tasks (default: 1000)")
     add("--episodes", type=int, default=20, help="simulator episodes a task (default: 20)")
@@ -103,7 +110,7 @@ def main() -> None:
         jobs = {"teacher": teacher} if seed == args.seeds[0] else {}
         figures: dict[str, Any] = {"teacher": {"peak_memory_mb": None, "step_seconds": None}}
         for method, flags in (("baseline", []), ("craft", craft_flags(cache, args))):
-            say(f"{method}, seed {seed}: {args.steps} steps on {args.ranks} ZeRO-3 ranks")
+            say(f"{method}, seed {seed}: {args.steps} steps on {args.ranks} {ENGINES[args.engine]} ranks")
             run = runs / f"{method}_seed{seed}"
             train(args, world_name, teacher, data / "new", run, seed, flags)
             jobs[method] = run / "final"
@@ -117,6 +124,7 @@ def main() -> None:
     world = make_world(world_name)
     summary = {
         "world": world_name,
+        "engine": args.engine,
         "old_tasks": list(world.old_tasks),
         "new_tasks": list(world.new_tasks),
         "steps": args.steps,
@@ -158,16 +166,9 @@ def craft_flags(cache: Path, args: argparse.Namespace) -> list[str]:
 def train(
     args: argparse.Namespace, world: str, teacher: Path, data: Path, run: Path, seed: int, flags: list[str]
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     call(
         [
-            str(Path(sys.executable).with_name("deepspeed")),
-            f"--num_gpus={args.ranks}",
-            f"--master_port={port}",
-            "scripts/train_craft.py",
-            "--ds_config=ds_configs/zero3.json",
+            *launcher(args),
             f"--policy.path={teacher}",
             f"--dataset.repo_id=craft-ds/{world}-new",
             f"--dataset.root={data}",
@@ -179,6 +180,23 @@ def train(
             *flags,
         ]
     )
+
+
+def launcher(args: argparse.Namespace) -> list[str]:
+    """The command that starts the training script on all ranks, with what its engine needs."""
+    if args.engine == "fsdp":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [*torchrun, f"--nproc-per-node={args.ranks}", "scripts/train_craft.py", "--engine=fsdp"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        str(Path(sys.executable).with_name("deepspeed")),
+        f"--num_gpus={args.ranks}",
+        f"--master_port={port}",
+        "scripts/train_craft.py",
+        "--ds_config=ds_configs/zero3.json",
+    ]
 
 
 def run_figures(run: Path) -> dict[str, float]:
@@ -211,6 +229,7 @@ def evaluate(
 
 def print_table(summary: dict[str, Any]) -> None:
     tasks = [*summary["old_tasks"], *summary["new_tasks"]]
+    print(f"\n{summary['steps']} steps on {summary['ranks']} {ENGINES[summary['engine']]} ranks")
     for measure in ("success", "loss"):
         old, new = ", ".join(summary["old_tasks"]), ", ".join(summary["new_tasks"])
         print(f"\n{measure} a task (old: {old}; new: {new})")
