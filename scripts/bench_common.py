@@ -8,25 +8,26 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
 
-from craft_ds.config import CraftConfig
-from craft_ds.engines.base import Batch, Engine
+from craft_ds.config import CraftConfig, FsdpConfig
+from craft_ds.engines.base import Batch, Engine, ReadRange
 from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
 from craft_ds.local_ranks import run_ranks
 from craft_ds.policies.adapter import PolicyWithLoss
-from craft_ds.policies.loading import load_policy, load_policy_config
+from craft_ds.policies.loading import load_policy_config
+from craft_ds.policies.skeleton import build_skeleton
 from craft_ds.policies.testing import random_batch
+from craft_ds.policies.weights import WeightReader
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "craft_ds" / "world" / "assets" / "metaworld_teacher"
-DS_CONFIG = ROOT / "ds_configs" / "zero3.json"
 OUTPUTS = ROOT / "outputs" / "bench"
 CRAFT = CraftConfig(enabled=True, conflict_threshold=1.0)  # every step projects: the dearest case
 _RESULT = "CRAFT_BENCH_RESULT"
@@ -61,26 +62,71 @@ def run_benchmark(measure: Callable[[], Any], world_sizes: tuple[int, ...]) -> d
     return results
 
 
-def build_engine() -> Engine:
-    """The engine for the launched number of ranks, in fp32 with AdamW. Collective."""
-    world_size = int(os.environ["WORLD_SIZE"])
-    policy = load_policy(load_policy_config(TEACHER), TEACHER)
-    build_optimizer = partial(torch.optim.AdamW, policy.parameters(), lr=1e-4)
-    if world_size == 1:
-        return SingleEngine(PolicyWithLoss(policy), build_optimizer, torch.device("cpu"))
-    from craft_ds.engines.zero import ZeroEngine, init_distributed
+def join_ranks(kind: str) -> None:
+    """Join the process group that an engine needs. Collective: call on all ranks."""
+    if kind.startswith("zero"):
+        from craft_ds.engines.zero import init_distributed
 
-    init_distributed()
+        init_distributed()
+    elif kind.startswith("fsdp"):
+        from craft_ds.engines import fsdp
+
+        fsdp.init_distributed()
+
+
+def make_engine(
+    kind: str,
+    policy: PreTrainedPolicy,
+    read: ReadRange,
+    dtype: torch.dtype = torch.float32,
+    build_optimizer: Callable[[], torch.optim.Optimizer] | None = None,
+    **ds_options: Any,
+) -> Engine:
+    """An engine of a kind around a policy without weights. Collective: call on all ranks.
+
+    Args:
+        kind: `single`, `fsdp`, `fsdp_offload`, or the name of a file in `ds_configs/`.
+        policy: From `build_skeleton`.
+        read: Reads its weights.
+        dtype: Of forward and backward.
+        build_optimizer: By default AdamW on all parameters that train.
+        **ds_options: Keys of the DeepSpeed file's `zero_optimization` to set.
+    """
+    module = PolicyWithLoss(policy)
+
+    def adamw() -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-4)
+
+    build_optimizer = build_optimizer or adamw
+    if kind == "single":
+        return SingleEngine(module, read, build_optimizer, torch.device("cpu"), dtype)
+    if kind.startswith("fsdp"):
+        from craft_ds.engines.fsdp import FsdpEngine
+
+        return FsdpEngine(module, read, build_optimizer, FsdpConfig(cpu_offload=kind.endswith("offload")), dtype)
+    from craft_ds.engines.zero import ZeroEngine
+
+    file = ROOT / "ds_configs" / f"{kind}.json"
     config = resolve_ds_config(
-        read_ds_config(DS_CONFIG),
-        path=str(DS_CONFIG),
+        read_ds_config(file),
+        path=str(file),
         batch_size=1,
         gradient_accumulation_steps=1,
         grad_clip_norm=1.0,
-        bf16=False,
-        world_size=world_size,
+        bf16=dtype == torch.bfloat16,
+        world_size=int(os.environ["WORLD_SIZE"]),
     )
-    return ZeroEngine(PolicyWithLoss(policy), build_optimizer, config)
+    config["zero_optimization"] |= ds_options
+    return ZeroEngine(module, read, build_optimizer, config)
+
+
+def build_engine() -> Engine:
+    """The shipped teacher in fp32 on the launched number of ranks: one process, or ZeRO-3. Collective."""
+    kind = "single" if int(os.environ["WORLD_SIZE"]) == 1 else "zero3"
+    join_ranks(kind)
+    policy = build_skeleton(load_policy_config(TEACHER))
+    with WeightReader(TEACHER, policy) as weights:
+        return make_engine(kind, policy, weights.read)
 
 
 def batches(engine: Engine, batch_size: int, seed: int) -> list[Batch]:

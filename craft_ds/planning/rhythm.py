@@ -1,0 +1,210 @@
+"""When an engine gathers a unit's parameters, and what it does with a gradient that is ready.
+
+A rhythm is told every event of a simulated pass and answers with the bytes it holds: at that very moment,
+and from then until the next event.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from craft_ds.planning.simulate import Event, PassTrace
+
+ENGINES = ("single", "zero2", "zero3", "zero3_offload", "fsdp", "fsdp_offload")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides an engine's memory beside the pass itself.
+
+    Attributes:
+        engine: One of `ENGINES`.
+        ranks: That share a copy of the model.
+        compute: Bytes of an element in forward: 4, or 2 in bfloat16.
+        foreach_optimizer: AdamW on all tensors at once, as PyTorch does on an accelerator; else one by one.
+        reshard_after_forward: FSDP2 frees a unit after its forward pass.
+        reduce_bucket: ZeRO: `reduce_bucket_size`, in elements.
+        persistence: ZeRO-3: `stage3_param_persistence_threshold`; smaller parameters stay gathered.
+        max_reuse: ZeRO-3: `stage3_max_reuse_distance`; what is used again within so many stays gathered.
+        sub_group: ZeRO-3: `sub_group_size`; elements that are stepped at once.
+    """
+
+    engine: str
+    ranks: int
+    compute: int = 4
+    foreach_optimizer: bool = True
+    reshard_after_forward: bool = True
+    reduce_bucket: int = 100_000_000
+    persistence: int = 100_000
+    max_reuse: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+
+    @property
+    def offloads(self) -> bool:
+        """Whether optimizer state lives in the host's memory."""
+        return self.engine.endswith("_offload")
+
+
+class Rhythm(Protocol):
+    """An engine during one pass.
+
+    Attributes:
+        gradient: Bytes of the accumulated gradient.
+    """
+
+    gradient: int
+
+    def on(self, event: Event) -> tuple[int, int]:
+        """Bytes that the engine works with at the event, and from then on."""
+        ...
+
+
+def make_rhythm(trace: PassTrace, setting: Setting) -> Rhythm:
+    """The rhythm of an engine at the beginning of a pass."""
+    if setting.engine == "single":
+        return SingleRhythm()
+    if setting.engine.startswith("fsdp"):
+        return FsdpRhythm(trace, setting)
+    return ZeroRhythm(trace, setting)
+
+
+class SingleRhythm:
+    """Gradients grow as backward goes on; nothing moves."""
+
+    def __init__(self) -> None:
+        self.gradient = 0
+
+    def on(self, event: Event) -> tuple[int, int]:
+        """Keep the gradient."""
+        self.gradient += 4 * event.numel
+        return 0, 0
+
+
+class FsdpRhythm:
+    """FSDP2 (torch/distributed/fsdp/_fully_shard: `_fsdp_param_group.py`, `_fsdp_collectives.py`).
+
+    Gathering allocates one flat buffer and then a tensor a parameter; backward gathers the next unit's flat
+    buffer ahead. When the gradients of a unit are complete its parameters are freed, the gradients copied
+    into one flat fp32 buffer, which lives until the next unit's, and reduced into shards.
+    """
+
+    def __init__(self, trace: PassTrace, setting: Setting):
+        self.gradient = 0
+        self._units, self._s = trace.units, setting
+        forward = dict.fromkeys(e.unit for e in trace.events if e.kind == "forward")
+        self._before = dict(zip(list(forward)[1:], forward, strict=False))
+        self._gathered: set[int] = set()
+        self._ahead: set[int] = set()
+        self._backward: set[int] = set()
+        self._pending = [0] * len(trace.units)
+        self._reducing = 0
+
+    def on(self, event: Event) -> tuple[int, int]:
+        """Gather, free or reduce the event's unit."""
+        unit, momentary = event.unit, 0
+        if event.kind == "start":
+            momentary = self._gather(len(self._units) - 1)  # the root's own parameters
+        elif event.kind == "forward" and unit not in self._backward:
+            momentary = self._gather(unit)
+        elif event.kind == "forward_end" and unit not in self._backward and self._s.reshard_after_forward:
+            self._gathered.discard(unit)
+        elif event.kind == "backward":
+            self._backward.add(unit)
+            momentary = self._gather(unit)
+            before = self._before.get(unit)
+            if before is not None and before not in self._gathered:
+                self._ahead.add(before)
+        elif event.kind == "gradient":
+            self._pending[unit] += event.numel
+            if self._pending[unit] == self._units[unit].trainable:
+                momentary = self._reduce(unit)
+        elif event.kind == "end":
+            self._reducing = 0
+        steady = self._held()
+        return max(momentary, steady), steady
+
+    def _gather(self, unit: int) -> int:
+        if unit in self._gathered:
+            return 0
+        self._ahead.discard(unit)
+        flat = self._s.compute * self._units[unit].numel
+        self._gathered.add(unit)
+        return self._held() + flat
+
+    def _reduce(self, unit: int) -> int:
+        self._gathered.discard(unit)
+        numel = self._units[unit].trainable
+        shard = -(-numel // self._s.ranks)
+        momentary = self._held() + 4 * (numel + shard)
+        self._pending[unit] = 0
+        self._reducing = 4 * numel
+        if not self._s.offloads:
+            self.gradient += 4 * shard
+        return momentary
+
+    def _held(self) -> int:
+        moved = self._gathered | self._ahead
+        parameters = sum(self._units[unit].numel for unit in moved)
+        return self._s.compute * (parameters + sum(self._pending)) + self._reducing
+
+
+class ZeroRhythm:
+    """DeepSpeed ZeRO (`runtime/zero/stage3.py`, `partitioned_param_coordinator.py`, `stage_1_and_2.py`).
+
+    ZeRO-3 gathers into a flat buffer and copies each parameter out of it, and keeps what the recorded order
+    of modules uses again within `stage3_max_reuse_distance` elements: of a model below half of that,
+    everything from forward to backward. Gradients are copied into the bucket as they come; a full bucket is
+    flattened once more and reduced.
+    """
+
+    def __init__(self, trace: PassTrace, setting: Setting):
+        self.gradient = 0
+        self._units, self._s = trace.units, setting
+        self._gathers = setting.engine != "zero2"
+        self._bucket = 0
+        self._gathered: set[int] = set()
+        self._done = [0] * len(trace.units)
+        order = dict.fromkeys(e.unit for e in trace.events if e.kind == "forward")
+        self._reuse, after = {}, 0
+        for unit in reversed(order):
+            self._reuse[unit] = after
+            after += 2 * trace.units[unit].numel
+
+    def on(self, event: Event) -> tuple[int, int]:
+        """Gather, free or reduce the event's unit."""
+        unit, momentary = event.unit, 0
+        if event.kind in ("forward", "backward"):
+            momentary = self._gather(unit)
+        elif event.kind == "forward_end" and self._reuse[unit] >= self._s.max_reuse:
+            self._gathered.discard(unit)
+        elif event.kind == "gradient":
+            momentary = self._held() + self._reduce(event.numel)
+            self._done[unit] += event.numel
+            if self._done[unit] == self._units[unit].trainable:
+                self._gathered.discard(unit)
+        elif event.kind == "end":
+            momentary = self._held() + self._flush()
+        steady = self._held()
+        return max(momentary, steady), steady
+
+    def _gather(self, unit: int) -> int:
+        if not self._gathers or unit in self._gathered:
+            return 0
+        self._gathered.add(unit)
+        return self._held() + self._s.compute * self._large(unit)
+
+    def _reduce(self, numel: int) -> int:
+        flushed = self._flush() if self._bucket + numel > self._s.reduce_bucket else 0
+        self._bucket += numel
+        # A gradient that is larger than the bucket waits where it is.
+        own = self._s.compute * numel if numel > self._s.reduce_bucket else 0
+        return flushed + own
+
+    def _flush(self) -> int:
+        moved, self._bucket = self._bucket, 0
+        return self._s.compute * moved
+
+    def _held(self) -> int:
+        return self._s.compute * sum(self._large(unit) for unit in self._gathered)
+
+    def _large(self, unit: int) -> int:
+        return sum(size for size in self._units[unit].sizes if size >= self._s.persistence)

@@ -1,0 +1,235 @@
+"""The memory planner held against measured peaks: one retention step, planned and run.
+
+Two policies (the shipped teacher, and a pi0_fast of 123 M random parameters), each engine on the ranks that
+the script starts itself. Measured is what tensors ask for, as an accelerator's allocator would see it,
+counted at every operator; resident memory of the process, above what it was before the engine was made,
+stands beside it.
+"""
+
+import argparse
+import gc
+import os
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bench_common import CRAFT, TEACHER, hardware, join_ranks, make_engine, run_benchmark, write_result
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from craft_ds.cli import run_main
+from craft_ds.engines.base import Batch
+from craft_ds.memory_counter import MemoryCounter
+from craft_ds.planning.plan import Plan, Setting, plan_memory
+from craft_ds.planning.simulate import Workload, simulate_pass, skeleton_without_tokenizers
+from craft_ds.policies.loading import load_policy_config
+from craft_ds.policies.testing import random_batch
+from craft_ds.policies.tiny import TinyPI0FastConfig
+from craft_ds.steps import retention_step
+
+MIB = 1 << 20
+KINDS = ("single", "zero2", "zero3", "zero3_offload", "fsdp", "fsdp_offload")
+
+
+class AllocationCounter(MemoryCounter):
+    """A MemoryCounter that sees storages change their size, as those of FSDP2's parameters do.
+
+    It looks at every storage again after every operator, and inside of sharded tensors.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        older = {storage._cdata for storage in _storages((args, kwargs)) if storage._cdata not in self._alive}
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            if storage._cdata not in older:
+                self._alive[storage._cdata] = weakref.ref(storage)
+        self.look()
+        return result
+
+    def look(self) -> None:
+        """Add up what is alive now."""
+        storages = {key: reference() for key, reference in self._alive.items()}
+        self._alive = {key: self._alive[key] for key, storage in storages.items() if storage is not None}
+        self.live = sum(storage.nbytes() for storage in storages.values() if storage is not None)
+        self.peak = max(self.peak, self.live)
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            # A sharded tensor is a shell around the local one.
+            yield getattr(leaf, "_local_tensor", leaf).untyped_storage()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--policy", choices=("teacher", "mid"), nargs="+", default=["teacher", "mid"])
+    parser.add_argument("--engine", choices=KINDS, nargs="+", default=["single", "zero3", "fsdp"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])
+    parser.add_argument("--checkpointing", choices=("none", "full"), nargs="+", default=["none"])
+    parser.add_argument("--batch_size", type=int, default=8, help="samples a rank (default: 8)")
+    parser.add_argument("--world_size", type=int, default=2, help="ranks of the sharded engines (default: 2)")
+    return parser.parse_args()
+
+
+def policy_config(name: str) -> TinyPI0FastConfig:
+    """The shipped teacher's configuration, or that of the mid-size policy."""
+    if name == "teacher":
+        return load_policy_config(TEACHER)
+    features = {
+        "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 112, 112)),
+        "observation.state": PolicyFeature(FeatureType.STATE, (8,)),
+    }
+    return TinyPI0FastConfig(
+        input_features=features,
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))},
+        device="cpu",
+        push_to_hub=False,
+        vocab_size=16_384,
+        text_width=768,
+        text_depth=8,
+        text_mlp_dim=3072,
+        text_heads=8,
+        vision_width=512,
+        vision_depth=8,
+        vision_mlp_dim=2048,
+        vision_heads=8,
+        image_resolution=(112, 112),
+        vision_patch=14,
+        max_action_tokens=48,
+    )
+
+
+def full_batch(config: TinyPI0FastConfig, workload: Workload, seed: int) -> Batch:
+    """Random images and tokens, every sample of full length."""
+    batch = random_batch(config, workload.batch_size, seed)
+    for key in batch:
+        if "mask" in key:
+            batch[key] = torch.ones_like(batch[key])
+    return batch
+
+
+def resident(peak: bool) -> int:
+    """Resident bytes of this process: now, or at most since `reset_resident`."""
+    field = "VmHWM:" if peak else "VmRSS:"
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(field))
+
+
+def reset_resident() -> None:
+    """Forget the peak of resident memory (Linux: `proc(5)`, `clear_refs`)."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def measure(case: dict[str, Any]) -> dict[str, int]:
+    """Peaks of a retention step on this rank, in bytes: by tensors, and resident."""
+    kind, config = case["engine"], policy_config(case["policy"])
+    dtype = getattr(torch, case["dtype"])
+    join_ranks(kind)
+    workload = Workload(case["batch_size"], config.tokenizer_max_length, config.max_action_tokens)
+    policy: PreTrainedPolicy = skeleton_without_tokenizers(config)
+    if case["checkpointing"] == "full":
+        from craft_ds.activation_checkpointing import checkpoint_activations
+
+        checkpoint_activations(policy)
+    task, anchors = full_batch(config, workload, 1), full_batch(config, workload, 2)
+    gc.collect()
+    before = resident(peak=False)
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        return torch.randn(stop - start) * 0.02
+
+    with AllocationCounter() as counter:
+        engine = make_engine(kind, policy, read, dtype, reduce_bucket_size=case["reduce_bucket"])
+        for step in range(3):
+            if step == 2:
+                counter.peak = counter.live
+                reset_resident()
+            retention_step(engine, [task], [anchors], None, 1.0, CRAFT, 1.0)
+        peak = counter.peak
+    result = {"tensors": peak, "resident": resident(peak=True) - before}
+    engine.close()
+    return result
+
+
+def plan(case: dict[str, Any]) -> Plan:
+    """What the planner says of the same step."""
+    config = policy_config(case["policy"])
+    dtype, kind = getattr(torch, case["dtype"]), case["engine"]
+    workload = Workload(case["batch_size"], config.tokenizer_max_length, config.max_action_tokens)
+    trace = simulate_pass(
+        config,
+        workload,
+        dtype=dtype,
+        autocast=kind == "single",
+        checkpointing=case["checkpointing"] == "full",
+    )
+    setting = Setting(
+        kind,
+        1 if kind == "single" else case["world_size"],
+        dtype.itemsize,
+        foreach_optimizer=False,
+        reduce_bucket=case["reduce_bucket"],
+    )
+    return plan_memory(trace, workload, setting)
+
+
+def main() -> None:
+    args = parse_arguments()
+    if "CRAFT_BENCH_CASE" in os.environ:
+        import json
+
+        case = json.loads(os.environ["CRAFT_BENCH_CASE"])
+        run_benchmark(lambda: measure(case), ())
+        return
+    rows = []
+    print(f"MiB a rank; {hardware()}")
+    print(f"{'policy':<9}{'engine':<15}{'dtype':<10}{'ckpt':<6}{'planned':>9}{'measured':>10}{'error':>8}{'resident':>10}")
+    for name in args.policy:
+        for dtype in args.dtype:
+            for checkpointing in args.checkpointing:
+                for kind in args.engine:
+                    case = {
+                        "policy": name,
+                        "engine": kind,
+                        "dtype": dtype,
+                        "checkpointing": checkpointing,
+                        "batch_size": args.batch_size,
+                        "world_size": 1 if kind == "single" else args.world_size,
+                        # Small enough that it fills at least once, as a large model's does.
+                        "reduce_bucket": 100_000 if name == "teacher" else 5_000_000,
+                    }
+                    rows.append(compare(case))
+    worst = max(abs(row["error"]) for row in rows)
+    print(f"largest error: {worst:.1%}")
+    write_result("bench_memory_plan", {"hardware": hardware(), "rows": rows})
+
+
+def compare(case: dict[str, Any]) -> dict[str, Any]:
+    """Plan and run one case, and print both."""
+    import json
+
+    os.environ["CRAFT_BENCH_CASE"] = json.dumps(case)
+    results = run_benchmark(lambda: None, (case["world_size"],))
+    del os.environ["CRAFT_BENCH_CASE"]
+    assert results is not None
+    measured, planned = results[case["world_size"]], plan(case)
+    total = planned.total + planned.host  # on the CPU, host and device are one
+    error = total / measured["tensors"] - 1
+    print(
+        f"{case['policy']:<9}{case['engine']:<15}{case['dtype']:<10}{case['checkpointing']:<6}"
+        f"{total / MIB:9.1f}{measured['tensors'] / MIB:10.1f}{error:+8.1%}{measured['resident'] / MIB:10.1f}",
+        flush=True,
+    )
+    return case | measured | {"planned": total, "error": error, "plan": vars(planned)}
+
+
+if __name__ == "__main__":
+    run_main(main)
