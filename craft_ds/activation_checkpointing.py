@@ -37,8 +37,8 @@ def _checkpoint(unit: nn.Module) -> None:
     def recomputed(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        # A recomputation that ends early, by an exception, would skip the hooks with which ZeRO-3 frees the
-        # parameters of the last layers inside.
-        return checkpoint(forward, *args, use_reentrant=False, early_stop=False, **kwargs)
+        # `early_stop` matters: run to its end, the recomputation would pass the hook with which ZeRO-3 frees
+        # the parameters of the very module whose backward pass has just asked for it.
+        return checkpoint(forward, *args, use_reentrant=False, early_stop=True, **kwargs)
 
     unit.forward = recomputed  # type: ignore[method-assign]
