@@ -23,12 +23,14 @@ from craft_ds.distributed import all_ranks, gather_objects, main_first
 from craft_ds.dual import DualState, RetentionRecord
 from craft_ds.engines import build_engine, check_engine, join_ranks
 from craft_ds.engines.base import Batch, Engine
+from craft_ds.engines.fsdp_layout import gathered_dtype
 from craft_ds.errors import UserError
 from craft_ds.launch import is_node_main, launched_world_size
 from craft_ds.metrics import MetricsLogger
 from craft_ds.plots import plot_lambda_analysis
 from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.policies.loading import build_policy, load_processors, policy_cameras, resolve_policy_path
+from craft_ds.policies.units import wrapping_warning
 from craft_ds.policies.weights import WeightReader
 from craft_ds.steps import PassSums, StepResult, measure
 from craft_ds.system import peak_memory_bytes
@@ -224,6 +226,7 @@ def open_run(config: TrainConfig) -> Run:
     policy = all_ranks(lambda: build_fp32_policy(config.policy, policy_dir))
     weights = all_ranks(lambda: WeightReader(policy_dir, policy))
     count = sum(parameter.numel() for parameter in policy.parameters())
+    warning = _wrapping_warning(config, policy)
     if config.activation_checkpointing == "full":
         checkpoint_activations(policy)
     with weights:
@@ -258,6 +261,8 @@ def open_run(config: TrainConfig) -> Run:
     logger = all_ranks(lambda: _open_logger(config, engine, start_step))
     logger.say(f"✓ data set: {train.num_episodes} episodes, {len(train)} samples")
     logger.say(f"✓ policy: {config.policy.type}, {count / 1e6:.2f} M parameters, {_describe(engine, config)}")
+    if warning:
+        logger.say(f"warning: {warning}")
     return Run(
         config=config,
         engine=engine,
@@ -346,6 +351,13 @@ def _open_logger(config: TrainConfig, engine: Engine, start_step: int) -> Metric
         )
     except OSError as error:
         raise UserError(f"--output_dir={config.output_dir} cannot be written: {error}") from error
+
+
+def _wrapping_warning(config: TrainConfig, policy: PreTrainedPolicy) -> str | None:
+    """FSDP2 gathers a unit at once; DeepSpeed gathers layer by layer, whatever the policy."""
+    if config.engine.name != "fsdp":
+        return None
+    return wrapping_warning(policy, gathered_dtype(config.engine.fsdp, getattr(torch, config.engine.dtype)))
 
 
 def _describe(engine: Engine, config: TrainConfig) -> str:

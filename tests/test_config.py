@@ -1,6 +1,6 @@
 import pytest
 
-from craft_ds.config import CraftConfig, EngineConfig
+from craft_ds.config import CraftConfig, EngineConfig, FsdpConfig
 from craft_ds.errors import UserError
 
 # The guide's table of parameters.
@@ -94,6 +94,8 @@ def test_a_bad_value_is_named(changes, names):
         ({"ds_config": "zero3.json"}, "zero"),
         ({"name": "zero", "ds_config": "zero3.json"}, "zero"),
         ({"name": "single"}, "single"),
+        ({"name": "fsdp"}, "fsdp"),
+        ({"name": "fsdp", "fsdp": FsdpConfig(dp_replicate=2)}, "fsdp"),
     ],
 )
 def test_the_engine_follows_from_ds_config(given, resolved):
@@ -104,10 +106,23 @@ def test_the_engine_follows_from_ds_config(given, resolved):
     assert engine.name == resolved
 
 
+def test_several_processes_without_a_ds_config_mean_fsdp(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    engine = EngineConfig()
+    engine.validate()
+    assert engine.name == "fsdp"
+
+
 @pytest.mark.parametrize(
     ("given", "names"),
     [
-        ({"name": "fsdp"}, ["--engine=fsdp", "auto, single, zero"]),
+        ({"name": "ddp"}, ["--engine=ddp", "auto, single, zero, fsdp"]),
+        ({"name": "fsdp", "ds_config": "a.json"}, ["--ds_config=a.json", "--engine=fsdp"]),
+        ({"fsdp": FsdpConfig(dp_replicate=2)}, ["--engine.fsdp", "--engine=single"]),
+        ({"name": "fsdp", "fsdp": FsdpConfig(dp_replicate=0)}, ["--engine.fsdp.dp_replicate=0"]),
+        ({"name": "fsdp", "fsdp": FsdpConfig(dp_shard=0)}, ["--engine.fsdp.dp_shard=0", "-1"]),
+        ({"name": "fsdp", "fsdp": FsdpConfig(reduce_dtype="fp16")}, ["--engine.fsdp.reduce_dtype=fp16"]),
+        ({"name": "fsdp", "fsdp": FsdpConfig(param_dtype="fp16")}, ["--engine.fsdp.param_dtype=fp16"]),
         ({"name": "zero"}, ["--engine=zero", "--ds_config"]),
         ({"name": "single", "ds_config": "a.json"}, ["--ds_config=a.json", "--engine=single"]),
         ({"dtype": "float16"}, ["--engine.dtype=float16", "bfloat16"]),

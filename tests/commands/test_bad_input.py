@@ -48,7 +48,12 @@ def flip_a_byte(path):
         (["--steps=0"], ["--steps=0"]),
         (["--batch_size=0"], ["--batch_size=0"]),
         (["--config_path=missing.json"], ["--config_path=missing.json"]),
-        (["--engine=fsdp"], ["--engine=fsdp"]),
+        (["--engine=ddp"], ["--engine=ddp", "fsdp"]),
+        (["--engine=fsdp", "--engine.fsdp.dp_shard=2"], ["--engine.fsdp.dp_shard=2"]),
+        (["--engine.fsdp.dp_replicate=2"], ["--engine.fsdp", "--engine=single"]),
+        (["--activation_checkpointing=some"], ["--activation_checkpointing=some", "full"]),
+        (["--world.name=metaworld"], ["--world.name=metaworld", "--eval_freq"]),
+        (["--world.name=moon", "--eval_freq=2"], ["--world.name=moon", "blocks"]),
         (["--engine=zero"], ["--ds_config"]),
         (["--env.type=pusht"], ["--env"]),
         (["--optimizer.type=adamw"], ["--optimizer", "--policy.optimizer_"]),
@@ -116,7 +121,8 @@ def test_a_contradicting_ds_config(refuses, run, tmp_path, text, names):
 
 def test_processes_without_an_engine_that_shards(refuses, run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "2 processes were launched, but --engine=single" in refuses(run)
+    line = refuses(run, "--engine=single")
+    assert "2 processes were launched, but --engine=single" in line
 
 
 # --- the policy -------------------------------------------------------------------------------------------
