@@ -11,6 +11,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from craft_ds.errors import UserError
 from craft_ds.policies.units import checkpoint_units
 
 
@@ -25,8 +26,17 @@ def checkpoint_activations(policy: PreTrainedPolicy) -> None:
 
     Args:
         policy: The policy; its `checkpoint_units` are changed in place.
+
+    Raises:
+        UserError: The policy has none.
     """
-    for unit in checkpoint_units(policy):
+    units = checkpoint_units(policy)
+    if not units:
+        raise UserError(
+            f"--activation_checkpointing=full: no layers are known of {type(policy).__name__}; register them "
+            "with craft_ds.policies.units.checkpoint_units"
+        )
+    for unit in units:
         _checkpoint(unit)
 
 

@@ -90,7 +90,7 @@ class FsdpEngine:
 
     def act(self, batch: Batch) -> Tensor:
         """The policy's greedy action chunk. Collective: call on all ranks, equally often."""
-        return self._without_gradients(batch, action_chunk)
+        return self._without_gradients(batch, action_chunk).float()
 
     @torch.no_grad()
     def _without_gradients(self, batch: Batch, call: Callable[..., Any]) -> Any:

@@ -109,7 +109,8 @@ def _is_called(parent: nn.Module, name: str, child: nn.Module) -> bool:
     if isinstance(parent, _CONTAINERS):
         return True
     try:
-        source = inspect.getsource(type(parent))
+        # Without the constructor: setting an initial weight there is no use of it.
+        source = inspect.getsource(type(parent)).replace(inspect.getsource(type(parent).__init__), "")
     except (OSError, TypeError):
         return False
     otherwise = rf"\.{name}\.(weight|bias|forward)\b"
