@@ -7,12 +7,15 @@ import platform
 import signal
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor
 
 from craft_ds.config import CraftConfig, FsdpConfig
 from craft_ds.engines.base import Batch, Engine, ReadRange
@@ -21,16 +24,23 @@ from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
 from craft_ds.local_ranks import run_ranks
 from craft_ds.policies.adapter import PolicyWithLoss
+from craft_ds.policies.directory import WEIGHTS
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.skeleton import build_skeleton
 from craft_ds.policies.testing import random_batch
-from craft_ds.policies.weights import WeightReader
+from craft_ds.policies.tiny import TinyPI0FastConfig
+from craft_ds.policies.weights import WeightReader, unique_tensors
+from craft_ds.tensor_file import TensorFile, TensorSpec, create_tensor_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "craft_ds" / "world" / "assets" / "metaworld_teacher"
 OUTPUTS = ROOT / "outputs" / "bench"
+PIECE = 1 << 22
 CRAFT = CraftConfig(enabled=True, conflict_threshold=1.0)  # every step projects: the dearest case
 _RESULT = "CRAFT_BENCH_RESULT"
+_CASE = "CRAFT_BENCH_CASE"
+# glibc keeps freed memory of the default sizes: resident memory would show its habits, not ours.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def run_benchmark(measure: Callable[[], Any], world_sizes: tuple[int, ...]) -> dict[int, Any] | None:
@@ -60,6 +70,95 @@ def run_benchmark(measure: Callable[[], Any], world_sizes: tuple[int, ...]) -> d
                 raise UserError(f"a rank failed:\n{ends[0].output[-3000:]}")
             results[world_size] = json.loads(file.read_text())
     return results
+
+
+def serve_case(measure: Callable[[dict[str, Any]], Any]) -> bool:
+    """In a rank that `run_case` started, measure its case; True there, False in the script itself."""
+    if _CASE not in os.environ:
+        return False
+    faulthandler.register(signal.SIGUSR1)
+    torch.set_num_threads(1)
+    result = measure(json.loads(os.environ[_CASE]))
+    Path(os.environ[_RESULT], f"{os.environ['RANK']}.json").write_text(json.dumps(result))
+    return True
+
+
+def run_case(case: dict[str, Any], world_size: int, timeout: float = 600) -> list[Any]:
+    """Run the calling script as ranks that measure one case (`serve_case`).
+
+    Returns:
+        What each rank measured.
+
+    Raises:
+        UserError: A rank failed.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        environment = {_RESULT: directory, _CASE: json.dumps(case), **_ALLOCATOR}
+        ends = run_ranks([sys.executable, sys.argv[0]], world_size, timeout=timeout, environment=environment)
+        failed = [end for end in ends if end.status]
+        if failed:
+            raise UserError(f"a rank failed with status {failed[0].status}:\n{failed[0].output[-3000:]}")
+        return [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def memory_bytes(field: str) -> int:
+    """A field of this process's `/proc/self/status`: `VmRSS`, `VmHWM` (its peak) or `RssAnon`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+def reset_peak() -> None:
+    """Begin a new peak of resident memory (Linux, `proc(5)`: 5 into `clear_refs`)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def mid_size_config() -> TinyPI0FastConfig:
+    """A pi0_fast of 119 M parameters."""
+    features = {
+        "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 112, 112)),
+        "observation.state": PolicyFeature(FeatureType.STATE, (8,)),
+    }
+    return TinyPI0FastConfig(
+        input_features=features,
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))},
+        device="cpu",
+        push_to_hub=False,
+        vocab_size=16_384,
+        text_width=768,
+        text_depth=8,
+        text_mlp_dim=3072,
+        text_heads=8,
+        vision_width=512,
+        vision_depth=8,
+        vision_mlp_dim=2048,
+        vision_heads=8,
+        image_resolution=(112, 112),
+        vision_patch=14,
+        max_action_tokens=48,
+    )
+
+
+def random_values(name: str, start: int, stop: int) -> Tensor:
+    """Random weights of a policy, as a `ReadRange`: small, and one for the scales of layer norms."""
+    if "layer_norm" in name or "layernorm" in name:
+        # Gemma's norms add one to their weight.
+        one = name.endswith("weight") and "vision_tower" in name
+        return torch.full((stop - start,), float(one))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {start}".encode()))
+    return torch.randn(stop - start, generator=generator) * 0.02
+
+
+def write_random_weights(policy: PreTrainedPolicy, directory: Path, dtype: torch.dtype) -> None:
+    """Write a policy's `model.safetensors` tensor by tensor; no tensor is ever whole in memory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = unique_tensors(policy)
+    path = directory / WEIGHTS
+    create_tensor_file(path, [TensorSpec(name, tuple(t.shape), dtype) for name, t in tensors.items()])
+    with TensorFile(path, writable=True) as file:
+        for name, tensor in tensors.items():
+            for start in range(0, tensor.numel(), PIECE):
+                stop = min(start + PIECE, tensor.numel())
+                file.write(name, start, random_values(name, start, stop))
 
 
 def join_ranks(kind: str) -> None:
@@ -103,7 +202,9 @@ def make_engine(
     if kind.startswith("fsdp"):
         from craft_ds.engines.fsdp import FsdpEngine
 
-        return FsdpEngine(module, read, build_optimizer, FsdpConfig(cpu_offload=kind.endswith("offload")), dtype)
+        return FsdpEngine(
+            module, read, build_optimizer, FsdpConfig(cpu_offload=kind.endswith("offload")), dtype
+        )
     from craft_ds.engines.zero import ZeroEngine
 
     file = ROOT / "ds_configs" / f"{kind}.json"

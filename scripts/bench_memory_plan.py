@@ -1,6 +1,6 @@
 """The memory planner held against measured peaks: one retention step, planned and run.
 
-Two policies (the shipped teacher, and a pi0_fast of 123 M random parameters), each engine on the ranks that
+Two policies (the shipped teacher, and a pi0_fast of 119 M random parameters), each engine on the ranks that
 the script starts itself. Measured is what tensors ask for, as an accelerator's allocator would see it,
 counted at every operator; resident memory of the process, above what it was before the engine was made,
 stands beside it.
@@ -8,14 +8,25 @@ stands beside it.
 
 import argparse
 import gc
-import os
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bench_common import CRAFT, TEACHER, hardware, join_ranks, make_engine, run_benchmark, write_result
-from lerobot.configs import FeatureType, PolicyFeature
+from bench_common import (
+    CRAFT,
+    TEACHER,
+    hardware,
+    join_ranks,
+    make_engine,
+    memory_bytes,
+    mid_size_config,
+    random_values,
+    reset_peak,
+    run_case,
+    serve_case,
+    write_result,
+)
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -80,30 +91,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def policy_config(name: str) -> TinyPI0FastConfig:
     """The shipped teacher's configuration, or that of the mid-size policy."""
-    if name == "teacher":
-        return load_policy_config(TEACHER)
-    features = {
-        "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 112, 112)),
-        "observation.state": PolicyFeature(FeatureType.STATE, (8,)),
-    }
-    return TinyPI0FastConfig(
-        input_features=features,
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))},
-        device="cpu",
-        push_to_hub=False,
-        vocab_size=16_384,
-        text_width=768,
-        text_depth=8,
-        text_mlp_dim=3072,
-        text_heads=8,
-        vision_width=512,
-        vision_depth=8,
-        vision_mlp_dim=2048,
-        vision_heads=8,
-        image_resolution=(112, 112),
-        vision_patch=14,
-        max_action_tokens=48,
-    )
+    return load_policy_config(TEACHER) if name == "teacher" else mid_size_config()
 
 
 def full_batch(config: TinyPI0FastConfig, workload: Workload, seed: int) -> Batch:
@@ -113,19 +101,6 @@ def full_batch(config: TinyPI0FastConfig, workload: Workload, seed: int) -> Batc
         if "mask" in key:
             batch[key] = torch.ones_like(batch[key])
     return batch
-
-
-def resident(peak: bool) -> int:
-    """Resident bytes of this process: now, or at most since `reset_resident`."""
-    field = "VmHWM:" if peak else "VmRSS:"
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) << 10 for line in status if line.startswith(field))
-
-
-def reset_resident() -> None:
-    """Forget the peak of resident memory (Linux: `proc(5)`, `clear_refs`)."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
 
 
 def measure(case: dict[str, Any]) -> dict[str, int]:
@@ -141,20 +116,16 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         checkpoint_activations(policy)
     task, anchors = full_batch(config, workload, 1), full_batch(config, workload, 2)
     gc.collect()
-    before = resident(peak=False)
-
-    def read(name: str, start: int, stop: int) -> Tensor:
-        return torch.randn(stop - start) * 0.02
-
+    before = memory_bytes("VmRSS")
     with AllocationCounter() as counter:
-        engine = make_engine(kind, policy, read, dtype, reduce_bucket_size=case["reduce_bucket"])
-        for step in range(3):
-            if step == 2:
+        engine = make_engine(kind, policy, random_values, dtype, reduce_bucket_size=case["reduce_bucket"])
+        for step in range(2):
+            if step == 1:
                 counter.peak = counter.live
-                reset_resident()
+                reset_peak()
             retention_step(engine, [task], [anchors], None, 1.0, CRAFT, 1.0)
         peak = counter.peak
-    result = {"tensors": peak, "resident": resident(peak=True) - before}
+    result = {"tensors": peak, "resident": memory_bytes("VmHWM") - before}
     engine.close()
     return result
 
@@ -182,16 +153,14 @@ def plan(case: dict[str, Any]) -> Plan:
 
 
 def main() -> None:
-    args = parse_arguments()
-    if "CRAFT_BENCH_CASE" in os.environ:
-        import json
-
-        case = json.loads(os.environ["CRAFT_BENCH_CASE"])
-        run_benchmark(lambda: measure(case), ())
+    if serve_case(measure):
         return
+    args = parse_arguments()
     rows = []
     print(f"MiB a rank; {hardware()}")
-    print(f"{'policy':<9}{'engine':<15}{'dtype':<10}{'ckpt':<6}{'planned':>9}{'measured':>10}{'error':>8}{'resident':>10}")
+    print(
+        f"{'policy':<9}{'engine':<15}{'dtype':<10}{'ckpt':<6}{'planned':>9}{'measured':>10}{'error':>8}{'resident':>10}"
+    )
     for name in args.policy:
         for dtype in args.dtype:
             for checkpointing in args.checkpointing:
@@ -214,13 +183,7 @@ def main() -> None:
 
 def compare(case: dict[str, Any]) -> dict[str, Any]:
     """Plan and run one case, and print both."""
-    import json
-
-    os.environ["CRAFT_BENCH_CASE"] = json.dumps(case)
-    results = run_benchmark(lambda: None, (case["world_size"],))
-    del os.environ["CRAFT_BENCH_CASE"]
-    assert results is not None
-    measured, planned = results[case["world_size"]], plan(case)
+    measured, planned = run_case(case, case["world_size"])[0], plan(case)
     total = planned.total + planned.host  # on the CPU, host and device are one
     error = total / measured["tensors"] - 1
     print(

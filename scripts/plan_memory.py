@@ -10,7 +10,10 @@ One line an engine: the peak of a retention step, the dearest there is, at the l
 
 import argparse
 import json
+from collections.abc import Iterator
 from functools import cache
+from itertools import chain, product
+from typing import NamedTuple
 
 import draccus
 import torch
@@ -34,6 +37,17 @@ COLUMNS = (
     "logits",
 )
 HEADINGS = ("params", "optim", "grad", "g_t", "buffers", "gathered", "activ", "logits")
+
+
+class Row(NamedTuple):
+    """One engine's plans, without and with activation checkpointing."""
+
+    engine: str
+    lora: Lora | None
+    trainable: int
+    frozen: int
+    plain: Plan
+    checkpointed: Plan
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -60,14 +74,18 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     args, rest = parser.parse_known_args()
     unknown = [flag for flag in rest if not (flag.startswith("--policy.") and "=" in flag)]
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]} (see --help; a policy's fields as --policy.NAME=VALUE)")
+        raise UserError(
+            f"unknown argument {unknown[0]} (see --help; a policy's fields as --policy.NAME=VALUE)"
+        )
     for name in ("world_size", "dp_replicate", "batch_size", "prompt_length", "action_length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
     if args.world_size % args.dp_replicate:
-        raise UserError(
-            f"--dp_replicate={args.dp_replicate} must divide --world_size={args.world_size}"
-        )
+        raise UserError(f"--dp_replicate={args.dp_replicate} must divide --world_size={args.world_size}")
+    try:
+        args.sizes = [float(size) for size in args.gpu_gb.split(",")]
+    except ValueError:
+        raise UserError(f"--gpu_gb={args.gpu_gb}: sizes in GiB, separated by commas") from None
     return args, [flag.removeprefix("--policy.") for flag in rest]
 
 
@@ -86,7 +104,7 @@ def policy_config(args: argparse.Namespace, fields: list[str]) -> PreTrainedConf
         raise UserError(f"no policy configuration from these --policy.* flags: {one_line(error)}") from error
 
 
-def plan_all(args: argparse.Namespace, config: PreTrainedConfig) -> list[dict]:
+def plan_all(args: argparse.Namespace, config: PreTrainedConfig) -> Iterator[Row]:
     """A row for every engine, with and without LoRA."""
     workload = Workload(args.batch_size, args.prompt_length, args.action_length, args.cameras)
     dtype = getattr(torch, args.dtype)
@@ -97,79 +115,78 @@ def plan_all(args: argparse.Namespace, config: PreTrainedConfig) -> list[dict]:
             config, workload, dtype=dtype, autocast=autocast, checkpointing=checkpointing, lora=lora
         )
 
-    rows = []
     adapters = [None] + [Lora(args.lora_rank, mlp=args.lora_targets == "all")] * (args.lora_rank > 0)
-    for lora in adapters:
-        for engine in args.engine:
-            ranks = {"single": 1, "fsdp": args.world_size // args.dp_replicate}.get(engine, args.world_size)
-            setting = Setting(engine, ranks, dtype.itemsize, reduce_bucket=args.reduce_bucket_size)
-            plans = {
-                name: plan_memory(trace(engine == "single", full, lora), workload, setting)
-                for name, full in (("none", False), ("full", True))
-            }
-            rows.append({"engine": engine, "lora": lora, "plans": plans})
-    sizes = trace("single" in args.engine, False, None)
-    args.parameters = sizes.trainable
-    return rows
+    for lora, engine in product(adapters, args.engine):
+        ranks = 1 if engine == "single" else args.world_size
+        if engine.startswith("fsdp"):
+            ranks //= args.dp_replicate
+        setting = Setting(engine, ranks, dtype.itemsize, reduce_bucket=args.reduce_bucket_size)
+        traces = [trace(engine == "single", full, lora) for full in (False, True)]
+        plain, checkpointed = (plan_memory(each, workload, setting) for each in traces)
+        yield Row(engine, lora, traces[0].trainable, traces[0].frozen, plain, checkpointed)
 
 
-def smallest(plan: Plan, sizes: list[float], headroom: float) -> str:
+def smallest(plan: Plan, args: argparse.Namespace) -> str:
     """The smallest GPU that holds a plan."""
-    fitting = [size for size in sizes if plan.total <= size * GIB * (1 - headroom)]
+    fitting = [size for size in args.sizes if plan.total <= size * GIB * (1 - args.headroom)]
     return f"{min(fitting):g}" if fitting else "none"
 
 
 def main() -> None:
     args, fields = parse_arguments()
-    try:
-        sizes = sorted(float(size) for size in args.gpu_gb.split(","))
-    except ValueError:
-        raise UserError(f"--gpu_gb={args.gpu_gb}: sizes in GiB, separated by commas") from None
     config = policy_config(args, fields)
     rows = plan_all(args, config)
     if args.json:
-        print(json.dumps([as_json(row, sizes, args.headroom) for row in rows], indent=1))
+        print(json.dumps([as_json(row, args) for row in rows], indent=1))
         return
+    first = next(rows)
+    unit, scale = ("GiB", GIB) if first.plain.total >= GIB else ("MiB", 1 << 20)
     print(
-        f"{config.type}, {args.parameters / 1e6:,.1f} M parameters, {args.dtype}, {args.world_size} ranks; "
+        f"{config.type}, {first.trainable / 1e6:,.1f} M parameters, {args.dtype}, {args.world_size} ranks; "
         f"{args.batch_size} samples a rank, {args.prompt_length} + {args.action_length} tokens\n"
-        "{name} a rank at the peak of a retention step; columns after | with --activation_checkpointing=full;\n"
+        f"{unit} a rank at the peak of a retention step; after the bar, --activation_checkpointing=full\n"
         f"fits: the smallest of {args.gpu_gb} GiB, {args.headroom:.0%} of it kept free\n"
     )
     heading = "".join(f"{name:>9}" for name in HEADINGS)
     print(f"{'':14}{heading}{'total':>9}{'host':>7}{'fits':>6} |{'activ':>8}{'total':>8}{'fits':>6}")
-    for row in rows:
-        if row["engine"] == args.engine[0]:
-            print(describe(row["lora"]))
-        print(line(row, sizes, args.headroom, digits))
+    for row in chain([first], rows):
+        if row.engine == args.engine[0]:
+            print(describe(row))
+        print(line(row, args, scale), flush=True)
 
 
-def describe(lora: Lora | None) -> str:
+def describe(row: Row) -> str:
     """What is trained."""
-    if lora is None:
+    if row.lora is None:
         return "full training"
-    return f"LoRA of rank {lora.rank} on attention{' and MLP' * lora.mlp} of the decoder, base frozen"
-
-
-def line(row: dict, sizes: list[float], headroom: float, digits: int) -> str:
-    """One engine."""
-    plan, full = row["plans"]["none"], row["plans"]["full"]
-    columns = "".join(f"{getattr(plan, name) / GIB:9.{digits}f}" for name in COLUMNS)
     return (
-        f"  {row['engine']:<12}{columns}{plan.total / GIB:9.{digits}f}{plan.host / GIB:7.{digits}f}"
-        f"{smallest(plan, sizes, headroom):>6} |{full.activations / GIB:8.{digits}f}"
-        f"{full.total / GIB:8.{digits}f}{smallest(full, sizes, headroom):>6}"
+        f"LoRA of rank {row.lora.rank} on attention{' and MLP' * row.lora.mlp} of the decoder: "
+        f"{row.trainable / 1e6:,.1f} M train, the base is frozen"
     )
 
 
-def as_json(row: dict, sizes: list[float], headroom: float) -> dict:
+def line(row: Row, args: argparse.Namespace, scale: int) -> str:
+    """One engine."""
+    plain, full = row.plain, row.checkpointed
+    columns = "".join(f"{getattr(plain, name) / scale:9.1f}" for name in COLUMNS)
+    return (
+        f"  {row.engine:<14}{columns[2:]}{plain.total / scale:9.1f}{plain.host / scale:7.1f}"
+        f"{smallest(plain, args):>6} |{full.activations / scale:8.1f}{full.total / scale:8.1f}"
+        f"{smallest(full, args):>6}"
+    )
+
+
+def as_json(row: Row, args: argparse.Namespace) -> dict:
     """One engine, in bytes."""
+    plans = {"none": row.plain, "full": row.checkpointed}
     return {
-        "engine": row["engine"],
-        "lora_rank": row["lora"].rank if row["lora"] else 0,
+        "engine": row.engine,
+        "lora_rank": row.lora.rank if row.lora else 0,
+        "trainable": row.trainable,
+        "frozen": row.frozen,
         "activation_checkpointing": {
-            name: vars(plan) | {"total": plan.total, "fits_gib": smallest(plan, sizes, headroom)}
-            for name, plan in row["plans"].items()
+            name: vars(plan) | {"total": plan.total, "fits_gib": smallest(plan, args)}
+            for name, plan in plans.items()
         },
     }
 

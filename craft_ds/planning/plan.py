@@ -80,7 +80,9 @@ def plan_memory(trace: PassTrace, workload: Workload, setting: Setting) -> Plan:
         setting: The engine.
     """
     kept = _kept(trace, setting)
-    candidates = [kept_in for kept_in in (_in_pass(trace, workload, setting, kept), _in_step(trace, setting, kept))]
+    candidates = [
+        kept_in for kept_in in (_in_pass(trace, workload, setting, kept), _in_step(trace, setting, kept))
+    ]
     return max(candidates, key=lambda plan: plan.total)
 
 

@@ -5,6 +5,7 @@ autograd saves what it saves, on `FakeTensor`s. What engines add depends on when
 gathered and when a gradient is ready, so the trace has one entry between any two such events.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -161,7 +162,9 @@ def skeleton_without_tokenizers(config: PreTrainedConfig) -> PreTrainedPolicy:
         try:
             return build_skeleton(config)
         except Exception as error:
-            raise UserError(f"cannot build a policy of type {config.type} without weights: {error}") from error
+            raise UserError(
+                f"cannot build a policy of type {config.type} without weights: {error}"
+            ) from error
 
     class NoTokenizer:
         vocab_size = getattr(config, "vocab_size", None)
@@ -181,6 +184,7 @@ def simulate_pass(
     autocast: bool = False,
     checkpointing: bool = False,
     lora: Lora | None = None,
+    freeze: Callable[[PreTrainedPolicy], None] | None = None,
 ) -> PassTrace:
     """Run one forward and backward pass of a pi0_fast without allocating anything.
 
@@ -192,6 +196,7 @@ def simulate_pass(
             being gathered in `dtype`.
         checkpointing: As `--activation_checkpointing=full`.
         lora: Adapters; all other parameters are then frozen.
+        freeze: Sets `requires_grad` of the policy's parameters. Frozen ones are kept in `dtype`.
 
     Raises:
         UserError: The policy is not a pi0_fast: the shape of its batches is not known here.
@@ -203,6 +208,8 @@ def simulate_pass(
     units = shard_units(policy)
     if lora is not None:
         _adapt_(policy, lora)
+    if freeze is not None:
+        freeze(policy)
     if checkpointing:
         checkpoint_activations(policy)
     described = _describe(policy, units)
@@ -210,16 +217,17 @@ def simulate_pass(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     stored = torch.float32 if autocast else dtype
     with fake:
-        _to_fake_(policy, stored, frozen=dtype if lora else stored)
+        _to_fake_(policy, stored, frozen=dtype)
     recorder = _Recorder()
     recorder.watch(policy, units)
     batch = _batch(config, workload, fake)
-    with torch.autocast("cpu", dtype) if autocast and dtype != torch.float32 else nullcontext():
-        with recorder.counter:
+    casts = torch.autocast("cpu", dtype) if autocast and dtype != torch.float32 else nullcontext()
+    with recorder.counter:
+        with casts:
             loss = token_loss(policy, batch)
-            kept = recorder.counter.live
-            loss.total.backward()
-            recorder.note("end", -1)
+        kept = recorder.counter.live
+        loss.total.backward()
+        recorder.note("end", -1)
     vocabulary = policy.model.paligemma_with_expert.paligemma.lm_head.weight.shape[0]
     return PassTrace(described, tuple(recorder.events), kept, vocabulary)
 
