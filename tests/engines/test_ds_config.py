@@ -23,10 +23,42 @@ def resolve(config, **changes):
     return resolve_ds_config(config, **{**given, **changes})
 
 
+def test_the_project_ships_what_its_readme_describes():
+    readme = (SHIPPED[0].parent / "README.md").read_text()
+    assert [path.name for path in SHIPPED] == [
+        "zero2.json",
+        "zero3.json",
+        "zero3_bf16.json",
+        "zero3_offload.json",
+    ]
+    assert all(f"`{path.name}`" in readme for path in SHIPPED)
+    for path in SHIPPED:
+        config = read_ds_config(path)
+        for key in (*config, *config["zero_optimization"]):
+            assert f"`{key}`" in readme, f"{path.name}: {key}"
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_shipped_files_contradict_nothing(path, bf16):
-    resolve(read_ds_config(path), bf16=bf16)
+    if path.name == "zero3_bf16.json" and not bf16:
+        with pytest.raises(UserError, match=r"zero3_bf16.*bf16.enabled=true, but --engine.dtype=float32"):
+            resolve(read_ds_config(path), path=str(path), bf16=bf16)
+    else:
+        resolve(read_ds_config(path), bf16=bf16)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_deepspeed_takes_what_is_resolved(path, bf16):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = read_ds_config(path)
+    config.pop("bf16")
+    taken = DeepSpeedConfig(resolve(config, bf16=bf16, world_size=1))
+    assert taken.bfloat16_config.enabled is bf16
+    assert taken.gradient_clipping == 0.0
+    assert taken.grad_accum_dtype == "fp32"
 
 
 def test_the_trainer_accumulates_and_clips_itself():
@@ -42,9 +74,11 @@ def test_the_trainer_accumulates_and_clips_itself():
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_dtype_is_the_engines(bf16):
     assert resolve(STAGE3, bf16=bf16)["bf16"]["enabled"] is bf16
-    assert resolve({**STAGE3, "bf16": {"enabled": "auto", "keep": 1}}, bf16=bf16)["bf16"] == {
+    assert resolve({**STAGE3, "bf16": {"enabled": "auto", "check_grad_overflow": False}}, bf16=bf16)[
+        "bf16"
+    ] == {
         "enabled": bf16,
-        "keep": 1,
+        "check_grad_overflow": False,
     }
 
 
@@ -64,13 +98,46 @@ def test_values_equal_to_the_flags_are_welcome():
 
 
 def test_what_the_trainer_does_not_decide_is_kept_and_the_input_unchanged():
-    config = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}, "steps_per_print": 5, "x": [1]}
+    config = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 7},
+        "steps_per_print": 5,
+        "comms_logger": {"enabled": True},
+    }
     before = deepcopy(config)
     resolved = resolve(config)
     assert config == before
-    assert resolved["zero_optimization"] == before["zero_optimization"]
-    assert resolved["steps_per_print"] == 5
-    assert resolved["x"] == [1]
+    assert {key: resolved[key] for key in config} == before
+
+
+def test_any_other_auto_means_the_default():
+    zero = {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "offload_optimizer": {"device": "cpu", "pin_memory": "auto"},
+    }
+    resolved = resolve({"zero_optimization": zero, "communication_data_type": "auto"})
+    assert resolved["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert "reduce_bucket_size" not in resolved["zero_optimization"]
+    assert "communication_data_type" not in resolved
+
+
+def test_sub_groups_are_small_unless_the_file_says_otherwise():
+    assert resolve(STAGE3)["zero_optimization"]["sub_group_size"] == 100_000_000
+    sized = {"stage": 3, "sub_group_size": 5}
+    assert resolve({"zero_optimization": sized})["zero_optimization"]["sub_group_size"] == 5
+    assert "sub_group_size" not in resolve({"zero_optimization": {"stage": 2}})["zero_optimization"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_offloaded_optimizer_is_deepspeeds_own_unless_the_file_says_no(stage):
+    offloaded = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    key = "zero_force_ds_cpu_optimizer"
+    assert resolve({"zero_optimization": offloaded})[key] is True
+    assert resolve({"zero_optimization": offloaded, key: "auto"})[key] is True
+    assert resolve({"zero_optimization": offloaded, key: False})[key] is False
+    assert resolve({"zero_optimization": {"stage": stage}, key: True})[key] is False
+    for nothing in ({"device": "none"}, None):
+        assert resolve({"zero_optimization": {"stage": stage, "offload_optimizer": nothing}})[key] is False
 
 
 @pytest.mark.parametrize(
@@ -88,12 +155,28 @@ def test_what_the_trainer_does_not_decide_is_kept_and_the_input_unchanged():
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ['data_types.grad_accum_dtype="bf16"']),
         ({"optimizer": {"type": "AdamW"}}, ["'optimizer'", "--optimizer.*"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["'scheduler'", "--scheduler.*"]),
-        ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage=2"]),
-        ({"zero_optimization": {}}, ["zero_optimization.stage=None"]),
+        ({"zero_optimization": {"stage": 1}}, ["zero_optimization.stage=1", "choose 2 or 3", "stage 2 also"]),
+        ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage=0", "choose 2 or 3"]),
+        ({"zero_optimization": {"stage": [3]}}, ["zero_optimization.stage=[3]"]),
+        ({"zero_optimization": {}}, ["zero_optimization.stage=null"]),
         (
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
-            ["zero_optimization.offload_optimizer"],
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            ['offload_optimizer.device="nvme"', '"cpu" or "none"'],
         ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            ["zero_optimization.offload_optimizer.ratio is not supported"],
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size"]),
+        (
+            {"zero_optimization": {"stage": 2, "stage3_prefetch_bucket_size": 2}},
+            ["stage3_prefetch_bucket_size is not supported at stage 2"],
+        ),
+        ({"zero_optimization": {"stage": 3, "round_robin_gradients": True}}, ["round_robin_gradients"]),
+        ({"bf16": {"enabled": False, "bf16_optimizer_states": True}}, ["bf16.bf16_optimizer_states"]),
+        ({"data_types": {"param_dtype": "bf16"}}, ["data_types.param_dtype"]),
+        ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation is not supported"]),
+        ({"zero_optimisation": {}}, ["zero_optimisation is not supported"]),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
             ["zero_optimization.offload_param"],
@@ -101,6 +184,10 @@ def test_what_the_trainer_does_not_decide_is_kept_and_the_input_unchanged():
         # Not the shape that DeepSpeed documents.
         ({"bf16": True}, ["bf16"]),
         ({"zero_optimization": 3}, ["zero_optimization"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": True}},
+            ["offload_optimizer must be a JSON"],
+        ),
     ],
 )
 def test_a_contradiction_names_both_sides(entries, names):
