@@ -1,0 +1,75 @@
+"""What engines hold while a pass goes on, on a pass of two units that is written out by hand."""
+
+import pytest
+
+from craft_ds.planning.rhythm import Setting, make_rhythm
+from craft_ds.planning.simulate import Event, PassTrace, Unit
+
+FIRST, SECOND, ROOT = 0, 1, 2
+
+
+@pytest.fixture
+def trace():
+    units = (Unit("a", 100, 0, (100,)), Unit("b", 300, 0, (300,)), Unit("", 10, 0, (10,)))
+    kinds = [
+        ("start", -1, 0),
+        ("forward", FIRST, 0),
+        ("forward_end", FIRST, 0),
+        ("forward", SECOND, 0),
+        ("forward_end", SECOND, 0),
+        ("backward", SECOND, 0),
+        ("gradient", SECOND, 300),
+        ("backward", FIRST, 0),
+        ("gradient", FIRST, 100),
+        ("gradient", ROOT, 10),
+        ("end", -1, 0),
+    ]
+    return PassTrace(units, tuple(Event(kind, unit, numel, 0, 0) for kind, unit, numel in kinds), 0, 0)
+
+
+def held(trace, **options):
+    """Elements in hand after each event, and the most at one, of a pass in fp32."""
+    rhythm = make_rhythm(trace, Setting(**options))
+    answers = [rhythm.on(event) for event in trace.events]
+    return [steady // 4 for _, steady in answers], max(most for most, _ in answers) // 4, rhythm.gradient // 4
+
+
+def test_one_process_only_collects_its_gradient(trace):
+    steady, most, gradient = held(trace, engine="single", ranks=1)
+    assert (set(steady), most, gradient) == ({0}, 0, 410)
+
+
+def test_fsdp_holds_the_root_the_unit_at_work_and_what_is_gathered_ahead(trace):
+    steady, most, gradient = held(trace, engine="fsdp", ranks=2)
+    # root; a; freed; b; freed; b and a ahead; b reduced: its flat gradient beside a; a; a reduced; root; end
+    assert steady == [10, 110, 10, 310, 10, 410, 10 + 100 + 300, 410, 10 + 100, 10, 0]
+    # b's gradient, its flat copy and its shard, when b's parameters are free again.
+    assert most == max(10 + 300 + 300, 10 + 100 + 300 + 300 + 150)
+    assert gradient == 410 // 2
+
+
+def test_fsdp_that_does_not_reshard_keeps_every_unit_until_its_gradient(trace):
+    steady, _, _ = held(trace, engine="fsdp", ranks=2, reshard_after_forward=False)
+    assert steady[:6] == [10, 110, 110, 410, 410, 410]
+
+
+def test_offloaded_gradients_are_not_on_the_device(trace):
+    assert held(trace, engine="fsdp_offload", ranks=2)[2] == 0
+
+
+def test_zero3_keeps_gathered_what_is_used_again_soon(trace):
+    options = {"engine": "zero3", "ranks": 2, "persistence": 0}
+    assert held(trace, **options)[0][:6] == [0, 100, 100, 400, 400, 400]
+    # b is used again at once, a only after b has run twice.
+    assert held(trace, **options, max_reuse=600)[0][:5] == [0, 100, 0, 300, 300]
+
+
+def test_zero3_reduces_when_the_bucket_is_full(trace):
+    options = {"engine": "zero3", "ranks": 2, "persistence": 1000}
+    assert held(trace, **options, reduce_bucket=1000)[1] == 410
+    assert held(trace, **options, reduce_bucket=300)[1] == 300
+
+
+def test_zero2_gathers_nothing(trace):
+    steady, _, _ = held(trace, engine="zero2", ranks=2)
+    assert set(steady) == {0}
