@@ -94,5 +94,5 @@ def test_dropout_draws_the_same_again():
 
 
 def test_a_policy_without_known_layers_is_refused():
-    with pytest.raises(UserError, match="--activation_checkpointing=full.*checkpoint_units"):
+    with pytest.raises(UserError, match=r"--activation_checkpointing=full.*checkpoint_units"):
         checkpoint_activations(nn.Linear(3, 3))

@@ -1,0 +1,243 @@
+"""What only FSDP2 has to show, and recomputation under every sharded engine. Each rank asserts for itself.
+
+Run as a program it is one rank: arguments are the directory of results and the policy directory.
+"""
+
+import faulthandler
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+faulthandler.register(signal.SIGUSR1)
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+import pytest  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from collectives import CollectiveCounter  # noqa: E402
+from lab import Lab, let_go, masters  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+
+from craft_ds.config import CraftConfig, FsdpConfig  # noqa: E402
+from craft_ds.engines.fsdp import FsdpEngine  # noqa: E402
+from craft_ds.engines.single import SingleEngine  # noqa: E402
+from craft_ds.errors import UserError  # noqa: E402
+from craft_ds.policies.adapter import PolicyWithLoss  # noqa: E402
+from craft_ds.policies.testing import read_from  # noqa: E402
+from craft_ds.steps import accumulate, measure, retention_step, task_step  # noqa: E402
+
+TOLERANCE = 1e-5
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x + self.inner(x))
+
+
+class TiedPolicy(nn.Module):
+    """No adapter, tied ends, and a buffer that is saved with the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList(Block(6) for _ in range(10))
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("shift", torch.zeros(6))
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, None]:
+        x = self.embed(batch["tokens"]) + self.shift
+        for layer in self.layers:
+            x = layer(x)
+        return nn.functional.cross_entropy(self.head(x).float(), batch["targets"]), None
+
+
+class ScalarPolicy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+
+def _optimizer(policy: nn.Module) -> Callable[[], torch.optim.Optimizer]:
+    return lambda: torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+
+
+def _tokens(step: int, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(step)
+    batch = {"tokens": torch.randint(11, (12,), generator=rng)}
+    batch["targets"] = (batch["tokens"] * 3 + 1) % 11
+    return {key: value[rank::world_size] for key, value in batch.items()}
+
+
+def tied_weights_and_buffers(lab: Lab) -> None:
+    torch.manual_seed(0)
+    original = TiedPolicy()
+    original.shift.copy_(torch.arange(6) / 6)
+    read = read_from(original)
+    with torch.device("meta"):
+        policy = TiedPolicy()
+    policy.shift = torch.zeros(6)
+    assert policy.embed.weight.is_meta
+    assert policy.head.weight is policy.embed.weight
+    engine = FsdpEngine(PolicyWithLoss(policy), read, _optimizer(policy), FsdpConfig())
+    assert policy.head.weight is policy.embed.weight
+    assert isinstance(policy.layers[0], FSDPModule)
+    assert policy.shift.equal(original.shift)
+
+    single = SingleEngine(PolicyWithLoss(original), read, _optimizer(original), torch.device("cpu"))
+    for step in range(4):
+        found = task_step(engine, [_tokens(step, lab.rank, lab.world_size)], 1.0)
+        expected = task_step(single, [_tokens(step)], 1.0)
+        assert abs(found.loss - expected.loss) <= TOLERANCE * expected.loss
+        assert abs(found.grad_norm - expected.grad_norm) <= TOLERANCE * expected.grad_norm
+    assert policy.head.weight is policy.embed.weight
+    whole = dict(original.named_parameters())
+    assert [shard.name for shard in engine.shards() if "head" in shard.name] == []
+    for shard in engine.shards():
+        stop = shard.start + shard.master.numel()
+        expected_part = whole[shard.name].detach().reshape(-1)[shard.start : stop]
+        torch.testing.assert_close(shard.master, expected_part, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def scalar_parameters_are_refused(lab: Lab) -> None:
+    policy = ScalarPolicy()
+    with pytest.raises(UserError, match="temperature is a scalar parameter"):
+        FsdpEngine(PolicyWithLoss(policy), read_from(policy), _optimizer(policy), FsdpConfig())
+
+
+def the_step_sends_nothing(lab: Lab) -> None:
+    engine = lab.toy_engine()
+    accumulate(engine, lab.toy_batches(0, 1))
+    with CollectiveCounter() as counter:
+        engine.gradient()
+        engine.step()
+    assert not counter.seen
+
+
+def gradients_are_handed_over_without_a_copy(lab: Lab) -> None:
+    engine = lab.toy_engine()
+    accumulate(engine, lab.toy_batches(0, 1))
+    before = {id(p): p.grad._local_tensor.data_ptr() for p in engine._trainable if p.grad is not None}
+    kept = [part.clone() for part in engine.gradient()]
+    taken = engine.take_gradient()
+    for parameter, part in zip(engine._trainable, taken, strict=True):
+        assert parameter.grad is None
+        assert id(parameter) not in before or part.data_ptr() == before[id(parameter)]
+    accumulate(engine, lab.toy_batches(0, 1, retention=True))
+    assert all(torch.equal(a, b) for a, b in zip(taken, kept, strict=True))
+
+
+def nothing_stays_gathered(lab: Lab) -> None:
+    """Neither after a pass nor after an evaluation, whose forward pass no backward pass follows."""
+    for kind in ("fsdp", "fsdp_kept"):
+        engine = Lab(kind, lab.rank, lab.world_size, lab.policy_dir, lab.scratch).toy_engine()
+        for action in (accumulate, measure):
+            action(engine, lab.toy_batches(0, 1))
+            assert all(isinstance(p, DTensor) for p in engine.module.parameters()), (kind, action)
+
+
+def evaluation_sees_the_last_step(lab: Lab) -> None:
+    """FSDP2 does not gather again what is gathered: what stayed so would be the old values."""
+    engine = Lab("fsdp_kept", lab.rank, lab.world_size, lab.policy_dir, lab.scratch).toy_engine(lr=0.1)
+    before = measure(engine, lab.toy_batches(0, 1)).loss.item()
+    accumulate(engine, lab.toy_batches(0, 1))
+    assert measure(engine, lab.toy_batches(0, 1)).loss.item() == before
+    engine.step()
+    assert measure(engine, lab.toy_batches(0, 1)).loss.item() != before
+
+
+def frozen_parameters_are_kept_as_they_are_gathered(lab: Lab) -> None:
+    engine = lab.toy_engine(dtype="bfloat16")
+    for name, parameter in engine.module.policy.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if name.startswith("frozen") else torch.float32), name
+
+
+def a_wider_dtype_of_parameters_still_computes_in_bf16(lab: Lab) -> None:
+    policy = lab.toy_engine().module.policy.__class__()
+    read = read_from(policy)
+    options = FsdpConfig(param_dtype="float32")
+    engine = FsdpEngine(PolicyWithLoss(policy), read, _optimizer(policy), options, torch.bfloat16)
+    seen = {}
+    policy.inner.register_forward_hook(
+        lambda module, _, output: seen.update(weight=module.weight.dtype, output=output.dtype)
+    )
+    task_step(engine, lab.toy_batches(0, 1), 0.0)
+    assert seen == {"weight": torch.float32, "output": torch.bfloat16}
+
+
+def _recomputed(lab: Lab, dtype: str) -> None:
+    """Three retention steps on a tiny pi0_fast: recomputation changes no bit of them."""
+    found = {}
+    for recompute in (False, True):
+        engine = lab.pi0_engine(recompute=recompute, dtype=dtype, persistence=0)
+        layers = engine.module.policy.model.paligemma_with_expert.paligemma.model.language_model.layers
+        calls: list[int] = []
+        layers[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        craft = CraftConfig(enabled=True)
+        values = []
+        for step in range(3):
+            task, anchors = lab.pi0_batches(step, 2), lab.pi0_batches(step + 100, 1)
+            result, seen = retention_step(engine, task, anchors, None, 1.0, craft, 1.0)
+            values += [result.loss, result.grad_norm, *seen.triple]
+        found[recompute] = values, {name: part.clone() for name, _, part in masters(engine)}, len(calls)
+        let_go(engine)
+    (values, parameters, calls_once), (again, parameters_again, calls_twice) = found[False], found[True]
+    assert calls_twice == 2 * calls_once > 0
+    assert again == values
+    assert parameters_again.keys() == parameters.keys()
+    assert all(parameters_again[name].equal(part) for name, part in parameters.items())
+
+
+def _recompute(kind: str, dtype: str) -> Callable[[Lab], None]:
+    return lambda lab: _recomputed(Lab(kind, lab.rank, lab.world_size, lab.policy_dir, lab.scratch), dtype)
+
+
+CHECKS: dict[str, Callable[[Lab], None]] = {
+    check.__name__: check
+    for check in (
+        tied_weights_and_buffers,
+        scalar_parameters_are_refused,
+        the_step_sends_nothing,
+        gradients_are_handed_over_without_a_copy,
+        nothing_stays_gathered,
+        evaluation_sees_the_last_step,
+        frozen_parameters_are_kept_as_they_are_gathered,
+        a_wider_dtype_of_parameters_still_computes_in_bf16,
+    )
+} | {
+    f"recompute_{kind}_{dtype}": _recompute(kind, dtype)
+    for kind in ("fsdp", "zero3")
+    for dtype in ("float32", "bfloat16")
+}
+
+
+def main() -> None:
+    from craft_ds.engines.fsdp import init_distributed
+    from craft_ds.engines.zero import init_distributed as init_deepspeed
+
+    results, policy_dir = map(Path, sys.argv[1:3])
+    init_deepspeed()
+    init_distributed()  # the group is there already
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for name, check in CHECKS.items():
+        try:
+            check(Lab("fsdp", rank, world_size, policy_dir, results))
+            (results / f"{name}.{rank}.passed").touch()
+        except Exception:
+            (results / f"{name}.{rank}.error").write_text(traceback.format_exc())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
