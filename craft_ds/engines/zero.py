@@ -8,14 +8,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
+from craft_ds.engines.cpu_adam import cpu_adam
 from craft_ds.engines.zero2_layout import Zero2Layout, without_broadcast
 from craft_ds.engines.zero3_layout import Zero3Layout, partition_parameters_
 from craft_ds.engines.zero_layout import ZeroLayout
-from craft_ds.errors import UserError, one_line
 from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss
 from craft_ds.policies.generation import action_chunk
 from craft_ds.policies.skeleton import materialize_
@@ -38,28 +37,6 @@ def _read_buffers(module: PolicyWithLoss, read: ReadRange) -> dict[str, Tensor]:
         if key in persistent:
             fill_(values.view(-1), read, key, 0)
     return buffers
-
-
-def _cpu_adam(optimizer: torch.optim.Optimizer) -> DeepSpeedCPUAdam:
-    """DeepSpeed's vectorised Adam over the same parameter groups.
-
-    Raises:
-        UserError: It cannot stand in for this optimizer, or cannot be compiled.
-    """
-    instead = (
-        'write "zero_force_ds_cpu_optimizer": false into the --ds_config file to step with torch instead'
-    )
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-        raise UserError(f"DeepSpeedCPUAdam cannot replace {type(optimizer).__name__}: {instead}")
-    keys = ("params", "lr", "betas", "eps", "weight_decay", "amsgrad")
-    groups = [{key: group[key] for key in keys} for group in optimizer.param_groups]
-    try:
-        return DeepSpeedCPUAdam(groups, adamw_mode=isinstance(optimizer, torch.optim.AdamW))
-    except RuntimeError as error:
-        reason = one_line(error.__cause__ or error)
-        raise UserError(
-            f"DeepSpeedCPUAdam needs g++ and ninja ({reason}): install them, or {instead}"
-        ) from error
 
 
 class ZeroEngine:
@@ -103,7 +80,7 @@ class ZeroEngine:
             materialize_(module, get_accelerator().current_device_name())
         optimizer = build_optimizer()
         if config["zero_force_ds_cpu_optimizer"]:
-            optimizer = _cpu_adam(optimizer)
+            optimizer = cpu_adam(optimizer)
         with without_broadcast() if stage == 2 else nullcontext():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.device = self._engine.device

@@ -1,0 +1,66 @@
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
+
+from craft_ds.engines.cpu_adam import cpu_adam
+from craft_ds.errors import UserError
+
+ROOT = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+compiled = pytest.mark.skipif(
+    not list(ROOT.glob("**/cpu_adam/cpu_adam.so")),
+    reason="DeepSpeed's Adam is not compiled on this machine yet",
+)
+
+
+@compiled
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_it_steps_as_torch_does(kind):
+    torch.manual_seed(0)
+    model = nn.Linear(37, 11)
+    other = copy.deepcopy(model)
+
+    def groups(linear):
+        return [{"params": [linear.weight], "lr": 3e-3}, {"params": [linear.bias], "weight_decay": 0.0}]
+
+    ours = cpu_adam(kind(groups(model), lr=1e-2, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.3))
+    torchs = kind(groups(other), lr=1e-2, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.3)
+    for _ in range(5):
+        for parameter, same in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            same.grad = parameter.grad.clone()
+        ours.step()
+        torchs.step()
+    for parameter, same in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(parameter, same, rtol=1e-5, atol=1e-6)
+        for key in ("exp_avg", "exp_avg_sq"):
+            found, expected = ours.state[parameter][key], torchs.state[same][key]
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=1.0), "SGD"),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad"),
+        (lambda p: torch.optim.AdamW(p, maximize=True), "maximize"),
+    ],
+)
+def test_what_it_cannot_do_is_said(make, name):
+    with pytest.raises(UserError, match=f"{name}.*zero_force_ds_cpu_optimizer"):
+        cpu_adam(make([nn.Parameter(torch.zeros(2))]))
+
+
+def test_a_machine_that_cannot_compile_it_is_told_what_to_do(monkeypatch):
+    from deepspeed.ops.adam import cpu_adam as module
+
+    def load(builder):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(module.CPUAdamBuilder, "load", load)
+    with pytest.raises(UserError, match=r"g\+\+ and ninja \(no compiler at all\).*zero_force_ds_cpu"):
+        cpu_adam(torch.optim.AdamW([nn.Parameter(torch.zeros(2))]))
