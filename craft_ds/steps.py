@@ -87,9 +87,9 @@ def task_step(engine: Engine, batches: Iterable[Batch], max_norm: float) -> Step
         max_norm: Clip the gradient to this norm; 0 or less: do not.
     """
     task = accumulate(engine, batches)
-    tt, loss_sum, tokens = engine.sum_scalars(
-        torch.stack([squared_norm(engine.gradient()) / engine.replicas, *task])
-    )
+    # `to`: offloaded shards lie on the CPU while the sums of a pass lie on its device.
+    product = squared_norm(engine.gradient()).to(engine.device) / engine.replicas
+    tt, loss_sum, tokens = engine.sum_scalars(torch.stack([product, *task]))
     to_mean = engine.world_size / max(tokens, 1.0)
     loss, norm = loss_sum / max(tokens, 1.0), to_mean * math.sqrt(max(tt, 0.0))
     if not math.isfinite(loss + norm):
@@ -127,9 +127,8 @@ def retention_step(
     constrained = retention if constraint is None else measure(engine, constraint)
 
     # Eight numbers, 64 bytes: all that surgery, logging and the dual step need to know of other ranks.
-    scalars = torch.cat(
-        [gram(g_t, g_r) / engine.replicas, torch.stack([*task, retention.tokens, *constrained])]
-    )
+    products = gram(g_t, g_r).to(engine.device) / engine.replicas
+    scalars = torch.cat([products, torch.stack([*task, retention.tokens, *constrained])])
     tt, tr, rr, loss_sum, tokens, r_tokens, c_loss_sum, c_tokens = engine.sum_scalars(scalars)
 
     task_mean = engine.world_size / max(tokens, 1.0)

@@ -64,7 +64,7 @@ class SingleEngine:
         """The greedy action chunk for observations."""
         self.module.eval()
         with self._autocast():
-            return self.module(batch, call=action_chunk)
+            return self.module(batch, call=action_chunk).float()
 
     def _autocast(self):
         if self._dtype == torch.float32:

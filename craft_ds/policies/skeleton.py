@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
-from accelerate import init_empty_weights
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -27,24 +26,36 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedPolicy:
     config = copy.copy(config)
     config.device = "meta"
     # The initial weights are never seen: drawing them would take time and touch memory.
-    with no_init_weights(), init_empty_weights(include_buffers=False), _kept_buffers():
+    with no_init_weights(), _parameters_on_meta():
         policy = get_policy_class(config.type)(config)
     return policy.eval()
 
 
 @contextmanager
-def _kept_buffers() -> Iterator[None]:
-    """Put buffers back that a constructor moved to the meta device with everything else."""
-    registered: dict[tuple[nn.Module, str], Tensor | None] = {}
-    register = nn.Module.register_buffer
+def _parameters_on_meta() -> Iterator[None]:
+    """Move parameters to the meta device as they are registered, and keep buffers where they were made.
 
-    def remember(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        register(module, name, tensor, persistent)
-        registered[module, name] = tensor
+    As accelerate's `init_empty_weights`, with two differences: parameters that a constructor ties stay tied,
+    and buffers that it moves to the meta device with everything else are put back.
+    """
+    buffers: dict[tuple[nn.Module, str], Tensor | None] = {}
+    register_parameter, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
 
-    with patch.object(nn.Module, "register_buffer", remember):
+    def parameter_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register_parameter(module, name, parameter)
+
+    def remembered(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        register_buffer(module, name, tensor, persistent)
+        buffers[module, name] = tensor
+
+    with (
+        patch.object(nn.Module, "register_parameter", parameter_on_meta),
+        patch.object(nn.Module, "register_buffer", remembered),
+    ):
         yield
-    for (module, name), tensor in registered.items():
+    for (module, name), tensor in buffers.items():
         if tensor is not None and name in module._buffers:
             module._buffers[name] = tensor
 
