@@ -1,0 +1,40 @@
+"""Whatever a DeepSpeed file may say, the numbers are the single process's."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import zero_files
+from lab import Lab, Result
+from test_parity import assert_close, assert_triple_close
+
+from craft_ds.local_ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    results = tmp_path_factory.mktemp("zero_files")
+    command = [sys.executable, str(Path(zero_files.__file__)), str(results)]
+    ends = run_ranks(command, 3, timeout=240)
+    for rank, end in enumerate(ends):
+        assert end.status == 0, f"--- rank {rank}\n{end.output[-4000:]}"
+    return results
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    nowhere = tmp_path_factory.mktemp("single")
+    return Result.of([zero_files.train(Lab("single", 0, 1, nowhere, nowhere))])
+
+
+@pytest.mark.parametrize("name", zero_files.FILES)
+def test_a_file_changes_no_number(name, found, expected):
+    result = Result.load(found, name, 3)
+    for values in result.values:
+        assert_triple_close(values["triple"], expected.values[0]["triple"])
+    assert_close(result.tensors, expected.tensors)
+
+
+def test_the_last_micro_batch_does_not_use_all_that_the_first_used(expected):
+    """Else a gradient that a later micro-batch loses would pass."""
+    assert expected.tensors["moments/task_only.weight.exp_avg"].abs().max() > 1e-4
