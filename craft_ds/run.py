@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -57,6 +58,7 @@ class Run:
         anchors: The old tasks' anchors; None for the baseline.
         start_step: Steps that a resumed checkpoint has behind it.
         output_dir: Directory of the run.
+        owns_group: Whether the process group is the run's own, to be left at its end.
     """
 
     config: TrainConfig
@@ -65,6 +67,7 @@ class Run:
     anchors: AnchorStream | None
     start_step: int
     output_dir: Path
+    owns_group: bool
     policy_dir: Path
     preprocessor: PolicyProcessorPipeline
     postprocessor: PolicyProcessorPipeline
@@ -204,6 +207,8 @@ class Run:
         """Let go of the log and of the other ranks."""
         self.logger.close()
         self.engine.close()
+        if self.owns_group:
+            dist.destroy_process_group()
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -218,7 +223,7 @@ def open_run(config: TrainConfig) -> Run:
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cudnn.benchmark = not config.cudnn_deterministic
     ds_config = check_engine(config, world_size)
-    join_ranks(config)
+    owns_group = join_ranks(config)
     cache, policy_dir = all_ranks(lambda: _check_inputs(config))
     cameras = policy_cameras(config.policy)
     train, heldout = main_first(lambda: load_datasets(config, cameras, world_size))
@@ -270,6 +275,7 @@ def open_run(config: TrainConfig) -> Run:
         anchors=anchors,
         start_step=start_step,
         output_dir=Path(config.output_dir),
+        owns_group=owns_group,
         policy_dir=policy_dir,
         preprocessor=preprocessor,
         postprocessor=postprocessor,

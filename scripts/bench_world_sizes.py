@@ -7,6 +7,7 @@ retention loss of any step from those of the single process in fp32.
 
 import argparse
 import faulthandler
+import itertools
 import json
 import os
 import signal
@@ -14,11 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from bench_common import ROOT, hardware, write_result
 
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.testing import make_test_dataset
 from craft_ds.cli import run_main, train_main
+from craft_ds.engines.zero import init_distributed
 from craft_ds.errors import UserError
 from craft_ds.local_ranks import run_ranks
 from craft_ds.policies.testing import make_test_policy_dir
@@ -29,7 +32,7 @@ ENGINES = {
     "fsdp": ["--engine=fsdp"],
 }
 COMPARED = ("train/loss", "craft/retention_loss", "craft/lambda")
-_RUN = "CRAFT_BENCH_RUN"
+_ROOT = "CRAFT_BENCH_ROOT"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--global_batch", type=int, default=12, help="samples a step over all ranks (default: 12)")
     add("--world_sizes", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of ranks")
     add("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes of forward and backward")
+    add("--output", type=Path, help="file of the figures (default: below outputs/bench)")
     args = parser.parse_args()
     for world_size in args.world_sizes:
         if args.global_batch % world_size:
@@ -66,30 +70,37 @@ def make_inputs(root: Path) -> None:
     )
 
 
-def train_on_these_ranks(root: Path, engine: str, dtype: str, args: argparse.Namespace) -> None:
-    """One run, on the ranks of which this is one."""
+def train_on_these_ranks(root: Path, args: argparse.Namespace) -> None:
+    """Every engine and dtype, on the ranks of which this is one."""
     faulthandler.register(signal.SIGUSR1)
     world_size = int(os.environ["WORLD_SIZE"])
-    sys.argv = [
-        "train_craft.py",
-        *ENGINES[engine],
-        f"--engine.dtype={dtype}",
-        f"--policy.path={root / 'policy'}",
-        "--policy.device=cpu",
-        "--dataset.repo_id=craft-ds/test",
-        f"--dataset.root={root / 'new'}",
-        f"--output_dir={run_directory(root, engine, dtype, world_size)}",
-        f"--steps={args.steps}",
-        f"--batch_size={args.global_batch // world_size}",
-        "--num_workers=0",
-        "--log_freq=1",
-        "--save_checkpoint=false",
-        "--craft.enabled=true",
-        f"--craft.anchor_cache_dir={root / 'anchors'}",
-        f"--craft.anchor_batch_size={args.global_batch // world_size}",
-        "--craft.retention_freq=3",
-    ]
-    train_main()
+    init_distributed()  # once: DeepSpeed does not survive the end of its first process group
+    for engine, dtype in itertools.product(engines(world_size), args.dtypes):
+        sys.argv = [
+            "train_craft.py",
+            *ENGINES[engine],
+            f"--engine.dtype={dtype}",
+            f"--policy.path={root / 'policy'}",
+            "--policy.device=cpu",
+            "--dataset.repo_id=craft-ds/test",
+            f"--dataset.root={root / 'new'}",
+            f"--output_dir={run_directory(root, engine, dtype, world_size)}",
+            f"--steps={args.steps}",
+            f"--batch_size={args.global_batch // world_size}",
+            "--num_workers=0",
+            "--log_freq=1",
+            "--save_checkpoint=false",
+            "--craft.enabled=true",
+            f"--craft.anchor_cache_dir={root / 'anchors'}",
+            f"--craft.anchor_batch_size={args.global_batch // world_size}",
+            "--craft.retention_freq=3",
+        ]
+        train_main()
+    torch.distributed.destroy_process_group()
+
+
+def engines(world_size: int) -> list[str]:
+    return [engine for engine in ENGINES if engine != "single" or world_size == 1]
 
 
 def run_directory(root: Path, engine: str, dtype: str, world_size: int) -> Path:
@@ -108,29 +119,27 @@ def largest_difference(found: list[float], expected: list[float]) -> float:
 
 def main() -> None:
     args = parse_arguments()
-    if _RUN in os.environ:
-        root, engine, dtype = os.environ[_RUN].split(os.pathsep)
-        train_on_these_ranks(Path(root), engine, dtype, args)
+    if _ROOT in os.environ:
+        train_on_these_ranks(Path(os.environ[_ROOT]), args)
         return
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         make_inputs(root)
-        runs = [
-            (engine, dtype, world_size)
-            for engine in ENGINES
-            for dtype in args.dtypes
-            for world_size in ([1] if engine == "single" else args.world_sizes)
-        ]
-        for engine, dtype, world_size in runs:
+        for world_size in args.world_sizes:
             ends = run_ranks(
                 [sys.executable, *sys.argv],
                 world_size,
                 timeout=600,
-                environment={_RUN: os.pathsep.join((str(root), engine, dtype)), "CUDA_VISIBLE_DEVICES": ""},
+                environment={_ROOT: str(root), "CUDA_VISIBLE_DEVICES": ""},
             )
             if any(end.status for end in ends):
-                raise UserError(f"{engine} on {world_size} ranks failed:\n{ends[0].output[-4000:]}")
-        found = {run: curves(run_directory(root, *run)) for run in runs}
+                raise UserError(f"{world_size} ranks failed:\n{ends[0].output[-4000:]}")
+        found = {
+            run: curves(run_directory(root, *run))
+            for world_size in args.world_sizes
+            for engine in engines(world_size)
+            for run in [(engine, dtype, world_size) for dtype in args.dtypes]
+        }
     reference = found["single", "float32", 1]
     print(f"{args.steps} steps, {args.global_batch} samples a step; {hardware()}")
     print("largest difference of any step from the single process in fp32:")
@@ -141,10 +150,12 @@ def main() -> None:
         figures = "".join(f"{value:>22.1e}" for value in differences.values())
         print(f"{engine:>7} {dtype:>9} {world_size:>6}{figures}")
         rows.append({"engine": engine, "dtype": dtype, "world_size": world_size, **differences})
-    write_result(
-        "bench_world_sizes",
-        {"hardware": hardware(), **vars(args), "first_loss": reference["train/loss"][0], "rows": rows},
-    )
+    losses = reference["train/loss"]
+    result = {"hardware": hardware(), **vars(args), "loss": [losses[0], losses[-1]], "rows": rows}
+    if args.output:
+        args.output.write_text(json.dumps(result | {"output": str(args.output)}))
+    else:
+        write_result("bench_world_sizes", result)
 
 
 if __name__ == "__main__":

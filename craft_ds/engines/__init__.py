@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from craft_ds.engines.base import Engine, ReadRange
 from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
@@ -49,12 +50,16 @@ def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
     )
 
 
-def join_ranks(config: TrainConfig) -> None:
+def join_ranks(config: TrainConfig) -> bool:
     """Form the process group that the engine needs. Collective: call on all ranks.
+
+    Returns:
+        Whether one was formed: who forms it leaves it. False where the caller had formed one already.
 
     Raises:
         UserError: DeepSpeed is not installed.
     """
+    formed_by_caller = dist.is_initialized()
     if config.engine.name == "fsdp":
         init_distributed()
     if config.engine.name == "zero":
@@ -66,6 +71,7 @@ def join_ranks(config: TrainConfig) -> None:
                 f"--ds_config needs DeepSpeed ({error}): pip install 'craft-ds[deepspeed]'"
             ) from error
         zero.init_distributed()
+    return dist.is_initialized() and not formed_by_caller
 
 
 def build_engine(

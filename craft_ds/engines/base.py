@@ -124,5 +124,5 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the process group. Collective: call on all ranks."""
+        """Let go of model and optimizer; the process group stays. Collective: call on all ranks."""
         ...

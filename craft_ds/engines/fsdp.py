@@ -181,9 +181,8 @@ class FsdpEngine:
         dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group. Collective: call on all ranks."""
+        """Wait for all ranks: gloo fails the last to leave if the first has left. Collective."""
         dist.barrier()
-        dist.destroy_process_group()
 
 
 def _device() -> torch.device:

@@ -171,7 +171,6 @@ class ZeroEngine:
         dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group. Collective: call on all ranks."""
+        """Let go of model and optimizer, once all ranks are done. Collective: call on all ranks."""
         self._engine.destroy()
         dist.barrier()
-        dist.destroy_process_group()
