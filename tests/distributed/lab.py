@@ -26,9 +26,15 @@ from craft_ds.policies.testing import random_batch, read_from
 from craft_ds.policies.weights import WeightReader, unique_tensors
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
-# What each kind of engine is made with: a DeepSpeed file and what replaces entries of its zero_optimization.
+_TORCH_ADAM: dict = {"zero_force_ds_cpu_optimizer": False}
+_OFFLOAD: dict = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+# What each kind of engine is made with: a DeepSpeed file and what is changed in it.
 ZERO: dict[str, tuple[str, dict]] = {
     "zero3": ("zero3.json", {}),
+    "zero3_offload": ("zero3_offload.json", {}),
+    "zero3_offload_torch": ("zero3_offload.json", _TORCH_ADAM),
+    "zero2": ("zero2.json", {}),
+    "zero2_offload_torch": ("zero2.json", _OFFLOAD | _TORCH_ADAM),
 }
 FSDP: dict[str, FsdpConfig] = {
     "fsdp": FsdpConfig(),
@@ -144,7 +150,8 @@ class Lab:
 
         file, changes = ZERO[self.kind]
         config = read_ds_config(DS_CONFIGS / file)
-        config["zero_optimization"] |= changes
+        sections = {"zero_optimization": config["zero_optimization"] | changes.get("zero_optimization", {})}
+        config |= changes | sections
         resolved = resolve_ds_config(
             config,
             path=file,
@@ -194,13 +201,16 @@ def gradients(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
         engine.gradient()
         for name, parameter in trainable.items():
             yield name, 0, parameter.grad.reshape(-1)
-    elif isinstance(engine, FsdpEngine):
+        return
+    if isinstance(engine, FsdpEngine):
         for shard in engine.shards():
             if shard.name in trainable:
                 gradient = trainable[shard.name].grad
                 local = torch.zeros_like(shard.master) if gradient is None else gradient.to_local()
                 yield shard.name, shard.start, local.reshape(-1)
-    elif engine._engine.zero_optimization_stage() == 3:
+        return
+    engine._layout.prepare_step()  # an offloaded gradient is where those calls look once it is complete
+    if engine._engine.zero_optimization_stage() == 3:
         from deepspeed.utils import safe_get_local_grad
 
         for name, parameter in trainable.items():
@@ -227,9 +237,3 @@ def moments(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
     for shard in engine.shards():
         for key, values in shard.state.items():
             yield f"{shard.name}.{key}", shard.start, values
-
-
-def let_go(engine: Engine) -> None:
-    """Free an engine but stay in the process group: the next scenario needs it."""
-    if not isinstance(engine, SingleEngine | FsdpEngine):
-        engine._engine.destroy()

@@ -75,8 +75,14 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
     Spawn("zero", 2): {
         "zero3": WHOLE | ALL_COSTS | {"untouched-without-zeroing": partial(untouched, zeroing=False)},
     },
+    Spawn("zero_more", 2): {
+        "zero3_offload": CORE | COSTS,
+        "zero3_offload_torch": CORE,
+        "zero2": CORE | COSTS,
+        "zero2_offload_torch": CORE,
+    },
     Spawn("fsdp", 2): {
-        "fsdp": WHOLE | ALL_COSTS | _from("zero3_on2"),
+        "fsdp": WHOLE | ALL_COSTS | _from("zero3_on2", "zero2_on2"),
         "fsdp_offload": CORE | COSTS,
         "fsdp_kept": {"trajectory-accumulate2-clipped": CORE["trajectory-accumulate2-clipped"]},
     },
@@ -86,11 +92,16 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
         | {"untouched-without-zeroing": partial(untouched, zeroing=False)}
         | _from("zero3_on2", "fsdp_on2"),
     },
+    Spawn("zero_more", 3): {
+        "zero3_offload": CORE | _from("zero3_on2"),
+        "zero2": CORE | _from("fsdp_on2"),
+        "zero2_offload_torch": CORE,
+    },
     Spawn("fsdp", 3): {"fsdp": WHOLE | ALL_COSTS | _from("fsdp_on2"), "fsdp_offload": CORE},
     Spawn("fsdp", 4): {"hsdp": CORE | COSTS | _from("fsdp_on3")},
 }
 # Checkpoints that others go on from.
-LOADED = ("zero3_on2", "zero3_on3", "fsdp_on2", "fsdp_on3", "hsdp_on4")
+LOADED = ("zero3_on2", "zero3_on3", "zero2_on2", "fsdp_on2", "fsdp_on3", "hsdp_on4")
 SINGLE: Scenarios = WHOLE | _from(*LOADED)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 from collectives import CollectiveCounter
-from lab import FSDP, Lab, Output, craft_config, gradients, let_go, masters, moments
+from lab import FSDP, Lab, Output, craft_config, gradients, masters, moments
 
 import craft_ds.steps
 from craft_ds.checkpoint import load_checkpoint, save_checkpoint
@@ -43,7 +43,7 @@ def surgery(lab: Lab, mode: str, threshold: float) -> Output:
         NO_CLIP,
     )
     output.values |= {"triple": list(seen.triple), "merge": list(seen.merge), "loss": seen.loss}
-    let_go(engine)
+    engine.close()
     return output
 
 
@@ -88,7 +88,7 @@ def trajectory(
     states = [tensor.dtype for shard in engine.shards() for tensor in (shard.master, *shard.state.values())]
     output.values["dtypes"] = sorted(dtypes)
     output.values["master_dtypes"] = sorted({str(dtype) for dtype in states})
-    let_go(engine)
+    engine.close()
     return output
 
 
@@ -106,7 +106,7 @@ def pi0(lab: Lab, accumulation: int, kinds: str = "TRR", recompute: bool = False
     )
     output.add("parameters", masters(engine))
     output.add("moments", moments(engine))
-    let_go(engine)
+    engine.close()
     return output
 
 
@@ -125,7 +125,7 @@ def untouched(lab: Lab, *, zeroing: bool = True) -> Output:
     accumulate(engine, lab.toy_batches(0, 1))
     output.add("again", gradients(engine))
     engine.drop_gradient()
-    let_go(engine)
+    engine.close()
     return output
 
 
@@ -176,7 +176,7 @@ def collectives(lab: Lab) -> Output:
         for _ in range(3):
             task_only()
         output.values[action.__name__] = _collectives(action)
-    let_go(engine)
+    engine.close()
     return output
 
 
@@ -224,7 +224,7 @@ def memory(lab: Lab) -> Output:
     output.values["gradient"] = sum(
         getattr(p, "ds_numel", p.numel()) * 4 for p in engine.module.parameters() if p.requires_grad
     )
-    let_go(engine)
+    engine.close()
     return output
 
 
@@ -270,7 +270,7 @@ def save_and_resume(lab: Lab) -> Output:
     _continue(lab, engine, output, "RT", 3)
     output.add("unbroken", masters(engine))
     output.add("unbroken", moments(engine))
-    let_go(engine)
+    engine.close()
 
     engine = lab.pi0_engine(directory)
     scheduler_state, craft_state, step = load_checkpoint(directory, engine)
@@ -280,7 +280,7 @@ def save_and_resume(lab: Lab) -> Output:
     _continue(lab, engine, output, "RT", 3)
     output.add("resumed", masters(engine))
     output.add("resumed", moments(engine))
-    let_go(engine)
+    engine.close()
     return output
 
 
@@ -295,7 +295,7 @@ def load_from(lab: Lab, written_by: str) -> Output:
     output.add("loaded", moments(engine))
     _continue(lab, engine, output, "RT", 3)
     output.add("continued", masters(engine))
-    let_go(engine)
+    engine.close()
     return output
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from lab import Lab, Output, let_go, masters
+from lab import Lab, Output, masters
 from toy import deal
 
 import craft_ds.world
@@ -36,7 +36,7 @@ def acting(lab: Lab) -> Output:
             result = task_step(engine, deal(scene(20 + step), 1, lab.rank, lab.world_size), max_norm=1.0)
             assert result.applied
         output.add("acted" if acts else "only trained", masters(engine))
-        let_go(engine)
+        engine.close()
     return output
 
 

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 import pytest  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from collectives import CollectiveCounter  # noqa: E402
-from lab import Lab, let_go, masters  # noqa: E402
+from lab import Lab, masters  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
@@ -190,7 +190,7 @@ def _recomputed(lab: Lab, dtype: str) -> None:
             result, seen = retention_step(engine, task, anchors, None, 1.0, craft, 1.0)
             values += [result.loss, result.grad_norm, *seen.triple]
         found[recompute] = values, {name: part.clone() for name, _, part in masters(engine)}, len(calls)
-        let_go(engine)
+        engine.close()
     (values, parameters, calls_once), (again, parameters_again, calls_twice) = found[False], found[True]
     assert calls_twice == 2 * calls_once > 0
     assert again == values

@@ -24,7 +24,7 @@ def main() -> None:
     from registry import SPAWNS, Spawn
 
     family = sys.argv[1]
-    if family == "zero":
+    if family.startswith("zero"):
         from craft_ds.engines.zero import init_distributed
     else:
         from craft_ds.engines.fsdp import init_distributed
