@@ -1,16 +1,19 @@
 """What a run does before its first step."""
 
 import json
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from craft_ds.config import EngineConfig
 from craft_ds.engines.single import SingleEngine
 from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.testing import make_test_policy_dir
 from craft_ds.policies.weights import WeightReader
-from craft_ds.run import build_fp32_policy, seed_step
+from craft_ds.run import _wrapping_warning, build_fp32_policy, seed_step
 
 
 def test_masters_are_fp32_whatever_the_policy_was_saved_as(tmp_path):
@@ -43,3 +46,22 @@ def test_seeds_differ_by_step_and_rank_and_repeat():
     draws = [draw(step, rank) for step in range(3) for rank in range(3)]
     assert len({tuple(values) for values in draws}) == 9
     assert draw(1, 2) == draws[5]
+
+
+class OneBlock(nn.Module):
+    """All but a bias is in one layer, which cannot be split."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(512, 2048)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_run_says_what_one_large_unit_costs_under_fsdp():
+    config = SimpleNamespace(engine=EngineConfig(name="fsdp", dtype="bfloat16"))
+    warning = _wrapping_warning(config, OneBlock())
+    assert "100% of the parameters are gathered at once" in warning
+    assert "2.0 MiB" in warning  # (512 + 1) * 2048 parameters of 2 bytes
+    assert _wrapping_warning(SimpleNamespace(engine=EngineConfig(name="zero")), OneBlock()) is None
