@@ -12,7 +12,7 @@ bytes          parameters    masters                 moments     gradient       
 =============  ============  ======================  ==========  =================  =====================
 single         4 T + c F     are the parameters      8 T         4 T                4 T, handed over
 fsdp           (4 T + c F)/n are the parameters      8 T/n       4 T/n              4 T/n, handed over
-zero3          c (T + F)/n   4 T/n where c is 2      8 T/n       4 T/n, always      4 T/n, a copy
+zero3          c (T + F)/n   4 T/n, in fp32 too      8 T/n       4 T/n, always      4 T/n, a copy
 zero3_offload  c (T + F)/n   4 T/n on the host       on the host on the host        on the host, no copy
 zero2          c (T + F)     4 T/n                   8 T/n       4 T/n              4 T/n, handed over
 =============  ============  ======================  ==========  =================  =====================
@@ -80,10 +80,8 @@ def plan_memory(trace: PassTrace, workload: Workload, setting: Setting) -> Plan:
         setting: The engine.
     """
     kept = _kept(trace, setting)
-    candidates = [
-        kept_in for kept_in in (_in_pass(trace, workload, setting, kept), _in_step(trace, setting, kept))
-    ]
-    return max(candidates, key=lambda plan: plan.total)
+    moments = _in_pass(trace, workload, setting, kept), _in_step(trace, setting, kept)
+    return max(moments, key=lambda plan: plan.total)
 
 
 def _kept(trace: PassTrace, s: Setting) -> Plan:
@@ -108,7 +106,7 @@ def _kept(trace: PassTrace, s: Setting) -> Plan:
     if s.engine == "fsdp_offload":
         return replace(plan, host=20 * shard + s.compute * frozen_shard)
 
-    masters = 4 * shard * (s.compute == 2 or s.engine != "zero3")
+    masters = 4 * shard
     bucket = s.compute * s.reduce_bucket
     if s.engine == "zero2":
         return replace(

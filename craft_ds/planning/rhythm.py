@@ -23,6 +23,7 @@ class Setting:
         foreach_optimizer: AdamW on all tensors at once, as PyTorch does on an accelerator; else one by one.
         reshard_after_forward: FSDP2 frees a unit after its forward pass.
         reduce_bucket: ZeRO: `reduce_bucket_size`, in elements.
+        prefetch: ZeRO-3: `stage3_prefetch_bucket_size`, in elements.
         persistence: ZeRO-3: `stage3_param_persistence_threshold`; smaller parameters stay gathered.
         max_reuse: ZeRO-3: `stage3_max_reuse_distance`; what is used again within so many stays gathered.
         sub_group: ZeRO-3: `sub_group_size`; elements that are stepped at once.
@@ -34,6 +35,7 @@ class Setting:
     foreach_optimizer: bool = True
     reshard_after_forward: bool = True
     reduce_bucket: int = 100_000_000
+    prefetch: int = 50_000_000
     persistence: int = 100_000
     max_reuse: int = 1_000_000_000
     sub_group: int = 1_000_000_000
@@ -150,8 +152,8 @@ class FsdpRhythm:
 class ZeroRhythm:
     """DeepSpeed ZeRO (`runtime/zero/stage3.py`, `partitioned_param_coordinator.py`, `stage_1_and_2.py`).
 
-    ZeRO-3 gathers into a flat buffer and copies each parameter out of it, and keeps what the recorded order
-    of modules uses again within `stage3_max_reuse_distance` elements: of a model below half of that,
+    ZeRO-3 gathers ahead into a flat buffer and copies each parameter out of it. It keeps what the recorded
+    order of modules uses again within `stage3_max_reuse_distance` elements: of a model below half of that,
     everything from forward to backward. Gradients are copied into the bucket as they come; a full bucket is
     flattened once more and reduced.
     """
@@ -189,8 +191,10 @@ class ZeroRhythm:
     def _gather(self, unit: int) -> int:
         if not self._gathers or unit in self._gathered:
             return 0
+        missing = sum(self._large(other) for other in self._reuse.keys() - self._gathered)
         self._gathered.add(unit)
-        return self._held() + self._s.compute * self._large(unit)
+        ahead = max(self._large(unit), min(self._s.prefetch, missing))
+        return self._held() + self._s.compute * ahead
 
     def _reduce(self, numel: int) -> int:
         flushed = self._flush() if self._bucket + numel > self._s.reduce_bucket else 0

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
+from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import (
     ACTION_TOKEN_MASK,
@@ -205,11 +206,12 @@ def simulate_pass(
         raise UserError(f"policy type {config.type}: activations can be planned for pi0_fast only")
     config = _with_cameras(config, workload.cameras)
     policy = skeleton_without_tokenizers(config).train()
-    units = shard_units(policy)
+    assert isinstance(policy, PI0FastPolicy)
     if lora is not None:
         _adapt_(policy, lora)
     if freeze is not None:
         freeze(policy)
+    units = shard_units(policy)
     if checkpointing:
         checkpoint_activations(policy)
     described = _describe(policy, units)
@@ -288,7 +290,7 @@ class _Adapted(nn.Module):
         return (result + self.up(self.down(x.to(self.down.weight.dtype))) * 1.0).to(result.dtype)
 
 
-def _adapt_(policy: nn.Module, lora: Lora) -> None:
+def _adapt_(policy: PI0FastPolicy, lora: Lora) -> None:
     policy.requires_grad_(False)
     decoder = policy.model.paligemma_with_expert.paligemma.model.language_model
     for module in list(decoder.modules()):
