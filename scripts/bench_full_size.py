@@ -9,6 +9,7 @@ ends, 6.9 GB of disk.
 
 import argparse
 import gc
+import json
 import shutil
 import time
 from functools import partial
@@ -48,7 +49,12 @@ from craft_ds.steps import retention_step, task_step
 
 GB = 1e9
 # What DeepSpeed holds beside the shards is made small: every gigabyte counts twice on one machine.
-DS_OPTIONS = {"reduce_bucket_size": 20_000_000, "stage3_max_reuse_distance": 0, "sub_group_size": 50_000_000}
+DS_OPTIONS = {
+    "reduce_bucket_size": 20_000_000,
+    "sub_group_size": 50_000_000,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_reuse_distance": 0,
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -139,6 +145,7 @@ def plan(case: dict[str, Any]) -> Plan:
         compute=2,
         foreach_optimizer=False,
         reduce_bucket=DS_OPTIONS["reduce_bucket_size"],
+        prefetch=DS_OPTIONS["stage3_prefetch_bucket_size"],
         max_reuse=DS_OPTIONS["stage3_max_reuse_distance"],
         sub_group=DS_OPTIONS["sub_group_size"],
     )
@@ -196,17 +203,18 @@ def show_plan(case: dict[str, Any]) -> dict[str, Any]:
     return vars(planned) | {"total": planned.total}
 
 
-def show_measured(results: list[dict[str, Any]]) -> None:
-    """Print what the ranks measured."""
+def show_measured(results: list[dict[str, Any]], planned: int) -> None:
+    """Print what the ranks measured, and the planner's error."""
     for rank, one in enumerate(results):
         stages = ", ".join(
             f"{name} {one[name]['peak'] / GB:.2f} GB {one[name]['seconds']:.1f} s"
             for name in ("load", "task_step", "retention_step")
         )
         print(f"  rank {rank}: {one['before'] / GB:.2f} GB before; peaks: {stages}")
+    error = planned / max(one["retention_step"]["peak"] - one["before"] for one in results) - 1
     both = max(sum(one[name]["peak"] for one in results) for name in ("load", "task_step", "retention_step"))
     print(
-        f"  all ranks together at most {both / GB:.2f} GB resident; losses {results[0]['loss']}, "
+        f"  all ranks together at most {both / GB:.2f} GB resident; the plan is {error:+.1%} off; losses {results[0]['loss']}, "
         f"cosine {results[0]['cosine']:.4f}",
         flush=True,
     )
@@ -245,12 +253,19 @@ def main() -> None:
         for case, planned in zip(cases, plans, strict=True):
             print(f"\n{case['engine']}, measured")
             results = run_case(case, args.ranks, timeout=1800)
-            show_measured(results)
-            rows.append(case | {"planned": planned, "ranks_measured": results})
+            show_measured(results, planned["total"])
+            rows.append(case | {"hardware": hardware(), "planned": planned, "ranks_measured": results})
     finally:
         if not args.keep:
             shutil.rmtree(args.directory)
-    write_result("bench_full_size", {"hardware": hardware(), "parameters": count, "rows": rows})
+    write_result("bench_full_size", {"parameters": count, "rows": rows + earlier_rows(args)})
+
+
+def earlier_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What an earlier call measured of the same model with the engines that this one left out."""
+    path = OUTPUTS / "bench_full_size.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return [row for row in rows if row["engine"] not in args.engine and row["layers"] == args.layers]
 
 
 if __name__ == "__main__":

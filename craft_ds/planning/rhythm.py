@@ -110,6 +110,8 @@ class FsdpRhythm:
         elif event.kind == "forward_end" and unit not in self._backward and self._s.reshard_after_forward:
             self._gathered.discard(unit)
         elif event.kind == "backward":
+            # A frozen unit ends without a gradient: when the next begins.
+            self._gathered -= {done for done in self._backward if not self._units[done].trainable}
             self._backward.add(unit)
             momentary = self._gather(unit)
             before = self._before.get(unit)
@@ -164,6 +166,7 @@ class ZeroRhythm:
         self._gathers = setting.engine != "zero2"
         self._bucket = 0
         self._gathered: set[int] = set()
+        self._backward: set[int] = set()
         self._done = [0] * len(trace.units)
         order = dict.fromkeys(e.unit for e in trace.events if e.kind == "forward")
         self._reuse, after = {}, 0
@@ -174,6 +177,10 @@ class ZeroRhythm:
     def on(self, event: Event) -> tuple[int, int]:
         """Gather, free or reduce the event's unit."""
         unit, momentary = event.unit, 0
+        if event.kind == "backward":
+            # A frozen unit ends without a gradient: when the next begins.
+            self._gathered -= {done for done in self._backward if not self._units[done].trainable}
+            self._backward.add(unit)
         if event.kind in ("forward", "backward"):
             momentary = self._gather(unit)
         elif event.kind == "forward_end" and self._reuse[unit] >= self._s.max_reuse:

@@ -1,5 +1,7 @@
 """What engines hold while a pass goes on, on a pass of two units that is written out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from craft_ds.planning.rhythm import Setting, make_rhythm
@@ -68,6 +70,19 @@ def test_zero3_reduces_when_the_bucket_is_full(trace):
     options = {"engine": "zero3", "ranks": 2, "persistence": 1000}
     assert held(trace, **options, reduce_bucket=1000)[1] == 410
     assert held(trace, **options, reduce_bucket=300)[1] == 300
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_a_frozen_unit_is_freed_when_the_next_begins(trace, engine):
+    units = (trace.units[FIRST], replace(trace.units[SECOND], trainable=0, frozen=300), trace.units[ROOT])
+    events = tuple(event for event in trace.events if (event.kind, event.unit) != ("gradient", SECOND))
+    steady, _, _ = held(replace(trace, units=units, events=events), engine=engine, ranks=2, persistence=0)
+    before, after = (
+        events.index(Event("backward", SECOND, 0, 0, 0)),
+        events.index(Event("backward", FIRST, 0, 0, 0)),
+    )
+    assert steady[before] >= 400
+    assert steady[after] <= 110
 
 
 def test_zero2_gathers_nothing(trace):

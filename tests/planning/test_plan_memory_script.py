@@ -1,0 +1,71 @@
+"""The command, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "plan_memory.py"
+SMALL = (
+    "--policy.type=tiny_pi0_fast",
+    "--policy.text_width=32",
+    "--policy.text_depth=1",
+    "--batch_size=1",
+    "--world_size=2",
+)
+
+
+def run(*arguments: str, directory: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        cwd=directory,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_policy_type_is_planned_for_the_engines_asked_for(tmp_path):
+    ended = run(*SMALL, "--engine", "fsdp", "zero3", "--lora_rank=2", "--json", directory=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads(ended.stdout)
+    assert [(row["engine"], row["lora_rank"]) for row in rows] == [
+        ("fsdp", 0),
+        ("zero3", 0),
+        ("fsdp", 2),
+        ("zero3", 2),
+    ]
+    for row in rows:
+        plans = row["activation_checkpointing"]
+        assert 0 < plans["full"]["total"] <= plans["none"]["total"]
+        assert plans["none"]["fits_gib"] == "24"
+
+
+def test_a_policy_directory_needs_only_its_configuration(inputs, tmp_path):
+    (tmp_path / "config.json").write_text((inputs.policy / "config.json").read_text())
+    ended = run(f"--policy.path={tmp_path}", "--engine=single", "--lora_rank=0", directory=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0].startswith("tiny_pi0_fast, 0.1 M parameters, bfloat16, 1 ranks")
+    assert lines[-1].split()[0] == "single"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: give either --policy.path or --policy.type"),
+        (["--policy.type=pi0_fast", "--nonsense=1"], "error: unknown argument --nonsense=1"),
+        (["--policy.type=nonsense"], "error: no policy configuration from these --policy.* flags"),
+        ([*SMALL, "--dp_replicate=3"], "error: --dp_replicate=3 must divide --world_size=2"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path):
+    ended = run(*arguments, directory=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(message)
+    assert ended.stderr.count("\n") == 1
