@@ -214,8 +214,8 @@ def show_measured(results: list[dict[str, Any]], planned: int) -> None:
     error = planned / max(one["retention_step"]["peak"] - one["before"] for one in results) - 1
     both = max(sum(one[name]["peak"] for one in results) for name in ("load", "task_step", "retention_step"))
     print(
-        f"  all ranks together at most {both / GB:.2f} GB resident; the plan is {error:+.1%} off; losses {results[0]['loss']}, "
-        f"cosine {results[0]['cosine']:.4f}",
+        f"  all ranks together at most {both / GB:.2f} GB resident; the plan is {error:+.1%} off\n"
+        f"  losses {results[0]['loss']}, cosine {results[0]['cosine']:.4f}",
         flush=True,
     )
 
