@@ -34,7 +34,9 @@ from torch.utils._pytree import tree_leaves
 from craft_ds.cli import run_main
 from craft_ds.engines.base import Batch
 from craft_ds.memory_counter import MemoryCounter
-from craft_ds.planning.plan import Plan, Setting, plan_memory
+from craft_ds.planning import ENGINES
+from craft_ds.planning.plan import Plan, plan_memory
+from craft_ds.planning.rhythm import Setting
 from craft_ds.planning.simulate import Workload, simulate_pass, skeleton_without_tokenizers
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.testing import random_batch
@@ -42,7 +44,6 @@ from craft_ds.policies.tiny import TinyPI0FastConfig
 from craft_ds.steps import retention_step
 
 MIB = 1 << 20
-KINDS = ("single", "zero2", "zero3", "zero3_offload", "fsdp", "fsdp_offload")
 
 
 class AllocationCounter(MemoryCounter):
@@ -71,7 +72,7 @@ class AllocationCounter(MemoryCounter):
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and not leaf.is_meta:
             # A sharded tensor is a shell around the local one.
             yield getattr(leaf, "_local_tensor", leaf).untyped_storage()
 
@@ -81,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--policy", choices=("teacher", "mid"), nargs="+", default=["teacher", "mid"])
-    parser.add_argument("--engine", choices=KINDS, nargs="+", default=["single", "zero3", "fsdp"])
+    parser.add_argument("--engine", choices=ENGINES, nargs="+", default=["single", "zero3", "fsdp"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])
     parser.add_argument("--checkpointing", choices=("none", "full"), nargs="+", default=["none"])
     parser.add_argument("--batch_size", type=int, default=8, help="samples a rank (default: 8)")

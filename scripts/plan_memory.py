@@ -10,44 +10,11 @@ One line an engine: the peak of a retention step, the dearest there is, at the l
 
 import argparse
 import json
-from collections.abc import Iterator
-from functools import cache
-from itertools import chain, product
-from typing import NamedTuple
+from typing import Any
 
-import draccus
-import torch
-from lerobot.configs import PreTrainedConfig
-
-import craft_ds.policies.tiny  # noqa: F401 - makes the type tiny_pi0_fast known
 from craft_ds.cli import run_main
 from craft_ds.errors import UserError, exits_as_user_error, one_line
-from craft_ds.planning.plan import ENGINES, Plan, Setting, plan_memory
-from craft_ds.planning.simulate import Lora, PassTrace, Workload, simulate_pass
-
-GIB = 1 << 30
-COLUMNS = (
-    "parameters",
-    "optimizer",
-    "gradient",
-    "second_gradient",
-    "buffers",
-    "gathered",
-    "activations",
-    "logits",
-)
-HEADINGS = ("params", "optim", "grad", "g_t", "buffers", "gathered", "activ", "logits")
-
-
-class Row(NamedTuple):
-    """One engine's plans, without and with activation checkpointing."""
-
-    engine: str
-    lora: Lora | None
-    trainable: int
-    frozen: int
-    plain: Plan
-    checkpointed: Plan
+from craft_ds.planning import ENGINES
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -77,23 +44,29 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         raise UserError(
             f"unknown argument {unknown[0]} (see --help; a policy's fields as --policy.NAME=VALUE)"
         )
+    if bool(args.path) == bool(args.type):
+        raise UserError("give either --policy.path or --policy.type")
     for name in ("world_size", "dp_replicate", "batch_size", "prompt_length", "action_length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
     if args.world_size % args.dp_replicate:
         raise UserError(f"--dp_replicate={args.dp_replicate} must divide --world_size={args.world_size}")
     try:
-        args.sizes = [float(size) for size in args.gpu_gb.split(",")]
+        args.gpus = tuple(float(size) for size in args.gpu_gb.split(","))
     except ValueError:
         raise UserError(f"--gpu_gb={args.gpu_gb}: sizes in GiB, separated by commas") from None
     return args, [flag.removeprefix("--policy.") for flag in rest]
 
 
-def policy_config(args: argparse.Namespace, fields: list[str]) -> PreTrainedConfig:
+def policy_config(args: argparse.Namespace, fields: list[str]) -> Any:
     """The policy's configuration, from its directory or from its type and fields."""
+    # Imported late: what is wrong with the flags, and --help, need no torch.
+    import draccus
+    from lerobot.configs import PreTrainedConfig
+
+    import craft_ds.policies.tiny  # noqa: F401 - makes the type tiny_pi0_fast known
+
     overrides = ["--device=cpu", *(f"--{field}" for field in fields)]
-    if bool(args.path) == bool(args.type):
-        raise UserError("give either --policy.path or --policy.type")
     try:
         with exits_as_user_error():
             if args.path:
@@ -104,91 +77,42 @@ def policy_config(args: argparse.Namespace, fields: list[str]) -> PreTrainedConf
         raise UserError(f"no policy configuration from these --policy.* flags: {one_line(error)}") from error
 
 
-def plan_all(args: argparse.Namespace, config: PreTrainedConfig) -> Iterator[Row]:
-    """A row for every engine, with and without LoRA."""
-    workload = Workload(args.batch_size, args.prompt_length, args.action_length, args.cameras)
-    dtype = getattr(torch, args.dtype)
+def question(args: argparse.Namespace) -> Any:
+    """The flags as the planner wants them."""
+    import torch
 
-    @cache
-    def trace(autocast: bool, checkpointing: bool, lora: Lora | None) -> PassTrace:
-        return simulate_pass(
-            config, workload, dtype=dtype, autocast=autocast, checkpointing=checkpointing, lora=lora
-        )
+    from craft_ds.planning.report import Question
+    from craft_ds.planning.simulate import Lora, Workload
 
-    adapters = [None] + [Lora(args.lora_rank, mlp=args.lora_targets == "all")] * (args.lora_rank > 0)
-    for lora, engine in product(adapters, args.engine):
-        ranks = 1 if engine == "single" else args.world_size
-        if engine.startswith("fsdp"):
-            ranks //= args.dp_replicate
-        setting = Setting(engine, ranks, dtype.itemsize, reduce_bucket=args.reduce_bucket_size)
-        traces = [trace(engine == "single", full, lora) for full in (False, True)]
-        plain, checkpointed = (plan_memory(each, workload, setting) for each in traces)
-        yield Row(engine, lora, traces[0].trainable, traces[0].frozen, plain, checkpointed)
-
-
-def smallest(plan: Plan, args: argparse.Namespace) -> str:
-    """The smallest GPU that holds a plan."""
-    fitting = [size for size in args.sizes if plan.total <= size * GIB * (1 - args.headroom)]
-    return f"{min(fitting):g}" if fitting else "none"
+    return Question(
+        workload=Workload(args.batch_size, args.prompt_length, args.action_length, args.cameras),
+        engines=tuple(args.engine),
+        world_size=args.world_size,
+        dp_replicate=args.dp_replicate,
+        dtype=getattr(torch, args.dtype),
+        lora=Lora(args.lora_rank, mlp=args.lora_targets == "all") if args.lora_rank else None,
+        reduce_bucket=args.reduce_bucket_size,
+        gpus=args.gpus,
+        headroom=args.headroom,
+    )
 
 
 def main() -> None:
     args, fields = parse_arguments()
-    config = policy_config(args, fields)
-    rows = plan_all(args, config)
+    config, asked = policy_config(args, fields), question(args)
+
+    from craft_ds.planning.report import as_json, plan_all, table
+
+    rows = plan_all(config, asked)
     if args.json:
-        print(json.dumps([as_json(row, args) for row in rows], indent=1))
+        print(json.dumps([as_json(row, asked) for row in rows], indent=1))
         return
-    first = next(rows)
-    unit, scale = ("GiB", GIB) if first.plain.total >= GIB else ("MiB", 1 << 20)
     print(
-        f"{config.type}, {first.trainable / 1e6:,.1f} M parameters, {args.dtype}, {args.world_size} ranks; "
-        f"{args.batch_size} samples a rank, {args.prompt_length} + {args.action_length} tokens\n"
-        f"{unit} a rank at the peak of a retention step; after the bar, --activation_checkpointing=full\n"
-        f"fits: the smallest of {args.gpu_gb} GiB, {args.headroom:.0%} of it kept free\n"
+        f"{config.type} in {args.dtype} on {args.world_size} ranks; {args.batch_size} samples a rank, "
+        f"{args.prompt_length} + {args.action_length} tokens"
     )
-    heading = "".join(f"{name:>9}" for name in HEADINGS)
-    print(f"{'':14}{heading}{'total':>9}{'host':>7}{'fits':>6} |{'activ':>8}{'total':>8}{'fits':>6}")
-    for row in chain([first], rows):
-        if row.engine == args.engine[0]:
-            print(describe(row))
-        print(line(row, args, scale), flush=True)
-
-
-def describe(row: Row) -> str:
-    """What is trained."""
-    if row.lora is None:
-        return "full training"
-    return (
-        f"LoRA of rank {row.lora.rank} on attention{' and MLP' * row.lora.mlp} of the decoder: "
-        f"{row.trainable / 1e6:,.1f} M train, the base is frozen"
-    )
-
-
-def line(row: Row, args: argparse.Namespace, scale: int) -> str:
-    """One engine."""
-    plain, full = row.plain, row.checkpointed
-    columns = "".join(f"{getattr(plain, name) / scale:9.1f}" for name in COLUMNS)
-    return (
-        f"  {row.engine:<14}{columns[2:]}{plain.total / scale:9.1f}{plain.host / scale:7.1f}"
-        f"{smallest(plain, args):>6} |{full.activations / scale:8.1f}{full.total / scale:8.1f}"
-        f"{smallest(full, args):>6}"
-    )
-
-
-def as_json(row: Row, args: argparse.Namespace) -> dict:
-    """One engine, in bytes."""
-    plans = {"none": row.plain, "full": row.checkpointed}
-    return {
-        "engine": row.engine,
-        "lora_rank": row.lora.rank if row.lora else 0,
-        "trainable": row.trainable,
-        "frozen": row.frozen,
-        "activation_checkpointing": {
-            name: vars(plan) | {"total": plan.total, "fits_gib": smallest(plan, args)}
-            for name, plan in plans.items()
-        },
-    }
+    for line in table(rows, asked):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,3 +4,5 @@
 writes down how many bytes are alive between any two events. `plan` adds to that trace, by arithmetic
 alone, what each engine keeps, gathers and reduces.
 """
+
+ENGINES = ("single", "zero2", "zero3", "zero3_offload", "fsdp", "fsdp_offload")

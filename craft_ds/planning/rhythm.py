@@ -9,15 +9,13 @@ from typing import Protocol
 
 from craft_ds.planning.simulate import Event, PassTrace
 
-ENGINES = ("single", "zero2", "zero3", "zero3_offload", "fsdp", "fsdp_offload")
-
 
 @dataclass(frozen=True)
 class Setting:
     """What decides an engine's memory beside the pass itself.
 
     Attributes:
-        engine: One of `ENGINES`.
+        engine: One of `craft_ds.planning.ENGINES`.
         ranks: That share a copy of the model.
         compute: Bytes of an element in forward: 4, or 2 in bfloat16.
         foreach_optimizer: AdamW on all tensors at once, as PyTorch does on an accelerator; else one by one.
@@ -186,6 +184,9 @@ class ZeroRhythm:
         elif event.kind == "forward_end" and self._reuse[unit] >= self._s.max_reuse:
             self._gathered.discard(unit)
         elif event.kind == "gradient":
+            if not self._gathers:
+                # ZeRO-2 makes its shard of the gradient in each pass, when it first needs it.
+                self.gradient = 4 * -(-sum(each.trainable for each in self._units) // self._s.ranks)
             momentary = self._held() + self._reduce(event.numel)
             self._done[unit] += event.numel
             if self._done[unit] == self._units[unit].trainable:

@@ -7,7 +7,9 @@ from planning_small import WORKLOAD, full_batch, read, small_config
 from craft_ds.config import CraftConfig
 from craft_ds.engines.single import SingleEngine
 from craft_ds.memory_counter import MemoryCounter
-from craft_ds.planning.plan import ENGINES, Setting, plan_memory
+from craft_ds.planning import ENGINES
+from craft_ds.planning.plan import plan_memory
+from craft_ds.planning.rhythm import Setting
 from craft_ds.planning.simulate import Lora, Workload, simulate_pass, skeleton_without_tokenizers
 from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.steps import retention_step

@@ -51,7 +51,7 @@ def test_a_policy_directory_needs_only_its_configuration(inputs, tmp_path):
     ended = run(f"--policy.path={tmp_path}", "--engine=single", "--lora_rank=0", directory=tmp_path)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
-    assert lines[0].startswith("tiny_pi0_fast, 0.1 M parameters, bfloat16, 1 ranks")
+    assert lines[0].startswith("tiny_pi0_fast in bfloat16 on 1 ranks")
     assert lines[-1].split()[0] == "single"
 
 
