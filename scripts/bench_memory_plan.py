@@ -82,10 +82,10 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--policy", choices=("teacher", "mid"), nargs="+", default=["teacher", "mid"])
-    parser.add_argument("--engine", choices=ENGINES, nargs="+", default=["single", "zero3", "fsdp"])
+    parser.add_argument("--engine", choices=ENGINES, nargs="+", default=ENGINES)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])
     parser.add_argument("--checkpointing", choices=("none", "full"), nargs="+", default=["none"])
-    parser.add_argument("--batch_size", type=int, default=8, help="samples a rank (default: 8)")
+    parser.add_argument("--batch_size", type=int, default=4, help="samples a rank (default: 4)")
     parser.add_argument("--world_size", type=int, default=2, help="ranks of the sharded engines (default: 2)")
     return parser.parse_args()
 
