@@ -185,7 +185,7 @@ class Lab:
         return list(deal(samples(step, retention=retention), accumulation, self.rank, self.world_size))
 
     def pi0_batches(self, step: int, accumulation: int) -> list[Batch]:
-        batch = random_batch(load_policy_config(self.policy_dir), 6, seed=step)
+        batch = random_batch(load_policy_config(self.policy_dir), 9, seed=step)
         return list(deal(batch, accumulation, self.rank, self.world_size))
 
 

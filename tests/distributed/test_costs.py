@@ -39,7 +39,7 @@ def test_the_baseline_is_the_plain_task_step(ranks, name):
 def test_the_counter_sees_what_the_engine_sends(ranks, name):
     names = {name for name, *_ in ranks[name].values[0]["passes_of_task"]}
     assert any("allgather" in name for name in names)
-    assert any("reduce_scatter" in name or "reduce_" in name for name in names)
+    assert any("reduce" in name for name in names)
 
 
 @every("memory")
@@ -54,6 +54,9 @@ def test_no_rank_allocates_a_full_gradient_for_surgery(ranks, name):
     for values in ranks[name].values:
         assert values["gradient"] > (ranks.world_size - 0.1) * values["shard"]
         largest = values["largest"]
-        assert largest["take_gradient"] == values["shard"]
+        if ranks.kind == "fsdp":  # hands its own tensors over, and zeros for what the pass did not touch
+            assert largest["take_gradient"] < values["shard"] / 100
+        else:
+            assert largest["take_gradient"] == values["shard"]
         assert largest["gram"] <= 4 * CPU_BLOCK < values["shard"]
         assert largest["merge"] == largest["merge_"] == 0

@@ -47,8 +47,11 @@ def assert_triple_close(found, expected, tolerance=TOLERANCE):
 def assert_values_close(found, expected, tolerance=TOLERANCE):
     """Losses, norms and triples of every step."""
     one = expected.values[0]
+    seen = [name for name in one if name.startswith(("step", "retention"))]
     for values in found.values:
-        assert values == found.values[0], "the ranks disagree"
+        for name in seen:
+            # To the bit: ranks that round otherwise would one day decide otherwise.
+            assert values[name] == found.values[0][name], f"the ranks disagree: {name}"
         for name, value in one.items():
             if name.startswith("step"):
                 assert values[name] == pytest.approx(value, rel=tolerance), name
@@ -151,8 +154,8 @@ def test_bf16_keeps_fp32_masters_and_moments(ranks, name, reference):
     assert result.values[0]["dtypes"] == ["torch.bfloat16"]
     assert result.values[0]["master_dtypes"] == ["torch.float32"]
     for key, tensor in of(exact, "loaded").items():
-        if "frozen" in key and ranks.kind.startswith("zero"):
-            tensor = tensor.bfloat16().float()  # no optimizer, no master: stored as forward reads it
+        if "frozen" in key:  # no optimizer, no master: stored as forward reads it
+            tensor = tensor.bfloat16().float()
         assert tensor.equal(result.tensors[key]), key
 
 

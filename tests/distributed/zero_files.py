@@ -62,7 +62,7 @@ def train(ranks: lab.Lab) -> lab.Output:
     task_step(engine, ranks.toy_batches(2, 1), 0.0)
     output.add("parameters", lab.masters(engine))
     output.add("moments", lab.moments(engine))
-    lab.engine.close()
+    engine.close()
     return output
 
 
