@@ -44,7 +44,8 @@ from craft_ds.cli import run_main
 from craft_ds.engines.base import Batch
 from craft_ds.planning.plan import Plan, plan_memory
 from craft_ds.planning.rhythm import Setting
-from craft_ds.planning.simulate import Workload, simulate_pass, skeleton_without_tokenizers
+from craft_ds.planning.shapes import Workload, skeleton_without_tokenizers
+from craft_ds.planning.simulate import simulate_pass
 from craft_ds.policies.weights import WeightReader
 from craft_ds.steps import retention_step, task_step
 

@@ -41,7 +41,7 @@ from bench_common import (
 from craft_ds.cli import run_main
 from craft_ds.errors import UserError
 from craft_ds.memory_counter import MemoryCounter
-from craft_ds.planning.simulate import skeleton_without_tokenizers
+from craft_ds.planning.shapes import skeleton_without_tokenizers
 from craft_ds.policies.weights import WeightReader
 from craft_ds.steps import retention_step, task_step
 

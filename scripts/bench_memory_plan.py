@@ -37,7 +37,8 @@ from craft_ds.memory_counter import MemoryCounter
 from craft_ds.planning import ENGINES
 from craft_ds.planning.plan import Plan, plan_memory
 from craft_ds.planning.rhythm import Setting
-from craft_ds.planning.simulate import Workload, simulate_pass, skeleton_without_tokenizers
+from craft_ds.planning.shapes import Workload, skeleton_without_tokenizers
+from craft_ds.planning.simulate import simulate_pass
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.testing import random_batch
 from craft_ds.policies.tiny import TinyPI0FastConfig

@@ -82,7 +82,7 @@ def question(args: argparse.Namespace) -> Any:
     import torch
 
     from craft_ds.planning.report import Question
-    from craft_ds.planning.simulate import Lora, Workload
+    from craft_ds.planning.shapes import Lora, Workload
 
     return Question(
         workload=Workload(args.batch_size, args.prompt_length, args.action_length, args.cameras),

@@ -23,7 +23,8 @@ zero2          c (T + F)     4 T/n                   8 T/n       4 T/n          
 from dataclasses import dataclass, replace
 
 from craft_ds.planning.rhythm import Setting, make_rhythm
-from craft_ds.planning.simulate import PassTrace, Workload
+from craft_ds.planning.shapes import Workload
+from craft_ds.planning.simulate import PassTrace
 
 
 @dataclass(frozen=True)

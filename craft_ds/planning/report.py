@@ -11,7 +11,8 @@ from lerobot.configs import PreTrainedConfig
 
 from craft_ds.planning.plan import Plan, plan_memory
 from craft_ds.planning.rhythm import Setting
-from craft_ds.planning.simulate import Lora, PassTrace, Workload, simulate_pass
+from craft_ds.planning.shapes import Lora, Workload
+from craft_ds.planning.simulate import PassTrace, simulate_pass
 
 GIB = 1 << 30
 _COLUMNS = {

@@ -4,7 +4,7 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
-from craft_ds.planning.simulate import Workload
+from craft_ds.planning.shapes import Workload
 from craft_ds.policies.testing import random_batch
 from craft_ds.policies.tiny import TinyPI0FastConfig
 

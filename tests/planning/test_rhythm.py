@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from craft_ds.planning.rhythm import Setting, make_rhythm
-from craft_ds.planning.simulate import Event, PassTrace, Unit
+from craft_ds.planning.shapes import Unit
+from craft_ds.planning.simulate import Event, PassTrace
 
 FIRST, SECOND, ROOT = 0, 1, 2
 

@@ -11,7 +11,8 @@ from craft_ds.activation_checkpointing import checkpoint_activations
 from craft_ds.errors import UserError
 from craft_ds.memory_counter import MemoryCounter
 from craft_ds.planning.rhythm import SingleRhythm
-from craft_ds.planning.simulate import Lora, Workload, simulate_pass, skeleton_without_tokenizers
+from craft_ds.planning.shapes import Lora, Workload, skeleton_without_tokenizers
+from craft_ds.planning.simulate import simulate_pass
 from craft_ds.policies.adapter import token_loss
 from craft_ds.policies.skeleton import materialize_
 from craft_ds.policies.weights import unique_tensors
