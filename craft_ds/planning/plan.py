@@ -79,8 +79,9 @@ def plan_memory(trace: PassTrace, workload: Workload, setting: Setting) -> Plan:
         setting: The engine.
     """
     kept = _kept(trace, setting)
-    moments = _in_pass(trace, workload, setting, kept), _in_step(trace, setting, kept)
-    return max(moments, key=lambda plan: plan.total)
+    in_pass, in_step = _in_pass(trace, workload, setting, kept), _in_step(trace, setting, kept)
+    # The device decides which moment is the peak; the host must hold both.
+    return replace(max(in_pass, in_step, key=lambda plan: plan.total), host=max(in_pass.host, in_step.host))
 
 
 def _kept(trace: PassTrace, s: Setting) -> Plan:
@@ -103,7 +104,7 @@ def _kept(trace: PassTrace, s: Setting) -> Plan:
             second_gradient=4 * shard,
         )
     if s.engine == "fsdp_offload":
-        return replace(plan, host=20 * shard + s.compute * frozen_shard)
+        return replace(plan, host=16 * shard + s.compute * frozen_shard)
 
     masters = 4 * shard
     bucket = s.compute * s.reduce_bucket
@@ -144,7 +145,8 @@ def _in_pass(trace: PassTrace, workload: Workload, s: Setting, kept: Plan) -> Pl
             now = replace(
                 kept,
                 moment="pass",
-                gradient=kept.gradient + rhythm.gradient,
+                gradient=0 if s.offloads else rhythm.gradient,
+                host=kept.host + rhythm.gradient * s.offloads,
                 gathered=working,
                 activations=own - in_logits,
                 logits=in_logits,
@@ -158,7 +160,7 @@ def _in_step(trace: PassTrace, s: Setting, kept: Plan) -> Plan:
     """The optimizer's step, when the pass's own memory is free again."""
     shard = -(-trace.trainable // s.ranks)
     if s.offloads:
-        return replace(kept, moment="step")
+        return replace(kept, moment="step", host=kept.host + 4 * shard * (s.engine == "fsdp_offload"))
     flat = s.engine.startswith("zero")
     at_once = min(shard, s.sub_group) if flat else shard
     if not s.foreach_optimizer and not flat:

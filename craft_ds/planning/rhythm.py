@@ -48,7 +48,7 @@ class Rhythm(Protocol):
     """An engine during one pass.
 
     Attributes:
-        gradient: Bytes of the accumulated gradient.
+        gradient: Bytes of the accumulated gradient, on the device or, with offload, on the host.
     """
 
     gradient: int
@@ -139,8 +139,7 @@ class FsdpRhythm:
         momentary = self._held() + 4 * (numel + shard)
         self._pending[unit] = 0
         self._reducing = 4 * numel
-        if not self._s.offloads:
-            self.gradient += 4 * shard
+        self.gradient += 4 * shard
         return momentary
 
     def _held(self) -> int:

@@ -84,3 +84,10 @@ def test_logits_are_named_where_they_are_the_peak():
     trace = simulate_pass(config, workload)
     plan = plan_memory(trace, workload, setting("single", 1))
     assert plan.logits in (0, workload.supervised * config.vocab_size * 8)
+
+
+def test_offload_moves_everything_that_is_kept_to_the_host(trace):
+    plan = plan_memory(trace, WORKLOAD, setting("fsdp_offload", 4))
+    assert (plan.parameters, plan.optimizer, plan.gradient, plan.second_gradient) == (0, 0, 0, 0)
+    # Parameters, both moments, g_t and the gradient.
+    assert plan.host == 20 * -(-trace.trainable // 4)
