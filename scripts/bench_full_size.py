@@ -199,9 +199,7 @@ def show_plan(case: dict[str, Any]) -> dict[str, Any]:
     parts = {name: value for name, value in vars(planned).items() if isinstance(value, int) and value}
     print(f"\n{case['engine']} on {case['ranks']} ranks, planned GB a rank at the peak of a retention step:")
     print("  " + ", ".join(f"{name} {value / GB:.2f}" for name, value in parts.items()))
-    print(
-        f"  total {planned.total / GB:.2f}, both ranks {case['ranks'] * planned.total / GB:.2f}", flush=True
-    )
+    print(f"  total {planned.total / GB:.2f}, all ranks {case['ranks'] * planned.total / GB:.2f}", flush=True)
     return vars(planned) | {"total": planned.total}
 
 
