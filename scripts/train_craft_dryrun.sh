@@ -3,6 +3,7 @@
 # export.
 #
 #   bash scripts/train_craft_dryrun.sh                                                one process
+#   LAUNCH="torchrun --nproc-per-node 2" bash scripts/train_craft_dryrun.sh --engine=fsdp
 #   LAUNCH="deepspeed --num_gpus 2" bash scripts/train_craft_dryrun.sh --ds_config ds_configs/zero3.json
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

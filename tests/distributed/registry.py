@@ -18,6 +18,7 @@ from scenarios import (
     collectives,
     failing_rank,
     load_from,
+    loading,
     memory,
     pi0,
     save_and_resume,
@@ -62,7 +63,7 @@ WHOLE: Scenarios = {
     "five-retention-steps": partial(pi0, accumulation=1, kinds="RRRRR"),
 }
 # Only sharded engines.
-COSTS: Scenarios = {"collectives": collectives}
+COSTS: Scenarios = {"collectives": collectives, "loading": loading}
 ALL_COSTS: Scenarios = COSTS | {"memory": memory, "failing_rank": failing_rank}
 
 

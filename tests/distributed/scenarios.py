@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 from collectives import CollectiveCounter
 from lab import FSDP, Lab, Output, craft_config, gradients, masters, moments
+from torch import Tensor
 
 import craft_ds.steps
 from craft_ds.checkpoint import load_checkpoint, save_checkpoint
@@ -15,6 +16,8 @@ from craft_ds.distributed import all_ranks, on_main
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
 from craft_ds.memory_counter import MemoryCounter
+from craft_ds.policies.loading import build_policy, load_policy_config
+from craft_ds.policies.weights import WeightReader
 from craft_ds.steps import accumulate, measure, retention_step, task_step
 from craft_ds.tensor_file import TensorFile
 from craft_ds.trainer import _one_step
@@ -228,6 +231,22 @@ def memory(lab: Lab) -> Output:
     return output
 
 
+def loading(lab: Lab) -> Output:
+    """How many elements a rank reads from the file while its engine is made."""
+    policy = build_policy(load_policy_config(lab.policy_dir), lab.policy_dir)
+    total, read = sum(parameter.numel() for parameter in policy.parameters()), 0
+    with WeightReader(lab.policy_dir, policy) as weights:
+
+        def counted(name: str, start: int, stop: int) -> Tensor:
+            nonlocal read
+            read += stop - start
+            return weights.read(name, start, stop)
+
+        engine = lab.engine(policy, counted)
+    engine.close()
+    return Output(values={"read": read, "total": total, "replicas": engine.replicas})
+
+
 def _continue(lab: Lab, engine: Engine, output: Output, kinds: str, first: int) -> None:
     _steps(
         engine,
@@ -243,7 +262,6 @@ def _continue(lab: Lab, engine: Engine, output: Output, kinds: str, first: int) 
 def _train_config(lab: Lab):
     from lerobot.configs.default import DatasetConfig
 
-    from craft_ds.policies.loading import load_policy_config
     from craft_ds.train_config import TrainConfig
 
     config = TrainConfig(dataset=DatasetConfig(repo_id="none"), policy=load_policy_config(lab.policy_dir))

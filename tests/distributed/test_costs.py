@@ -60,3 +60,12 @@ def test_no_rank_allocates_a_full_gradient_for_surgery(ranks, name):
             assert largest["take_gradient"] == values["shard"]
         assert largest["gram"] <= 4 * CPU_BLOCK < values["shard"]
         assert largest["merge"] == largest["merge_"] == 0
+
+
+@every("loading")
+def test_each_rank_reads_what_it_keeps_and_no_more(ranks, name):
+    seen = ranks[name].values
+    assert sum(values["read"] for values in seen) == seen[0]["total"] * seen[0]["replicas"]
+    share = seen[0]["total"] * seen[0]["replicas"] / ranks.world_size
+    # Rows do not divide evenly: the first rank has a little more.
+    assert all(values["read"] <= 1.1 * share for values in seen)
