@@ -110,7 +110,7 @@ class ZeroEngine:
     def act(self, batch: Batch) -> Tensor:
         """The policy's greedy action chunk. Collective: call on all ranks, equally often."""
         self._engine.eval()
-        return self._engine(batch, call=action_chunk)
+        return self._engine(batch, call=action_chunk).float()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient. Collective: call on all ranks."""
