@@ -117,9 +117,13 @@ class FsdpConfig:
         dp_replicate: Copies of the sharded model (hybrid sharding, HSDP); 1: none.
         reshard_after_forward: Free gathered parameters between forward and backward; false gathers them once
             a pass and holds the whole model meanwhile.
-        cpu_offload: Keep parameters, gradients and optimizer state in CPU memory.
+        cpu_offload: Keep parameters, gradients and optimizer state in CPU memory. On an accelerator this
+            needs a policy that moves its inputs by hand to the right device: LeRobot's go where their first
+            parameter lies, which is the accelerator only if that parameter belongs to no shard unit, as in
+            pi0_fast.
         param_dtype: Dtype of gathered parameters; `auto`: that of `--engine.dtype`.
-        reduce_dtype: Dtype in which gradients are reduced and kept; `auto`: as `param_dtype`.
+        reduce_dtype: Dtype in which gradients are reduced over ranks; they are kept in fp32. `auto`: as
+            `param_dtype`.
     """
 
     dp_shard: int = -1

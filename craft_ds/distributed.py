@@ -1,11 +1,33 @@
 """What the ranks do together beside training: exchange values, and fail all at once."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from craft_ds.errors import UserError
+
+
+def join_process_group() -> None:
+    """Join the process group that the launcher described, or form one of a single process.
+
+    Every rank takes its own accelerator first: what is exchanged before a model is built would otherwise go
+    through the first one of them. Does nothing where there is a process group already. Collective: call on
+    all ranks.
+    """
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # Gradients and masters that are kept on the CPU, and exchanged objects, go by gloo.
+        backend = "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from craft_ds.checkpoint import load_checkpoint, read_manifest, save_checkpoint,
 from craft_ds.data import check_processors, heldout_batches, images_to_float, load_datasets, training_batches
 from craft_ds.distributed import all_ranks, gather_objects, main_first
 from craft_ds.dual import DualState, RetentionRecord
-from craft_ds.engines import build_engine, check_engine, join_ranks
+from craft_ds.engines import build_engine, check_engine, join_group
 from craft_ds.engines.base import Batch, Engine
 from craft_ds.engines.fsdp_layout import gathered_dtype
 from craft_ds.errors import UserError
@@ -223,7 +223,7 @@ def open_run(config: TrainConfig) -> Run:
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cudnn.benchmark = not config.cudnn_deterministic
     ds_config = check_engine(config, world_size)
-    owns_group = join_ranks(config)
+    owns_group = join_group(config)
     cache, policy_dir = all_ranks(lambda: _check_inputs(config))
     cameras = policy_cameras(config.policy)
     train, heldout = main_first(lambda: load_datasets(config, cameras, world_size))

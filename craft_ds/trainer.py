@@ -19,7 +19,7 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
     which merges the gradients of both losses and moves the multiplier λ by dual ascent. With
     `craft.enabled=false` every step is a plain task step and no anchor is read.
 
-    Collective under a launcher (`deepspeed`): call on all ranks.
+    Collective under a launcher (`torchrun`, `deepspeed`): call on all ranks.
 
     Args:
         config: The run, as `lerobot-train` knows it, with craft-ds's additions.

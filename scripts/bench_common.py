@@ -18,6 +18,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
 from craft_ds.config import CraftConfig, FsdpConfig
+from craft_ds.distributed import join_process_group
 from craft_ds.engines.base import Batch, Engine, ReadRange
 from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
 from craft_ds.engines.single import SingleEngine
@@ -168,9 +169,7 @@ def join_ranks(kind: str) -> None:
 
         init_distributed()
     elif kind.startswith("fsdp"):
-        from craft_ds.engines import fsdp
-
-        fsdp.init_distributed()
+        join_process_group()
 
 
 def make_engine(

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from craft_ds.cli import run_main
 from craft_ds.engines.base import Batch
+from craft_ds.errors import UserError
 from craft_ds.memory_counter import MemoryCounter
 from craft_ds.planning import ENGINES
 from craft_ds.planning.plan import Plan, plan_memory
@@ -45,6 +46,7 @@ from craft_ds.policies.tiny import TinyPI0FastConfig
 from craft_ds.steps import retention_step
 
 MIB = 1 << 20
+LIMIT = 0.15
 
 
 class AllocationCounter(MemoryCounter):
@@ -181,6 +183,8 @@ def main() -> None:
     worst = max(abs(row["error"]) for row in rows)
     print(f"largest error: {worst:.1%}")
     write_result("bench_memory_plan", {"hardware": hardware(), "rows": rows})
+    if worst > LIMIT:
+        raise UserError(f"the plan is off by more than {LIMIT:.0%}: see the rows above")
 
 
 def compare(case: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--lora_targets", choices=("attention", "all"), default="all", help="all: attention and MLP")
     add("--gpu_gb", default="24,48,80", help="sizes of GPUs to try, in GiB (default: 24,48,80)")
     add("--headroom", type=float, default=0.08, help="share of a GPU for context and fragments (0.08)")
-    add("--reduce_bucket_size", type=int, default=100_000_000, help="of the DeepSpeed file, in elements")
+    add("--reduce_bucket_size", type=int, help="of your own DeepSpeed file, in elements")
     add("--json", action="store_true", help="print bytes as JSON instead of the table")
     args, rest = parser.parse_known_args()
     unknown = [flag for flag in rest if not (flag.startswith("--policy.") and "=" in flag)]

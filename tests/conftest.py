@@ -1,5 +1,7 @@
 """One small policy, its data sets and its anchors for all tests of the commands: made once, never changed."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +68,21 @@ def inputs(tmp_path_factory):
         )
     )
     return inputs
+
+
+@pytest.fixture(scope="session")
+def compiled_cpu_adam():
+    """DeepSpeed's Adam, compiled before there are ranks with a deadline: it takes minutes, once a machine."""
+    program = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
 
 
 @dataclass(frozen=True)

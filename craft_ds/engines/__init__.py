@@ -6,9 +6,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from craft_ds.distributed import join_process_group
 from craft_ds.engines.base import Engine, ReadRange
 from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
-from craft_ds.engines.fsdp import FsdpEngine, init_distributed, mesh_shape
+from craft_ds.engines.fsdp import FsdpEngine, mesh_shape
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
 from craft_ds.policies.adapter import PolicyWithLoss
@@ -50,7 +51,7 @@ def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
     )
 
 
-def join_ranks(config: TrainConfig) -> bool:
+def join_group(config: TrainConfig) -> bool:
     """Form the process group that the engine needs. Collective: call on all ranks.
 
     Returns:
@@ -61,7 +62,7 @@ def join_ranks(config: TrainConfig) -> bool:
     """
     formed_by_caller = dist.is_initialized()
     if config.engine.name == "fsdp":
-        init_distributed()
+        join_process_group()
     if config.engine.name == "zero":
         try:
             # Imported here: the other engines run without DeepSpeed.

@@ -1,8 +1,9 @@
 """DeepSpeed's configuration file: read it, fill in what the trainer decides, refuse what contradicts it.
 
-What a key means to DeepSpeed was tested against a single process for every key that is let through. Any
-other is refused rather than trusted: two backward passes a step and masters that are read by range are not
-what its other features were made for. `ds_configs/README.md` describes them.
+Only keys that are known to leave the gradients and masters where this trainer looks for them are let through;
+those that decide how gradients travel were tested against a single process. Any other is refused rather than
+trusted: two backward passes a step and masters that are read by range are not what DeepSpeed's other features
+were made for. `ds_configs/README.md` describes them.
 """
 
 import json
@@ -75,7 +76,7 @@ _SECTIONS = {
 }
 # DeepSpeed makes masters from parameters a sub-group at a time, with one more copy of it: a tenth of the
 # default keeps that copy small beside the shard.
-_SUB_GROUP = 100_000_000
+SUB_GROUP = 100_000_000
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def resolve_ds_config(
     offload = _look_up(zero, "offload_optimizer.device", "none") != "none"
     zero.pop("offload_param", None)
     if zero["stage"] == 3:
-        zero.setdefault("sub_group_size", _SUB_GROUP)
+        zero.setdefault("sub_group_size", SUB_GROUP)
     resolved.update(
         train_micro_batch_size_per_gpu=batch_size,
         gradient_accumulation_steps=1,
@@ -177,10 +178,10 @@ def resolve_ds_config(
 
 
 def _without_auto(node: Any) -> Any:
-    """The configuration without its `"auto"` entries, which mean the same as absent ones."""
+    """The configuration without its `"auto"` and null entries, which mean the same as absent ones."""
     if not isinstance(node, dict):
         return node
-    return {key: _without_auto(value) for key, value in node.items() if value != "auto"}
+    return {key: _without_auto(value) for key, value in node.items() if value not in ("auto", None)}
 
 
 def _look_up(node: Any, dotted: str, default: object) -> Any:

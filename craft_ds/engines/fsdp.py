@@ -1,6 +1,5 @@
 """PyTorch's FSDP2 (`fully_shard`) behind the engine protocol."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,24 +15,6 @@ from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.policies.generation import action_chunk
 from craft_ds.policies.skeleton import materialize_
 from craft_ds.policies.weights import unique_tensors
-
-
-def init_distributed() -> None:
-    """Join the process group that the launcher described, or form one of a single process.
-
-    Does nothing where there is a process group already. Collective: call on all ranks.
-    """
-    if dist.is_initialized():
-        return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        # Gradients and masters that are kept on the CPU, and exchanged objects, go by gloo.
-        backend = "cpu:gloo,cuda:nccl"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 class FsdpEngine:

@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO-2 and ZeRO-3 behind the engine protocol."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from craft_ds.distributed import join_process_group
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
 from craft_ds.engines.cpu_adam import cpu_adam
 from craft_ds.engines.zero2_layout import Zero2Layout, without_broadcast
@@ -21,10 +23,12 @@ from craft_ds.policies.skeleton import materialize_
 
 
 def init_distributed() -> None:
-    """Join the process group that the launcher described. Collective: call on all ranks."""
+    """Join the process group and tell DeepSpeed of it. Collective: call on all ranks."""
     if not torch.cuda.is_available():
         # Without it DeepSpeed compiles a shared-memory collective for 70 s; gloo gives the same numbers.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    join_process_group()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it also where no launcher has set it
     deepspeed.init_distributed(verbose=False)
 
 

@@ -114,7 +114,7 @@ def _kept(trace: PassTrace, s: Setting) -> Plan:
             parameters=s.compute * (trainable + frozen),
             optimizer=masters + 8 * shard,
             second_gradient=4 * shard,
-            buffers=bucket,
+            buffers=2 * bucket,  # one is reduced while the other fills
         )
     # Small parameters are gathered once and stay.
     persistent = sum(size for unit in trace.units for size in unit.sizes if size < s.persistence)
@@ -126,7 +126,8 @@ def _kept(trace: PassTrace, s: Setting) -> Plan:
         parameters=stored,
         optimizer=masters + 8 * shard,
         second_gradient=4 * shard,
-        buffers=bucket + 4 * shard,
+        gradient=4 * shard,  # one buffer, made with the engine
+        buffers=bucket,
     )
 
 
@@ -145,7 +146,7 @@ def _in_pass(trace: PassTrace, workload: Workload, s: Setting, kept: Plan) -> Pl
             now = replace(
                 kept,
                 moment="pass",
-                gradient=0 if s.offloads else rhythm.gradient,
+                gradient=kept.gradient + rhythm.gradient * (not s.offloads),
                 host=kept.host + rhythm.gradient * s.offloads,
                 gathered=working,
                 activations=own - in_logits,
@@ -162,12 +163,11 @@ def _in_step(trace: PassTrace, s: Setting, kept: Plan) -> Plan:
     if s.offloads:
         return replace(kept, moment="step", host=kept.host + 4 * shard * (s.engine == "fsdp_offload"))
     flat = s.engine.startswith("zero")
-    at_once = min(shard, s.sub_group) if flat else shard
+    at_once = min(shard, s.sub_group) if s.engine == "zero3" else shard
     if not s.foreach_optimizer and not flat:
         at_once = min(shard, -(-trace.largest // s.ranks))
     # PyTorch's AdamW: the root of the second moment, and on the CPU its quotient before the root is freed.
     temporaries = (4 if s.foreach_optimizer else 8) * at_once
     # ZeRO steps on a flat copy of the gradient.
     copy = 4 * at_once if flat else 0
-    gradient = 0 if s.engine == "zero3" else 4 * shard
-    return replace(kept, moment="step", gradient=gradient, gathered=copy, activations=temporaries)
+    return replace(kept, moment="step", gradient=4 * shard, gathered=copy, activations=temporaries)

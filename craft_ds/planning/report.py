@@ -38,7 +38,7 @@ class Question:
         dp_replicate: Replicas of an HSDP run.
         dtype: Of forward and backward.
         lora: Adapters to plan beside full training; None: full training only.
-        reduce_bucket: ZeRO: `reduce_bucket_size`, in elements.
+        reduce_bucket: ZeRO: `reduce_bucket_size`, in elements; None: as the project's own files.
         gpus: Sizes of GPUs to try, in GiB.
         headroom: Share of a GPU that is kept free, for context and fragmentation.
     """
@@ -49,7 +49,7 @@ class Question:
     dp_replicate: int
     dtype: torch.dtype
     lora: Lora | None
-    reduce_bucket: int
+    reduce_bucket: int | None
     gpus: tuple[float, ...]
     headroom: float
 
@@ -92,9 +92,8 @@ def plan_all(config: PreTrainedConfig, question: Question) -> Iterator[Row]:
         ranks = 1 if engine == "single" else question.world_size
         if engine.startswith("fsdp"):
             ranks //= question.dp_replicate
-        setting = Setting(
-            engine, ranks, compute=question.dtype.itemsize, reduce_bucket=question.reduce_bucket
-        )
+        bucket = question.reduce_bucket or (50_000_000 if engine == "zero2" else 100_000_000)
+        setting = Setting(engine, ranks, compute=question.dtype.itemsize, reduce_bucket=bucket)
         traces = [trace(engine == "single", full, lora) for full in (False, True)]
         plain, checkpointed = (plan_memory(each, question.workload, setting) for each in traces)
         yield Row(engine, lora, traces[0].trainable, traces[0].frozen, plain, checkpointed)

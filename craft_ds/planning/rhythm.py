@@ -7,6 +7,7 @@ and from then until the next event.
 from dataclasses import dataclass
 from typing import Protocol
 
+from craft_ds.engines.ds_config import SUB_GROUP
 from craft_ds.planning.simulate import Event, PassTrace
 
 
@@ -36,7 +37,7 @@ class Setting:
     prefetch: int = 50_000_000
     persistence: int = 100_000
     max_reuse: int = 1_000_000_000
-    sub_group: int = 1_000_000_000
+    sub_group: int = SUB_GROUP
 
     @property
     def offloads(self) -> bool:

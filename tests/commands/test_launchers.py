@@ -121,6 +121,24 @@ def test_a_run_goes_on_in_the_other_engine(engine, whole_run, tmp_path):
     assert losses(tmp_path / "on") == pytest.approx(losses(output)[2:], abs=1e-5)
 
 
+@pytest.mark.parametrize("flags", ENGINE.values(), ids=ENGINE)
+def test_without_a_launcher_a_sharded_engine_runs_on_one_process(inputs, tmp_path, flags):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    ended = subprocess.run(
+        [sys.executable, "scripts/train_craft.py", *inputs.flags(tmp_path / "run"), "--steps=1", *flags],
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "engine on 1 rank " in ended.stdout
+    assert_trained(tmp_path / "run" / "final", inputs.policy)
+
+
 def test_the_launcher_reports_bad_input(engine, inputs, tmp_path):
     """A damaged shard, which rank 0 alone reads in full."""
     anchors = tmp_path / "anchors"

@@ -1,8 +1,7 @@
 """The engines under test: spawned when a test first asks for one of them, and the reference beside them."""
 
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +61,7 @@ class Spawner:
 
     lab: Lab
     root: Path
+    compile_cpu_adam: Callable[[], None]
     _outputs: dict[Spawn, str] = field(default_factory=dict)
 
     def __call__(self, ranks: Ranks) -> Found:
@@ -79,7 +79,7 @@ class Spawner:
 
     def _start(self, spawn: Spawn) -> str:
         if spawn.family == "zero_more":
-            compile_cpu_adam()
+            self.compile_cpu_adam()
         directory = self._directory(spawn)
         directory.mkdir()
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), spawn.family]
@@ -90,21 +90,6 @@ class Spawner:
         return output
 
 
-def compile_cpu_adam() -> None:
-    """DeepSpeed's Adam, before there are ranks with a deadline: it takes minutes, once a machine."""
-    program = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
-    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ended = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PATH": binaries},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
-
-
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     policy_dir = make_test_policy_dir(tmp_path_factory.mktemp("policy") / "policy")
@@ -112,8 +97,12 @@ def reference(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def spawner(reference, tmp_path_factory):
-    return Spawner(reference.lab, tmp_path_factory.mktemp("ranks"))
+def spawner(reference, tmp_path_factory, request):
+    return Spawner(
+        reference.lab,
+        tmp_path_factory.mktemp("ranks"),
+        lambda: request.getfixturevalue("compiled_cpu_adam"),
+    )
 
 
 @pytest.fixture

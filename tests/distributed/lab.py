@@ -31,6 +31,7 @@ _OFFLOAD: dict = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 # What each kind of engine is made with: a DeepSpeed file and what is changed in it.
 ZERO: dict[str, tuple[str, dict]] = {
     "zero3": ("zero3.json", {}),
+    "zero3_bf16": ("zero3_bf16.json", {}),
     "zero3_offload": ("zero3_offload.json", {}),
     "zero3_offload_torch": ("zero3_offload.json", _TORCH_ADAM),
     "zero2": ("zero2.json", {}),
@@ -165,8 +166,8 @@ class Lab:
             resolved["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
         return ZeroEngine(module, read, build_optimizer, resolved)
 
-    def toy_engine(self, *, width: int = 7, inner: int = 13, seed: int = 0, **options) -> Engine:
-        policy = ToyPolicy(width, inner, seed)
+    def toy_engine(self, policy: nn.Module | None = None, **options) -> Engine:
+        policy = policy or ToyPolicy()
         read = read_from(policy)
         for tensor in unique_tensors(policy).values():
             tensor.detach().fill_(torch.nan)  # what is not read shows

@@ -45,6 +45,8 @@ CORE: Scenarios = {
     "trajectory-accumulate2-clipped": partial(trajectory, accumulation=2, max_norm=0.05, persistence=0),
     "untouched": untouched,
     "pi0-accumulate2": partial(pi0, accumulation=2),
+    "bf16": partial(trajectory, accumulation=2, max_norm=0.05, dtype="bfloat16"),
+    "tied": partial(trajectory, accumulation=2, max_norm=0.05, tied=True),
     "save_and_resume": save_and_resume,
     "acting": acting,
 }
@@ -57,7 +59,6 @@ WHOLE: Scenarios = {
     **CORE,
     "trajectory-accumulate1-clipped": partial(trajectory, accumulation=1, max_norm=0.05, persistence=0),
     "trajectory-accumulate2-unclipped": partial(trajectory, accumulation=2, max_norm=NO_CLIP),
-    "bf16": partial(trajectory, accumulation=2, max_norm=0.05, dtype="bfloat16"),
     "pi0-accumulate1": partial(pi0, accumulation=1),
     "pi0-recompute": partial(pi0, accumulation=2, recompute=True),
     "five-retention-steps": partial(pi0, accumulation=1, kinds="RRRRR"),
@@ -78,7 +79,8 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
     },
     Spawn("zero_more", 2): {
         "zero3_offload": CORE | COSTS,
-        "zero3_offload_torch": CORE,
+        "zero3_offload_torch": CORE | {"memory": memory},
+        "zero3_bf16": {"bf16": CORE["bf16"]},
         "zero2": CORE | COSTS,
         "zero2_offload_torch": CORE,
     },

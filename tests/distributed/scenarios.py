@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from collectives import CollectiveCounter
 from lab import FSDP, Lab, Output, craft_config, gradients, masters, moments
 from torch import Tensor
+from toy import TiedPolicy, ToyPolicy
 
 import craft_ds.steps
 from craft_ds.checkpoint import load_checkpoint, save_checkpoint
@@ -71,10 +72,16 @@ def _steps(
 
 
 def trajectory(
-    lab: Lab, accumulation: int, max_norm: float, persistence: int | None = None, dtype: str = "float32"
+    lab: Lab,
+    accumulation: int,
+    max_norm: float,
+    persistence: int | None = None,
+    dtype: str = "float32",
+    tied: bool = False,
 ) -> Output:
     """Six steps of both kinds; parameters and moments at the end."""
-    engine, output = lab.toy_engine(persistence=persistence, dtype=dtype), Output()
+    policy = TiedPolicy() if tied else ToyPolicy()
+    engine, output = lab.toy_engine(policy, persistence=persistence, dtype=dtype), Output()
     output.add("loaded", masters(engine))
     dtypes: set[str] = set()
     engine.module.policy.trunk.register_forward_pre_hook(lambda m, _: dtypes.add(str(m.weight.dtype)))
@@ -185,7 +192,7 @@ def collectives(lab: Lab) -> Output:
 
 def memory(lab: Lab) -> Output:
     """Peaks of both kinds of step, and the largest tensors that surgery itself asks for."""
-    engine, output = lab.toy_engine(width=257, inner=1031, persistence=0), Output()
+    engine, output = lab.toy_engine(ToyPolicy(257, 1031), persistence=0), Output()
     # Anchors of the task's kind: where two passes use other modules, ZeRO-3 forgets in which order to
     # prefetch, and its own peak moves.
     task, anchors = lab.toy_batches(0, 1), lab.toy_batches(1, 1)

@@ -43,10 +43,14 @@ def test_the_counter_sees_what_the_engine_sends(ranks, name):
 
 
 @every("memory")
-def test_a_retention_step_needs_at_most_1_3_gradient_shards_more(ranks, name):
+def test_what_a_retention_step_needs_more(ranks, name):
+    """At most 1.3 gradient shards; with an offloaded optimizer none: a second buffer lies idle there."""
     for values in ranks[name].values:
         extra = (values["retention"] - values["plain"]) / values["shard"]
-        assert 0.9 <= extra <= 1.3
+        if ranks.kind == "zero3_offload_torch":
+            assert extra <= 0.05
+        else:
+            assert 0.9 <= extra <= 1.3
 
 
 @every("memory")
@@ -54,10 +58,10 @@ def test_no_rank_allocates_a_full_gradient_for_surgery(ranks, name):
     for values in ranks[name].values:
         assert values["gradient"] > (ranks.world_size - 0.1) * values["shard"]
         largest = values["largest"]
-        if ranks.kind == "fsdp":  # hands its own tensors over, and zeros for what the pass did not touch
-            assert largest["take_gradient"] < values["shard"] / 100
-        else:
+        if ranks.kind == "zero3":  # keeps its flat buffer and hands a copy over
             assert largest["take_gradient"] == values["shard"]
+        else:  # tensors that are there; zeros for what the pass did not touch
+            assert largest["take_gradient"] < values["shard"] / 100
         assert largest["gram"] <= 4 * CPU_BLOCK < values["shard"]
         assert largest["merge"] == largest["merge_"] == 0
 

@@ -18,14 +18,15 @@ ALONE = """
 import torch
 from torch import nn
 from craft_ds.config import FsdpConfig
-from craft_ds.engines.fsdp import FsdpEngine, init_distributed
+from craft_ds.distributed import join_process_group
+from craft_ds.engines.fsdp import FsdpEngine
 from craft_ds.engines.single import SingleEngine
 from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.policies.testing import read_from
 from craft_ds.steps import task_step
 from toy import ToyPolicy, samples
 
-init_distributed()
+join_process_group()
 batch, norms = samples(0, retention=False), []
 for build in (
     lambda *parts: FsdpEngine(*parts, FsdpConfig(), torch.float32),

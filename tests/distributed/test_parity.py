@@ -88,7 +88,7 @@ def test_the_anchors_of_the_surgery_scenarios_do_conflict(reference):
     assert tr / math.sqrt(tt * rr) < -0.1
 
 
-@every(*TRAJECTORIES)
+@every(*TRAJECTORIES, "tied")
 def test_trajectory(ranks, name, reference):
     found, expected = ranks[name], reference[name]
     for prefix in ("loaded", "parameters"):

@@ -51,6 +51,24 @@ class ToyPolicy(nn.Module):
         return self.head(hidden) + own(hidden)
 
 
+class TiedPolicy(nn.Module):
+    """Two modules share one weight; a buffer is stored with the weights."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.trunk = nn.Linear(INPUT, 7, bias=False)
+        self.again = nn.Linear(INPUT, 7)
+        self.again.weight = self.trunk.weight
+        self.head = nn.Linear(7, CLASSES)
+        self.register_buffer("shift", torch.arange(INPUT) / INPUT)
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        x = batch["x"].to(self.head.weight.dtype)
+        shift = self.shift.to(x.dtype)
+        return self.head(torch.tanh(self.trunk(x)) * torch.tanh(self.again(x.flip(-1) + shift)))
+
+
 @shard_units.register
 def _toy_units(policy: ToyPolicy) -> list[nn.Module]:
     """All but `pair`, `head` and `frozen`, which are left to the root."""
@@ -65,8 +83,9 @@ def _toy_units(policy: ToyPolicy) -> list[nn.Module]:
     ]
 
 
-@token_loss.register
-def _toy_loss(policy: ToyPolicy, batch: dict[str, Tensor]) -> TokenLoss:
+@token_loss.register(ToyPolicy)
+@token_loss.register(TiedPolicy)
+def _toy_loss(policy: ToyPolicy | TiedPolicy, batch: dict[str, Tensor]) -> TokenLoss:
     logits, mask = policy.logits(batch), batch["mask"]
     losses = F.cross_entropy(logits.float().flatten(0, 1), batch["y"].flatten(), reduction="none")
     return TokenLoss((losses * mask.flatten()).sum(), mask.float().sum())

@@ -1,23 +1,14 @@
 import copy
-import os
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.cpp_extension import get_default_build_root
 
 from craft_ds.engines.cpu_adam import cpu_adam
 from craft_ds.errors import UserError
 
-ROOT = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-compiled = pytest.mark.skipif(
-    not list(ROOT.glob("**/cpu_adam/cpu_adam.so")),
-    reason="DeepSpeed's Adam is not compiled on this machine yet",
-)
 
-
-@compiled
+@pytest.mark.usefixtures("compiled_cpu_adam")
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 def test_it_steps_as_torch_does(kind):
     torch.manual_seed(0)
