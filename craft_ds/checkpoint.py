@@ -3,25 +3,30 @@
 A checkpoint is a LeRobot policy directory with `optimizer.safetensors`, `scheduler.pt`,
 `craft_state.pt`, `train_config.json` and `manifest.json`. It is written under a temporary name and
 renamed when everything lies on the disk. Parameters and moments are stored by name in fp32 and whole
-shape, so it resumes at any world size and in any engine.
+shape, so it resumes at any world size and in any engine. With LoRA it holds PEFT's two adapter files
+instead of `model.safetensors`, and nothing of the base policy.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from craft_ds.distributed import all_ranks, gather_objects, on_main
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
+from craft_ds.lora.adapters import ADAPTER_WEIGHTS, Adapters
+from craft_ds.lora.directory import write_adapter_config
+from craft_ds.lora.weights import BASE_SHA256
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
 from craft_ds.policies.weights import unique_tensors
-from craft_ds.tensor_file import TensorFile, TensorSpec, create_tensor_file
+from craft_ds.tensor_file import ReadRange, TensorFile, TensorSpec, create_tensor_file
 from craft_ds.train_config import TrainConfig
 
 OPTIMIZER = "optimizer.safetensors"
@@ -47,6 +52,7 @@ def save_checkpoint(
     scheduler_state: dict[str, Any] | None,
     craft_state: dict[str, Any],
     step: int,
+    adapters: Adapters | None = None,
     extra: Callable[[Path], None] | None = None,
 ) -> None:
     """Write one checkpoint. Collective: call on all ranks.
@@ -59,13 +65,14 @@ def save_checkpoint(
         scheduler_state: State of the learning-rate scheduler, if there is one.
         craft_state: λ and its history.
         step: Optimizer steps done.
+        adapters: What trains, if not the policy's own weights: only they are written.
         extra: Writes further files into the directory that it is given (main rank only).
 
     Raises:
         UserError: On all ranks: the directory exists, the disk is full or not writable.
     """
     temporary = directory.with_name(directory.name + ".tmp")
-    layout = _layout(engine)
+    layout = _layout(engine, adapters)
 
     def prepare() -> None:
         if directory.exists():
@@ -75,15 +82,17 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         copy_policy_files(policy_dir, temporary, directory)
+        if adapters is not None:
+            write_adapter_config(temporary, adapters.config)
         config._save_pretrained(temporary)
         torch.save(scheduler_state, temporary / SCHEDULER)
         torch.save(craft_state, temporary / CRAFT_STATE)
-        _create_tensor_files(temporary, engine, layout)
+        _create_tensor_files(temporary, engine, layout, adapters)
         if extra is not None:
             extra(temporary)
 
     on_main(lambda: _write(directory, prepare))
-    all_ranks(lambda: _write(directory, lambda: _write_shards(temporary, engine)))
+    all_ranks(lambda: _write(directory, lambda: _write_shards(temporary, engine, layout, adapters)))
     hashes = _hash_segments(temporary, engine.rank, engine.world_size)
 
     def finish() -> None:
@@ -114,31 +123,46 @@ def _write(directory: Path, action: Callable[[], None]) -> None:
 
 
 class _Parameter(NamedTuple):
-    """What the files hold of a parameter: its global shape and the names of its optimizer state."""
+    """What the files hold of a parameter: its name there, its global shape, names of its optimizer state."""
 
+    stored_name: str
     shape: tuple[int, ...]
     keys: tuple[str, ...]
 
 
-def _layout(engine: Engine) -> dict[str, _Parameter]:
-    """Every parameter that any rank has a part of. Collective: call on all ranks."""
-    mine = {shard.name: _Parameter(shard.shape, tuple(shard.state)) for shard in engine.shards()}
+_Layout = Mapping[str, _Parameter]
+
+
+def _layout(engine: Engine, adapters: Adapters | None) -> _Layout:
+    """Every parameter that is written, by its name in the policy. Collective: call on all ranks."""
+    mine = {
+        shard.name: _Parameter(
+            adapters.keys[shard.name] if adapters else shard.name, shard.shape, tuple(shard.state)
+        )
+        for shard in engine.shards(frozen=adapters is None)
+    }
     return {name: entry for part in gather_objects(mine) for name, entry in part.items()}
 
 
-def _create_tensor_files(directory: Path, engine: Engine, layout: dict[str, _Parameter]) -> None:
-    parameters = [TensorSpec(name, entry.shape, torch.float32) for name, entry in layout.items()]
+def _create_tensor_files(
+    directory: Path, engine: Engine, layout: _Layout, adapters: Adapters | None
+) -> None:
+    parameters = [TensorSpec(entry.stored_name, entry.shape, torch.float32) for entry in layout.values()]
     moments = [
-        TensorSpec(f"{name}.{key}", entry.shape, torch.float32)
-        for name, entry in layout.items()
+        TensorSpec(f"{entry.stored_name}.{key}", entry.shape, torch.float32)
+        for entry in layout.values()
         for key in entry.keys
     ]
+    create_tensor_file(directory / OPTIMIZER, moments, {"steps": str(_optimizer_steps(engine))})
+    if adapters is not None:
+        metadata = {"format": "pt", BASE_SHA256: adapters.base_sha256}
+        create_tensor_file(directory / ADAPTER_WEIGHTS, parameters, metadata)
+        return
     policy = engine.module.policy
     stored = {name: tensor for name, tensor in unique_tensors(policy).items() if name not in layout}
     buffers = {name: tensor.detach().cpu() for name, tensor in stored.items()}
     specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in buffers.items()]
     create_tensor_file(directory / WEIGHTS, parameters + specs, {"format": "pt"})
-    create_tensor_file(directory / OPTIMIZER, moments, {"steps": str(_optimizer_steps(engine))})
     with TensorFile(directory / WEIGHTS, writable=True) as file:
         for name, values in buffers.items():
             file.write(name, 0, values.reshape(-1))
@@ -149,15 +173,16 @@ def _optimizer_steps(engine: Engine) -> int:
     return max(steps, default=0)
 
 
-def _write_shards(directory: Path, engine: Engine) -> None:
+def _write_shards(directory: Path, engine: Engine, layout: _Layout, adapters: Adapters | None) -> None:
     with (
-        TensorFile(directory / WEIGHTS, writable=True) as weights,
+        TensorFile(directory / (ADAPTER_WEIGHTS if adapters else WEIGHTS), writable=True) as weights,
         TensorFile(directory / OPTIMIZER, writable=True) as moments,
     ):
-        for shard in engine.shards():
-            weights.write(shard.name, shard.start, shard.master)
+        for shard in engine.shards(frozen=adapters is None):
+            stored_name = layout[shard.name].stored_name
+            weights.write(stored_name, shard.start, shard.master)
             for key, values in shard.state.items():
-                moments.write(f"{shard.name}.{key}", shard.start, values)
+                moments.write(f"{stored_name}.{key}", shard.start, values)
         weights.sync()
         moments.sync()
 
@@ -254,10 +279,17 @@ def verify_checkpoint(directory: Path, rank: int, world_size: int) -> dict[str, 
     return manifest
 
 
-def load_checkpoint(directory: Path, engine: Engine) -> tuple[dict[str, Any] | None, dict[str, Any], int]:
+def load_checkpoint(
+    directory: Path, engine: Engine, adapters: Adapters | None = None
+) -> tuple[dict[str, Any] | None, dict[str, Any], int]:
     """Set the optimizer state from a checkpoint; the parameters came with the policy directory.
 
     Collective: call on all ranks.
+
+    Args:
+        directory: The checkpoint.
+        engine: Holds the parameters.
+        adapters: What trains, if not the policy's own weights.
 
     Returns:
         Scheduler state, CRaFT state and the number of steps done.
@@ -269,7 +301,18 @@ def load_checkpoint(directory: Path, engine: Engine) -> tuple[dict[str, Any] | N
     with TensorFile(directory / OPTIMIZER) as moments:
         keys = sorted({name.rsplit(".", 1)[1] for name, *_ in moments.specs()})
         if keys:  # else no step was applied yet, and the optimizer makes its state at its first
-            engine.load_optimizer(moments.read, keys, int(moments.metadata["steps"]))
+            read = moments.read if adapters is None else _by_parameter_name(moments.read, adapters)
+            engine.load_optimizer(read, keys, int(moments.metadata["steps"]))
     scheduler_state = torch.load(directory / SCHEDULER, weights_only=True)
     craft_state = torch.load(directory / CRAFT_STATE, weights_only=True)
     return scheduler_state, craft_state, manifest["step"]
+
+
+def _by_parameter_name(read: ReadRange, adapters: Adapters) -> ReadRange:
+    """Reads optimizer state of adapters, which is stored under the names of PEFT's file."""
+
+    def by_name(name: str, start: int, stop: int) -> Tensor:
+        parameter, key = name.rsplit(".", 1)
+        return read(f"{adapters.keys[parameter]}.{key}", start, stop)
+
+    return by_name

@@ -17,7 +17,7 @@ from craft_ds.errors import UserError, exits_as_user_error
 from craft_ds.train_config import TrainConfig
 
 # Written by the user as the launcher or the guide has it; understood as the field it means.
-_ALIASES = {"--engine": "--engine.name", "--ds_config": "--engine.ds_config"}
+_ALIASES = {"--engine": "--engine.name", "--ds_config": "--engine.ds_config", "--lora": "--lora.preset"}
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 
 
@@ -57,8 +57,8 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
 def normalise_arguments(arguments: Sequence[str]) -> list[str]:
     """Bring every flag into the form `--name=value`, once.
 
-    The short forms (`--engine=zero`, `--ds_config FILE`) become the fields that they mean, and the
-    launcher's own flag goes. Of a flag that is given twice the last counts, for `--policy.path` too, of
+    The short forms (`--engine=zero`, `--ds_config FILE`, `--lora=PRESET`) become the fields that they mean,
+    and the launcher's own flag goes. Of a flag that is given twice the last counts, for `--policy.path` too, of
     which LeRobot would take the first: so a script's own flags can be followed by the user's.
     """
     joined: list[str] = []
@@ -74,6 +74,9 @@ def normalise_arguments(arguments: Sequence[str]) -> list[str]:
         if name == "--config_path" and Path(value).is_dir():
             value = str(Path(value) / TRAIN_CONFIG_NAME)
         last.pop(name, None)
+        if name == "--lora.preset" and argument.startswith("--lora="):
+            last["--lora.enabled"] = "--lora.enabled=true"
+            value = "default" if value == "preset" else value
         if name not in _LAUNCHER_FLAGS:
             last[name] = name + equals + value
     return list(last.values())

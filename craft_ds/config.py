@@ -12,6 +12,7 @@ ConstraintSplit = Literal["heldout", "train"]
 EngineName = Literal["auto", "single", "zero", "fsdp"]
 EngineDtype = Literal["float32", "bfloat16"]
 FsdpDtype = Literal["auto", "float32", "bfloat16"]
+LoraInit = Literal["default", "gaussian"]
 
 
 def _choice(flag: str, value: str, choices: object) -> None:
@@ -106,6 +107,61 @@ class CraftConfig:
             self.epsilon_schedule != "exponential" or self.epsilon_end > 0,
             "--craft.epsilon_schedule=exponential needs --craft.epsilon_end above 0",
         )
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) by PEFT: the flags `--lora.*`.
+
+    A target layer with weight W computes (W + s·B·A)·x, with s = `alpha` / `rank`; A and B train, W and all
+    else is frozen. `--lora=NAME` is `--lora.enabled=true --lora.preset=NAME`.
+
+    Attributes:
+        enabled: Whether to train adapters instead of the policy's own weights.
+        preset: Which layers get adapters. Of pi0_fast: `attention` of the language model, `attention_mlp`
+            its feed-forward layers too, `attention_mlp_vision` the vision tower's as well; `default` is
+            `attention_mlp`. Of other policies `default` is what LeRobot has for them.
+        target_modules: Takes the preset's place, as PEFT knows it: a regular expression over module names,
+            or a list of suffixes. Only linear layers can be targets.
+        rank: Rows of A, columns of B.
+        alpha: Scale of the adapters, see above.
+        dropout: Probability with which an adapter's input is dropped in training.
+        use_rslora: Scale by `alpha` / √`rank` instead (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
+        use_dora: Train a magnitude for each output too (DoRA, Liu et al. 2024, arXiv:2402.09353).
+        init: How A begins: `default` as PEFT (Kaiming uniform) or `gaussian`. B begins at zero.
+        full_modules: Suffixes of modules that train fully, without adapters; PEFT's `modules_to_save`.
+        base_path: Where the base policy of stored adapters lies now, if it was moved since they were trained.
+    """
+
+    enabled: bool = False
+    preset: str = "default"
+    target_modules: list[str] | str | None = None
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: str = "default"
+    full_modules: list[str] = field(default_factory=list)
+    base_path: str = ""
+
+    def validate(self) -> None:
+        """Check every field for itself.
+
+        Raises:
+            UserError: Names the flag and what it must be.
+        """
+        if not self.enabled:
+            _require(
+                self == LoraConfig(),
+                "--lora.* has no effect without adapters: add --lora.enabled=true, or leave it out",
+            )
+            return
+        for name in ("rank", "alpha"):
+            value = getattr(self, name)
+            _require(value >= 1, f"--lora.{name}={value} must be at least 1")
+        _require(0.0 <= self.dropout < 1.0, f"--lora.dropout={self.dropout} must lie in [0, 1)")
+        _choice("--lora.init", self.init, LoraInit)
 
 
 @dataclass

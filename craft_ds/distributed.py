@@ -71,9 +71,11 @@ def main_first(action: Callable[[], Any]) -> Any:
     return all_ranks(lambda: result if is_main else action())
 
 
-def on_main(action: Callable[[], None]) -> None:
-    """Run an action on rank 0 alone while the others wait. Collective: call on all ranks."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        all_ranks(action)
-    else:
-        all_ranks(lambda: None)
+def on_main(action: Callable[[], Any]) -> Any:
+    """Run an action on rank 0 alone while the others wait. Collective: call on all ranks.
+
+    Returns:
+        What it returned there, on all ranks.
+    """
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    return gather_objects(all_ranks(action if is_main else lambda: None))[0]

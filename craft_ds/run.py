@@ -20,19 +20,21 @@ from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.checkpoint import load_checkpoint, read_manifest, save_checkpoint, step_directory
 from craft_ds.data import check_processors, heldout_batches, images_to_float, load_datasets, training_batches
-from craft_ds.distributed import all_ranks, gather_objects, main_first
+from craft_ds.distributed import all_ranks, gather_objects, main_first, on_main
 from craft_ds.dual import DualState, RetentionRecord
 from craft_ds.engines import build_engine, check_engine, join_group
 from craft_ds.engines.base import Batch, Engine
 from craft_ds.engines.fsdp_layout import gathered_dtype
 from craft_ds.errors import UserError
 from craft_ds.launch import is_node_main, launched_world_size
+from craft_ds.lora.adapters import AdapterPlan, Adapters, has_adapters, plan_adapters
+from craft_ds.lora.weights import AdaptedWeights, open_weights
 from craft_ds.metrics import MetricsLogger
 from craft_ds.plots import plot_lambda_analysis
 from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.policies.loading import build_policy, load_processors, policy_cameras, resolve_policy_path
 from craft_ds.policies.units import wrapping_warning
-from craft_ds.policies.weights import WeightReader
+from craft_ds.policies.weights import weights_sha256
 from craft_ds.steps import PassSums, StepResult, measure
 from craft_ds.system import peak_memory_bytes
 from craft_ds.train_config import TrainConfig
@@ -59,6 +61,7 @@ class Run:
         start_step: Steps that a resumed checkpoint has behind it.
         output_dir: Directory of the run.
         owns_group: Whether the process group is the run's own, to be left at its end.
+        adapters: What trains, if not the policy's own weights.
     """
 
     config: TrainConfig
@@ -68,6 +71,7 @@ class Run:
     start_step: int
     output_dir: Path
     owns_group: bool
+    adapters: Adapters | None
     policy_dir: Path
     preprocessor: PolicyProcessorPipeline
     postprocessor: PolicyProcessorPipeline
@@ -180,6 +184,7 @@ class Run:
             scheduler_state=self.scheduler.state_dict() if self.scheduler else None,
             craft_state=self.dual.state_dict(),
             step=step,
+            adapters=self.adapters,
             extra=self._write_history if final and self.anchors is not None else None,
         )
         self.logger.say(f"saved {directory}")
@@ -224,13 +229,15 @@ def open_run(config: TrainConfig) -> Run:
     torch.backends.cudnn.benchmark = not config.cudnn_deterministic
     ds_config = check_engine(config, world_size)
     owns_group = join_group(config)
-    cache, policy_dir = all_ranks(lambda: _check_inputs(config))
+    cache, policy_dir, plan = all_ranks(lambda: _check_inputs(config))
     cameras = policy_cameras(config.policy)
     train, heldout = main_first(lambda: load_datasets(config, cameras, world_size))
 
-    policy = all_ranks(lambda: build_fp32_policy(config.policy, policy_dir))
-    weights = all_ranks(lambda: WeightReader(policy_dir, policy))
-    count = sum(parameter.numel() for parameter in policy.parameters())
+    policy = all_ranks(lambda: build_fp32_policy(config.policy, plan.base if plan else policy_dir))
+    base_sha256 = on_main(lambda: weights_sha256(plan.base)) if plan else ""
+    weights = all_ranks(lambda: open_weights(policy, policy_dir, plan, base_sha256, config.seed or 0))
+    adapters = weights.adapters if isinstance(weights, AdaptedWeights) else None
+    size = _describe_size(policy, adapters)
     warning = _wrapping_warning(config, policy)
     if config.activation_checkpointing == "full":
         checkpoint_activations(policy)
@@ -255,7 +262,7 @@ def open_run(config: TrainConfig) -> Run:
 
     start_step = 0
     if config.resume:
-        scheduler_state, craft_state, start_step = load_checkpoint(config.checkpoint_path, engine)
+        scheduler_state, craft_state, start_step = load_checkpoint(config.checkpoint_path, engine, adapters)
         if scheduler is not None and scheduler_state is not None:
             scheduler.load_state_dict(scheduler_state)
             for group, rate in zip(engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
@@ -265,7 +272,7 @@ def open_run(config: TrainConfig) -> Run:
     engine.barrier()  # nobody makes the output directory before everybody has seen that it is free
     logger = all_ranks(lambda: _open_logger(config, engine, start_step))
     logger.say(f"✓ data set: {train.num_episodes} episodes, {len(train)} samples")
-    logger.say(f"✓ policy: {config.policy.type}, {count / 1e6:.2f} M parameters, {_describe(engine, config)}")
+    logger.say(f"✓ policy: {config.policy.type}, {size}, {_describe(engine, config)}")
     if warning:
         logger.say(f"warning: {warning}")
     return Run(
@@ -276,6 +283,7 @@ def open_run(config: TrainConfig) -> Run:
         start_step=start_step,
         output_dir=Path(config.output_dir),
         owns_group=owns_group,
+        adapters=adapters,
         policy_dir=policy_dir,
         preprocessor=preprocessor,
         postprocessor=postprocessor,
@@ -301,21 +309,27 @@ def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedP
     return build_policy(config, policy_dir)
 
 
-def _check_inputs(config: TrainConfig) -> tuple[AnchorCache | None, Path]:
+def _check_inputs(config: TrainConfig) -> tuple[AnchorCache | None, Path, AdapterPlan | None]:
     """What can be known before data and model are loaded. Checksums are read once a node."""
     policy_dir = resolve_policy_path(config.policy.pretrained_path)
     check_world(config.world, config.policy)
     if config.resume:
         manifest = read_manifest(config.checkpoint_path)
         _check_resumable(config, manifest["step"])
+    plan = plan_adapters(config.lora, config.policy, policy_dir)
     if not config.craft.enabled:
-        return None, policy_dir
+        return None, policy_dir, plan
     cache = AnchorCache.open(config.craft.anchor_cache_dir, verify=is_node_main())
     cache.check_policy(config.policy)
-    return cache, policy_dir
+    return cache, policy_dir, plan
 
 
 def _check_resumable(config: TrainConfig, step: int) -> None:
+    if config.lora.enabled and not has_adapters(config.checkpoint_path):
+        raise UserError(
+            f"--lora.enabled=true, but {config.checkpoint_path} is a checkpoint of full training: leave --lora.* "
+            "out, or begin a new run with --policy.path instead of --resume"
+        )
     if step >= config.steps:
         raise UserError(
             f"{config.checkpoint_path} has done {step} of --steps={config.steps}: raise --steps to go on"
@@ -364,6 +378,15 @@ def _wrapping_warning(config: TrainConfig, policy: PreTrainedPolicy) -> str | No
     if config.engine.name != "fsdp":
         return None
     return wrapping_warning(policy, gathered_dtype(config.engine.fsdp, getattr(torch, config.engine.dtype)))
+
+
+def _describe_size(policy: PreTrainedPolicy, adapters: Adapters | None) -> str:
+    count = sum(parameter.numel() for parameter in policy.parameters())
+    trainable = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    described = f"{count / 1e6:.2f} M parameters"
+    if adapters is not None:
+        described += f", {trainable / 1e6:.2f} M of them train ({adapters.describe()})"
+    return described
 
 
 def _describe(engine: Engine, config: TrainConfig) -> str:

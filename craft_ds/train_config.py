@@ -6,8 +6,9 @@ from pathlib import Path
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 
-from craft_ds.config import CraftConfig, EngineConfig
+from craft_ds.config import CraftConfig, EngineConfig, LoraConfig
 from craft_ds.errors import UserError
+from craft_ds.lora.settings import from_lerobot
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.tokenizers import reroot_tokenizers
 from craft_ds.world.in_training import WorldEvalConfig
@@ -20,6 +21,8 @@ class TrainConfig(TrainPipelineConfig):
     Attributes:
         craft: The retention constraint, `--craft.*`.
         engine: How the model is sharded, `--engine.*`.
+        lora: Adapters to train instead of the policy's own weights, `--lora.*`. LeRobot's `--peft.*` means
+            the same in its own words.
         world: An embedded world in which the policy is tried every `eval_freq` steps, `--world.*`.
         eval_freq: Report held-out task loss and anchor loss every so many steps; 0 turns it off. Needs
             `--dataset.eval_split`, of which 0.05 is taken where none is given. (`--eval_steps` is
@@ -34,6 +37,7 @@ class TrainConfig(TrainPipelineConfig):
 
     craft: CraftConfig = field(default_factory=CraftConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     world: WorldEvalConfig = field(default_factory=WorldEvalConfig)
     eval_freq: int = 0
     eval_steps: int = 0
@@ -49,6 +53,12 @@ class TrainConfig(TrainPipelineConfig):
         """
         self.craft.validate()
         self.engine.validate()
+        if self.peft is not None:
+            asked = from_lerobot(self.peft)
+            if self.lora not in (LoraConfig(), asked):  # a saved configuration has both
+                raise UserError("--lora.* and --peft.* both describe adapters: use one of them")
+            self.lora = asked
+        self.lora.validate()
         least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "num_workers": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
@@ -82,7 +92,6 @@ class TrainConfig(TrainPipelineConfig):
         refused = {
             "--env": self.env is not None,
             "--reward_model": self.reward_model is not None,
-            "--peft": self.peft is not None,
             "--sample_weighting": self.sample_weighting is not None,
             "--save_checkpoint_to_hub": self.save_checkpoint_to_hub,
             "--dataset.streaming": self.dataset.streaming,

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from craft_ds.cli import run_main
 from craft_ds.errors import UserError
+from craft_ds.lora.loading import load_trained_policy
 from craft_ds.policies.generation import action_chunk
-from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
+from craft_ds.policies.loading import load_policy_config, load_processors
 from craft_ds.world import WORLDS, make_world
 from craft_ds.world.base import World
 from craft_ds.world.demonstrations import read_recipe
@@ -42,7 +43,7 @@ def main() -> None:
     if args.data_root and (recipe is None or recipe.world != args.world):
         raise UserError(f"--data_root {args.data_root} holds no {args.world} demonstrations of make_world.py")
     config = load_policy_config(args.policy_path)
-    policy, processors = load_policy(config, args.policy_path), load_processors(config, args.policy_path)
+    policy, processors = load_trained_policy(config, args.policy_path), load_processors(config, args.policy_path)
 
     tasks = world.tasks(args.tasks)
     act = partial(action_chunk, policy)

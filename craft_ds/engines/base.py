@@ -101,8 +101,12 @@ class Engine(Protocol):
         """Sum a small fp64 tensor over all ranks, in exactly one collective, and bring it to the host."""
         ...
 
-    def shards(self) -> Iterator[Shard]:
-        """What this rank writes of every parameter: together the ranks yield each element exactly once."""
+    def shards(self, *, frozen: bool = True) -> Iterator[Shard]:
+        """What this rank writes of every parameter: together the ranks yield each element exactly once.
+
+        Args:
+            frozen: Yield frozen parameters too; without them only what trains is touched.
+        """
         ...
 
     def load_parameters(self, read: ReadRange) -> None:

@@ -120,11 +120,13 @@ class FsdpEngine:
         dist.all_reduce(values)
         return values.tolist()
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self, *, frozen: bool = True) -> Iterator[Shard]:
         """This rank's rows of every parameter; of the replicas, the first yields them."""
         if self.rank >= self._shards:
             return
         for name, parameter, start in self._rows():
+            if not (frozen or parameter.requires_grad):
+                continue
             master = local(parameter).reshape(-1)
             if master.numel():
                 state = {

@@ -14,7 +14,7 @@ from craft_ds.policies.weights import unique_tensors
 
 
 class SingleEngine:
-    """Plain PyTorch. Parameters and moments are fp32; bf16 is autocast around the forward pass.
+    """Plain PyTorch. Trainable parameters and moments are fp32; bf16 is autocast around the forward pass.
 
     Args:
         module: The policy with its loss; parameters may lie on the meta device.
@@ -36,6 +36,9 @@ class SingleEngine:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ):
+        for parameter in module.parameters():
+            if not parameter.requires_grad:  # no master to protect: kept as forward reads it
+                parameter.data = parameter.to(dtype)
         materialize_(module, device)
         self.module = module
         self.device = device
@@ -104,15 +107,17 @@ class SingleEngine:
         """Bring the values to the host."""
         return values.tolist()
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self, *, frozen: bool = True) -> Iterator[Shard]:
         """Every parameter, whole."""
         for name, parameter in self.module.policy.named_parameters():
+            if not (frozen or parameter.requires_grad):
+                continue
             state = {
                 key: value.detach().reshape(-1)
                 for key, value in self.optimizer.state.get(parameter, {}).items()
                 if torch.is_tensor(value) and key != "step"
             }
-            yield Shard(name, tuple(parameter.shape), 0, parameter.detach().reshape(-1), state)
+            yield Shard(name, tuple(parameter.shape), 0, parameter.detach().reshape(-1).float(), state)
 
     @torch.no_grad()
     def load_parameters(self, read: ReadRange) -> None:

@@ -147,13 +147,13 @@ class ZeroEngine:
         dist.all_reduce(values)
         return values.tolist()
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self, *, frozen: bool = True) -> Iterator[Shard]:
         """This rank's part of every parameter, without padding."""
         masters = self._layout.masters
         for part in self._layout.partitions:
             yield Shard(part.name, part.shape, part.start, part.of(masters), self._layout.state(part))
-        for frozen in self._layout.frozen_parts():
-            yield Shard(frozen.name, frozen.shape, frozen.start, frozen.values.float(), {})
+        for rest in self._layout.frozen_parts() if frozen else ():
+            yield Shard(rest.name, rest.shape, rest.start, rest.values.float(), {})
 
     @torch.no_grad()
     def load_parameters(self, read: ReadRange) -> None:

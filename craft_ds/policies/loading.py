@@ -28,13 +28,14 @@ from craft_ds.policies.directory import (
 from craft_ds.policies.skeleton import build_skeleton, materialize_
 from craft_ds.policies.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
 from craft_ds.policies.weights import WEIGHTS_INDEX, WeightReader, unique_tensors, weight_files
-from craft_ds.tensor_file import fill_
+from craft_ds.tensor_file import ReadRange, fill_
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = [
     CONFIG,
     "policy_*",
     "model*.safetensors",
+    "adapter_*",
     WEIGHTS_INDEX,
     f"{TEXT_TOKENIZER}/*",
     f"{ACTION_TOKENIZER}/*",
@@ -115,12 +116,24 @@ def load_policy(config: PreTrainedConfig, path: str | Path, device: str = "cpu")
     """
     directory = resolve_policy_path(path)
     policy = build_policy(config, directory)
+    with WeightReader(directory, policy) as weights:
+        fill_policy_(policy, weights.read, device)
+    return policy
+
+
+@torch.no_grad()
+def fill_policy_(policy: PreTrainedPolicy, read: ReadRange, device: str) -> None:
+    """Give a policy without weights memory on a device, and its values.
+
+    Args:
+        policy: From `build_policy`.
+        read: Reads its parameters and persistent buffers by range.
+        device: Where the policy goes.
+    """
     materialize_(policy, device)
     policy.config.device = device
-    with WeightReader(directory, policy) as weights, torch.no_grad():
-        for name, tensor in unique_tensors(policy).items():
-            fill_(tensor.view(-1), weights.read, name, 0)
-    return policy
+    for name, tensor in unique_tensors(policy).items():
+        fill_(tensor.view(-1), read, name, 0)
 
 
 def build_policy(config: PreTrainedConfig, directory: Path) -> PreTrainedPolicy:

@@ -1,5 +1,6 @@
 """The weights of a policy directory, read by range: a rank reads what it keeps, and no rank reads it all."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -95,6 +96,19 @@ def weight_files(directory: Path) -> list[Path]:
         if not file.is_file():
             raise UserError(f"{file} is missing, but {index} names it")
     return files
+
+
+def weights_sha256(directory: Path) -> str:
+    """A SHA-256 over the weight files of a policy directory, their names and every byte.
+
+    Raises:
+        UserError: As `weight_files`.
+    """
+    digest = hashlib.sha256()
+    for path in weight_files(directory):
+        with path.open("rb") as file:
+            digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {path.name}\n".encode())
+    return digest.hexdigest()
 
 
 def locate_weights(

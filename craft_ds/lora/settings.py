@@ -1,0 +1,144 @@
+"""From flags to PEFT's configuration and back: what adapters are, and whether stored ones are those asked for."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import peft
+from lerobot.configs import PreTrainedConfig
+from lerobot.configs.default import PeftConfig
+
+from craft_ds.config import LoraConfig
+from craft_ds.errors import UserError, one_line
+from craft_ds.lora.targets import describe_targets, preset_targets
+
+ADAPTER_CONFIG = "adapter_config.json"
+# Fields of PEFT's configuration that change no shape and no product, or that injection and merging know.
+_KNOWN = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
+# What makes adapters other adapters, with the flag that says it.
+_SHAPE = {
+    "r": "--lora.rank",
+    "lora_alpha": "--lora.alpha",
+    "use_rslora": "--lora.use_rslora",
+    "use_dora": "--lora.use_dora",
+    "target_modules": "--lora.preset",
+    "modules_to_save": "--lora.full_modules",
+}
+
+
+def from_lerobot(config: PeftConfig) -> LoraConfig:
+    """The same adapters in the words of `--lora.*`.
+
+    Args:
+        config: LeRobot's `--peft.*`.
+
+    Raises:
+        UserError: Another method than LoRA, or an initialisation that needs whole weights.
+    """
+    if config.method_type.upper() != "LORA":
+        raise UserError(f"--peft.method_type={config.method_type} is not supported by craft-ds: LORA is")
+    if config.init_type not in (None, "gaussian"):
+        raise UserError(
+            f"--peft.init_type={config.init_type} decomposes whole weights, which no rank holds: leave it "
+            "out, or set gaussian"
+        )
+    return LoraConfig(
+        enabled=True,
+        target_modules=config.target_modules,
+        rank=config.r,
+        alpha=8 if config.lora_alpha is None else config.lora_alpha,  # PEFT's own default
+        init=config.init_type or "default",
+        full_modules=config.full_training_modules or [],
+    )
+
+
+def to_peft(lora: LoraConfig, policy: PreTrainedConfig, base_path: str) -> peft.LoraConfig:
+    """PEFT's configuration of the adapters that the flags ask for.
+
+    Args:
+        lora: Validated flags.
+        policy: The policy's configuration.
+        base_path: Hub id or folder of the base policy.
+
+    Raises:
+        UserError: The policy's type has no such preset.
+    """
+    targets = lora.target_modules or preset_targets(policy, lora.preset)
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+        target_modules=targets,
+        modules_to_save=lora.full_modules or None,
+        base_model_name_or_path=base_path,
+    )
+
+
+def read_stored(directory: Path) -> peft.LoraConfig:
+    """PEFT's configuration of the adapters in a directory.
+
+    Raises:
+        UserError: It is damaged, of another method than LoRA, or uses a feature that merging does not know.
+    """
+    path = directory / ADAPTER_CONFIG
+    try:
+        config = peft.PeftConfig.from_pretrained(str(directory))
+    except Exception as error:
+        raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
+    if not isinstance(config, peft.LoraConfig):
+        raise UserError(f"{path} holds a {config.peft_type} adapter: craft-ds knows LoRA only")
+    plain = _fields(peft.LoraConfig(target_modules=config.target_modules))
+    unknown = [name for name, value in _fields(config).items() if name not in _KNOWN and value != plain[name]]
+    if unknown:
+        raise UserError(f"{path} uses {', '.join(unknown)}, which craft-ds does not know")
+    if not config.base_model_name_or_path:
+        raise UserError(f"{path} names no base policy (base_model_name_or_path): give --lora.base_path")
+    return config
+
+
+def _fields(config: peft.LoraConfig) -> dict[str, Any]:
+    return {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+
+
+def check_same(
+    asked: peft.LoraConfig, stored: peft.LoraConfig, policy: PreTrainedConfig, directory: Path
+) -> None:
+    """Check that stored adapters are of the shape that the flags ask for.
+
+    Raises:
+        UserError: Names the flag and both values.
+    """
+    for field, flag in _SHAPE.items():
+        wanted, found = (getattr(config, field) for config in (asked, stored))
+        if field == "target_modules":
+            wanted, found = (describe_targets(policy, value) for value in (wanted, found))
+        elif field == "modules_to_save":
+            wanted, found = ([*(value or [])] for value in (wanted, found))
+        if wanted != found:
+            raise UserError(
+                f"{flag}={wanted}, but the adapters in {directory} were trained with {found}: set {flag} to that"
+            )
