@@ -144,9 +144,7 @@ def _layout(engine: Engine, adapters: Adapters | None) -> _Layout:
     return {name: entry for part in gather_objects(mine) for name, entry in part.items()}
 
 
-def _create_tensor_files(
-    directory: Path, engine: Engine, layout: _Layout, adapters: Adapters | None
-) -> None:
+def _create_tensor_files(directory: Path, engine: Engine, layout: _Layout, adapters: Adapters | None) -> None:
     parameters = [TensorSpec(entry.stored_name, entry.shape, torch.float32) for entry in layout.values()]
     moments = [
         TensorSpec(f"{entry.stored_name}.{key}", entry.shape, torch.float32)

@@ -43,7 +43,10 @@ def main() -> None:
     if args.data_root and (recipe is None or recipe.world != args.world):
         raise UserError(f"--data_root {args.data_root} holds no {args.world} demonstrations of make_world.py")
     config = load_policy_config(args.policy_path)
-    policy, processors = load_trained_policy(config, args.policy_path), load_processors(config, args.policy_path)
+    policy, processors = (
+        load_trained_policy(config, args.policy_path),
+        load_processors(config, args.policy_path),
+    )
 
     tasks = world.tasks(args.tasks)
     act = partial(action_chunk, policy)

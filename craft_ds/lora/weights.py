@@ -78,7 +78,9 @@ class AdaptedWeights:
         try:
             file = self._files.enter_context(TensorFile(path))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is missing or damaged ({error}): the adapters cannot be loaded") from error
+            raise UserError(
+                f"{path} is missing or damaged ({error}): the adapters cannot be loaded"
+            ) from error
         found = {name: shape for name, shape, _ in file.specs()}
         wanted = {key: self._shapes[name] for name, key in self.adapters.keys.items()}
         for problem, keys in (
@@ -100,7 +102,8 @@ class AdaptedWeights:
         shape = self._shapes[name]
         if ".lora_B." in name:
             return torch.zeros(shape)
-        generator = torch.Generator().manual_seed((self._seed << 32) + zlib.crc32(name.encode()))
+        # A generator on the CPU takes 32 bits of its seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         if self.adapters.config.init_lora_weights == "gaussian":
             return nn.init.normal_(torch.empty(shape), std=1 / shape[0], generator=generator)
         return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

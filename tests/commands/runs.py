@@ -27,9 +27,24 @@ def assert_same_bits(found: Path, expected: Path) -> None:
     assert one.keys() == other.keys()
     for name, tensor in other.items():
         assert torch.equal(one[name], tensor), name
+    assert_same_state(found, expected)
+
+
+def assert_same_state(found: Path, expected: Path) -> None:
+    """Two checkpoints hold the same schedule, λ and history."""
     for name in ("craft_state.pt", "scheduler.pt"):
         states = [torch.load(checkpoint / name, weights_only=True) for checkpoint in (found, expected)]
         assert states[0] == states[1], name
+
+
+def assert_same_bits_of_adapters(found: Path, expected: Path) -> None:
+    """As `assert_same_bits`, for checkpoints of adapters."""
+    for file in ("adapter_model.safetensors", "optimizer.safetensors"):
+        one, other = load_file(found / file), load_file(expected / file)
+        assert one.keys() == other.keys()
+        for name, tensor in other.items():
+            assert torch.equal(one[name], tensor), name
+    assert_same_state(found, expected)
 
 
 def assert_trained(checkpoint: Path, policy: Path) -> None:

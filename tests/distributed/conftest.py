@@ -9,11 +9,13 @@ import pytest
 import torch
 from lab import Lab, Result
 from registry import EVERY, SINGLE, SPAWNS, Ranks, Spawn
+from scenarios_lora import KINDS, adapters_of
 
 from craft_ds.local_ranks import run_ranks
+from craft_ds.lora.testing import make_test_adapters
 from craft_ds.policies.testing import make_test_policy_dir
 
-TIMEOUT_S = 240
+TIMEOUT_S = 420
 
 
 @dataclass
@@ -93,7 +95,10 @@ class Spawner:
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     policy_dir = make_test_policy_dir(tmp_path_factory.mktemp("policy") / "policy")
-    return Reference(Lab("single", 0, 1, policy_dir, tmp_path_factory.mktemp("scratch")))
+    lab = Lab("single", 0, 1, policy_dir, tmp_path_factory.mktemp("scratch"))
+    for kind, lora in KINDS.items():
+        make_test_adapters(policy_dir, adapters_of(lab, kind), lora)
+    return Reference(lab)
 
 
 @pytest.fixture(scope="session")

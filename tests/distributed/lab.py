@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from toy import ToyPolicy, deal, samples
 
 from craft_ds.activation_checkpointing import checkpoint_activations
-from craft_ds.config import CraftConfig, FsdpConfig
+from craft_ds.config import CraftConfig, FsdpConfig, LoraConfig
 from craft_ds.engines.base import Batch, Engine, ReadRange
 from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
 from craft_ds.engines.fsdp import FsdpEngine
 from craft_ds.engines.single import SingleEngine
+from craft_ds.lora.adapters import Adapters, plan_adapters
+from craft_ds.lora.weights import open_weights
 from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.policies.loading import build_policy, load_policy_config
 from craft_ds.policies.testing import random_batch, read_from
-from craft_ds.policies.weights import WeightReader, unique_tensors
+from craft_ds.policies.weights import WeightReader, unique_tensors, weights_sha256
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 _TORCH_ADAM: dict = {"zero_force_ds_cpu_optimizer": False}
@@ -164,6 +166,8 @@ class Lab:
         )
         if persistence is not None and resolved["zero_optimization"]["stage"] == 3:
             resolved["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
+            # Nor does anything stay gathered from forward to backward, as in a model of this size it would.
+            resolved["zero_optimization"]["stage3_max_reuse_distance"] = 0
         return ZeroEngine(module, read, build_optimizer, resolved)
 
     def toy_engine(self, policy: nn.Module | None = None, **options) -> Engine:
@@ -181,6 +185,20 @@ class Lab:
                 checkpoint_activations(policy)
             # Some gradients of attention are zero but for rounding; AdamW must not divide them by themselves.
             return self.engine(policy, weights.read, eps=1e-4, **options)
+
+    def lora_engine(
+        self, lora: LoraConfig, directory: Path | None = None, *, recompute: bool = False, **options
+    ) -> tuple[Engine, Adapters]:
+        """An engine over the tiny pi0_fast with adapters: new ones, or those of a directory."""
+        config = load_policy_config(self.policy_dir)
+        config.pretrained_path = self.policy_dir
+        plan = plan_adapters(lora, config, directory or self.policy_dir)
+        policy = build_policy(config, plan.base)
+        with open_weights(policy, self.policy_dir, plan, weights_sha256(plan.base)) as weights:
+            if recompute:
+                checkpoint_activations(policy)
+            engine = self.engine(policy, weights.read, eps=1e-4, lr=1e-3, **options)
+        return engine, weights.adapters
 
     def toy_batches(self, step: int, accumulation: int, *, retention: bool = False) -> list[Batch]:
         return list(deal(samples(step, retention=retention), accumulation, self.rank, self.world_size))

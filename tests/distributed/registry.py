@@ -27,6 +27,13 @@ from scenarios import (
     untouched,
 )
 from scenarios_acting import acting
+from scenarios_lora import (
+    lora_costs,
+    lora_load_from,
+    lora_save_and_resume,
+    lora_surgery,
+    lora_trajectory,
+)
 
 Scenarios = dict[str, Callable[[Lab], Output]]
 
@@ -63,49 +70,75 @@ WHOLE: Scenarios = {
     "pi0-recompute": partial(pi0, accumulation=2, recompute=True),
     "five-retention-steps": partial(pi0, accumulation=1, kinds="RRRRR"),
 }
+LORA: Scenarios = {
+    "lora-plain": partial(lora_trajectory, kind="plain", accumulation=2),
+    "lora-bf16": partial(lora_trajectory, kind="plain", dtype="bfloat16"),
+    "lora-resume": lora_save_and_resume,
+}
+WHOLE_LORA: Scenarios = {
+    **{f"lora-surgery-{mode}": partial(lora_surgery, mode=mode) for mode in FOLLOWED_BY},
+    **LORA,
+    **{f"lora-{kind}": partial(lora_trajectory, kind=kind) for kind in ("dora", "mixed", "vision")},
+    "lora-recompute": partial(lora_trajectory, kind="plain", recompute=True),
+}
 # Only sharded engines.
 COSTS: Scenarios = {"collectives": collectives, "loading": loading}
-ALL_COSTS: Scenarios = COSTS | {"memory": memory, "failing_rank": failing_rank}
+ALL_COSTS: Scenarios = COSTS | {"memory": memory, "failing_rank": failing_rank, "lora-costs": lora_costs}
 
 
 def _from(*written_by: str) -> Scenarios:
     return {f"load_{directory}": partial(load_from, written_by=directory) for directory in written_by}
 
 
+def _lora_from(*written_by: str) -> Scenarios:
+    return {
+        f"lora-load_{directory}": partial(lora_load_from, written_by=directory) for directory in written_by
+    }
+
+
 # In the order in which they are started: a spawn reads the checkpoints of those before it.
 SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
     Spawn("zero", 2): {
-        "zero3": WHOLE | ALL_COSTS | {"untouched-without-zeroing": partial(untouched, zeroing=False)},
+        "zero3": WHOLE
+        | WHOLE_LORA
+        | ALL_COSTS
+        | {"untouched-without-zeroing": partial(untouched, zeroing=False)},
     },
     Spawn("zero_more", 2): {
         "zero3_offload": CORE | COSTS,
-        "zero3_offload_torch": CORE | {"memory": memory},
+        "zero3_offload_torch": CORE | LORA | {"memory": memory},
         "zero3_bf16": {"bf16": CORE["bf16"]},
-        "zero2": CORE | COSTS,
+        "zero2": CORE | LORA | COSTS,
         "zero2_offload_torch": CORE,
     },
     Spawn("fsdp", 2): {
-        "fsdp": WHOLE | ALL_COSTS | _from("zero3_on2", "zero2_on2"),
-        "fsdp_offload": CORE | COSTS,
+        "fsdp": WHOLE | WHOLE_LORA | ALL_COSTS | _from("zero3_on2", "zero2_on2") | _lora_from("zero3_on2"),
+        "fsdp_offload": CORE | LORA | COSTS,
         "fsdp_kept": {"trajectory-accumulate2-clipped": CORE["trajectory-accumulate2-clipped"]},
     },
     Spawn("zero", 3): {
         "zero3": WHOLE
+        | WHOLE_LORA
         | ALL_COSTS
         | {"untouched-without-zeroing": partial(untouched, zeroing=False)}
-        | _from("zero3_on2", "fsdp_on2"),
+        | _from("zero3_on2", "fsdp_on2")
+        | _lora_from("fsdp_on2"),
     },
     Spawn("zero_more", 3): {
         "zero3_offload": CORE | _from("zero3_on2"),
         "zero2": CORE | _from("fsdp_on2"),
         "zero2_offload_torch": CORE,
     },
-    Spawn("fsdp", 3): {"fsdp": WHOLE | ALL_COSTS | _from("fsdp_on2"), "fsdp_offload": CORE},
-    Spawn("fsdp", 4): {"hsdp": CORE | COSTS | _from("fsdp_on3")},
+    Spawn("fsdp", 3): {
+        "fsdp": WHOLE | WHOLE_LORA | ALL_COSTS | _from("fsdp_on2") | _lora_from("zero3_on2"),
+        "fsdp_offload": CORE,
+    },
+    Spawn("fsdp", 4): {"hsdp": CORE | COSTS | _from("fsdp_on3") | {"lora-plain": LORA["lora-plain"]}},
 }
 # Checkpoints that others go on from.
 LOADED = ("zero3_on2", "zero3_on3", "zero2_on2", "fsdp_on2", "fsdp_on3", "hsdp_on4")
-SINGLE: Scenarios = WHOLE | _from(*LOADED)
+LORA_LOADED = ("zero3_on2", "zero3_on3", "fsdp_on2", "fsdp_on3", "zero2_on2")
+SINGLE: Scenarios = WHOLE | WHOLE_LORA | _from(*LOADED) | _lora_from(*LORA_LOADED)
 
 
 class Ranks(NamedTuple):

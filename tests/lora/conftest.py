@@ -1,0 +1,8 @@
+import pytest
+
+from craft_ds.policies.testing import make_test_policy_dir
+
+
+@pytest.fixture(scope="session")
+def policy_dir(tmp_path_factory):
+    return make_test_policy_dir(tmp_path_factory.mktemp("lora") / "policy")
