@@ -58,8 +58,8 @@ def normalise_arguments(arguments: Sequence[str]) -> list[str]:
     """Bring every flag into the form `--name=value`, once.
 
     The short forms (`--engine=zero`, `--ds_config FILE`, `--lora=PRESET`) become the fields that they mean,
-    and the launcher's own flag goes. Of a flag that is given twice the last counts, for `--policy.path` too, of
-    which LeRobot would take the first: so a script's own flags can be followed by the user's.
+    and the launcher's own flag goes. Of a flag that is given twice the last counts, for `--policy.path` too,
+    of which LeRobot would take the first: so a script's own flags can be followed by the user's.
     """
     joined: list[str] = []
     for argument in arguments:

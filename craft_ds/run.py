@@ -327,8 +327,8 @@ def _check_inputs(config: TrainConfig) -> tuple[AnchorCache | None, Path, Adapte
 def _check_resumable(config: TrainConfig, step: int) -> None:
     if config.lora.enabled and not has_adapters(config.checkpoint_path):
         raise UserError(
-            f"--lora.enabled=true, but {config.checkpoint_path} is a checkpoint of full training: leave --lora.* "
-            "out, or begin a new run with --policy.path instead of --resume"
+            f"--lora.enabled=true, but {config.checkpoint_path} is a checkpoint of full training: leave "
+            "--lora.* out, or begin a new run with --policy.path instead of --resume"
         )
     if step >= config.steps:
         raise UserError(

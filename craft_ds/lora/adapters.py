@@ -1,4 +1,4 @@
-"""Adapters of a policy: what is planned, how they get into it, and what their parameters are called on disk."""
+"""Adapters of a policy: what is planned, how they get into it, what they are called on disk."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -65,8 +65,8 @@ def plan_adapters(lora: LoraConfig, policy: PreTrainedConfig, directory: Path) -
     plan = plan_stored(directory, lora.base_path)
     if not lora.enabled:
         raise UserError(
-            f"{directory} holds LoRA adapters (rank {plan.config.r}), but --lora.enabled=false: add "
-            "--lora.enabled=true to go on with them, or merge them by scripts/export_checkpoint.py --merge_lora"
+            f"{directory} holds LoRA adapters (rank {plan.config.r}), but --lora.enabled=false: go on with "
+            "them by --lora.enabled=true, or merge them first (scripts/export_checkpoint.py --merge_lora)"
         )
     asked = to_peft(lora, policy, str(plan.config.base_model_name_or_path))
     check_same(asked, plan.config, policy, directory)
@@ -125,8 +125,8 @@ class Adapters:
 def add_adapters(policy: nn.Module, config: peft.LoraConfig) -> Adapters:
     """Freeze a policy and put adapters beside its target layers, on the meta device and without values.
 
-    The modules that train fully are not doubled as PEFT's own wrapper would: their parameters keep their names
-    and train in place. They are stored under the names that PEFT reads.
+    The modules that train fully are not doubled as PEFT's own wrapper would: their parameters keep their
+    names and train in place. They are stored under the names that PEFT reads.
 
     Args:
         policy: A policy without adapters; changed in place.

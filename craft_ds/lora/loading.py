@@ -1,4 +1,4 @@
-"""Loading a trained policy to act or to be measured: with whole weights, or with adapters on a base policy."""
+"""Loading a trained policy to act or to be measured: whole weights, or adapters on a base policy."""
 
 from pathlib import Path
 

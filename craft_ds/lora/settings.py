@@ -1,4 +1,4 @@
-"""From flags to PEFT's configuration and back: what adapters are, and whether stored ones are those asked for."""
+"""From flags to PEFT's configuration, and whether stored adapters are those that the flags ask for."""
 
 import dataclasses
 from pathlib import Path
@@ -140,5 +140,6 @@ def check_same(
             wanted, found = ([*(value or [])] for value in (wanted, found))
         if wanted != found:
             raise UserError(
-                f"{flag}={wanted}, but the adapters in {directory} were trained with {found}: set {flag} to that"
+                f"{flag}={wanted}, but the adapters in {directory} were trained with {found}: "
+                f"set {flag} to that"
             )

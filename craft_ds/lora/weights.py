@@ -1,4 +1,4 @@
-"""The values of a policy with adapters, read by range: the base from its own files, adapters stored or new."""
+"""The values of a policy with adapters, read by range: the base from its files, adapters stored or new."""
 
 import math
 import zlib
@@ -78,9 +78,7 @@ class AdaptedWeights:
         try:
             file = self._files.enter_context(TensorFile(path))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is missing or damaged ({error}): the adapters cannot be loaded"
-            ) from error
+            raise UserError(f"{path} is missing or damaged ({error})") from error
         found = {name: shape for name, shape, _ in file.specs()}
         wanted = {key: self._shapes[name] for name, key in self.adapters.keys.items()}
         for problem, keys in (

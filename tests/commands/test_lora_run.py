@@ -1,4 +1,4 @@
-"""`scripts/train_craft.py --lora…`: a run of adapters, what it leaves, who loads it, and what resuming refuses."""
+"""`scripts/train_craft.py --lora…`: a run of adapters, what it leaves, who loads it, what is refused."""
 
 import json
 import shutil

@@ -189,11 +189,7 @@ def lora_costs(lab: Lab) -> Output:
     }
     output.values |= {name: size * torch.float32.itemsize for name, size in sizes.items()}
     output.values["shard"] = sum(part.numel() * 4 for part in engine.gradient())
-    output.values["reduced"] = sum(
-        size * count for (name, size), count in collectives.seen.items() if "reduce" in name
-    )
-    output.values["reductions"] = sum(
-        count for (name, _), count in collectives.seen.items() if "reduce" in name
-    )
+    reductions = {size: count for (name, size), count in collectives.seen.items() if "reduce" in name}
+    output.values["reduced"] = sum(size * count for size, count in reductions.items())
     engine.close()
     return output

@@ -177,6 +177,5 @@ def test_a_retention_step_holds_one_gradient_of_the_adapters_more(ranks, name):
 @every("lora-costs")
 def test_only_the_adapters_gradients_travel(ranks, name):
     for values in ranks[name].values:
-        assert values["reductions"] > 0
         # A reduce-scatter is counted with what goes in and what comes out, padded.
-        assert values["reduced"] < 2.5 * values["adapters"]
+        assert 0.5 * values["adapters"] < values["reduced"] < 2.5 * values["adapters"]

@@ -54,7 +54,7 @@ def test_lerobots_flags_mean_the_same():
 
 def test_other_policies_have_lerobots_own_targets():
     assert ".*\\.gemma_expert" in preset_targets(PI0Config(), "default")
-    with pytest.raises(UserError, match="--lora.preset=default is unknown for policies of type act"):
+    with pytest.raises(UserError, match=r"--lora\.preset=default is unknown for policies of type act"):
         preset_targets(ACTConfig(), "default")
     with pytest.raises(UserError, match="choose one of default, or name the layers"):
         preset_targets(PI0Config(), "attention")
@@ -142,5 +142,5 @@ def test_known_fields_are_pefts():
     from craft_ds.lora.settings import _KNOWN, _SHAPE
 
     names = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert _KNOWN <= names
+    assert names >= _KNOWN
     assert _SHAPE.keys() <= _KNOWN
