@@ -21,6 +21,8 @@ METHODS = {
     "teacher": ("before fine-tuning", GREY),
     "baseline": ("baseline", ORANGE),
     "craft": ("CRaFT", BLUE),
+    "lora_baseline": ("LoRA baseline", RED),
+    "lora_craft": ("LoRA CRaFT", GREEN),
 }
 STYLE: Any = {
     "font.size": 11,
@@ -82,18 +84,19 @@ def plot_lambda_analysis(history_csv: Path, out_png: Path) -> None:
 
 
 def plot_demo(summary: Mapping[str, Any], out_png: Path) -> None:
-    """Draw success and loss a task, for the teacher, the baseline and CRaFT.
+    """Draw success and loss a task, for the teacher, the baseline and CRaFT, and both with LoRA.
 
     Bars are means over seeds; every seed is a dot, so that the spread is seen and not inferred.
 
     Args:
         summary: ``outputs/demo/summary.json``: ``old_tasks``, ``new_tasks`` (names) and ``rows``, each with
-            ``method`` (teacher, baseline or craft), ``seed``, ``success`` and ``loss`` by task.
+            ``method`` (a key of `METHODS`), ``seed``, ``success`` and ``loss`` by task.
         out_png: The picture to write.
     """
     tasks = [*summary["old_tasks"], *summary["new_tasks"]]
+    bars = len({row["method"] for row in summary["rows"]})
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(12 + 2.5 * max(0, bars - 3), 4.2), layout="constrained")
         for panel, measure in zip(axes, ("success", "loss"), strict=True):
             _grouped_bars(panel, summary["rows"], measure, tasks, old=len(summary["old_tasks"]))
         axes[0].set(title="Success of the rollouts (higher is better)", ylabel="success rate", ylim=(0, 1.15))

@@ -2,7 +2,8 @@
 
 It makes demonstrations, builds the anchor cache, fine-tunes the shipped teacher twice a seed on several ranks
 of ZeRO-3 or FSDP2 (once as the plain baseline, once with CRaFT, same steps, same samples), runs all policies
-in the simulator and ends with a table, a picture and outputs/demo/summary.json.
+in the simulator and ends with a table, a picture and outputs/demo/summary.json. With --lora it trains LoRA
+adapters besides, again with and without CRaFT.
 """
 
 import argparse
@@ -39,7 +40,8 @@ CRAFT_FLAGS = [
     "--craft.epsilon_end=1.4",
     "--craft.lambda_lr=0.1",
 ]
-METHODS = ("teacher", "baseline", "craft")
+LORA_FLAGS = ["--lora=preset", "--policy.optimizer_lr=5e-3"]
+METHODS = ("teacher", "baseline", "craft", "lora_baseline", "lora_craft")
 ENGINES = {"zero3": "ZeRO-3", "fsdp": "FSDP2"}
 
 
@@ -62,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
         default="zero3",
         help="DeepSpeed ZeRO-3, started by deepspeed, or FSDP2, started by torchrun (default: zero3)",
     )
+    add("--lora", action="store_true", help="train LoRA adapters too, with and without CRaFT")
     add("--ranks", type=int, default=2, help="ranks that share the policy (default: 2)")
     add("--batch_size", type=int, default=16, help="samples a step over all ranks (default: 16)")
     add("--num_anchors", type=int, default=1000, help="anchors of the old tasks (default: 1000)")
@@ -109,7 +112,7 @@ def main() -> None:
     for seed in args.seeds:
         jobs = {"teacher": teacher} if seed == args.seeds[0] else {}
         figures: dict[str, Any] = {"teacher": {"peak_memory_mb": None, "step_seconds": None}}
-        for method, flags in (("baseline", []), ("craft", craft_flags(cache, args))):
+        for method, flags in methods(cache, args).items():
             say(f"{method}, seed {seed}: {args.steps} steps on {args.ranks} {ENGINES[args.engine]} ranks")
             run = runs / f"{method}_seed{seed}"
             train(args, world_name, teacher, data / "new", run, seed, flags)
@@ -131,6 +134,7 @@ def main() -> None:
         "episodes": args.episodes,
         "ranks": args.ranks,
         "craft_flags": craft_flags(cache, args),
+        "lora_flags": LORA_FLAGS if args.lora else None,
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "rows": rows,
     }
@@ -151,6 +155,14 @@ def choose_world(name: str) -> str:
     say(problem)
     say("going on with the world of coloured blocks, which needs no GL")
     return "blocks"
+
+
+def methods(cache: Path, args: argparse.Namespace) -> dict[str, list[str]]:
+    """The further flags of each kind of fine-tuning."""
+    kinds: dict[str, list[str]] = {"baseline": [], "craft": craft_flags(cache, args)}
+    if args.lora:
+        kinds |= {f"lora_{method}": [*LORA_FLAGS, *flags] for method, flags in kinds.items()}
+    return kinds
 
 
 def craft_flags(cache: Path, args: argparse.Namespace) -> list[str]:
@@ -234,16 +246,16 @@ def print_table(summary: dict[str, Any]) -> None:
         old, new = ", ".join(summary["old_tasks"]), ", ".join(summary["new_tasks"])
         print(f"\n{measure} a task (old: {old}; new: {new})")
         header = "".join(f"{task.removesuffix('-v3')[:18]:>20s}" for task in tasks)
-        print(f"{'method':10s}{'seed':>5s}{header}{'old mean':>10s}")
+        print(f"{'method':14s}{'seed':>5s}{header}{'old mean':>10s}")
         for row in sorted(summary["rows"], key=lambda row: (METHODS.index(row["method"]), row["seed"])):
             values = "".join(f"{row[measure][task]:20.2f}" for task in tasks)
             mean = statistics.mean(row[measure][task] for task in summary["old_tasks"])
-            print(f"{row['method']:10s}{row['seed']:5d}{values}{mean:10.2f}")
+            print(f"{row['method']:14s}{row['seed']:5d}{values}{mean:10.2f}")
     print()
     for row in summary["rows"]:
         if row["method"] != "teacher":
             print(
-                f"{row['method']:10s}{row['seed']:5d}  peak memory {row['peak_memory_mb']:.0f} MiB a rank, "
+                f"{row['method']:14s}{row['seed']:5d}  peak memory {row['peak_memory_mb']:.0f} MiB a rank, "
                 f"{row['step_seconds']:.2f} s a step"
             )
 

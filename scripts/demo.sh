@@ -4,6 +4,7 @@
 #
 #   bash scripts/demo.sh                     one seed, on ZeRO-3
 #   bash scripts/demo.sh --engine fsdp       on FSDP2
+#   bash scripts/demo.sh --lora              LoRA adapters beside full fine-tuning
 #   bash scripts/demo.sh --seeds 0 1 2       three seeds; see --help for the rest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

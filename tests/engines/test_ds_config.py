@@ -29,6 +29,7 @@ def test_the_project_ships_what_its_readme_describes():
         "zero2.json",
         "zero3.json",
         "zero3_bf16.json",
+        "zero3_lora.json",
         "zero3_offload.json",
     ]
     assert all(f"`{path.name}`" in readme for path in SHIPPED)
