@@ -61,12 +61,28 @@ def export_main() -> None:
         default="float32",
         help="dtype of the weights in the file (default: float32, as trained)",
     )
+    parser.add_argument(
+        "--merge_lora",
+        action="store_true",
+        help="make a whole policy of LoRA adapters and their base, and compare it with them",
+    )
+    parser.add_argument(
+        "--base_path", default="", help="where the adapters' base policy lies, if it was moved"
+    )
+    parser.add_argument(
+        "--max_token_difference",
+        type=float,
+        metavar="SHARE",
+        help="of action tokens that a merged policy may choose differently (default: 0 in float32, 0.1 in "
+        "bfloat16, 0.05 in float16)",
+    )
+    parser.add_argument("--device", default="cpu", help="where a merged policy is compared (default: cpu)")
     arguments = parser.parse_args()
 
     def action() -> None:
         from craft_ds.export import export_checkpoint
 
-        export_checkpoint(arguments.checkpoint, arguments.output, arguments.dtype)
-        print(f"exported {arguments.checkpoint} to {arguments.output} ({arguments.dtype})")
+        said = export_checkpoint(**vars(arguments))
+        print(f"exported {arguments.checkpoint} to {arguments.output} ({arguments.dtype}): {said}")
 
     run_main(action)

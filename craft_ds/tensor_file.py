@@ -93,6 +93,30 @@ def create_tensor_file(
             os.posix_fallocate(file.fileno(), start, offset)
 
 
+def write_tensor_file(
+    path: Path, specs: Iterable[TensorSpec], read: ReadRange, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a file piece by piece, whatever the size of its tensors, and force it to the disk.
+
+    Args:
+        path: The new file.
+        specs: Its tensors; their values are cast to these dtypes.
+        read: Reads the values by range.
+        metadata: Strings for the header's `__metadata__`.
+
+    Raises:
+        OSError: The disk is full or the directory is not writable.
+    """
+    specs = list(specs)
+    create_tensor_file(path, specs, metadata)
+    with TensorFile(path, writable=True) as file:
+        for name, shape, _ in specs:
+            count = math.prod(shape)
+            for start in range(0, count, _PIECE):
+                file.write(name, start, read(name, start, min(start + _PIECE, count)))
+        file.sync()
+
+
 class TensorFile:
     """Ranges of the tensors of a safetensors file, for reading or for filling in.
 

@@ -70,6 +70,42 @@ def inputs(tmp_path_factory):
     return inputs
 
 
+ADAPTERS = {
+    "attention": ["--lora=attention"],
+    "attention_mlp": ["--lora=attention_mlp"],
+    "attention_mlp_vision": ["--lora=attention_mlp_vision"],
+    "rslora": ["--lora=preset", "--lora.use_rslora=true", "--lora.rank=3"],
+    "dora": ["--lora=attention_mlp_vision", "--lora.use_dora=true"],
+    "gaussian": ["--lora=preset", "--lora.init=gaussian"],
+    "full_modules": ["--lora=preset", "--lora.full_modules=[multi_modal_projector,lm_head]"],
+}
+
+
+@pytest.fixture(scope="session")
+def adapted(inputs, tmp_path_factory) -> Callable[[str], Path]:
+    """The final checkpoint of a LoRA run of three large steps, by the kind of adapters: each made once.
+
+    "anchors" has the adapters of "attention_mlp", trained by CRaFT.
+    """
+    from craft_ds.command_line import parse_arguments
+    from craft_ds.trainer import train_craft
+
+    root = tmp_path_factory.mktemp("adapted")
+
+    def checkpoint(kind: str) -> Path:
+        output = root / kind
+        if not output.exists():
+            flags = [*inputs.flags(output), "--steps=3", "--policy.optimizer_lr=0.02"]
+            flags += ["--policy.scheduler_warmup_steps=0"]
+            special = inputs.craft_flags() if kind == "anchors" else []
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr("sys.argv", ["train_craft.py"])
+                train_craft(parse_arguments([*flags, *special, *ADAPTERS.get(kind, ["--lora=preset"])]))
+        return output / "final"
+
+    return checkpoint
+
+
 @pytest.fixture(scope="session")
 def compiled_cpu_adam():
     """DeepSpeed's Adam, compiled before there are ranks with a deadline: it takes minutes, once a machine."""

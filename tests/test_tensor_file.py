@@ -7,9 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from craft_ds.tensor_file import TensorFile, TensorSpec, create_tensor_file
+from craft_ds import tensor_file
+from craft_ds.tensor_file import TensorFile, TensorSpec, create_tensor_file, write_tensor_file
 
 settings.register_profile(
     "patient", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -194,3 +195,25 @@ def test_a_file_cut_short_is_refused(tmp_path):
     assert_damaged(path)
     with pytest.raises(SafetensorError):
         read_by_safetensors(path)
+
+
+def test_a_file_is_written_piece_by_piece_from_what_reads_ranges(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_file, "_PIECE", 10)
+    values = {"a": torch.randn(7, 5), "b": torch.arange(20), "c": torch.tensor(3.5), "d": torch.empty(0, 4)}
+    ranges = []
+
+    def read(name, start, stop):
+        ranges.append(stop - start)
+        return values[name].reshape(-1)[start:stop]
+
+    path = tmp_path / "x.safetensors"
+    dtypes = {"a": torch.float16, "b": torch.int64, "c": torch.bfloat16, "d": torch.float32}
+    specs = (TensorSpec(name, tuple(value.shape), dtypes[name]) for name, value in values.items())
+    write_tensor_file(path, specs, read, {"format": "pt", "made": "so"})
+    found = load_file(path)
+    assert found.keys() == values.keys()
+    for name, value in values.items():
+        assert torch.equal(found[name], value.to(dtypes[name])), name
+    assert sorted(ranges) == [1, 5, 10, 10, 10, 10, 10]
+    with TensorFile(path) as file:
+        assert file.metadata == {"format": "pt", "made": "so"}

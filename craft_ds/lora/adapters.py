@@ -74,24 +74,30 @@ def plan_adapters(lora: LoraConfig, policy: PreTrainedConfig, directory: Path) -
     return dataclasses.replace(plan, config=dataclasses.replace(plan.config, lora_dropout=lora.dropout))
 
 
-def plan_stored(directory: Path, base_path: str = "") -> AdapterPlan:
+def plan_stored(directory: Path, base_path: str = "", flag: str = "--lora.base_path") -> AdapterPlan:
     """The adapters of a directory, and where their base policy lies.
 
     Args:
         directory: A policy directory with adapters.
         base_path: Where the base policy lies now, if it was moved.
+        flag: What the command calls `base_path`.
 
     Raises:
         UserError: The configuration is damaged, or the base policy is not there.
     """
     config = read_stored(directory)
-    path = base_path or str(config.base_model_name_or_path)
+    path = base_path or config.base_model_name_or_path
+    if not path:
+        raise UserError(
+            f"{directory / ADAPTER_CONFIG} names no base policy (base_model_name_or_path): say where it is "
+            f"by {flag}"
+        )
     try:
         base = resolve_policy_path(path)
     except UserError as error:
         raise UserError(
             f"the base policy of the adapters in {directory} is not there ({error}): put it back, or say "
-            "where it is by --lora.base_path"
+            f"where it is by {flag}"
         ) from error
     if has_adapters(base):
         raise UserError(f"{path}, the base policy of {directory}, holds adapters itself: merge those first")

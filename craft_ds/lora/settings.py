@@ -115,8 +115,6 @@ def read_stored(directory: Path) -> peft.LoraConfig:
     unknown = [name for name, value in _fields(config).items() if name not in _KNOWN and value != plain[name]]
     if unknown:
         raise UserError(f"{path} uses {', '.join(unknown)}, which craft-ds does not know")
-    if not config.base_model_name_or_path:
-        raise UserError(f"{path} names no base policy (base_model_name_or_path): give --lora.base_path")
     return config
 
 

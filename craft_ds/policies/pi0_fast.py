@@ -41,6 +41,21 @@ def pi0_fast_token_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
     Returns:
         The sum over supervised tokens in fp32, and their count.
     """
+    logits, targets = supervised_logits(policy, batch)
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    return TokenLoss(total, torch.full((), float(targets.numel()), device=logits.device))
+
+
+def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What the policy thinks of each supervised action token of a batch, and the token that it should be.
+
+    Args:
+        policy: A pi0_fast of any size.
+        batch: As for `pi0_fast_token_loss`.
+
+    Returns:
+        Logits (N, vocabulary) in fp32 at least, and the N tokens; one sample's after the other's.
+    """
     model = policy.model
     decoder = model.paligemma_with_expert.paligemma.model.language_model
     lm_head = model.paligemma_with_expert.paligemma.lm_head
@@ -82,9 +97,7 @@ def pi0_fast_token_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
     predicting = hidden[:, vision.shape[1] + prompt_length :].flatten(0, 1).index_select(0, supervised)
     targets = actions[:, 1:].flatten().index_select(0, supervised)
     logits = lm_head(predicting)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, targets, reduction="sum")
-    return TokenLoss(total, torch.full((), float(supervised.numel()), device=device))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
 
 
 def longest(mask: Tensor) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 
 from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.policies.loading import load_policy, load_policy_config
+from craft_ds.policies.pi0_fast import supervised_logits
 from craft_ds.policies.testing import make_test_policy_dir, random_batch
 
 
@@ -184,4 +185,15 @@ def test_tokens_on_padding_do_not_matter(policy):
         noisy[tokens] = torch.where(batch[mask], batch[tokens], 9)
     assert token_loss(policy, noisy).total.item() == pytest.approx(
         token_loss(policy, batch).total.item(), rel=1e-6
+    )
+
+
+def test_the_logits_are_of_the_supervised_tokens_one_sample_after_the_other(policy):
+    batch = uneven_batch(policy.config)
+    logits, targets = supervised_logits(policy, batch)
+    assert torch.equal(targets, batch[ACTION_TOKENS][:, 1:][batch[ACTION_TOKEN_MASK][:, 1:]])
+    assert logits.shape == (len(targets), policy.config.vocab_size)
+    alone = {key: value[:1] for key, value in batch.items()}
+    torch.testing.assert_close(
+        supervised_logits(policy, alone)[0], logits[: batch[ACTION_TOKEN_MASK][0].sum() - 1]
     )
