@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from craft_ds.activation_checkpointing import checkpoint_activations
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.stream import AnchorStream
+from craft_ds.anchors.vision import check_frozen_tower, check_vision_features
 from craft_ds.checkpoint import load_checkpoint, read_manifest, save_checkpoint, step_directory
 from craft_ds.data import check_processors, heldout_batches, images_to_float, load_datasets, training_batches
 from craft_ds.distributed import all_ranks, gather_objects, main_first
@@ -229,6 +230,8 @@ def open_run(config: TrainConfig) -> Run:
     train, heldout = main_first(lambda: load_datasets(config, cameras, world_size))
 
     policy = all_ranks(lambda: build_fp32_policy(config.policy, policy_dir))
+    if config.craft.enabled and config.craft.vision_features:
+        all_ranks(lambda: check_frozen_tower(policy))
     weights = all_ranks(lambda: WeightReader(policy_dir, policy))
     count = sum(parameter.numel() for parameter in policy.parameters())
     warning = _wrapping_warning(config, policy)
@@ -312,6 +315,8 @@ def _check_inputs(config: TrainConfig) -> tuple[AnchorCache | None, Path]:
         return None, policy_dir
     cache = AnchorCache.open(config.craft.anchor_cache_dir, verify=is_node_main())
     cache.check_policy(config.policy)
+    if config.craft.vision_features and is_node_main():
+        check_vision_features(cache, policy_dir, config.policy)
     return cache, policy_dir
 
 
