@@ -50,6 +50,9 @@ class CraftConfig:
             the constraint, as the anchor cache records it: 1.1 allows 10 % more than the teacher has.
         constraint_split: Which anchors measure L_ret: `heldout` (episodes whose gradient is never
             followed; one more forward pass a retention step) or `train` (the anchors just drawn).
+        vision_features: Read what the teacher's vision tower made of the anchors' images from the cache,
+            instead of running the tower on them. The cache must hold it (`--vision_features` of
+            `scripts/build_anchor_cache.py`) for this policy's tower, and the tower must be frozen.
     """
 
     enabled: bool = False
@@ -68,6 +71,7 @@ class CraftConfig:
     epsilon_schedule: str = "linear"
     epsilon_relative: bool = False
     constraint_split: str = "heldout"
+    vision_features: bool = False
 
     def validate(self) -> None:
         """Check every field that CRaFT would use.

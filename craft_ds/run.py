@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from craft_ds.activation_checkpointing import checkpoint_activations
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.stream import AnchorStream
-from craft_ds.checkpoint import load_checkpoint, read_manifest, save_checkpoint, step_directory
+from craft_ds.anchors.vision import check_frozen_tower
+from craft_ds.checkpoint import load_checkpoint, save_checkpoint, step_directory
 from craft_ds.data import check_processors, heldout_batches, images_to_float, load_datasets, training_batches
 from craft_ds.distributed import all_ranks, gather_objects, main_first, on_main
 from craft_ds.dual import DualState, RetentionRecord
@@ -26,19 +27,20 @@ from craft_ds.engines import build_engine, check_engine, join_group
 from craft_ds.engines.base import Batch, Engine
 from craft_ds.engines.fsdp_layout import gathered_dtype
 from craft_ds.errors import UserError
-from craft_ds.launch import is_node_main, launched_world_size
-from craft_ds.lora.adapters import AdapterPlan, Adapters, has_adapters, plan_adapters
+from craft_ds.inputs import check_inputs
+from craft_ds.launch import launched_world_size
+from craft_ds.lora.adapters import Adapters
 from craft_ds.lora.weights import AdaptedWeights, open_weights
 from craft_ds.metrics import MetricsLogger
 from craft_ds.plots import plot_lambda_analysis
 from craft_ds.policies.adapter import PolicyWithLoss
-from craft_ds.policies.loading import build_policy, load_processors, policy_cameras, resolve_policy_path
+from craft_ds.policies.loading import build_policy, load_processors, policy_cameras
 from craft_ds.policies.units import wrapping_warning
 from craft_ds.policies.weights import weights_sha256
 from craft_ds.steps import PassSums, StepResult, measure
 from craft_ds.system import peak_memory_bytes
 from craft_ds.train_config import TrainConfig
-from craft_ds.world.in_training import check_world, evaluate_in_world
+from craft_ds.world.in_training import evaluate_in_world
 
 HISTORY_CSV = "lambda_history.csv"
 HISTORY_PLOT = "lambda_analysis.png"
@@ -229,14 +231,18 @@ def open_run(config: TrainConfig) -> Run:
     torch.backends.cudnn.benchmark = not config.cudnn_deterministic
     ds_config = check_engine(config, world_size)
     owns_group = join_group(config)
-    cache, policy_dir, plan = all_ranks(lambda: _check_inputs(config))
+    inputs = all_ranks(lambda: check_inputs(config))
     cameras = policy_cameras(config.policy)
     train, heldout = main_first(lambda: load_datasets(config, cameras, world_size))
 
-    policy = all_ranks(lambda: build_fp32_policy(config.policy, plan.base if plan else policy_dir))
-    base_sha256 = on_main(lambda: weights_sha256(plan.base)) if plan else ""
-    weights = all_ranks(lambda: open_weights(policy, policy_dir, plan, base_sha256, config.seed or 0))
+    policy = all_ranks(lambda: build_fp32_policy(config.policy, inputs.weights_dir))
+    base_sha256 = on_main(lambda: weights_sha256(inputs.weights_dir)) if inputs.plan else ""
+    weights = all_ranks(
+        lambda: open_weights(policy, inputs.policy_dir, inputs.plan, base_sha256, config.seed or 0)
+    )
     adapters = weights.adapters if isinstance(weights, AdaptedWeights) else None
+    if config.craft.enabled and config.craft.vision_features:
+        all_ranks(lambda: check_frozen_tower(policy))
     size = _describe_size(policy, adapters)
     warning = _wrapping_warning(config, policy)
     if config.activation_checkpointing == "full":
@@ -250,14 +256,14 @@ def open_run(config: TrainConfig) -> Run:
             ds_config,
         )
     preprocessor, postprocessor = all_ranks(
-        lambda: load_processors(config.policy, policy_dir, str(engine.device))
+        lambda: load_processors(config.policy, inputs.policy_dir, str(engine.device))
     )
     for processor in preprocessor.steps:
         if config.rename_map and isinstance(processor, RenameObservationsProcessorStep):
             processor.rename_map = config.rename_map
     all_ranks(lambda: check_processors(config, train, preprocessor))
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
-    anchors = all_ranks(lambda: _open_anchors(config, cache, engine))
+    anchors = all_ranks(lambda: _open_anchors(config, inputs.cache, engine))
     dual = DualState(config.craft)
 
     start_step = 0
@@ -284,7 +290,7 @@ def open_run(config: TrainConfig) -> Run:
         output_dir=Path(config.output_dir),
         owns_group=owns_group,
         adapters=adapters,
-        policy_dir=policy_dir,
+        policy_dir=inputs.policy_dir,
         preprocessor=preprocessor,
         postprocessor=postprocessor,
         heldout=heldout,
@@ -307,42 +313,6 @@ def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedP
     if hasattr(config, "gradient_checkpointing"):
         config.gradient_checkpointing = False
     return build_policy(config, policy_dir)
-
-
-def _check_inputs(config: TrainConfig) -> tuple[AnchorCache | None, Path, AdapterPlan | None]:
-    """What can be known before data and model are loaded. Checksums are read once a node."""
-    policy_dir = resolve_policy_path(config.policy.pretrained_path)
-    check_world(config.world, config.policy)
-    if config.resume:
-        manifest = read_manifest(config.checkpoint_path)
-        _check_resumable(config, manifest["step"])
-    plan = plan_adapters(config.lora, config.policy, policy_dir)
-    if not config.craft.enabled:
-        return None, policy_dir, plan
-    cache = AnchorCache.open(config.craft.anchor_cache_dir, verify=is_node_main())
-    cache.check_policy(config.policy)
-    return cache, policy_dir, plan
-
-
-def _check_resumable(config: TrainConfig, step: int) -> None:
-    if config.lora.enabled and not has_adapters(config.checkpoint_path):
-        raise UserError(
-            f"--lora.enabled=true, but {config.checkpoint_path} is a checkpoint of full training: leave "
-            "--lora.* out, or begin a new run with --policy.path instead of --resume"
-        )
-    if step >= config.steps:
-        raise UserError(
-            f"{config.checkpoint_path} has done {step} of --steps={config.steps}: raise --steps to go on"
-        )
-    output_dir = Path(config.output_dir)
-    later = [path for path in output_dir.glob("step_*") if path.is_dir() and path.name > f"step_{step:06d}"]
-    later += [path for path in (output_dir / "final",) if path.exists()]
-    later = [path for path in later if not path.name.endswith(".tmp")]
-    if later:
-        raise UserError(
-            f"resuming at step {step} would overwrite {min(later)}: resume from the last checkpoint, move "
-            "it away, or give another --output_dir"
-        )
 
 
 def _open_anchors(config: TrainConfig, cache: AnchorCache | None, engine: Engine) -> AnchorStream | None:

@@ -41,6 +41,12 @@ def parse_arguments() -> argparse.Namespace:
         default="dataset",
         help="store images as recorded (exact), or as the policy resizes them (8-bit rounding)",
     )
+    add(
+        "--vision_features",
+        action="store_true",
+        help="also store what the teacher's vision tower makes of the images (fp16), for training with that "
+        "tower frozen and --craft.vision_features=true",
+    )
     return parser.parse_args()
 
 

@@ -41,9 +41,11 @@ from craft_ds.anchors.dataset import camera_keys, open_dataset
 from craft_ds.anchors.draw import Draw, draw_anchors
 from craft_ds.anchors.plan import BuildOptions, check_same, make_plan
 from craft_ds.anchors.sampler import to_policy_batch
+from craft_ds.anchors.vision import half_features, read_tower
 from craft_ds.errors import UserError
 from craft_ds.policies.adapter import token_loss
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors, resolve_policy_path
+from craft_ds.policies.vision import features_key
 
 
 class Encoder:
@@ -104,7 +106,11 @@ def build_anchor_cache(options: BuildOptions) -> bool:
     dataset = open_dataset(options.dataset_repo_id, options.dataset_root, config, preprocessor)
     draw, task = _draw(options, dataset)
     example = _example(options, dataset, int(draw.rows[0]), encoder)
-    plan = make_plan(options, teacher, config, dataset, draw, example)
+    tower = read_tower(config, teacher) if options.vision_features else None
+    if tower is not None:
+        empty = torch.empty(0, *tower.shape, dtype=torch.float16)
+        example |= {features_key(camera): empty for camera in encoder.cameras}
+    plan = make_plan(options, teacher, config, dataset, draw, example, tower and tower.fingerprint)
     partial = partial_directory(output)
     if output.exists():
         check_same(plan, read_metadata(output), f"--output_dir={output} holds another anchor cache")
@@ -180,8 +186,11 @@ def _write_shards(
             parts, losses = [], []
             for batch in batches:
                 parts.append(encoder(next(loader)))
+                seen = to_policy_batch(parts[-1], options.device)
+                if options.vision_features:
+                    parts[-1] |= half_features(policy, seen)
                 with torch.inference_mode():
-                    loss = token_loss(policy, to_policy_batch(parts[-1], options.device))
+                    loss = token_loss(policy, seen)
                 first = batch[0]
                 losses.append(
                     {

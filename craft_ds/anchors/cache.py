@@ -4,6 +4,8 @@ A cache is a directory of ``metadata.json`` and ``shard_00000.safetensors``, ``s
 Anchor i is row ``i % shard_size`` of shard ``i // shard_size``. Each shard holds, for its n anchors:
 
 - one uint8 tensor (n, C, H, W) a camera, named as the policy names the camera;
+- if the cache was built with them, one float16 tensor (n, patches, width) a camera, named
+  ``<camera>.vision_features``: what the teacher's vision tower makes of those images;
 - the prompt and the action tokens of the teacher's own processors, int32 (n, length), and their masks, bool;
 - ``task``, ``episode`` and ``frame``: int32 (n,), where the anchor comes from.
 """
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
+from craft_ds.policies.vision import features_key
 
 FORMAT = "craft-ds anchor cache"
 VERSION = 1
@@ -34,7 +37,7 @@ METADATA_FILE = "metadata.json"
 SPLITS = ("train", "heldout")
 TOKEN_FIELDS = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK, ACTION_TOKENS, ACTION_TOKEN_MASK)
 ORIGIN_FIELDS = ("task", "episode", "frame")
-DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "bool": torch.bool}
+DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "bool": torch.bool, "float16": torch.float16}
 
 
 def shard_name(number: int) -> str:
@@ -71,6 +74,8 @@ class AnchorCache:
         episode: Episode of each anchor in the old data set, int32 (N,).
         teacher_loss: L0, the teacher's own mean loss per action token, by split ("train", "heldout" and
             "all"): ``{"overall": float, "by_task": {text: float}, "tokens": int}``.
+        vision_fingerprint: Which vision tower its features are from, as
+            `craft_ds.policies.vision.vision_fingerprint` says; None where it holds none.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any], handles: list[Any]) -> None:
@@ -79,6 +84,7 @@ class AnchorCache:
         self.tasks: list[str] = metadata["dataset"]["tasks"]
         self.cameras: list[str] = metadata["cameras"]
         self.teacher_loss: dict[str, dict[str, Any]] = metadata["teacher_loss"]
+        self.vision_fingerprint: str | None = metadata.get("vision_features", {}).get("fingerprint")
         self._shard_size: int = metadata["request"]["shard_size"]
         self._fields: dict[str, dict[str, Any]] = metadata["fields"]
         self._slices = [{name: handle.get_slice(name) for name in self._fields} for handle in handles]
@@ -141,19 +147,27 @@ class AnchorCache:
         if fingerprint != self.metadata["tokenizer"]:
             self._mismatch("tokenizers", self.metadata["tokenizer"][:12], fingerprint[:12])
 
-    def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def read(self, indices: Sequence[int], vision_features: bool = False) -> dict[str, Tensor]:
         """Read anchors, stored fields as they are.
 
         Args:
             indices: Anchor indices in [0, len(self)), in any order, repeats allowed; B of them.
+            vision_features: Read the vision tower's features in the place of the images, which are then not
+                touched. The cache must hold them (`vision_fingerprint`).
 
         Returns:
-            uint8 images (B, C, H, W) a camera, int32 tokens and bool masks (B, length), int32 ``task``,
-            ``episode`` and ``frame`` (B,).
+            uint8 images (B, C, H, W) or float16 features (B, patches, width) a camera, int32 tokens and bool
+            masks (B, length), int32 ``task``, ``episode`` and ``frame`` (B,).
         """
         batch = {}
         rows = [divmod(index, self._shard_size) for index in indices]
-        for name, field in self._fields.items():
+        features = [features_key(camera) for camera in self.cameras]
+        left_out = self.cameras if vision_features else features
+        wanted = [name for name in self._fields if name not in left_out]
+        if vision_features and not set(features) <= set(wanted):
+            raise KeyError(f"anchor cache {self.path} holds no vision features")
+        for name in wanted:
+            field = self._fields[name]
             out = torch.empty((len(rows), *field["shape"]), dtype=DTYPES[field["dtype"]])
             for position, (shard, row) in enumerate(rows):
                 out[position] = self._slices[shard][name][row : row + 1][0]

@@ -40,6 +40,8 @@ class BuildOptions:
         shard_size: Anchors a file.
         image_size: "dataset" stores images as recorded (exact), "model" as the policy resizes them (smaller,
             rounded to 8 bits).
+        vision_features: Also store what the teacher's vision tower makes of the images, in fp16: training
+            with the same tower frozen can then skip it.
 
     Raises:
         UserError: A value out of range.
@@ -57,6 +59,7 @@ class BuildOptions:
     device: str = "cpu"
     shard_size: int = 256
     image_size: str = "dataset"
+    vision_features: bool = False
 
     def __post_init__(self) -> None:
         least = {"num_samples": 1, "batch_size": 1, "num_workers": 0, "seed": 0, "shard_size": 1}
@@ -76,6 +79,7 @@ def make_plan(
     dataset: LeRobotDataset,
     draw: Draw,
     example: dict[str, Tensor],
+    vision_fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """The metadata of a cache without its shards and the teacher's loss, as JSON values.
 
@@ -86,9 +90,11 @@ def make_plan(
         dataset: The old data set.
         draw: The frames drawn from it.
         example: An encoded batch, for the names, types and shapes of the fields.
+        vision_fingerprint: Of the tower whose features are stored; None: none are.
     """
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     episodes = dataset.hf_dataset.data.column("episode_index").to_numpy()[draw.rows]
+    vision = {} if vision_fingerprint is None else {"vision_features": {"fingerprint": vision_fingerprint}}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -118,6 +124,7 @@ def make_plan(
         },
         "tokenizer": tokenizer_fingerprint(config),
         "cameras": policy_cameras(config),
+        **vision,
         "fields": {
             name: {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape[1:])}
             for name, tensor in example.items()

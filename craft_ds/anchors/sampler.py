@@ -137,8 +137,8 @@ def to_policy_batch(anchors: dict[str, Tensor], device: torch.device | str) -> d
         device: Where the batch goes. Images travel as uint8 and become float there.
 
     Returns:
-        float32 images (B, C, H, W) in [0, 1], int64 tokens and bool masks (B, length), under the policy's
-        own names.
+        float32 images (B, C, H, W) in [0, 1], or vision features as they are stored, int64 tokens and bool
+        masks (B, length), under the policy's own names.
     """
     batch = {}
     for name, tensor in anchors.items():

@@ -18,7 +18,8 @@ class AnchorStream:
 
     Args:
         cache: The anchors.
-        craft: `anchor_batch_size`, `retention_freq`, `constraint_split` and `epsilon_relative` are read.
+        craft: `anchor_batch_size`, `retention_freq`, `constraint_split`, `epsilon_relative` and
+            `vision_features` are read.
         micro_batch_size: The task's micro-batch of a rank.
         device: Where batches belong.
         rank: This rank.
@@ -69,11 +70,13 @@ class AnchorStream:
             self._cache, "heldout", self._micro_batch_size, self._rank, self._world_size, limit or None
         )
         for indices, counts in chunks:
-            yield to_policy_batch(self._cache.read(indices), self._device), counts
+            yield self._read(indices), counts
 
     def _batches(self, sampler: AnchorSampler, step: int) -> Iterator[Batch]:
         # Draws are counted in retention steps, so that an epoch of anchors leaves none out.
         indices = sampler.indices(step // self._craft.retention_freq)
         for start in range(0, len(indices), self._micro_batch_size):
-            anchors = self._cache.read(indices[start : start + self._micro_batch_size])
-            yield to_policy_batch(anchors, self._device)
+            yield self._read(indices[start : start + self._micro_batch_size])
+
+    def _read(self, indices: list[int]) -> Batch:
+        return to_policy_batch(self._cache.read(indices, self._craft.vision_features), self._device)

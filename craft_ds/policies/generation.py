@@ -19,7 +19,8 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LAN
 from torch import Tensor
 
 from craft_ds.policies.adapter import Batch
-from craft_ds.policies.pi0_fast import embed_cameras, longest
+from craft_ds.policies.pi0_fast import longest
+from craft_ds.policies.vision import image_tokens
 
 _END_OF_ACTION = "|"
 
@@ -63,7 +64,7 @@ def greedy_action_tokens(policy: PI0FastPolicy, batch: Batch) -> Tensor:
 
     Args:
         policy: A pi0_fast of any size; it is put into evaluation mode.
-        batch: Images (B, C, H, W) in [0, 1]; prompt tokens and mask (B, P).
+        batch: Images (B, C, H, W) in [0, 1] or their vision features; prompt tokens and mask (B, P).
 
     Returns:
         Text tokenizer ids (B, max_decoding_steps), int64; zeros after the end of action.
@@ -75,19 +76,18 @@ def greedy_action_tokens(policy: PI0FastPolicy, batch: Batch) -> Tensor:
     embed_words = model.paligemma_with_expert.embed_language_tokens
     end_of_action = tokenizer.convert_tokens_to_ids(_END_OF_ACTION)
 
-    images, camera_masks = policy._preprocess_images(batch)
-    device, size = images[0].device, images[0].shape[0]
+    device, size = next(policy.parameters()).device, batch[OBS_LANGUAGE_TOKENS].shape[0]
     length = longest(batch[OBS_LANGUAGE_ATTENTION_MASK].cpu())
     begin = torch.full((size, 1), tokenizer.bos_token_id, device=device)
     prompt = torch.cat([batch[OBS_LANGUAGE_TOKENS][:, :length].to(device), begin], dim=1)
     prompt_mask = batch[OBS_LANGUAGE_ATTENTION_MASK][:, :length].to(device)
 
-    vision = embed_cameras(model, images)
+    vision, camera_masks = image_tokens(policy, batch)
     inputs = torch.cat([vision, embed_words(prompt)], dim=1)
     if decoder.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16:
         inputs = inputs.to(torch.bfloat16)
     one = torch.ones_like(begin, dtype=torch.bool)
-    cameras = [mask[:, None].expand(-1, vision.shape[1] // len(images)) for mask in camera_masks]
+    cameras = [mask[:, None].expand(-1, vision.shape[1] // len(camera_masks)) for mask in camera_masks]
     present = torch.cat([*cameras, prompt_mask, one], dim=1)
     attention = present[:, None] & present[:, :, None]
     positions = present.cumsum(dim=1) - 1

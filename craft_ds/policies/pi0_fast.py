@@ -6,13 +6,14 @@ cannot reach it:
 - prompt and action padding is cut to the longest sample of the batch;
 - the last action token is a target but no input: nothing is predicted after it;
 - ``lm_head``, 257,152 wide on the real model, runs only where a token is supervised;
-- all cameras pass the vision tower in one call, so that a sharded tower is gathered once.
+- all cameras pass the vision tower in one call, so that a sharded tower is gathered once, and none where
+  the batch holds the tower's features already (`craft_ds.policies.vision`).
 """
 
 import torch
 import torch.nn.functional as F
 from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
-from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy, PI0FastPytorch
+from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from lerobot.utils.constants import (
     ACTION_TOKEN_MASK,
     ACTION_TOKENS,
@@ -22,6 +23,7 @@ from lerobot.utils.constants import (
 from torch import Tensor
 
 from craft_ds.policies.adapter import Batch, TokenLoss, token_loss
+from craft_ds.policies.vision import image_tokens
 
 
 @token_loss.register
@@ -36,7 +38,8 @@ def pi0_fast_token_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
 
     Args:
         policy: A pi0_fast of any size.
-        batch: Images (B, C, H, W) in [0, 1]; prompt tokens and mask (B, P); action tokens and mask (B, A).
+        batch: Images (B, C, H, W) in [0, 1] or their vision features; prompt tokens and mask (B, P); action
+            tokens and mask (B, A).
 
     Returns:
         The sum over supervised tokens in fp32, and their count.
@@ -60,8 +63,7 @@ def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tens
     decoder = model.paligemma_with_expert.paligemma.model.language_model
     lm_head = model.paligemma_with_expert.paligemma.lm_head
 
-    images, camera_masks = policy._preprocess_images(batch)
-    device = images[0].device
+    device = next(policy.parameters()).device
     prompt_mask = batch[OBS_LANGUAGE_ATTENTION_MASK].cpu()
     action_mask = batch[ACTION_TOKEN_MASK].cpu()
     prompt_length, action_length = longest(prompt_mask), max(longest(action_mask), 1)
@@ -69,7 +71,7 @@ def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tens
     actions = batch[ACTION_TOKENS][:, :action_length].to(device)
     supervised = action_mask[:, 1:action_length].flatten().nonzero().squeeze(1).to(device)
 
-    vision = embed_cameras(model, images)
+    vision, camera_masks = image_tokens(policy, batch)
     words = model._apply_checkpoint(
         model.paligemma_with_expert.embed_language_tokens, torch.cat([prompt, actions[:, :-1]], dim=1)
     )
@@ -80,7 +82,7 @@ def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tens
     segments = [("image", vision.shape[1]), ("language", prompt_length), ("fast", action_length - 1)]
     present = torch.cat(
         [
-            *(mask[:, None].expand(-1, vision.shape[1] // len(images)) for mask in camera_masks),
+            *(mask[:, None].expand(-1, vision.shape[1] // len(camera_masks)) for mask in camera_masks),
             prompt_mask[:, :prompt_length].to(device),
             action_mask[:, : action_length - 1].to(device),
         ],
@@ -104,10 +106,3 @@ def longest(mask: Tensor) -> int:
     """The length that keeps every true entry of a (B, L) mask on the host."""
     used = mask.any(dim=0).nonzero()
     return int(used[-1]) + 1 if len(used) else 0
-
-
-def embed_cameras(model: PI0FastPytorch, images: list[Tensor]) -> Tensor:
-    """Image tokens of all cameras, (B, cameras * tokens, width), from one call of the vision tower."""
-    batch_size = images[0].shape[0]
-    tokens = model._apply_checkpoint(model.paligemma_with_expert.embed_image, torch.cat(images))
-    return tokens.unflatten(0, (len(images), batch_size)).transpose(0, 1).flatten(1, 2)

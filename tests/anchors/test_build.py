@@ -1,11 +1,9 @@
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from builds import Killed, contents, refuses, run_script
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch.utils.data import default_collate
@@ -15,57 +13,10 @@ from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.cache import AnchorCache, partial_directory
 from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.anchors.testing import make_test_dataset
-from craft_ds.cli import run_main
 from craft_ds.errors import UserError
 from craft_ds.policies.adapter import token_loss
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
-from craft_ds.policies.testing import make_test_policy_dir
 from craft_ds.policies.tokenizers import build_text_tokenizer
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "build_anchor_cache.py"
-
-
-class Killed(BaseException):
-    """Stands for the process's end: the build has no handlers that could tidy up behind it."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_test_dataset(tmp_path_factory.mktemp("data") / "set", cameras=("top", "side1"), frames=12)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return make_test_policy_dir(tmp_path_factory.mktemp("teacher") / "policy", cameras=2)
-
-
-@pytest.fixture(scope="module")
-def options(data, teacher):
-    def make(output, **changes):
-        values = {
-            "dataset_repo_id": "craft-ds/test",
-            "dataset_root": str(data),
-            "policy_path": str(teacher),
-            "output_dir": str(output),
-            "num_samples": 22,
-            "batch_size": 4,
-            "num_workers": 0,
-            "shard_size": 6,
-        }
-        return BuildOptions(**{**values, **changes})
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def built(options, tmp_path_factory):
-    path = tmp_path_factory.mktemp("built") / "cache"
-    assert build_anchor_cache(options(path))
-    return path
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def dataset_batch(data, config, teacher, rows):
@@ -233,25 +184,6 @@ def test_the_policy_must_fit(built, teacher, tmp_path):
     refuses("tokenizers")
 
 
-def refuses(options, *words):
-    with pytest.raises(UserError) as caught:
-        build_anchor_cache(options)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message
-
-
-@pytest.fixture
-def no_policy(monkeypatch):
-    """Fails where the policy's weights are loaded before bad input was found."""
-
-    def load_policy(*args, **kwargs):
-        raise AssertionError("the policy was loaded first")
-
-    monkeypatch.setattr(build, "load_policy", load_policy)
-
-
 @pytest.mark.usefixtures("no_policy")
 class TestBadInput:
     def test_output_exists(self, options, built, tmp_path):
@@ -318,20 +250,6 @@ class TestBadInput:
 
 def _offline(*args, **kwargs):
     raise ConnectionError("offline\nand more")
-
-
-def run_script(monkeypatch, *arguments):
-    """Run the script's `main` as the script does; return its exit status."""
-    spec = importlib.util.spec_from_file_location("build_anchor_cache", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    try:
-        run_main(script.main)
-    except SystemExit as leaving:
-        return leaving.code
-    return 0
 
 
 def test_script(data, teacher, built, tmp_path, monkeypatch, capsys):

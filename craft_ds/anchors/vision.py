@@ -1,0 +1,110 @@
+"""Vision features in an anchor cache: how they are made, and when training may use them.
+
+They stand for the images of the anchors, so they must be what the trained policy's own vision tower would
+make of them, now and after any number of steps: the same weights, and frozen.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor
+
+from craft_ds.anchors.cache import AnchorCache
+from craft_ds.errors import UserError
+from craft_ds.policies.adapter import Batch
+from craft_ds.policies.loading import build_policy
+from craft_ds.policies.vision import (
+    feature_shape,
+    tower_trains,
+    vision_features,
+    vision_fingerprint,
+)
+from craft_ds.policies.weights import WeightReader
+
+
+class StoredTower(NamedTuple):
+    """The vision tower of a policy directory.
+
+    Attributes:
+        fingerprint: From `craft_ds.policies.vision.vision_fingerprint`.
+        shape: Patches an image, and the width of their features.
+    """
+
+    fingerprint: str
+    shape: tuple[int, int]
+
+
+def read_tower(config: PreTrainedConfig, directory: Path) -> StoredTower:
+    """Which vision tower the policy of a directory has. Reads it, piece by piece.
+
+    Args:
+        config: From `load_policy_config`.
+        directory: The policy's local folder; with adapters, that of the policy under them.
+
+    Raises:
+        UserError: The policy is not a pi0_fast, or its weight files do not fit it.
+    """
+    # A policy of its own: adapters on the trained one would give its parameters other names.
+    policy = build_policy(config, directory)
+    shape = feature_shape(policy)
+    with WeightReader(directory, policy) as weights:
+        return StoredTower(vision_fingerprint(policy, weights), shape)
+
+
+def half_features(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
+    """What a policy's vision tower makes of a batch's images, as it is stored: fp16, on the CPU.
+
+    Raises:
+        UserError: A value is not finite in fp16.
+    """
+    stored = {}
+    for name, features in vision_features(policy, batch).items():
+        stored[name] = features.half().cpu()
+        if not stored[name].isfinite().all():
+            raise UserError(
+                f"--vision_features: {name} reaches {features.abs().max().item():.3g}, which float16 cannot "
+                "hold; build the cache without --vision_features"
+            )
+    return stored
+
+
+def check_vision_features(cache: AnchorCache, directory: Path, config: PreTrainedConfig) -> None:
+    """Check that a cache's vision features are those of a policy's own tower. Reads the whole tower.
+
+    Args:
+        cache: The anchors.
+        directory: The policy's local folder; with adapters, that of the policy under them.
+        config: From `load_policy_config`.
+
+    Raises:
+        UserError: The cache holds none, or those of another tower; or the policy is not a pi0_fast.
+    """
+    if cache.vision_fingerprint is None:
+        raise UserError(
+            f"--craft.vision_features=true: anchor cache {cache.path} holds no vision features; build one "
+            "with scripts/build_anchor_cache.py --vision_features, or leave the flag out"
+        )
+    fingerprint = read_tower(config, directory).fingerprint
+    if fingerprint != cache.vision_fingerprint:
+        raise UserError(
+            f"--craft.vision_features=true: the vision features of anchor cache {cache.path} are of another "
+            f"vision tower ({cache.vision_fingerprint[:12]}) than that of {directory} ({fingerprint[:12]}); "
+            "build one for this policy with scripts/build_anchor_cache.py --vision_features, or leave the "
+            "flag out"
+        )
+
+
+def check_frozen_tower(policy: PreTrainedPolicy) -> None:
+    """Check that no parameter of a policy's vision tower will train.
+
+    Raises:
+        UserError: One will, and stored features would be stale after the first step.
+    """
+    if tower_trains(policy):
+        raise UserError(
+            "--craft.vision_features=true: the vision tower trains in this run, so its features change; "
+            "leave the flag out, or freeze the tower"
+        )
