@@ -43,8 +43,10 @@ from craft_ds.anchors.plan import BuildOptions, check_same, make_plan
 from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.anchors.vision import half_features, read_tower
 from craft_ds.errors import UserError
+from craft_ds.lora.adapters import weights_directory
+from craft_ds.lora.loading import load_trained_policy
 from craft_ds.policies.adapter import token_loss
-from craft_ds.policies.loading import load_policy, load_policy_config, load_processors, resolve_policy_path
+from craft_ds.policies.loading import load_policy_config, load_processors, resolve_policy_path
 from craft_ds.policies.vision import features_key
 
 
@@ -106,7 +108,7 @@ def build_anchor_cache(options: BuildOptions) -> bool:
     dataset = open_dataset(options.dataset_repo_id, options.dataset_root, config, preprocessor)
     draw, task = _draw(options, dataset)
     example = _example(options, dataset, int(draw.rows[0]), encoder)
-    tower = read_tower(config, teacher) if options.vision_features else None
+    tower = read_tower(config, weights_directory(teacher)) if options.vision_features else None
     if tower is not None:
         empty = torch.empty(0, *tower.shape, dtype=torch.float16)
         example |= {features_key(camera): empty for camera in encoder.cameras}
@@ -117,7 +119,7 @@ def build_anchor_cache(options: BuildOptions) -> bool:
         shutil.rmtree(partial, ignore_errors=True)
         return False
     _begin(partial, plan)
-    policy = load_policy(config, teacher, device=options.device).eval()
+    policy = load_trained_policy(config, teacher, device=options.device)
     _write_shards(options, partial, dataset, draw, task, encoder, policy)
     _finish(output, partial, plan)
     return True

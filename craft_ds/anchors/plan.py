@@ -17,6 +17,7 @@ from torch import Tensor
 from craft_ds.anchors.cache import DTYPES, FORMAT, VERSION, file_sha256
 from craft_ds.anchors.draw import Draw
 from craft_ds.errors import UserError
+from craft_ds.lora.adapters import ADAPTER_WEIGHTS, weights_directory
 from craft_ds.policies.directory import CONFIG
 from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
 from craft_ds.policies.weights import weight_files
@@ -106,7 +107,7 @@ def make_plan(
             "path": options.policy_path,
             "type": config.type,
             "config": _without_tokenizer_names(json.loads((teacher / CONFIG).read_text(encoding="utf-8"))),
-            "weights_sha256": _joint_sha256(teacher, weight_files(teacher)),
+            "weights_sha256": _weights_sha256(teacher),
         },
         "dataset": {
             "repo_id": options.dataset_repo_id,
@@ -146,6 +147,15 @@ def check_same(plan: dict[str, Any], there: dict[str, Any], complaint: str) -> N
         if isinstance(wanted, dict) and isinstance(found, dict):
             name = f"{name}.{next(key for key in [*wanted, *found] if wanted.get(key) != found.get(key))}"
         raise UserError(f"{complaint}: its {name} differs")
+
+
+def _weights_sha256(teacher: Path) -> str:
+    base = weights_directory(teacher)
+    base_sha256 = _joint_sha256(base, weight_files(base))
+    if base == teacher:
+        return base_sha256
+    adapters = file_sha256(teacher / ADAPTER_WEIGHTS)
+    return hashlib.sha256(f"{base_sha256} {adapters}".encode()).hexdigest()
 
 
 def _joint_sha256(root: Path, files: list[Path]) -> str:

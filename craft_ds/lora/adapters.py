@@ -108,6 +108,15 @@ def plan_stored(directory: Path, base_path: str = "", flag: str = "--lora.base_p
     return AdapterPlan(config, base, directory)
 
 
+def weights_directory(directory: Path) -> Path:
+    """Where a policy's whole weights lie: in its directory, or in that of its adapters' base.
+
+    Raises:
+        UserError: As `plan_stored`.
+    """
+    return plan_stored(directory).base if has_adapters(directory) else directory
+
+
 @dataclass(frozen=True)
 class Adapters:
     """The adapters in a policy.

@@ -47,7 +47,7 @@ def built(options, tmp_path_factory):
 def no_policy(monkeypatch):
     """Fails where the policy's weights are loaded before bad input was found."""
 
-    def load_policy(*args, **kwargs):
+    def load_trained_policy(*args, **kwargs):
         raise AssertionError("the policy was loaded first")
 
-    monkeypatch.setattr(build, "load_policy", load_policy)
+    monkeypatch.setattr(build, "load_trained_policy", load_trained_policy)

@@ -14,6 +14,8 @@ from craft_ds.anchors.cache import AnchorCache, partial_directory
 from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.anchors.testing import make_test_dataset
 from craft_ds.errors import UserError
+from craft_ds.lora.loading import load_trained_policy
+from craft_ds.lora.testing import make_test_adapters
 from craft_ds.policies.adapter import token_loss
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.policies.tokenizers import build_text_tokenizer
@@ -273,3 +275,21 @@ def test_script(data, teacher, built, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: ")
     assert run_script(monkeypatch, *flags, f"--policy_path={teacher}", "--num_sample=7") == 2
     assert "--num_sample=7" in capsys.readouterr().err
+
+
+def test_a_teacher_with_adapters(options, teacher, tmp_path):
+    """Its own loss is that of the adapters on their base, and the fingerprint is of both."""
+    adapted = make_test_adapters(teacher, tmp_path / "adapted")
+    assert build_anchor_cache(options(tmp_path / "cache", policy_path=str(adapted)))
+    assert build_anchor_cache(options(tmp_path / "plain"))
+    cache, plain = (AnchorCache.open(tmp_path / name) for name in ("cache", "plain"))
+    policy = load_trained_policy(load_policy_config(adapted), adapted)
+    with torch.no_grad():
+        loss = token_loss(policy, to_policy_batch(cache.read(range(len(cache))), "cpu"))
+    found = cache.teacher_loss["all"]["overall"]
+    assert found == pytest.approx(float(loss.total / loss.count), rel=1e-4)
+    assert found != plain.teacher_loss["all"]["overall"]
+    hashes = {cache.metadata["teacher"]["weights_sha256"], plain.metadata["teacher"]["weights_sha256"]}
+    assert len(hashes) == 2
+    # Adapters change no token: these anchors fit the base too.
+    cache.check_policy(load_policy_config(teacher))
