@@ -40,7 +40,7 @@ CRAFT_FLAGS = [
     "--craft.epsilon_end=1.4",
     "--craft.lambda_lr=0.1",
 ]
-LORA_FLAGS = ["--lora=preset", "--policy.optimizer_lr=5e-3"]
+LORA_FLAGS = ["--lora=preset", "--policy.optimizer_lr=3e-3"]
 METHODS = ("teacher", "baseline", "craft", "lora_baseline", "lora_craft")
 ENGINES = {"zero3": "ZeRO-3", "fsdp": "FSDP2"}
 

@@ -8,7 +8,8 @@ import peft
 import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.policies.factory import make_policy
 from runs import assert_same_bits_of_adapters, losses
 from safetensors.torch import load_file
 
@@ -49,27 +50,24 @@ def test_a_checkpoint_holds_adapters_and_nothing_of_the_base(whole_run, inputs):
     assert load_file(whole_run / "step_000002" / "adapter_model.safetensors").keys() == adapters.keys()
 
 
-def test_lerobot_loads_a_checkpoint_as_it_loads_its_own(whole_run, inputs):
-    """What `make_policy` does for `use_peft` (lerobot/policies/factory.py), with PEFT's own classes."""
+def test_lerobot_loads_a_checkpoint(whole_run, inputs):
+    """As `lerobot-eval --policy.path=…` does."""
     final = whole_run / "final"
     config = PreTrainedConfig.from_pretrained(final)
-    assert config.use_peft
-    peft_config = peft.PeftConfig.from_pretrained(str(final))
-    base = get_policy_class(config.type).from_pretrained(
-        pretrained_name_or_path=peft_config.base_model_name_or_path, config=config
-    )
-    plain = load_policy(load_policy_config(inputs.policy), inputs.policy)
-    for name, tensor in base.state_dict().items():
-        assert torch.equal(tensor, plain.state_dict()[name]), name
-    policy = peft.PeftModel.from_pretrained(base, str(final), config=peft_config).eval()
+    config.pretrained_path, config.device = final, "cpu"
+    meta = LeRobotDatasetMetadata("craft-ds/test", root=inputs.new)
+    policy = make_policy(cfg=config, ds_meta=meta).eval()
+    assert isinstance(policy, peft.PeftModel)
     ours = load_trained_policy(load_policy_config(final), final)
+    plain = load_policy(load_policy_config(inputs.policy), inputs.policy)
     batch = random_batch(ours.config, 3, seed=0)
     with torch.no_grad():
-        theirs, _ = policy.forward(batch)
-        expected, _ = ours.forward(batch)
-        before, _ = plain.forward(batch)
+        (theirs, _), (expected, _), (before, _) = (each.forward(batch) for each in (policy, ours, plain))
     torch.testing.assert_close(theirs, expected)
     assert abs(before - theirs) > 1e-4
+    base = {name.replace("base_layer.", ""): p for name, p in policy.get_base_model().named_parameters()}
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(base[name], parameter), name
 
 
 def test_the_actions_of_a_checkpoint_are_decoded(whole_run):
