@@ -43,7 +43,7 @@ from lerobot.utils.constants import (
 from craft_ds.cli import run_main
 from craft_ds.engines.base import Batch
 from craft_ds.planning.plan import Plan, plan_memory
-from craft_ds.planning.rhythm import Setting
+from craft_ds.planning.setting import Setting
 from craft_ds.planning.shapes import Workload, skeleton_without_tokenizers
 from craft_ds.planning.simulate import simulate_pass
 from craft_ds.policies.weights import WeightReader
@@ -140,7 +140,7 @@ def plan(case: dict[str, Any]) -> Plan:
     """The planner's arithmetic for one rank."""
     workload = workload_of(case)
     freeze = partial(prepare, layers=case["layers"], trainable_layers=case["trainable_layers"])
-    trace = simulate_pass(config(), workload, dtype=torch.bfloat16, freeze=freeze)
+    trace = simulate_pass(config(), workload, dtype=torch.bfloat16, prepare=freeze)
     setting = Setting(
         case["engine"],
         case["ranks"],
