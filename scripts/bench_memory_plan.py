@@ -10,6 +10,7 @@ import argparse
 import gc
 import weakref
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -32,12 +33,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from craft_ds.cli import run_main
+from craft_ds.config import LoraConfig
 from craft_ds.engines.base import Batch
 from craft_ds.errors import UserError
+from craft_ds.lora.adapters import add_adapters
+from craft_ds.lora.settings import to_peft
 from craft_ds.memory_counter import MemoryCounter
 from craft_ds.planning import ENGINES
 from craft_ds.planning.plan import Plan, plan_memory
-from craft_ds.planning.rhythm import Setting
+from craft_ds.planning.setting import Setting
 from craft_ds.planning.shapes import Workload, skeleton_without_tokenizers
 from craft_ds.planning.simulate import simulate_pass
 from craft_ds.policies.loading import load_policy_config
@@ -88,6 +92,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--engine", choices=ENGINES, nargs="+", default=ENGINES)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])
     parser.add_argument("--checkpointing", choices=("none", "full"), nargs="+", default=["none"])
+    parser.add_argument(
+        "--lora",
+        nargs="?",
+        const="default",
+        metavar="PRESET",
+        help="rows of LoRA on a frozen base too, of the default preset or of another",
+    )
     parser.add_argument("--batch_size", type=int, default=4, help="samples a rank (default: 4)")
     parser.add_argument("--world_size", type=int, default=2, help="ranks of the sharded engines (default: 2)")
     return parser.parse_args()
@@ -96,6 +107,11 @@ def parse_arguments() -> argparse.Namespace:
 def policy_config(name: str) -> TinyPI0FastConfig:
     """The shipped teacher's configuration, or that of the mid-size policy."""
     return load_policy_config(TEACHER) if name == "teacher" else mid_size_config()
+
+
+def lora_flags(case: dict[str, Any]) -> LoraConfig:
+    """The adapters of a case that has some."""
+    return LoraConfig(enabled=True, preset=case["lora"])
 
 
 def full_batch(config: TinyPI0FastConfig, workload: Workload, seed: int) -> Batch:
@@ -114,6 +130,8 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     join_ranks(kind)
     workload = Workload(case["batch_size"], config.tokenizer_max_length, config.max_action_tokens)
     policy: PreTrainedPolicy = skeleton_without_tokenizers(config)
+    if case["lora"]:
+        add_adapters(policy, to_peft(lora_flags(case), config, base_path=""))
     if case["checkpointing"] == "full":
         from craft_ds.activation_checkpointing import checkpoint_activations
 
@@ -145,6 +163,8 @@ def plan(case: dict[str, Any]) -> Plan:
         dtype=dtype,
         autocast=kind == "single",
         checkpointing=case["checkpointing"] == "full",
+        zero3=kind.startswith("zero3"),
+        lora=lora_flags(case) if case["lora"] else None,
     )
     setting = Setting(
         kind,
@@ -160,26 +180,30 @@ def main() -> None:
     if serve_case(measure):
         return
     args = parse_arguments()
-    rows = []
     print(f"MiB a rank; {hardware()}")
     print(
-        f"{'policy':<9}{'engine':<15}{'dtype':<10}{'ckpt':<6}{'planned':>9}{'measured':>10}{'error':>8}{'resident':>10}"
+        f"{'policy':<9}{'trains':<21}{'engine':<15}{'dtype':<10}{'ckpt':<6}{'planned':>9}{'measured':>10}"
+        f"{'error':>8}{'resident':>10}"
     )
-    for name in args.policy:
-        for dtype in args.dtype:
-            for checkpointing in args.checkpointing:
-                for kind in args.engine:
-                    case = {
-                        "policy": name,
-                        "engine": kind,
-                        "dtype": dtype,
-                        "checkpointing": checkpointing,
-                        "batch_size": args.batch_size,
-                        "world_size": 1 if kind == "single" else args.world_size,
-                        # Small enough that it fills at least once, as a large model's does.
-                        "reduce_bucket": 100_000 if name == "teacher" else 5_000_000,
-                    }
-                    rows.append(compare(case))
+    trained = [None, args.lora] if args.lora else [None]
+    rows = [
+        compare(
+            {
+                "policy": name,
+                "lora": lora,
+                "engine": kind,
+                "dtype": dtype,
+                "checkpointing": checkpointing,
+                "batch_size": args.batch_size,
+                "world_size": 1 if kind == "single" else args.world_size,
+                # Small enough that it fills at least once, as a large model's does.
+                "reduce_bucket": 100_000 if name == "teacher" else 5_000_000,
+            }
+        )
+        for name, lora, dtype, checkpointing, kind in product(
+            args.policy, trained, args.dtype, args.checkpointing, args.engine
+        )
+    ]
     worst = max(abs(row["error"]) for row in rows)
     print(f"largest error: {worst:.1%}")
     write_result("bench_memory_plan", {"hardware": hardware(), "rows": rows})
@@ -193,7 +217,8 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
     total = planned.total + planned.host  # on the CPU, host and device are one
     error = total / measured["tensors"] - 1
     print(
-        f"{case['policy']:<9}{case['engine']:<15}{case['dtype']:<10}{case['checkpointing']:<6}"
+        f"{case['policy']:<9}{case['lora'] or 'everything':<21}{case['engine']:<15}{case['dtype']:<10}"
+        f"{case['checkpointing']:<6}"
         f"{total / MIB:9.1f}{measured['tensors'] / MIB:10.1f}{error:+8.1%}{measured['resident'] / MIB:10.1f}",
         flush=True,
     )

@@ -16,6 +16,9 @@ from craft_ds.cli import run_main
 from craft_ds.errors import UserError, exits_as_user_error, one_line
 from craft_ds.planning import ENGINES
 
+# Those of pi0_fast in `craft_ds.lora.targets`, which is too dear to import for --help.
+PRESETS = ("default", "attention", "attention_mlp", "attention_mlp_vision")
+
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
@@ -32,8 +35,13 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--prompt_length", type=int, default=80, help="prompt tokens, the state included (default: 80)")
     add("--action_length", type=int, default=100, help="action tokens (default: 100)")
     add("--cameras", type=int, help="images a sample (default: the policy's)")
-    add("--lora_rank", type=int, default=16, help="plan LoRA of this rank too; 0: full training only")
-    add("--lora_targets", choices=("attention", "all"), default="all", help="all: attention and MLP")
+    add(
+        "--lora_rank",
+        type=int,
+        default=8,
+        help="plan LoRA of this rank too; 0: full training only (default: 8)",
+    )
+    add("--lora_preset", choices=PRESETS, default=PRESETS[0], help="layers with adapters, as --lora.preset")
     add("--gpu_gb", default="24,48,80", help="sizes of GPUs to try, in GiB (default: 24,48,80)")
     add("--headroom", type=float, default=0.08, help="share of a GPU for context and fragments (0.08)")
     add("--reduce_bucket_size", type=int, help="of your own DeepSpeed file, in elements")
@@ -49,6 +57,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     for name in ("world_size", "dp_replicate", "batch_size", "prompt_length", "action_length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+    if args.lora_rank < 0:
+        raise UserError(f"--lora_rank={args.lora_rank} must not be negative")
     if args.world_size % args.dp_replicate:
         raise UserError(f"--dp_replicate={args.dp_replicate} must divide --world_size={args.world_size}")
     try:
@@ -81,16 +91,18 @@ def question(args: argparse.Namespace) -> Any:
     """The flags as the planner wants them."""
     import torch
 
+    from craft_ds.config import LoraConfig
     from craft_ds.planning.report import Question
-    from craft_ds.planning.shapes import Lora, Workload
+    from craft_ds.planning.shapes import Workload
 
+    lora = LoraConfig(enabled=True, preset=args.lora_preset, rank=args.lora_rank)
     return Question(
         workload=Workload(args.batch_size, args.prompt_length, args.action_length, args.cameras),
         engines=tuple(args.engine),
         world_size=args.world_size,
         dp_replicate=args.dp_replicate,
         dtype=getattr(torch, args.dtype),
-        lora=Lora(args.lora_rank, mlp=args.lora_targets == "all") if args.lora_rank else None,
+        lora=lora if args.lora_rank else None,
         reduce_bucket=args.reduce_bucket_size,
         gpus=args.gpus,
         headroom=args.headroom,

@@ -22,7 +22,8 @@ zero2          c (T + F)     4 T/n                   8 T/n       4 T/n          
 
 from dataclasses import dataclass, replace
 
-from craft_ds.planning.rhythm import Setting, make_rhythm
+from craft_ds.planning.rhythm import make_rhythm
+from craft_ds.planning.setting import Setting
 from craft_ds.planning.shapes import Workload
 from craft_ds.planning.simulate import PassTrace
 
@@ -117,7 +118,7 @@ def _kept(trace: PassTrace, s: Setting) -> Plan:
             buffers=2 * bucket,  # one is reduced while the other fills
         )
     # Small parameters are gathered once and stay.
-    persistent = sum(size for unit in trace.units for size in unit.sizes if size < s.persistence)
+    persistent = sum(size for unit in trace.units for size in unit.sizes if size <= s.persistence)
     stored = s.compute * (shard + frozen_shard + persistent)
     if s.engine == "zero3_offload":
         return replace(plan, parameters=stored, buffers=bucket, host=masters + 16 * shard)

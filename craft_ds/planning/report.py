@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from lerobot.configs import PreTrainedConfig
 
+from craft_ds.config import LoraConfig
 from craft_ds.planning.plan import Plan, plan_memory
-from craft_ds.planning.rhythm import Setting
-from craft_ds.planning.shapes import Lora, Workload
+from craft_ds.planning.setting import Setting
+from craft_ds.planning.shapes import Workload
 from craft_ds.planning.simulate import PassTrace, simulate_pass
 
 GIB = 1 << 30
@@ -48,7 +49,7 @@ class Question:
     world_size: int
     dp_replicate: int
     dtype: torch.dtype
-    lora: Lora | None
+    lora: LoraConfig | None
     reduce_bucket: int | None
     gpus: tuple[float, ...]
     headroom: float
@@ -63,7 +64,7 @@ class Row(NamedTuple):
     """One engine's plans, without and with activation checkpointing."""
 
     engine: str
-    lora: Lora | None
+    lora: LoraConfig | None
     trainable: int
     frozen: int
     plain: Plan
@@ -78,14 +79,15 @@ def plan_all(config: PreTrainedConfig, question: Question) -> Iterator[Row]:
     """
 
     @cache
-    def trace(autocast: bool, checkpointing: bool, lora: Lora | None) -> PassTrace:
+    def trace(autocast: bool, zero3: bool, checkpointing: bool, adapted: bool) -> PassTrace:
         return simulate_pass(
             config,
             question.workload,
             dtype=question.dtype,
             autocast=autocast,
             checkpointing=checkpointing,
-            lora=lora,
+            zero3=zero3,
+            lora=question.lora if adapted else None,
         )
 
     for lora, engine in product((None, question.lora) if question.lora else (None,), question.engines):
@@ -94,7 +96,9 @@ def plan_all(config: PreTrainedConfig, question: Question) -> Iterator[Row]:
             ranks //= question.dp_replicate
         bucket = question.reduce_bucket or (50_000_000 if engine == "zero2" else 100_000_000)
         setting = Setting(engine, ranks, compute=question.dtype.itemsize, reduce_bucket=bucket)
-        traces = [trace(engine == "single", full, lora) for full in (False, True)]
+        # Without frozen weights every layer keeps its input anyway.
+        linear = lora is not None and engine.startswith("zero3")
+        traces = [trace(engine == "single", linear, full, lora is not None) for full in (False, True)]
         plain, checkpointed = (plan_memory(each, question.workload, setting) for each in traces)
         yield Row(engine, lora, traces[0].trainable, traces[0].frozen, plain, checkpointed)
 
@@ -127,8 +131,8 @@ def _trained(row: Row) -> str:
     if row.lora is None:
         return f"full training: {row.trainable / 1e6:,.1f} M parameters"
     return (
-        f"LoRA of rank {row.lora.rank} on attention{' and MLP' * row.lora.mlp} of the decoder: "
-        f"{row.trainable / 1e6:,.1f} M parameters train, the base is frozen"
+        f"LoRA, preset {row.lora.preset}, rank {row.lora.rank}: {row.trainable / 1e6:,.1f} M parameters "
+        "train, the base is frozen"
     )
 
 
@@ -138,6 +142,7 @@ def as_json(row: Row, question: Question) -> dict[str, Any]:
     return {
         "engine": row.engine,
         "lora_rank": row.lora.rank if row.lora else 0,
+        "lora_preset": row.lora.preset if row.lora else "",
         "trainable": row.trainable,
         "frozen": row.frozen,
         "activation_checkpointing": {

@@ -4,45 +4,11 @@ A rhythm is told every event of a simulated pass and answers with the bytes it h
 and from then until the next event.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
-from craft_ds.engines.ds_config import SUB_GROUP
+from craft_ds.planning.setting import Setting
 from craft_ds.planning.simulate import Event, PassTrace
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What decides an engine's memory beside the pass itself.
-
-    Attributes:
-        engine: One of `craft_ds.planning.ENGINES`.
-        ranks: That share a copy of the model.
-        compute: Bytes of an element in forward: 4, or 2 in bfloat16.
-        foreach_optimizer: AdamW on all tensors at once, as PyTorch does on an accelerator; else one by one.
-        reshard_after_forward: FSDP2 frees a unit after its forward pass.
-        reduce_bucket: ZeRO: `reduce_bucket_size`, in elements.
-        prefetch: ZeRO-3: `stage3_prefetch_bucket_size`, in elements.
-        persistence: ZeRO-3: `stage3_param_persistence_threshold`; smaller parameters stay gathered.
-        max_reuse: ZeRO-3: `stage3_max_reuse_distance`; what is used again within so many stays gathered.
-        sub_group: ZeRO-3: `sub_group_size`; elements that are stepped at once.
-    """
-
-    engine: str
-    ranks: int
-    compute: int = 4
-    foreach_optimizer: bool = True
-    reshard_after_forward: bool = True
-    reduce_bucket: int = 100_000_000
-    prefetch: int = 50_000_000
-    persistence: int = 100_000
-    max_reuse: int = 1_000_000_000
-    sub_group: int = SUB_GROUP
-
-    @property
-    def offloads(self) -> bool:
-        """Whether optimizer state lives in the host's memory."""
-        return self.engine.endswith("_offload")
+from craft_ds.planning.zero3_gather import Zero3Gather
 
 
 class Rhythm(Protocol):
@@ -150,59 +116,47 @@ class FsdpRhythm:
 
 
 class ZeroRhythm:
-    """DeepSpeed ZeRO (`runtime/zero/stage3.py`, `partitioned_param_coordinator.py`, `stage_1_and_2.py`).
+    """DeepSpeed ZeRO (`runtime/zero/stage3.py`, `stage_1_and_2.py`); `Zero3Gather` gathers for stage 3.
 
-    ZeRO-3 gathers ahead into a flat buffer and copies each parameter out of it. It keeps what the recorded
-    order of modules uses again within `stage3_max_reuse_distance` elements: of a model below half of that,
-    everything from forward to backward. Gradients are copied into the bucket as they come; a full bucket is
-    flattened once more and reduced.
+    Gradients are copied into the bucket as they come; a full bucket is flattened once more and reduced.
     """
 
     def __init__(self, trace: PassTrace, setting: Setting):
         self.gradient = 0
         self._units, self._s = trace.units, setting
-        self._gathers = setting.engine != "zero2"
+        self._parameters = Zero3Gather(trace, setting) if setting.engine != "zero2" else None
         self._bucket = 0
-        self._gathered: set[int] = set()
-        self._backward: set[int] = set()
+        self._frozen: int | None = None
         self._done = [0] * len(trace.units)
-        order = dict.fromkeys(e.unit for e in trace.events if e.kind == "forward")
-        self._reuse, after = {}, 0
-        for unit in reversed(order):
-            self._reuse[unit] = after
-            after += 2 * trace.units[unit].numel
 
     def on(self, event: Event) -> tuple[int, int]:
         """Gather, free or reduce the event's unit."""
-        unit, momentary = event.unit, 0
-        if event.kind == "backward":
-            # A frozen unit ends without a gradient: when the next begins.
-            self._gathered -= {done for done in self._backward if not self._units[done].trainable}
-            self._backward.add(unit)
-        if event.kind in ("forward", "backward"):
-            momentary = self._gather(unit)
-        elif event.kind == "forward_end" and self._reuse[unit] >= self._s.max_reuse:
-            self._gathered.discard(unit)
-        elif event.kind == "gradient":
-            if not self._gathers:
+        momentary = 0
+        if self._parameters is not None:
+            momentary = self._move(self._parameters, event)
+        if event.kind == "gradient":
+            if self._parameters is None:
                 # ZeRO-2 makes its shard of the gradient in each pass, when it first needs it.
                 self.gradient = 4 * -(-sum(each.trainable for each in self._units) // self._s.ranks)
             momentary = self._held() + self._reduce(event.numel)
-            self._done[unit] += event.numel
-            if self._done[unit] == self._units[unit].trainable:
-                self._gathered.discard(unit)
+            self._done[event.unit] += event.numel
+            if self._parameters and self._done[event.unit] == self._units[event.unit].trainable:
+                self._parameters.finish(event.unit)
         elif event.kind == "end":
             momentary = self._held() + self._flush()
         steady = self._held()
         return max(momentary, steady), steady
 
-    def _gather(self, unit: int) -> int:
-        if not self._gathers or unit in self._gathered:
-            return 0
-        missing = sum(self._large(other) for other in self._reuse.keys() - self._gathered)
-        self._gathered.add(unit)
-        ahead = max(self._large(unit), min(self._s.prefetch, missing))
-        return self._held() + self._s.compute * ahead
+    def _move(self, parameters: Zero3Gather, event: Event) -> int:
+        if event.kind == "forward_end":
+            parameters.leave(event.unit)
+        if event.kind == "backward" and self._frozen is not None:
+            # A frozen unit ends without a gradient: when the next begins.
+            parameters.finish(self._frozen)
+        if event.kind == "backward":
+            self._frozen = None if self._units[event.unit].trainable else event.unit
+        copying = parameters.use(event.unit) if event.kind in ("forward", "backward") else 0
+        return self._s.compute * copying
 
     def _reduce(self, numel: int) -> int:
         flushed = self._flush() if self._bucket + numel > self._s.reduce_bucket else 0
@@ -216,7 +170,4 @@ class ZeroRhythm:
         return self._s.compute * moved
 
     def _held(self) -> int:
-        return self._s.compute * sum(self._large(unit) for unit in self._gathered)
-
-    def _large(self, unit: int) -> int:
-        return sum(size for size in self._units[unit].sizes if size >= self._s.persistence)
+        return self._s.compute * self._parameters.held if self._parameters else 0

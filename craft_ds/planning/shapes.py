@@ -6,7 +6,6 @@ from unittest.mock import patch
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
-from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import (
     ACTION_TOKEN_MASK,
@@ -45,44 +44,38 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters on frozen linear layers (Hu et al. 2021, arXiv:2106.09685).
-
-    Attributes:
-        rank: Of each adapter.
-        mlp: Adapt the feed-forward layers of the decoder too, not only its attention.
-    """
-
-    rank: int
-    mlp: bool = True
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Names of the adapted linear layers."""
-        attention = ("q_proj", "k_proj", "v_proj", "o_proj")
-        return attention + ("gate_proj", "up_proj", "down_proj") * self.mlp
-
-
-@dataclass(frozen=True)
 class Unit:
     """Parameters that are gathered and reduced together.
 
     Attributes:
         name: Of the module; empty for what belongs to no unit.
-        trainable: Elements of its trainable parameters.
-        frozen: Elements of its frozen parameters.
-        sizes: Elements of each of its parameters.
+        trainable_sizes: Elements of each of its trainable parameters.
+        frozen_sizes: Elements of each of its frozen parameters.
     """
 
     name: str
-    trainable: int
-    frozen: int
-    sizes: tuple[int, ...]
+    trainable_sizes: tuple[int, ...]
+    frozen_sizes: tuple[int, ...] = ()
+
+    @property
+    def trainable(self) -> int:
+        """Elements that train."""
+        return sum(self.trainable_sizes)
+
+    @property
+    def frozen(self) -> int:
+        """Elements that do not."""
+        return sum(self.frozen_sizes)
 
     @property
     def numel(self) -> int:
         """All its elements."""
         return self.trainable + self.frozen
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each of its parameters."""
+        return self.trainable_sizes + self.frozen_sizes
 
 
 def skeleton_without_tokenizers(config: PreTrainedConfig) -> PreTrainedPolicy:
@@ -109,36 +102,6 @@ def skeleton_without_tokenizers(config: PreTrainedConfig) -> PreTrainedPolicy:
         return build_skeleton(config)
 
 
-class _Adapted(nn.Module):
-    """A linear layer with a low-rank adapter beside it, as PEFT computes it."""
-
-    def __init__(self, base: nn.Linear, rank: int):
-        super().__init__()
-        self.base = base
-        self.down = nn.Linear(base.in_features, rank, bias=False, device="meta")
-        self.up = nn.Linear(rank, base.out_features, bias=False, device="meta")
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's: policies read its dtype."""
-        return self.base.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Base and adapter; the adapter computes in its own dtype."""
-        result = self.base(x)
-        return (result + self.up(self.down(x.to(self.down.weight.dtype))) * 1.0).to(result.dtype)
-
-
-def adapt_(policy: PI0FastPolicy, lora: Lora) -> None:
-    """Freeze a policy and put adapters beside the target layers of its decoder."""
-    policy.requires_grad_(False)
-    decoder = policy.model.paligemma_with_expert.paligemma.model.language_model
-    for module in list(decoder.modules()):
-        for name, child in list(module.named_children()):
-            if name in lora.targets and isinstance(child, nn.Linear):
-                setattr(module, name, _Adapted(child, lora.rank))
-
-
 def describe(policy: nn.Module, units: list[nn.Module]) -> tuple[Unit, ...]:
     """The policy's parameters by unit; the last entry holds those of no unit."""
     names = {id(module): name for name, module in policy.named_modules()}
@@ -147,9 +110,10 @@ def describe(policy: nn.Module, units: list[nn.Module]) -> tuple[Unit, ...]:
     def unit(name: str, module: nn.Module) -> Unit:
         parameters = [p for p in module.parameters() if id(p) not in seen]
         seen.update(id(p) for p in parameters)
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-        return Unit(name, trainable, frozen, tuple(p.numel() for p in parameters))
+        trainable, frozen = (
+            tuple(p.numel() for p in parameters if p.requires_grad == trains) for trains in (True, False)
+        )
+        return Unit(name, trainable, frozen)
 
     described = [unit(names[id(module)], module) for module in units]
     return (*described, unit("", policy))

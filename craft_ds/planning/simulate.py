@@ -20,19 +20,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from craft_ds.activation_checkpointing import checkpoint_activations
+from craft_ds.config import LoraConfig
 from craft_ds.errors import UserError
+from craft_ds.lora.adapters import add_adapters
+from craft_ds.lora.settings import to_peft
 from craft_ds.memory_counter import MemoryCounter
 from craft_ds.planning.shapes import (
-    Lora,
     Unit,
     Workload,
-    adapt_,
     describe,
     fake_batch,
     skeleton_without_tokenizers,
     to_fake_,
     with_cameras,
 )
+from craft_ds.planning.zero3_linear import zero3_linear
 from craft_ds.policies.adapter import token_loss
 from craft_ds.policies.units import shard_units
 
@@ -88,8 +90,8 @@ class PassTrace:
 
     @property
     def largest(self) -> int:
-        """Elements of the largest parameter."""
-        return max(size for unit in self.units for size in unit.sizes)
+        """Elements of the largest parameter that trains."""
+        return max((size for unit in self.units for size in unit.trainable_sizes), default=0)
 
 
 def simulate_pass(
@@ -99,8 +101,9 @@ def simulate_pass(
     dtype: torch.dtype = torch.float32,
     autocast: bool = False,
     checkpointing: bool = False,
-    lora: Lora | None = None,
-    freeze: Callable[[PreTrainedPolicy], None] | None = None,
+    zero3: bool = False,
+    lora: LoraConfig | None = None,
+    prepare: Callable[[PreTrainedPolicy], None] | None = None,
 ) -> PassTrace:
     """Run one forward and backward pass of a pi0_fast without allocating anything.
 
@@ -111,21 +114,24 @@ def simulate_pass(
         autocast: Parameters stay fp32 and are cast as they are used (the single-process engine), instead of
             being gathered in `dtype`.
         checkpointing: As `--activation_checkpointing=full`.
-        lora: Adapters; all other parameters are then frozen.
-        freeze: Sets `requires_grad` of the policy's parameters. Frozen ones are kept in `dtype`.
+        zero3: Linear layers are DeepSpeed's own, which ZeRO-3 puts in the place of PyTorch's.
+        lora: Flags of the adapters; None: none. Frozen parameters are kept in `dtype`.
+        prepare: Changes the policy without weights, before it gets adapters: what trains, how many layers.
 
     Raises:
-        UserError: The policy is not a pi0_fast: the shape of its batches is not known here.
+        UserError: The policy is not a pi0_fast: the shape of its batches is not known here; its type has no
+            such preset of adapters.
     """
     if not isinstance(config, PI0FastConfig):
         raise UserError(f"policy type {config.type}: activations can be planned for pi0_fast only")
     config = with_cameras(config, workload.cameras)
-    policy = skeleton_without_tokenizers(config).train()
+    policy = skeleton_without_tokenizers(config)
     assert isinstance(policy, PI0FastPolicy)
+    if prepare is not None:
+        prepare(policy)
     if lora is not None:
-        adapt_(policy, lora)
-    if freeze is not None:
-        freeze(policy)
+        add_adapters(policy, to_peft(lora, config, base_path=""))
+    policy.train()
     units = shard_units(policy)
     if checkpointing:
         checkpoint_activations(policy)
@@ -139,7 +145,7 @@ def simulate_pass(
     recorder.watch(policy, units)
     batch = fake_batch(config, workload, fake)
     casts = torch.autocast("cpu", dtype) if autocast and dtype != torch.float32 else nullcontext()
-    with recorder.counter:
+    with zero3_linear() if zero3 else nullcontext(), recorder.counter:
         with casts:
             loss = token_loss(policy, batch)
         kept = recorder.counter.live

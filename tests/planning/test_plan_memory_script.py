@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
+
+from craft_ds.lora.targets import lora_presets
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan_memory.py"
 SMALL = (
@@ -34,16 +38,27 @@ def test_a_policy_type_is_planned_for_the_engines_asked_for(tmp_path):
     ended = run(*SMALL, "--engine", "fsdp", "zero3", "--lora_rank=2", "--json", directory=tmp_path)
     assert ended.returncode == 0, ended.stderr
     rows = json.loads(ended.stdout)
-    assert [(row["engine"], row["lora_rank"]) for row in rows] == [
-        ("fsdp", 0),
-        ("zero3", 0),
-        ("fsdp", 2),
-        ("zero3", 2),
+    assert [(row["engine"], row["lora_rank"], row["lora_preset"]) for row in rows] == [
+        ("fsdp", 0, ""),
+        ("zero3", 0, ""),
+        ("fsdp", 2, "default"),
+        ("zero3", 2, "default"),
     ]
     for row in rows:
         plans = row["activation_checkpointing"]
         assert 0 < plans["full"]["total"] <= plans["none"]["total"]
         assert plans["none"]["fits_gib"] == "24"
+
+
+def test_every_preset_of_the_policy_can_be_planned(tmp_path):
+    flags = (*SMALL, "--engine=fsdp", "--lora_rank=4")
+    refused = run(*flags, "--lora_preset=nonsense", directory=tmp_path)
+    assert refused.returncode == 2
+    presets = lora_presets(PI0FastConfig())
+    assert re.findall(r"'(\w+)'", refused.stderr.split("choose from")[1]) == list(presets)
+    ended = run(*flags, "--lora_preset=attention", directory=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "LoRA, preset attention, rank 4: " in ended.stdout
 
 
 def test_a_policy_directory_needs_only_its_configuration(inputs, tmp_path):
@@ -61,6 +76,7 @@ def test_a_policy_directory_needs_only_its_configuration(inputs, tmp_path):
         ([], "error: give either --policy.path or --policy.type"),
         (["--policy.type=pi0_fast", "--nonsense=1"], "error: unknown argument --nonsense=1"),
         (["--policy.type=nonsense"], "error: no policy configuration from these --policy.* flags"),
+        ([*SMALL, "--lora_rank=-1"], "error: --lora_rank=-1 must not be negative"),
         ([*SMALL, "--dp_replicate=3"], "error: --dp_replicate=3 must divide --world_size=2"),
     ],
 )

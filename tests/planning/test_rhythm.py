@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from craft_ds.planning.rhythm import Setting, make_rhythm
+from craft_ds.planning.rhythm import make_rhythm
+from craft_ds.planning.setting import Setting
 from craft_ds.planning.shapes import Unit
 from craft_ds.planning.simulate import Event, PassTrace
 
@@ -13,7 +14,7 @@ FIRST, SECOND, ROOT = 0, 1, 2
 
 @pytest.fixture
 def trace():
-    units = (Unit("a", 100, 0, (100,)), Unit("b", 300, 0, (300,)), Unit("", 10, 0, (10,)))
+    units = (Unit("a", (100,)), Unit("b", (300,)), Unit("", (10,)))
     kinds = [
         ("start", -1, 0),
         ("forward", FIRST, 0),
@@ -57,10 +58,29 @@ def test_fsdp_that_does_not_reshard_keeps_every_unit_until_its_gradient(trace):
 
 
 def test_zero3_keeps_gathered_what_is_used_again_soon(trace):
-    options = {"engine": "zero3", "ranks": 2, "persistence": 0}
+    options = {"engine": "zero3", "ranks": 2, "persistence": 0, "prefetch": 0}
     assert held(trace, **options)[0][:6] == [0, 100, 100, 400, 400, 400]
     # b is used again at once, a only after b has run twice.
     assert held(trace, **options, max_reuse=600)[0][:5] == [0, 100, 0, 300, 300]
+
+
+def test_zero3_copies_what_it_has_asked_for_ahead_out_of_one_buffer(trace):
+    options = {"engine": "zero3", "ranks": 2, "persistence": 0}
+    units = (Unit("a", (100,)), Unit("b", (150, 150)), trace.units[ROOT])
+    steady, most, _ = held(replace(trace, units=units), **options)
+    assert steady[:4] == [0, 100 + 300, 100 + 300, 100 + 300]
+    assert most == 100 + 2 * 300
+    # A parameter that is asked for alone is gathered where it stays.
+    assert held(trace, **options, reduce_bucket=1000)[1] == 410
+    # No room to ask for more.
+    assert held(trace, **options, max_live=100)[0][:4] == [0, 100, 100, 400]
+
+
+def test_zero3_keeps_what_it_has_looked_at_ahead(trace):
+    options = {"engine": "zero3", "ranks": 2, "persistence": 0, "max_reuse": 600}
+    assert held(trace, **options)[0][:5] == [0, 400, 400, 400, 400]
+    # With room for b alone, the backward pass of a is not looked at in time: a is asked for again.
+    assert held(trace, **options, prefetch=300)[0][:5] == [0, 400, 300, 400, 400]
 
 
 def test_zero3_reduces_when_the_bucket_is_full(trace):
@@ -71,7 +91,7 @@ def test_zero3_reduces_when_the_bucket_is_full(trace):
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_a_frozen_unit_is_freed_when_the_next_begins(trace, engine):
-    units = (trace.units[FIRST], replace(trace.units[SECOND], trainable=0, frozen=300), trace.units[ROOT])
+    units = (trace.units[FIRST], Unit("b", (), (300,)), trace.units[ROOT])
     events = tuple(event for event in trace.events if (event.kind, event.unit) != ("gradient", SECOND))
     steady, _, _ = held(replace(trace, units=units, events=events), engine=engine, ranks=2, persistence=0)
     before, after = (
@@ -80,6 +100,18 @@ def test_a_frozen_unit_is_freed_when_the_next_begins(trace, engine):
     )
     assert steady[before] >= 400
     assert steady[after] <= 110
+
+
+def test_zero3_lets_go_of_a_unit_that_no_gradient_reaches(trace):
+    units = (Unit("a", (), (100,)), *trace.units[SECOND:])
+    events = tuple(
+        event for event in trace.events if event.unit != FIRST or event.kind in ("forward", "forward_end")
+    )
+    trace = replace(trace, units=units, events=events)
+    options = {"engine": "zero3", "ranks": 2, "persistence": 0, "prefetch": 0}
+    assert held(trace, **options)[0][:5] == [0, 100, 0, 300, 300]
+    # Nothing else runs between the two passes of b, however short the distance may be.
+    assert held(trace, **options, max_reuse=1)[0][4] == 300
 
 
 def test_zero2_gathers_nothing(trace):

@@ -8,10 +8,13 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from planning_small import WORKLOAD, full_batch, read, small_config
 
 from craft_ds.activation_checkpointing import checkpoint_activations
+from craft_ds.config import LoraConfig
 from craft_ds.errors import UserError
+from craft_ds.lora.adapters import add_adapters
+from craft_ds.lora.settings import to_peft
 from craft_ds.memory_counter import MemoryCounter
 from craft_ds.planning.rhythm import SingleRhythm
-from craft_ds.planning.shapes import Lora, Workload, skeleton_without_tokenizers
+from craft_ds.planning.shapes import Workload, skeleton_without_tokenizers
 from craft_ds.planning.simulate import simulate_pass
 from craft_ds.policies.adapter import token_loss
 from craft_ds.policies.skeleton import materialize_
@@ -19,9 +22,15 @@ from craft_ds.policies.weights import unique_tensors
 from craft_ds.tensor_file import fill_
 
 
-def real_peak(config, *, autocast=False, checkpointing=False):
+def real_peak(config, *, autocast=False, checkpointing=False, lora=None):
     """The most bytes that a real pass has alive, gradients included."""
-    policy = skeleton_without_tokenizers(config).train()
+    policy = skeleton_without_tokenizers(config)
+    if lora:
+        add_adapters(policy, to_peft(lora, config, base_path=""))
+        for parameter in policy.parameters():
+            if autocast and not parameter.requires_grad:
+                parameter.data = parameter.to(torch.bfloat16)
+    policy.train()
     if checkpointing:
         checkpoint_activations(policy)
     materialize_(policy, "cpu")
@@ -61,6 +70,27 @@ def test_the_simulated_pass_takes_what_the_real_one_takes(cameras, checkpointing
     assert simulated_peak(trace) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("preset", ["attention", "attention_mlp_vision"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_same_with_adapters(preset, autocast):
+    config, lora = small_config(), LoraConfig(True, preset)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    trace = simulate_pass(config, WORKLOAD, dtype=dtype, autocast=autocast, lora=lora)
+    assert simulated_peak(trace) == pytest.approx(real_peak(config, autocast=autocast, lora=lora), rel=1e-3)
+
+
+def test_zero3_keeps_the_inputs_of_frozen_layers_too():
+    def kept(**options):
+        return simulate_pass(small_config(), WORKLOAD, **options).kept
+
+    assert kept(zero3=True) == kept()
+    attention = LoraConfig(True, "attention")
+    config, tokens = small_config(), 3 * (16 + 40 + 19)
+    # Without adapters there, what gate and up read, and what down reads.
+    mlp = 4 * tokens * (config.text_width + config.text_mlp_dim)
+    assert kept(zero3=True, lora=attention) - kept(lora=attention) >= config.text_depth * mlp
+
+
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
     def kept(count, **options):
         return simulate_pass(small_config(), Workload(count, 40, 20), **options).kept
@@ -78,12 +108,27 @@ def test_every_gradient_is_seen_once():
 
 def test_lora_freezes_the_base_and_trains_rank_times_the_sides_of_each_target():
     base, rank = simulate_pass(small_config(), WORKLOAD), 4
-    lora = simulate_pass(small_config(), WORKLOAD, lora=Lora(rank, mlp=False))
+    lora = simulate_pass(small_config(), WORKLOAD, lora=LoraConfig(True, "attention", rank=rank))
     heads, width, head = 4, 64, 16
     sides = (width + heads * head) + 2 * (width + head) + (heads * head + width)
     assert lora.trainable == 2 * rank * sides
     assert lora.frozen == base.trainable
     assert sum(event.numel for event in lora.events) == lora.trainable
+
+
+def test_each_preset_trains_more_than_the_one_before():
+    presets = ("attention", "attention_mlp", "attention_mlp_vision")
+    traces = [simulate_pass(small_config(), WORKLOAD, lora=LoraConfig(True, preset)) for preset in presets]
+    trainable = [trace.trainable for trace in traces]
+    assert sorted(set(trainable)) == trainable
+    assert len({trace.frozen for trace in traces}) == 1
+    default = simulate_pass(small_config(), WORKLOAD, lora=LoraConfig(True))
+    assert default.trainable == trainable[1]
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(UserError, match="attention_mlp_vision"):
+        simulate_pass(small_config(), WORKLOAD, lora=LoraConfig(True, "nonsense"))
 
 
 def test_a_policy_whose_batches_are_unknown_is_refused():
