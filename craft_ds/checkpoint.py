@@ -188,15 +188,17 @@ def _write_shards(directory: Path, engine: Engine, layout: _Layout, adapters: Ad
 def _hash_segments(directory: Path, rank: int, world_size: int) -> dict[str, Any]:
     """Size and segment hashes of every file of a checkpoint. Collective: call on all ranks."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
-    segments = [(path, start) for path in paths for start in range(0, max(path.stat().st_size, 1), _SEGMENT)]
+    sizes = {path: path.stat().st_size for path in paths}
+    segments = [(path, start) for path in paths for start in range(0, max(sizes[path], 1), _SEGMENT)]
     mine = {
         (str(path.relative_to(directory)), start): _hash(path, start)
         for path, start in segments[rank::world_size]
     }
+    # From here on the main rank may give the directory its final name: no other rank looks into it again.
     found = {key: value for part in gather_objects(mine) for key, value in part.items()}
     return {
         name: {
-            "bytes": path.stat().st_size,
+            "bytes": sizes[path],
             "sha256": [value for (other, _), value in sorted(found.items()) if other == name],
         }
         for path in paths

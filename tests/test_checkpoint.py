@@ -256,3 +256,17 @@ def test_a_checkpoint_may_be_moved(saved, tmp_path):
     shutil.move(saved, moved)
     other = make_engine(moved)
     assert load_checkpoint(moved, other)[2] == 2
+
+
+def test_a_slow_rank_does_not_look_for_files_that_are_renamed_already(tmp_path, monkeypatch):
+    """Once all hashes are exchanged, the main rank gives the directory its final name."""
+    directory = tmp_path / "final.tmp"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+
+    def gather_and_rename(value):
+        directory.rename(tmp_path / "final")
+        return [value]
+
+    monkeypatch.setattr(checkpoint, "gather_objects", gather_and_rename)
+    assert checkpoint._hash_segments(directory, 0, 1)["config.json"]["bytes"] == 2
