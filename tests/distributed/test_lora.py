@@ -168,10 +168,11 @@ def test_one_process_goes_on_with_the_adapters(directory, spawner, reference):
 
 @every("lora-costs")
 def test_a_retention_step_holds_one_gradient_of_the_adapters_more(ranks, name):
+    # FSDP2 deals rows: of adapters with few of them the last rank has hardly any, but its temporaries too.
+    shard = max(values["shard"] for values in ranks[name].values)
     for values in ranks[name].values:
         assert values["adapters"] < 0.1 * values["model"]
-        extra = values["retention"] - values["plain"]
-        assert extra <= 1.3 * values["shard"] < 0.1 * values["model"] / ranks.world_size * 1.3
+        assert values["retention"] - values["plain"] <= 1.3 * shard
 
 
 @every("lora-costs")
