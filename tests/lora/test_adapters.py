@@ -1,5 +1,6 @@
 """Adapters in a policy: what trains, what it is called, how it begins, and what is refused."""
 
+import json
 import math
 import shutil
 
@@ -239,6 +240,14 @@ def test_another_base_policy_is_refused(adapters, tmp_path):
     save_file(tensors, file)
     with pytest.raises(UserError, match="were trained on another base policy than"):
         load_trained_policy(load_policy_config(adapters), adapters)
+
+
+def test_adapters_that_name_no_base(adapters, tmp_path):
+    path = adapters / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(UserError, match=r"names no base policy .* say where it is by --lora\.base_path"):
+        plan_stored(adapters)
+    assert plan_stored(adapters, str(tmp_path / "base")).base == tmp_path / "base"
 
 
 def test_a_base_of_adapters_is_refused(adapters):

@@ -124,7 +124,6 @@ def test_a_stored_configuration_reads_back(tmp_path):
         (None, "is missing or damaged"),
         ("{", "is missing or damaged"),
         (json.dumps({"peft_type": "IA3", "base_model_name_or_path": "base"}), "holds a PeftType.IA3 adapter"),
-        (json.dumps({"peft_type": "LORA", "r": 4}), "names no base policy"),
         (
             json.dumps({"peft_type": "LORA", "bias": "all", "base_model_name_or_path": "base"}),
             "uses bias, which craft-ds does not know",
