@@ -9,7 +9,6 @@ instead of `model.safetensors`, and nothing of the base policy.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from craft_ds.lora.directory import write_adapter_config
 from craft_ds.lora.weights import BASE_SHA256
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
 from craft_ds.policies.weights import unique_tensors
+from craft_ds.system import fsync
 from craft_ds.tensor_file import ReadRange, TensorFile, TensorSpec, create_tensor_file
 from craft_ds.train_config import TrainConfig
 
@@ -106,11 +106,11 @@ def save_checkpoint(
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in temporary.rglob("*"):
-            _fsync(path)
-        _fsync(temporary)
+            fsync(path)
+        fsync(temporary)
         temporary.rename(directory)
         _point_last_at(directory)
-        _fsync(directory.parent)
+        fsync(directory.parent)
 
     on_main(lambda: _write(directory, finish))
 
@@ -215,14 +215,6 @@ def _hash(path: Path, start: int) -> str:
             digest.update(block)
             remaining -= len(block)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _point_last_at(directory: Path) -> None:

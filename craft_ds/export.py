@@ -6,7 +6,6 @@ alone, or merged into the weights of their base policy in the same way; only to 
 with the adapters is a model built.
 """
 
-import os
 import shutil
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from craft_ds.lora.verify import check_comparable, verify_merge
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
 from craft_ds.policies.loading import build_policy, load_policy_config
+from craft_ds.system import fsync
 from craft_ds.tensor_file import TensorFile, TensorSpec, write_tensor_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,9 +83,9 @@ def export_checkpoint(
             _convert(checkpoint / WEIGHTS, temporary / WEIGHTS, DTYPES[dtype])
             said = "the whole policy"
         for path in (*temporary.rglob("*"), temporary):
-            _fsync(path)
+            fsync(path)
         temporary.rename(output)
-        _fsync(output.parent)
+        fsync(output.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
@@ -155,11 +155,3 @@ def _convert(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 def _cast(specs: list[TensorSpec], dtype: torch.dtype) -> list[TensorSpec]:
     return [spec._replace(dtype=dtype) if spec.dtype.is_floating_point else spec for spec in specs]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -227,7 +227,7 @@ def test_a_save_that_fails_leaves_nothing_that_looks_whole(save, saved, monkeypa
             case "hash":
                 patched.setattr(checkpoint, "_hash", fail)
             case "sync":
-                patched.setattr(checkpoint, "_fsync", fail)
+                patched.setattr(checkpoint, "fsync", fail)
             case "rename":
                 rename = Path.rename
                 patched.setattr(

@@ -8,7 +8,6 @@ The build works in a hidden sibling of the output directory and renames it when 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +47,7 @@ from craft_ds.lora.loading import load_trained_policy
 from craft_ds.policies.adapter import token_loss
 from craft_ds.policies.loading import load_policy_config, load_processors, resolve_policy_path
 from craft_ds.policies.vision import features_key
+from craft_ds.system import fsync
 
 
 class Encoder:
@@ -221,7 +221,7 @@ def _write_shard(partial: Path, number: int, shard: dict[str, Tensor], losses: l
     temporary = file.with_suffix(".tmp")
     save_file(shard, temporary)
     temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-    _sync(temporary)
+    fsync(temporary)
     temporary.rename(file)
     record = {
         "samples": len(shard["task"]),
@@ -279,11 +279,5 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a file that is whole or not there."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(temporary)
+    fsync(temporary)
     temporary.rename(file)
-
-
-def _sync(file: Path) -> None:
-    """Put a file's bytes on the disk before its name."""
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())

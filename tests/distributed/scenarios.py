@@ -30,17 +30,28 @@ FOLLOWED_BY = {"weighted": 0.7, "equal": 1.5, "task_priority": 2.0}
 
 def surgery(lab: Lab, mode: str, threshold: float) -> Output:
     """One retention step that stops before the optimizer: triple, weights, merged gradient."""
-    engine, output = lab.toy_engine(), Output()
+    batches = lab.toy_batches(0, 1), lab.toy_batches(0, 1, retention=True)
+    return operate(lab.toy_engine(), *batches, mode, threshold)
+
+
+def operate(engine: Engine, task: list, anchors: list, mode: str, threshold: float) -> Output:
+    """The surgery of any engine on any batches; gradients of frozen parameters are named."""
+    output = Output()
 
     def record() -> None:
         output.add("merged", gradients(engine))
+        output.values["frozen"] = [
+            name
+            for name, parameter in engine.module.policy.named_parameters()
+            if not parameter.requires_grad and parameter.grad is not None
+        ]
         engine.drop_gradient()
 
     engine.step = record  # type: ignore[method-assign]
     _, seen = retention_step(
         engine,
-        lab.toy_batches(0, 1),
-        lab.toy_batches(0, 1, retention=True),
+        task,
+        anchors,
         None,
         FOLLOWED_BY[mode],
         craft_config(mode, threshold),

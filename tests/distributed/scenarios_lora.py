@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 from collectives import CollectiveCounter
-from lab import Lab, Output, craft_config, gradients, masters, moments
-from scenarios import ALWAYS, FOLLOWED_BY, NO_CLIP, _steps, _train_config
+from lab import Lab, Output, craft_config, masters, moments
+from scenarios import ALWAYS, _steps, _train_config, operate
 from torch import nn
 
 from craft_ds.checkpoint import load_checkpoint, save_checkpoint
@@ -60,26 +60,8 @@ def _what_frozen_parameters_have(engine: Engine) -> list[str]:
 
 def lora_surgery(lab: Lab, mode: str) -> Output:
     """One retention step that stops before the optimizer: triple, weights, merged gradient."""
-    (engine, _), output = lab.lora_engine(PLAIN, adapters_of(lab, "plain"), persistence=0), Output()
-
-    def record() -> None:
-        output.add("merged", gradients(engine))
-        output.values["frozen"] = _what_frozen_parameters_have(engine)
-        engine.drop_gradient()
-
-    engine.step = record  # type: ignore[method-assign]
-    _, seen = retention_step(
-        engine,
-        lab.pi0_batches(0, 1),
-        lab.pi0_batches(100, 1),
-        None,
-        FOLLOWED_BY[mode],
-        craft_config(mode, ALWAYS),
-        NO_CLIP,
-    )
-    output.values |= {"triple": list(seen.triple), "merge": list(seen.merge), "loss": seen.loss}
-    engine.close()
-    return output
+    engine, _ = lab.lora_engine(PLAIN, adapters_of(lab, "plain"), persistence=0)
+    return operate(engine, lab.pi0_batches(0, 1), lab.pi0_batches(100, 1), mode, ALWAYS)
 
 
 def lora_trajectory(

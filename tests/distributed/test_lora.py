@@ -6,7 +6,7 @@ from registry import LORA_LOADED, Ranks, every
 from safetensors.torch import load_file
 from scenarios import FOLLOWED_BY
 from test_checkpoint_of_ranks import assert_same, renamed
-from test_parity import TOLERANCE, assert_close_overall, assert_triple_close, assert_values_close, of
+from test_parity import assert_close_overall, assert_surgery_close, assert_values_close, of
 
 from craft_ds.lora.adapters import base_name
 from craft_ds.policies.loading import build_policy, load_policy_config
@@ -18,12 +18,7 @@ KINDS = ("lora-plain", "lora-dora", "lora-mixed", "lora-vision", "lora-recompute
 @every(*(f"lora-surgery-{mode}" for mode in FOLLOWED_BY))
 def test_surgery_sees_the_adapters_alone(ranks, name, reference):
     found, expected = ranks[name], reference[name]
-    one = expected.values[0]
-    for values in found.values:
-        assert_triple_close(values["triple"], one["triple"])
-        assert values["merge"] == pytest.approx(one["merge"], rel=TOLERANCE)
-        assert values["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
-        assert values["frozen"] == []
+    assert_surgery_close(found, expected)
     assert all("lora_" in key for key in found.tensors)
     assert_close_overall(found.tensors, expected.tensors)
 
