@@ -280,8 +280,8 @@ def test_ctrl_c_in_a_save_keeps_the_last_checkpoint(train, inputs, whole_run, tm
     run = tmp_path / "run"
     writes = checkpoint._write_shards
 
-    def stop_at_the_second(directory, engine) -> None:
-        writes(directory, engine)
+    def stop_at_the_second(directory, *rest) -> None:
+        writes(directory, *rest)
         if directory.name.startswith("step_000002"):
             raise Stopped
 

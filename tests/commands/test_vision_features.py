@@ -98,12 +98,18 @@ def test_such_a_run_is_resumed(train, craft_flags, frozen_tower, tmp_path):
     assert saved["craft"]["vision_features"] is True
 
 
-def test_a_tower_that_trains(refuses, craft_flags, tmp_path, monkeypatch):
-    def load(*_):
-        raise AssertionError("weights were opened first")
+def test_adapters_freeze_the_tower(train, craft_flags, tmp_path):
+    ended = train(tmp_path / "run", *craft_flags, "--craft.vision_features=true", "--lora=preset")
+    assert ended.status == 0, ended.errors
 
-    monkeypatch.setattr(craft_ds.run, "WeightReader", load)
-    line = refuses(tmp_path / "run", *craft_flags, "--craft.vision_features=true")
+
+@pytest.mark.parametrize("lora", [[], ["--lora=attention_mlp_vision"]])
+def test_a_tower_that_trains(refuses, craft_flags, tmp_path, monkeypatch, lora):
+    def build(*_):
+        raise AssertionError("weights were read first")
+
+    monkeypatch.setattr(craft_ds.run, "build_engine", build)
+    line = refuses(tmp_path / "run", *craft_flags, "--craft.vision_features=true", *lora)
     assert "--craft.vision_features=true: the vision tower trains in this run" in line
 
 
