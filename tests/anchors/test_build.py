@@ -103,7 +103,7 @@ def test_an_interrupted_build_is_continued(built, options, tmp_path, monkeypatch
         monkeypatch.setattr(build, name, wrapper)
 
     where = {
-        "in a shard": ("_sync", 4),
+        "in a shard": ("fsync", 4),
         "behind a shard": ("_write_json", 3),
         "before the metadata": ("_teacher_loss", 1),
         "before the end": ("_write_json", 6),
