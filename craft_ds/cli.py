@@ -2,19 +2,24 @@
 
 import argparse
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from craft_ds.errors import TrainingDiverged, UserError
+from craft_ds.errors import Preempted, TrainingDiverged, UserError
 from craft_ds.launch import is_node_main
+
+PREEMPTED_STATUS = 75
 
 
 def run_main(action: Callable[[], object]) -> None:
     """Run a command. What the user can mend, or did, ends it with one line on stderr and no traceback.
 
-    Status 2: bad input; 1: training diverged; 130: interrupted from the keyboard.
+    Status 2: bad input, or an output that cannot be written; 1: training diverged; 75 (`EX_TEMPFAIL`): the
+    run was asked to leave and has saved, to be started again; 130: interrupted from the keyboard.
     """
     # LeRobot logs several screens of loader tracebacks where FFmpeg is absent, then decodes with PyAV.
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
@@ -24,6 +29,8 @@ def run_main(action: Callable[[], object]) -> None:
         _leave(f"error: {error}", 2)
     except TrainingDiverged as error:
         _leave(f"error: {error}", 1)
+    except Preempted as notice:
+        _leave(str(notice), PREEMPTED_STATUS)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
 
@@ -39,12 +46,43 @@ def train_main() -> None:
 
     def action() -> None:
         # Imported here, inside what turns errors into one line: LeRobot and torch take seconds.
-        from craft_ds.command_line import parse_arguments
+        from craft_ds.command_line import normalise_arguments, parse_arguments
+        from craft_ds.distributed import leave_process_group
+        from craft_ds.resume import choose_checkpoint
         from craft_ds.trainer import train_craft
 
-        train_craft(parse_arguments(sys.argv[1:]))
+        chosen = choose_checkpoint(normalise_arguments(sys.argv[1:]))
+        for line in chosen.said if is_node_main() else ():
+            print(line, flush=True)
+        config = parse_arguments(chosen.arguments)
+        config.verified_checkpoint = chosen.checkpoint
+        if chosen.is_finished(config.steps):
+            print(f"{chosen.checkpoint} has done all of --steps={config.steps}: there is nothing left to do")
+        else:
+            train_craft(config)
+        leave_process_group()
 
     run_main(action)
+
+
+def end_process(command: Callable[[], None]) -> NoReturn:
+    """Run a command and end the process with its status, without the interpreter's own leave-taking.
+
+    Everything is written and closed by then. Threads of gloo and of the autograd engine still hold tensors;
+    where one lets go of them while the interpreter is being taken down, it aborts the process, and a launcher
+    would report a finished run as failed.
+    """
+    status: Any = 0
+    try:
+        command()
+    except SystemExit as leaving:
+        status = leaving.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else bool(status))
 
 
 def export_main() -> None:

@@ -13,6 +13,7 @@ EngineName = Literal["auto", "single", "zero", "fsdp"]
 EngineDtype = Literal["float32", "bfloat16"]
 FsdpDtype = Literal["auto", "float32", "bfloat16"]
 LoraInit = Literal["default", "gaussian"]
+CheckpointLayout = Literal["consolidated", "per_rank"]
 
 
 def _choice(flag: str, value: str, choices: object) -> None:
@@ -166,6 +167,30 @@ class LoraConfig:
             _require(value >= 1, f"--lora.{name}={value} must be at least 1")
         _require(0.0 <= self.dropout < 1.0, f"--lora.dropout={self.dropout} must lie in [0, 1)")
         _choice("--lora.init", self.init, LoraInit)
+
+
+@dataclass
+class CheckpointConfig:
+    """How checkpoints are written: the flags `--checkpoint.*`.
+
+    Attributes:
+        layout: `consolidated`: all ranks write their ranges of one `model.safetensors`. `per_rank`: each
+            writes files of its own, for object stores and network file systems on which ranks cannot write
+            to the same file; `scripts/export_checkpoint.py` joins them.
+        background: Write beside training, from a copy in host memory (12 bytes a parameter / world size in
+            full training) instead of while training waits.
+    """
+
+    layout: str = "consolidated"
+    background: bool = False
+
+    def validate(self) -> None:
+        """Check every field for itself.
+
+        Raises:
+            UserError: Names the flag and what it must be.
+        """
+        _choice("--checkpoint.layout", self.layout, CheckpointLayout)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Task data: LeRobot data sets, drawn so that any world size sees the same samples in the same steps."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +15,46 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from craft_ds.anchors.dataset import check_dataset_root
 from craft_ds.errors import UserError
+from craft_ds.preemption import ignore_in_worker
+from craft_ds.shares import StepShare
 from craft_ds.train_config import TrainConfig
 
 
 class StepSampler(Sampler[list[int]]):
-    """Endless micro-batches of one rank: a pure function of (seed, step, rank), so nothing is resumed.
+    """Endless micro-batches of one rank: a pure function of (seed, position, rank).
 
-    Each epoch is a random order of the data set, and the orders follow one another in one stream. A step
-    takes the next `batch_size · accumulation · world_size` samples; micro-batch and rank divide them. So
-    the samples of a step depend only on that product.
+    Each epoch is a random order of the data set, and the orders follow one another in one stream, of which a
+    step takes the next `share.total` samples. So the samples of a step depend on nothing but its place in the
+    stream.
 
     Args:
         size: Samples in the data set.
-        batch_size: Samples a rank and micro-batch.
-        accumulation: Micro-batches a step.
+        share: How a step is dealt to ranks and micro-batches.
         rank: This rank.
-        world_size: Number of ranks.
         seed: Seed of the orders.
-        start_step: First step to draw for.
+        first: Place in the stream of the first sample to draw.
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        start_step: int = 0,
-    ):
-        self._size, self._batch_size, self._accumulation = size, batch_size, accumulation
-        self._rank, self._world_size = rank, world_size
-        self._seed, self._start_step = seed, start_step
+    def __init__(self, size: int, share: StepShare, rank: int, seed: int, first: int = 0):
+        self.size, self._share, self._rank = size, share, rank
+        self._seed, self._first = seed, first
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Micro-batches from `start_step` on, without end."""
-        for micro_batch in itertools.count(self._start_step * self._accumulation):
-            first = (micro_batch * self._world_size + self._rank) * self._batch_size
-            yield [self._draw(position) for position in range(first, first + self._batch_size)]
+        """Micro-batches from `first` on, without end."""
+        for first in itertools.count(self._first, self._share.total):
+            for micro_batch in range(self._share.micro_batches):
+                yield self.draw(self._share.positions(first, self._rank, micro_batch))
+
+    def draw(self, positions: Iterable[int]) -> list[int]:
+        """The samples at these places of the stream."""
+        return [self._draw(position) for position in positions]
 
     def _draw(self, position: int) -> int:
-        epoch, place = divmod(position, self._size)
+        epoch, place = divmod(position, self.size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._order = epoch, torch.randperm(self._size, generator=generator).tolist()
+            self._order = epoch, torch.randperm(self.size, generator=generator).tolist()
         return self._order[1][place]
 
 
@@ -126,18 +120,9 @@ def check_processors(
 
 
 def training_batches(
-    config: TrainConfig, dataset: LeRobotDataset, rank: int, world_size: int, start_step: int
+    config: TrainConfig, dataset: LeRobotDataset, sampler: StepSampler
 ) -> Iterator[dict[str, Any]]:
-    """Raw micro-batches of this rank from `start_step` on, without end."""
-    sampler = StepSampler(
-        len(dataset),
-        config.batch_size,
-        config.gradient_accumulation_steps,
-        rank,
-        world_size,
-        config.seed or 0,
-        start_step,
-    )
+    """Raw micro-batches as a sampler draws them, without end."""
     return iter(_loader(config, dataset, sampler))
 
 
@@ -166,6 +151,7 @@ def _loader(config: TrainConfig, dataset: LeRobotDataset, batches: Any) -> DataL
     workers: dict[str, Any] = {}
     if config.num_workers > 0:
         workers = {
+            "worker_init_fn": ignore_in_worker,
             "prefetch_factor": config.prefetch_factor,
             "multiprocessing_context": config.dataloader_multiprocessing_context,
         }

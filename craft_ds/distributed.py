@@ -30,16 +30,28 @@ def join_process_group() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order. Collective: call on all ranks."""
+def leave_process_group() -> None:
+    """Leave the process group, if there is one. Collective: call on all ranks."""
+    if dist.is_initialized():
+        dist.barrier()  # gloo fails the last to leave if the first has left
+        dist.destroy_process_group()
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, in rank order. Collective: call on all ranks.
+
+    Args:
+        value: Anything that pickles.
+        group: A group of all ranks, for calls beside the main thread; None: the default group.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
-def all_ranks(action: Callable[[], Any]) -> Any:
+def all_ranks(action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
     """Run an action on every rank; if it fails on one, it fails on all, so that no rank waits for ever.
 
     Collective: call on all ranks.
@@ -54,7 +66,8 @@ def all_ranks(action: Callable[[], Any]) -> Any:
         result = action()
     except Exception as caught:
         error = caught
-    failures = gather_objects(error and (isinstance(error, UserError), type(error).__name__, str(error)))
+    failure = error and (isinstance(error, UserError), type(error).__name__, str(error))
+    failures = gather_objects(failure, group)
     if error is not None and not isinstance(error, UserError):
         raise error
     for rank, failure in enumerate(failures):
@@ -71,11 +84,11 @@ def main_first(action: Callable[[], Any]) -> Any:
     return all_ranks(lambda: result if is_main else action())
 
 
-def on_main(action: Callable[[], Any]) -> Any:
+def on_main(action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
     """Run an action on rank 0 alone while the others wait. Collective: call on all ranks.
 
     Returns:
         What it returned there, on all ranks.
     """
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    return gather_objects(all_ranks(action if is_main else lambda: None))[0]
+    return gather_objects(all_ranks(action if is_main else lambda: None, group), group)[0]

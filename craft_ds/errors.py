@@ -19,6 +19,10 @@ class TrainingDiverged(RuntimeError):
     """Too many steps in a row had a loss or a gradient that was not finite."""
 
 
+class Preempted(RuntimeError):
+    """A run was asked to leave before its end, and has left everything in order."""
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line of at most 300 characters; its type where it says nothing."""
     text = " ".join(str(error).split())

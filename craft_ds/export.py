@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from craft_ds.checkpoint import verify_checkpoint
+from craft_ds.checkpoints import verify_checkpoint
 from craft_ds.errors import UserError, one_line
 from craft_ds.lora.adapters import ADAPTER_WEIGHTS, AdapterPlan, has_adapters, plan_stored
 from craft_ds.lora.directory import remove_adapter_config, write_adapter_config

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.vision import check_vision_features
-from craft_ds.checkpoint import read_manifest
+from craft_ds.checkpoints import read_manifest, whole_checkpoints
+from craft_ds.checkpoints.run_directory import FINAL
 from craft_ds.errors import UserError
 from craft_ds.launch import is_node_main
 from craft_ds.lora.adapters import AdapterPlan, has_adapters, plan_adapters
@@ -69,10 +70,8 @@ def _check_resumable(config: TrainConfig) -> None:
         raise UserError(
             f"{config.checkpoint_path} has done {step} of --steps={config.steps}: raise --steps to go on"
         )
-    output_dir = Path(config.output_dir)
-    later = [path for path in output_dir.glob("step_*") if path.is_dir() and path.name > f"step_{step:06d}"]
-    later += [path for path in (output_dir / "final",) if path.exists()]
-    later = [path for path in later if not path.name.endswith(".tmp")]
+    whole, _ = whole_checkpoints(Path(config.output_dir))
+    later = [path for number, path in whole if number > step or path.name == FINAL]
     if later:
         raise UserError(
             f"resuming at step {step} would overwrite {min(later)}: resume from the last checkpoint, move "

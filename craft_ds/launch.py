@@ -8,6 +8,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_rank() -> int:
+    """This process among those that were launched."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_node_main() -> bool:
     """Whether this process speaks for its node before the process group exists."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0

@@ -6,12 +6,15 @@ One call of `MetricsLogger.log` feeds all three, under the same keys: ``train/lo
 ``time/step_s``, ...), which the console line leaves out.
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
 import shutil
 import sys
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +130,14 @@ class MetricsLogger:
             UserError: wandb was asked for and could not start (on the main rank only).
         """
         self._active = is_main
+        self._file: FileIO | None = None
+        self._failing = False
+        self._wandb: Any = None
         if not is_main:
             return
         self._total_steps = total_steps
         is_new = not output_dir.exists()
         output_dir.mkdir(parents=True, exist_ok=True)
-        self._wandb = None
         if wandb_config.enable:
             try:
                 self._wandb = _start_wandb(output_dir, wandb_config, run_config, resume_step is not None)
@@ -143,7 +148,7 @@ class MetricsLogger:
         path = output_dir / METRICS_FILE
         if resume_step is not None:
             drop_rows_after(path, resume_step)
-        self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
+        self._file = path.open("wb" if resume_step is None else "ab", buffering=0)
         self._bar = tqdm(
             total=total_steps,
             initial=resume_step or 0,
@@ -152,6 +157,11 @@ class MetricsLogger:
             dynamic_ncols=True,
             disable=None,  # None: no bar where stderr is not a terminal
         )
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        """Identity of the wandb run, where there is one."""
+        return None if self._wandb is None else str(self._wandb.id)
 
     def advance(self) -> None:
         """Move the progress bar by one optimizer step."""
@@ -169,14 +179,37 @@ class MetricsLogger:
         """
         if not self._active or not metrics:
             return
-        self._file.write(json_row(step, metrics) + "\n")
-        self._file.flush()
+        self._append(json_row(step, metrics) + "\n")
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
         if "train/loss" in metrics:
             self.say(console_line(step, self._total_steps, metrics))
         if any(key.startswith("eval/") for key in metrics):
             self.say(eval_line(step, self._total_steps, metrics))
+
+    def _append(self, row: str) -> None:
+        """A disk that is full costs rows of the log, not the run."""
+        assert self._file is not None
+        content, size = row.encode(), self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._failing = False
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)  # no torn row
+            if not self._failing:
+                self.say(f"error: {self._file.name} cannot be written ({error}); training goes on without it")
+            self._failing = True
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a small file, or say what it would have held."""
+        if not self._active:
+            return
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            self.say(f"error: {path} cannot be written ({error}): {text}")
 
     def say(self, line: str) -> None:
         """Print a line on the main rank's standard output without tearing the progress bar."""
@@ -193,7 +226,8 @@ class MetricsLogger:
             return
         self._active = False
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 

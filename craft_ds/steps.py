@@ -2,7 +2,7 @@
 
 Each is one screen of the algorithm over an engine. Losses are sums over tokens; the division by the
 global token count is a scalar that rides in the merge, so a step communicates, besides what the engine
-moves, one all-reduce of at most eight numbers.
+moves, one all-reduce of at most nine numbers.
 """
 
 import math
@@ -37,11 +37,13 @@ class StepResult(NamedTuple):
         loss: Mean task loss over all tokens of all ranks.
         grad_norm: Norm of the (merged) gradient before clipping.
         applied: False where something was not finite and nothing was changed.
+        leave: Whether any rank was asked to leave.
     """
 
     loss: float
     grad_norm: float
     applied: bool
+    leave: bool
 
 
 class RetentionResult(NamedTuple):
@@ -78,26 +80,27 @@ def measure(engine: Engine, batches: Iterable[Batch]) -> PassSums:
     return sums
 
 
-def task_step(engine: Engine, batches: Iterable[Batch], max_norm: float) -> StepResult:
+def task_step(engine: Engine, batches: Iterable[Batch], max_norm: float, leave: bool = False) -> StepResult:
     """A plain step on the task loss, clipped to `max_norm`. Collective: call on all ranks.
 
     Args:
         engine: Holds the model and the optimizer.
         batches: This rank's micro-batches.
         max_norm: Clip the gradient to this norm; 0 or less: do not.
+        leave: Whether this rank was asked to leave; the others hear of it with the sums.
     """
     task = accumulate(engine, batches)
     # `to`: offloaded shards lie on the CPU while the sums of a pass lie on its device.
     product = squared_norm(engine.gradient()).to(engine.device) / engine.replicas
-    tt, loss_sum, tokens = engine.sum_scalars(torch.stack([product, *task]))
+    tt, loss_sum, tokens, leaving = engine.sum_scalars(torch.stack([product, *task, _flag(engine, leave)]))
     to_mean = engine.world_size / max(tokens, 1.0)
     loss, norm = loss_sum / max(tokens, 1.0), to_mean * math.sqrt(max(tt, 0.0))
     if not math.isfinite(loss + norm):
         engine.drop_gradient()
-        return StepResult(loss, norm, applied=False)
+        return StepResult(loss, norm, applied=False, leave=leaving > 0)
     scale_(engine.gradient(), to_mean * clip_factor(norm, max_norm))
     engine.step()
-    return StepResult(loss, norm, applied=True)
+    return StepResult(loss, norm, applied=True, leave=leaving > 0)
 
 
 def retention_step(
@@ -108,6 +111,7 @@ def retention_step(
     multiplier: float,
     craft: CraftConfig,
     max_norm: float,
+    leave: bool = False,
 ) -> tuple[StepResult, RetentionResult]:
     """A step with a second backward pass on anchors and gradient surgery. Collective.
 
@@ -119,6 +123,7 @@ def retention_step(
         multiplier: λ.
         craft: How to project and merge.
         max_norm: Clip the merged gradient to this norm; 0 or less: do not.
+        leave: As for `task_step`.
     """
     task = accumulate(engine, batches)
     g_t = engine.take_gradient()
@@ -126,10 +131,11 @@ def retention_step(
     g_r = engine.gradient()
     constrained = retention if constraint is None else measure(engine, constraint)
 
-    # Eight numbers, 64 bytes: all that surgery, logging and the dual step need to know of other ranks.
+    # Nine numbers, 72 bytes: all that surgery, logging and the dual step need to know of other ranks.
     products = gram(g_t, g_r).to(engine.device) / engine.replicas
-    scalars = torch.cat([products, torch.stack([*task, retention.tokens, *constrained])])
-    tt, tr, rr, loss_sum, tokens, r_tokens, c_loss_sum, c_tokens = engine.sum_scalars(scalars)
+    flag = _flag(engine, leave)
+    scalars = torch.cat([products, torch.stack([*task, retention.tokens, *constrained, flag])])
+    tt, tr, rr, loss_sum, tokens, r_tokens, c_loss_sum, c_tokens, leaving = engine.sum_scalars(scalars)
 
     task_mean = engine.world_size / max(tokens, 1.0)
     retention_mean = engine.world_size / max(r_tokens, 1.0)
@@ -139,8 +145,12 @@ def retention_step(
     seen = RetentionResult(retention_loss, triple, merged)
     if not (triple.is_finite and math.isfinite(loss + retention_loss)):
         engine.drop_gradient()
-        return StepResult(loss, merged.norm, applied=False), seen
+        return StepResult(loss, merged.norm, applied=False, leave=leaving > 0), seen
     clip = clip_factor(merged.norm, max_norm)
     merge_(g_r, g_t, clip * merged.a * task_mean, clip * merged.b * retention_mean)
     engine.step()
-    return StepResult(loss, merged.norm, applied=True), seen
+    return StepResult(loss, merged.norm, applied=True, leave=leaving > 0), seen
+
+
+def _flag(engine: Engine, value: bool) -> Tensor:
+    return torch.tensor(float(value), dtype=torch.float64, device=engine.device)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -180,20 +179,17 @@ class TensorFile:
         Args:
             name: The tensor.
             start: First element.
-            values: 1-D, on any device; cast to the dtype of the file.
+            values: 1-D, on any device; brought to the CPU and cast to the dtype of the file piece by piece.
 
         Raises:
             KeyError: The file has no such tensor.
             IndexError: The tensor has no such elements.
         """
         dtype, offset = self._locate(name, start, start + values.numel())
-        values = values.detach().to("cpu", dtype).contiguous()
-        view = (
-            memoryview(values.view(torch.uint8).numpy())
-            if values.numel()
-            else memoryview(np.empty(0, np.uint8))
-        )
-        _fully(lambda part, at: os.pwrite(self._fd, part, at), view, offset)
+        for piece in values.detach().split(_PIECE) if values.numel() else ():
+            view = memoryview(piece.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+            _fully(lambda part, at: os.pwrite(self._fd, part, at), view, offset)
+            offset += len(view)
 
     def sync(self) -> None:
         """Force what was written to the disk."""

@@ -6,11 +6,12 @@ from pathlib import Path
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 
-from craft_ds.config import CraftConfig, EngineConfig, LoraConfig
+from craft_ds.config import CheckpointConfig, CraftConfig, EngineConfig, LoraConfig
 from craft_ds.errors import UserError
 from craft_ds.lora.settings import from_lerobot
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.tokenizers import reroot_tokenizers
+from craft_ds.preemption import parse_duration
 from craft_ds.world.in_training import WorldEvalConfig
 
 
@@ -31,6 +32,13 @@ class TrainConfig(TrainPipelineConfig):
         activation_checkpointing: `full` keeps only the inputs of decoder and encoder layers and runs them
             again in the backward pass: less memory, about a third more computing. `none` keeps everything.
             LeRobot's `--policy.gradient_checkpointing=true` means `full`.
+        checkpoint: How checkpoints are written, `--checkpoint.*`.
+        save_total_limit: How many of the newest periodic checkpoints stay; 0: all. An older one is deleted
+            once a newer one is whole and verified. `final` always stays.
+        keep_period: Periodic checkpoints whose step is a multiple of this stay in any case; 0: none does.
+        max_runtime: Time after which the run finishes its step, saves and ends with status 75: seconds, or
+            with a unit, as 30m, 3.5h, 2d. Empty: none. Leave room for a step and a save.
+        rank_timeout: Seconds without progress after which a run ends and names the rank that it waited for.
         max_skipped_steps: Steps with a non-finite loss or gradient that may follow one another; they
             change nothing, and one more ends the run.
     """
@@ -43,7 +51,14 @@ class TrainConfig(TrainPipelineConfig):
     eval_steps: int = 0
     gradient_accumulation_steps: int = 1
     activation_checkpointing: str = "none"
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    save_total_limit: int = 0
+    keep_period: int = 0
+    max_runtime: str = ""
+    rank_timeout: float = 600.0
     max_skipped_steps: int = 10
+    # The checkpoint to resume, once every byte of it was checked.
+    verified_checkpoint: Path | None = field(init=False, default=None)
 
     def validate(self) -> None:
         """Check all that can be checked without building anything.
@@ -59,7 +74,18 @@ class TrainConfig(TrainPipelineConfig):
                 raise UserError("--lora.* and --peft.* both describe adapters: use one of them")
             self.lora = asked
         self.lora.validate()
-        least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "num_workers": 0}
+        self.checkpoint.validate()
+        parse_duration("--max_runtime", self.max_runtime)
+        least = {
+            "steps": 1,
+            "batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "num_workers": 0,
+            "save_total_limit": 0,
+            "keep_period": 0,
+            "max_skipped_steps": 0,
+            "rank_timeout": 1,
+        }
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"--{name}={getattr(self, name)} must be at least {minimum}")

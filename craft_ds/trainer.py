@@ -1,4 +1,4 @@
-"""The training loop. It reads like the algorithm; what it needs is set up in `craft_ds.run`."""
+"""The training loop. It reads like the algorithm; what it needs is set up in `craft_ds.opening`."""
 
 import math
 import time
@@ -6,8 +6,9 @@ from pathlib import Path
 
 from craft_ds.config import CraftConfig
 from craft_ds.dual import RetentionRecord, epsilon_at
-from craft_ds.errors import TrainingDiverged
-from craft_ds.run import Run, open_run, seed_step
+from craft_ds.errors import Preempted
+from craft_ds.opening import open_run
+from craft_ds.run import Run, seed_step
 from craft_ds.steps import RetentionResult, StepResult, retention_step, task_step
 from craft_ds.train_config import TrainConfig
 
@@ -30,29 +31,26 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
 
     Raises:
         UserError: Bad input, found before anything is written.
+        Preempted: The run was asked to leave, and has saved.
         TrainingDiverged: More than `max_skipped_steps` steps in a row were not finite.
     """
     if craft_config is not None:
         config.craft = craft_config
     run = open_run(config)
     try:
-        skipped = 0
-        for step in range(run.start_step, config.steps):
-            began = time.perf_counter()
-            seed_step(config.seed or 0, step, run.engine.rank)
-            result, retention = _one_step(run, step)
-            skipped = 0 if result.applied else skipped + 1
-            run.record(step + 1, result, retention, seconds=time.perf_counter() - began)
-            if skipped > config.max_skipped_steps:
-                raise TrainingDiverged(
-                    f"{skipped} steps in a row up to step {step + 1} had a non-finite loss or gradient "
-                    f"(--max_skipped_steps={config.max_skipped_steps}): lower the learning rate or "
-                    f"resume from {run.output_dir / 'last'}"
-                )
-            if result.applied:
-                run.advance_scheduler()
-            run.after_step(step + 1)
-        final = run.finish()
+        with run.preemption.listening():
+            for step in range(run.progress.step, config.steps):
+                began = time.perf_counter()
+                seed_step(config.seed or 0, step, run.engine.rank)
+                result, retention = _one_step(run, step)
+                if result.applied:
+                    run.advance_scheduler()
+                run.record(result, retention, seconds=time.perf_counter() - began)
+                run.after_step(leave=result.leave)
+            final = run.finish()
+    except Preempted:
+        run.close()
+        raise
     except BaseException:
         # The other ranks may be in the middle of a step: to meet them here could take for ever. The launcher
         # ends them when this one is gone.
@@ -64,20 +62,21 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
 
 def _one_step(run: Run, step: int) -> tuple[StepResult, RetentionRecord | None]:
     """Task step or retention step, and the dual step that follows the latter."""
-    craft, dual = run.config.craft, run.dual
+    craft, dual, leave = run.config.craft, run.dual, run.preemption.requested
     batches = run.task_batches()
     if run.anchors is None or step % craft.retention_freq:
-        return task_step(run.engine, batches, run.max_norm), None
+        return task_step(run.engine, batches, run.max_norm, leave), None
 
     epsilon = run.anchors.epsilon_unit * epsilon_at(step, run.config.steps, craft)
     result, seen = retention_step(
         run.engine,
         batches,
-        run.anchors.gradient_batches(step),
-        run.anchors.constraint_batches(step),
+        run.anchors.gradient_batches(run.progress.anchors_seen),
+        run.anchors.constraint_batches(run.progress.anchors_seen),
         dual.multiplier,
         craft,
         run.max_norm,
+        leave,
     )
     record = _record(step, dual.multiplier, epsilon, seen)
     if result.applied:

@@ -1,6 +1,6 @@
 """Fine-tune a policy under a retention constraint. See the README, or --help."""
 
-from craft_ds.cli import train_main
+from craft_ds.cli import end_process, train_main
 
 if __name__ == "__main__":
-    train_main()
+    end_process(train_main)

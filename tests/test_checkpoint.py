@@ -10,14 +10,16 @@ import torch
 from lerobot.configs.default import DatasetConfig
 from safetensors.torch import load_file
 
-from craft_ds import checkpoint
-from craft_ds.checkpoint import (
-    load_checkpoint,
+from craft_ds.checkpoints import (
+    load_optimizer,
+    manifest,
     read_manifest,
+    read_states,
     save_checkpoint,
     step_directory,
     verify_checkpoint,
 )
+from craft_ds.checkpoints import save as save_module
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
 from craft_ds.policies.adapter import PolicyWithLoss
@@ -122,8 +124,9 @@ def test_states_are_plain_values(saved):
 
 def test_loading_gives_the_training_state_back(saved, engine):
     other = make_engine(saved)
-    scheduler_state, craft_state, done = load_checkpoint(saved, other)
-    assert (scheduler_state, craft_state["multiplier"], done) == ({"last_epoch": 2}, 0.25, 2)
+    load_optimizer(saved, other)
+    scheduler_state, craft_state = read_states(saved)
+    assert (scheduler_state, craft_state["multiplier"]) == ({"last_epoch": 2}, 0.25)
     for expected, found in zip(engine.shards(), other.shards(), strict=True):
         assert expected.name == found.name
         assert torch.equal(expected.master, found.master)
@@ -138,7 +141,8 @@ def test_a_checkpoint_before_the_first_step_has_no_moments(save, inputs, tmp_pat
     fresh = make_engine(inputs.policy)
     directory = save(tmp_path / "step_000000", 0, engine=fresh, scheduler_state=None)
     again = make_engine(directory)
-    assert load_checkpoint(directory, again)[0] is None
+    load_optimizer(directory, again)
+    assert read_states(directory)[0] is None
     step(fresh, 5)
     step(again, 5)
     for expected, found in zip(fresh.shards(), again.shards(), strict=True):
@@ -154,7 +158,7 @@ def test_the_manifest_knows_every_file(saved):
 
 
 def test_long_files_are_hashed_in_parts(save, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_SEGMENT", 1000)
+    monkeypatch.setattr(manifest, "SEGMENT", 1000)
     directory = save(tmp_path / "step_000002")
     size = (directory / "model.safetensors").stat().st_size
     assert len(read_manifest(directory)["files"]["model.safetensors"]["sha256"]) == -(-size // 1000)
@@ -221,13 +225,13 @@ def test_a_save_that_fails_leaves_nothing_that_looks_whole(save, saved, monkeypa
     with monkeypatch.context() as patched:
         match place:
             case "create":
-                patched.setattr(checkpoint, "create_tensor_file", fail)
+                patched.setattr(save_module, "create_tensor_file", fail)
             case "write":
                 patched.setattr(TensorFile, "write", fail)
             case "hash":
-                patched.setattr(checkpoint, "_hash", fail)
+                patched.setattr(manifest, "_hash", fail)
             case "sync":
-                patched.setattr(checkpoint, "fsync", fail)
+                patched.setattr(save_module, "fsync", fail)
             case "rename":
                 rename = Path.rename
                 patched.setattr(
@@ -255,7 +259,8 @@ def test_a_checkpoint_may_be_moved(saved, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.move(saved, moved)
     other = make_engine(moved)
-    assert load_checkpoint(moved, other)[2] == 2
+    load_optimizer(moved, other)
+    assert verify_checkpoint(moved, 0, 1)["step"] == 2
 
 
 def test_a_slow_rank_does_not_look_for_files_that_are_renamed_already(tmp_path, monkeypatch):
@@ -264,9 +269,9 @@ def test_a_slow_rank_does_not_look_for_files_that_are_renamed_already(tmp_path, 
     directory.mkdir()
     (directory / "config.json").write_text("{}")
 
-    def gather_and_rename(value):
+    def gather_and_rename(value, group):
         directory.rename(tmp_path / "final")
         return [value]
 
-    monkeypatch.setattr(checkpoint, "gather_objects", gather_and_rename)
-    assert checkpoint._hash_segments(directory, 0, 1)["config.json"]["bytes"] == 2
+    monkeypatch.setattr(manifest, "gather_objects", gather_and_rename)
+    assert manifest.hash_files(directory, 0, 1)["config.json"]["bytes"] == 2

@@ -21,6 +21,7 @@ from craft_ds.data import (
 )
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy_config, load_processors, policy_cameras
+from craft_ds.shares import share_step
 from craft_ds.train_config import TrainConfig
 
 
@@ -52,10 +53,15 @@ def take(sampler: StepSampler, count: int) -> list[list[int]]:
     return list(itertools.islice(sampler, count))
 
 
+def sampler_of(size, batch, accumulation, rank, world, seed, start=0) -> StepSampler:
+    share = share_step(batch * accumulation * world, world, batch, "samples")
+    return StepSampler(size, share, rank, seed, start * share.total)
+
+
 def steps_of(size, batch, accumulation, world, seed, steps, start=0) -> list[list[int]]:
     """All samples of each step, over all ranks and micro-batches, in the order of the stream."""
     ranks = [
-        take(StepSampler(size, batch, accumulation, rank, world, seed, start), steps * accumulation)
+        take(sampler_of(size, batch, accumulation, rank, world, seed, start), steps * accumulation)
         for rank in range(world)
     ]
     micro_batches = [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
@@ -96,8 +102,8 @@ def test_a_step_depends_on_the_global_batch_alone(size, batch, accumulation, wor
 @settings(max_examples=60, deadline=None)
 def test_a_later_start_continues_the_stream(size, batch, accumulation, world, seed, start):
     for rank in range(world):
-        unbroken = take(StepSampler(size, batch, accumulation, rank, world, seed), (start + 3) * accumulation)
-        resumed = take(StepSampler(size, batch, accumulation, rank, world, seed, start), 3 * accumulation)
+        unbroken = take(sampler_of(size, batch, accumulation, rank, world, seed), (start + 3) * accumulation)
+        resumed = take(sampler_of(size, batch, accumulation, rank, world, seed, start), 3 * accumulation)
         assert resumed == unbroken[start * accumulation :]
 
 
@@ -108,7 +114,7 @@ def test_epochs_and_seeds_have_other_orders():
 
 
 def test_iterating_again_begins_again():
-    sampler = StepSampler(7, 2, 1, 0, 1, 0)
+    sampler = sampler_of(7, 2, 1, 0, 1, 0)
     assert take(sampler, 9) == take(sampler, 9)
 
 
@@ -120,16 +126,18 @@ def test_the_loader_gives_the_samplers_frames(config):
     assert heldout is None
     assert len(train) == 80
     for rank in range(2):
-        batches = training_batches(config, train, rank, 2, start_step=3)
+        sampler = sampler_of(80, 2, 1, rank, 2, 3, start=3)
+        batches = training_batches(config, train, sampler)
         found = [next(batches)["index"].tolist() for _ in range(3)]
-        assert found == take(StepSampler(80, 2, 1, rank, 2, 3, start_step=3), 3)
+        assert found == take(sampler, 3)
 
 
 def test_workers_change_nothing(config):
     train, _ = load(config)
-    plain = training_batches(config, train, 0, 1, 0)
+    sampler = sampler_of(80, 2, 1, 0, 1, 3)
+    plain = training_batches(config, train, sampler)
     config.num_workers, config.dataloader_multiprocessing_context = 1, "fork"
-    with_worker = training_batches(config, train, 0, 1, 0)
+    with_worker = training_batches(config, train, sampler)
     for _ in range(3):
         expected, found = next(plain), next(with_worker)
         assert torch.equal(found["index"], expected["index"])

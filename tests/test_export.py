@@ -12,6 +12,7 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from craft_ds.checkpoints.testing import renew_manifest
 from craft_ds.cli import export_main
 from craft_ds.errors import UserError
 from craft_ds.export import export_checkpoint
@@ -332,7 +333,7 @@ def test_a_base_that_was_moved_is_named_by_its_flag(adapted, inputs, tmp_path, m
     config = checkpoint / "adapter_config.json"
     stored = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}
     config.write_text(json.dumps(stored))
-    forget_hashes(checkpoint)
+    renew_manifest(checkpoint)
     shutil.copytree(inputs.policy, moved)
     if merge_lora:
         with pytest.raises(UserError, match=r"is not there .*put it back, or say where it is by --base_path"):
@@ -348,12 +349,6 @@ def test_a_base_that_was_moved_is_named_by_its_flag(adapted, inputs, tmp_path, m
     with pytest.raises(UserError, match="were trained on another base policy"):
         export_checkpoint(checkpoint, tmp_path / "other", merge_lora=merge_lora, base_path=str(moved))
     assert not list(tmp_path.glob("other*"))
-
-
-def forget_hashes(checkpoint):
-    """Let a checkpoint's manifest list nothing, as if what was changed belonged there."""
-    manifest = json.loads((checkpoint / "manifest.json").read_text()) | {"files": {}}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_damaged_adapters_are_not_exported(adapted, tmp_path):

@@ -9,11 +9,12 @@ from torch import nn
 
 from craft_ds.config import EngineConfig
 from craft_ds.engines.single import SingleEngine
+from craft_ds.opening import _wrapping_warning, build_fp32_policy
 from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.testing import make_test_policy_dir
 from craft_ds.policies.weights import WeightReader
-from craft_ds.run import _wrapping_warning, build_fp32_policy, seed_step
+from craft_ds.run import seed_step
 
 
 def test_masters_are_fp32_whatever_the_policy_was_saved_as(tmp_path):

@@ -172,7 +172,7 @@ def test_a_retention_step_that_is_not_finite_changes_nothing(bad, where):
 def test_no_supervised_token_anywhere_is_a_step_of_length_zero():
     one = engine()
     result = task_step(one, [tokens()], 1.0)
-    assert result == (0.0, 0.0, True)
+    assert result == (0.0, 0.0, True, False)
     result, seen = retention_step(one, [tokens()], [tokens()], [tokens()], 1.0, craft(), 1.0)
     assert result == (0.0, 0.0, True)
     assert seen.loss == 0.0

@@ -1,14 +1,12 @@
-"""Which anchors a rank sees at a step: a pure function of (seed, step, rank), so nothing is ever resumed.
+"""Which anchors a step takes: a pure function of (seed, position), so nothing but a position is ever resumed.
 
 One endless stream of anchors feeds all ranks. Position p of the stream belongs to task ``p mod T`` and is
 draw ``k = p // T`` of that task; the draws of a task run through its anchors again and again, in a new order
-each epoch. Step s of a run with a global batch of G takes the positions [s·G, (s+1)·G), and the ranks take
-equal consecutive parts of them.
+each epoch. A retention step takes the next G positions, which `craft_ds.shares` deals to the ranks.
 """
 
 import functools
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -18,59 +16,37 @@ from torch import Tensor
 from craft_ds.anchors.cache import ORIGIN_FIELDS, AnchorCache
 from craft_ds.anchors.draw import spread
 from craft_ds.errors import UserError
-
-logger = logging.getLogger(__name__)
+from craft_ds.shares import StepShare
 
 
 class AnchorSampler:
-    """Stateless, task-balanced draws of anchors for one rank.
+    """Stateless, task-balanced draws of anchors.
 
     - Any two tasks are drawn equally often, up to one anchor, over any run of consecutive steps.
     - A task's anchors do not repeat within an epoch of that task, nor within one step (of all ranks
       together) where the task has as many anchors as the step draws from it.
-    - The draw of all ranks together depends on ``batch_size * world_size`` only.
 
     Args:
         cache: The anchors.
         split: "train" or "heldout".
-        batch_size: Anchors a rank and step.
-        rank: This rank.
-        world_size: Number of ranks.
+        share: How a retention step is dealt to the ranks; the order depends on its total alone.
         seed: Seed of the order.
 
     Raises:
         UserError: The split has fewer anchors than there are ranks.
     """
 
-    def __init__(
-        self, cache: AnchorCache, split: str, batch_size: int, rank: int, world_size: int, seed: int
-    ) -> None:
+    def __init__(self, cache: AnchorCache, split: str, share: StepShare, seed: int) -> None:
         members = cache.splits[split]
-        _check_enough(cache, split, world_size)
-        self.cache = cache
-        self.batch_size = batch_size
-        self.rank = rank
+        _check_enough(cache, split, share.world_size)
         self.seed = seed
-        self.global_batch = batch_size * world_size
-        if self.global_batch > len(members) and rank == 0:
-            logger.warning(
-                "A step draws %d anchors but the %s split of %s has %d: some repeat within a step.",
-                self.global_batch,
-                split,
-                cache.path,
-                len(members),
-            )
+        self.global_batch = share.total
         self._strata = _strata(cache, members)
         self._order = functools.lru_cache(maxsize=2 * len(self._strata))(self._epoch_order)
 
-    def indices(self, step: int) -> list[int]:
-        """Anchor indices of this rank at a step, ``batch_size`` of them."""
-        start = step * self.global_batch + self.rank * self.batch_size
-        return [self._draw(position) for position in range(start, start + self.batch_size)]
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """The anchors of this rank at a step, as `AnchorCache.read` gives them."""
-        return self.cache.read(self.indices(step))
+    def draw(self, positions: Iterable[int]) -> list[int]:
+        """The anchors at these places of the stream."""
+        return [self._draw(position) for position in positions]
 
     def _draw(self, position: int) -> int:
         draw, stratum = divmod(position, len(self._strata))

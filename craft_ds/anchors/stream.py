@@ -1,5 +1,6 @@
 """Anchors as the training loop wants them: micro-batches for the gradient and for the constraint."""
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +9,9 @@ from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.sampler import AnchorSampler, sweep, to_policy_batch
 from craft_ds.config import CraftConfig
 from craft_ds.engines.base import Batch
+from craft_ds.shares import StepShare
+
+logger = logging.getLogger(__name__)
 
 
 class AnchorStream:
@@ -18,15 +22,14 @@ class AnchorStream:
 
     Args:
         cache: The anchors.
-        craft: `anchor_batch_size`, `retention_freq`, `constraint_split`, `epsilon_relative` and
-            `vision_features` are read.
-        micro_batch_size: The task's micro-batch of a rank.
+        craft: `constraint_split`, `epsilon_relative` and `vision_features` are read.
+        share: How the anchors of a step are dealt to ranks and micro-batches.
         device: Where batches belong.
         rank: This rank.
-        world_size: Number of ranks.
         seed: Seed of the draw.
 
     Attributes:
+        share: As given.
         epsilon_unit: What ε counts in: 1, or with `epsilon_relative` the teacher's loss on the
             constraint's anchors.
 
@@ -38,45 +41,60 @@ class AnchorStream:
         self,
         cache: AnchorCache,
         craft: CraftConfig,
+        share: StepShare,
         *,
-        micro_batch_size: int,
         device: torch.device,
         rank: int,
-        world_size: int,
         seed: int,
     ):
-        self._cache, self._craft = cache, craft
-        self._micro_batch_size, self._device = micro_batch_size, device
-        self._rank, self._world_size = rank, world_size
-        size = craft.anchor_batch_size
-        self._gradient = AnchorSampler(cache, "train", size, rank, world_size, seed)
+        self._cache, self._vision_features = cache, craft.vision_features
+        self.share = share
+        self._device, self._rank = device, rank
+        self._gradient = AnchorSampler(cache, "train", share, seed)
         self._constraint: AnchorSampler | None = None
         if craft.constraint_split == "heldout":
-            self._constraint = AnchorSampler(cache, "heldout", size, rank, world_size, seed)
+            self._constraint = AnchorSampler(cache, "heldout", share, seed)
+        if rank == 0:
+            for split in ("train", craft.constraint_split):
+                if share.total > len(cache.splits[split]):
+                    logger.warning(
+                        "A step draws %d anchors but the %s split of %s has %d: some repeat within a step.",
+                        share.total,
+                        split,
+                        cache.path,
+                        len(cache.splits[split]),
+                    )
         teacher_loss = cache.teacher_loss[craft.constraint_split]["overall"]
         self.epsilon_unit: float = teacher_loss if craft.epsilon_relative else 1.0
 
-    def gradient_batches(self, step: int) -> Iterator[Batch]:
-        """Anchors whose gradient the retention step `step` follows."""
-        return self._batches(self._gradient, step)
+    def gradient_batches(self, first: int) -> Iterator[Batch]:
+        """Anchors whose gradient a retention step follows.
 
-    def constraint_batches(self, step: int) -> Iterator[Batch] | None:
+        Args:
+            first: Place of the step in the stream: how many anchors were drawn before it.
+        """
+        return self._batches(self._gradient, first)
+
+    def constraint_batches(self, first: int) -> Iterator[Batch] | None:
         """Anchors on which that step measures L_ret; None where the gradient's own anchors do."""
-        return self._batches(self._constraint, step) if self._constraint else None
+        return self._batches(self._constraint, first) if self._constraint else None
 
-    def heldout_batches(self, limit: int) -> Iterator[tuple[Batch, bool]]:
+    def indices(self, first: int) -> dict[str, list[int]]:
+        """The anchors that all ranks together take in that step, by what for."""
+        positions = range(first, first + self.share.total)
+        samplers = {"gradient": self._gradient, "constraint": self._constraint}
+        return {name: sampler.draw(positions) for name, sampler in samplers.items() if sampler}
+
+    def heldout_batches(self, micro_batch_size: int, limit: int) -> Iterator[tuple[Batch, bool]]:
         """Every held-out anchor once over all ranks (`limit` of them if above 0), and whether it counts."""
-        chunks = sweep(
-            self._cache, "heldout", self._micro_batch_size, self._rank, self._world_size, limit or None
-        )
+        world_size = self.share.world_size
+        chunks = sweep(self._cache, "heldout", micro_batch_size, self._rank, world_size, limit or None)
         for indices, counts in chunks:
             yield self._read(indices), counts
 
-    def _batches(self, sampler: AnchorSampler, step: int) -> Iterator[Batch]:
-        # Draws are counted in retention steps, so that an epoch of anchors leaves none out.
-        indices = sampler.indices(step // self._craft.retention_freq)
-        for start in range(0, len(indices), self._micro_batch_size):
-            yield self._read(indices[start : start + self._micro_batch_size])
+    def _batches(self, sampler: AnchorSampler, first: int) -> Iterator[Batch]:
+        for micro_batch in range(self.share.micro_batches):
+            yield self._read(sampler.draw(self.share.positions(first, self._rank, micro_batch)))
 
     def _read(self, indices: list[int]) -> Batch:
-        return to_policy_batch(self._cache.read(indices, self._craft.vision_features), self._device)
+        return to_policy_batch(self._cache.read(indices, self._vision_features), self._device)

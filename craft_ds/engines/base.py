@@ -23,7 +23,7 @@ class Shard:
         name: Fully qualified name as in the policy's `state_dict`.
         shape: Global shape of the parameter.
         start: Offset of the part in the flattened parameter, in elements.
-        master: The part itself, 1-D; fp32 also where forward and backward run in bf16.
+        master: The part itself, 1-D; fp32 if it trains, also where forward and backward run in bf16.
         state: Optimizer state of the same shape by name (`exp_avg`, …); empty before the first step.
     """
 

@@ -134,7 +134,7 @@ class FsdpEngine:
                     for key, value in self.optimizer.state.get(parameter, {}).items()
                     if isinstance(value, DTensor)
                 }
-                yield Shard(name, tuple(parameter.shape), start, master.float(), state)
+                yield Shard(name, tuple(parameter.shape), start, master, state)
 
     def _rows(self) -> Iterator[tuple[str, torch.nn.Parameter, int]]:
         return rows(self.module.policy, self._shard_rank, self._shards)

@@ -117,7 +117,7 @@ class SingleEngine:
                 for key, value in self.optimizer.state.get(parameter, {}).items()
                 if torch.is_tensor(value) and key != "step"
             }
-            yield Shard(name, tuple(parameter.shape), 0, parameter.detach().reshape(-1).float(), state)
+            yield Shard(name, tuple(parameter.shape), 0, parameter.detach().reshape(-1), state)
 
     @torch.no_grad()
     def load_parameters(self, read: ReadRange) -> None:

@@ -153,7 +153,7 @@ class ZeroEngine:
         for part in self._layout.partitions:
             yield Shard(part.name, part.shape, part.start, part.of(masters), self._layout.state(part))
         for rest in self._layout.frozen_parts() if frozen else ():
-            yield Shard(rest.name, rest.shape, rest.start, rest.values.float(), {})
+            yield Shard(rest.name, rest.shape, rest.start, rest.values, {})
 
     @torch.no_grad()
     def load_parameters(self, read: ReadRange) -> None:

@@ -13,6 +13,7 @@ from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.sampler import AnchorSampler, sweep, to_policy_batch
 from craft_ds.anchors.testing import write_test_cache
 from craft_ds.errors import UserError
+from craft_ds.shares import share_step
 
 
 class Tasks:
@@ -26,8 +27,12 @@ class Tasks:
 
 def draw(cache, batch_size, world_size, steps, seed=0):
     """What all ranks together draw, by step."""
-    samplers = [AnchorSampler(cache, "train", batch_size, r, world_size, seed) for r in range(world_size)]
-    return [[index for sampler in samplers for index in sampler.indices(step)] for step in steps]
+    share = share_step(batch_size * world_size, world_size, batch_size, "anchors")
+    sampler = AnchorSampler(cache, "train", share, seed)
+    return [
+        [i for rank in range(world_size) for i in sampler.draw(share.positions(step * share.total, rank, 0))]
+        for step in steps
+    ]
 
 
 counts = st.lists(st.integers(1, 40), min_size=1, max_size=5)
@@ -91,17 +96,17 @@ def test_epochs_and_seeds_differ():
 
 def test_order_of_the_calls_does_not_matter():
     cache = Tasks([7, 11, 3])
-    sampler = AnchorSampler(cache, "train", 4, 1, 2, seed=3)
-    forward = [sampler.indices(step) for step in range(50)]
-    backward = [sampler.indices(step) for step in reversed(range(50))]
+    sampler = AnchorSampler(cache, "train", share_step(8, 2, 4, "anchors"), seed=3)
+    forward = [sampler.draw(range(8 * step, 8 * step + 8)) for step in range(50)]
+    backward = [sampler.draw(range(8 * step, 8 * step + 8)) for step in reversed(range(50))]
     assert forward == backward[::-1]
 
 
 def test_more_ranks_than_anchors():
     with pytest.raises(UserError, match="2 train anchors for 3 ranks"):
-        AnchorSampler(Tasks([1, 1]), "train", 1, 0, 3, seed=0)
+        AnchorSampler(Tasks([1, 1]), "train", share_step(3, 3, 1, "anchors"), seed=0)
     with pytest.raises(UserError, match="0 heldout anchors"):
-        AnchorSampler(Tasks([4]), "heldout", 1, 0, 1, seed=0)
+        AnchorSampler(Tasks([4]), "heldout", share_step(1, 1, 1, "anchors"), seed=0)
 
 
 @settings(max_examples=50, deadline=None)
@@ -127,8 +132,9 @@ def test_policy_batch():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache"
         anchors = write_test_cache(path, [0, 1, 0, 1], [0, 1, 2, 3])
-        sampler = AnchorSampler(AnchorCache.open(path), "train", 2, 0, 1, seed=0)
-        read = sampler.batch(0)
+        cache = AnchorCache.open(path)
+        sampler = AnchorSampler(cache, "train", share_step(2, 1, 2, "anchors"), seed=0)
+        read = cache.read(sampler.draw(range(2)))
         batch = to_policy_batch(read, "cpu")
     assert not {"task", "episode", "frame"} & batch.keys()
     rows = read["frame"].long()

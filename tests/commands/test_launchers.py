@@ -14,7 +14,7 @@ from runs import assert_same_bits, assert_trained, losses, metrics
 
 from craft_ds.anchors.cache import read_metadata
 from craft_ds.anchors.testing import edit_metadata, make_test_dataset
-from craft_ds.checkpoint import read_manifest
+from craft_ds.checkpoints import read_manifest
 from craft_ds.local_ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]

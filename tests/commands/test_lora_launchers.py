@@ -9,7 +9,7 @@ from runs import assert_same_bits_of_adapters, losses
 from safetensors.torch import load_file
 from test_launchers import ROOT, launch
 
-from craft_ds.checkpoint import read_manifest
+from craft_ds.checkpoints import read_manifest
 from craft_ds.config import LoraConfig
 from craft_ds.engines.ds_config import read_ds_config
 

@@ -275,18 +275,18 @@ class Stopped(KeyboardInterrupt):
 
 
 def test_ctrl_c_in_a_save_keeps_the_last_checkpoint(train, inputs, whole_run, tmp_path, monkeypatch):
-    from craft_ds import checkpoint
+    from craft_ds.checkpoints.save import Save
 
     run = tmp_path / "run"
-    writes = checkpoint._write_shards
+    writes = Save._write_shards
 
-    def stop_at_the_second(directory, *rest) -> None:
-        writes(directory, *rest)
-        if directory.name.startswith("step_000002"):
+    def stop_at_the_second(save) -> None:
+        writes(save)
+        if save.directory.name == "step_000002":
             raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_write_shards", stop_at_the_second)
+        patched.setattr(Save, "_write_shards", stop_at_the_second)
         ended = train(run, *inputs.craft_flags(), "--save_freq=1")
     assert (ended.status, ended.errors) == (130, "interrupted\n")
     assert (run / "last").resolve() == run / "step_000001"

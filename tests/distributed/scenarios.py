@@ -12,7 +12,7 @@ from torch import Tensor
 from toy import TiedPolicy, ToyPolicy
 
 import craft_ds.steps
-from craft_ds.checkpoint import load_checkpoint, save_checkpoint
+from craft_ds.checkpoints import load_optimizer, read_states, save_checkpoint, verify_checkpoint
 from craft_ds.distributed import all_ranks, on_main
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
@@ -275,6 +275,13 @@ def _continue(lab: Lab, engine: Engine, output: Output, kinds: str, first: int) 
         1.0,
         first,
     )
+
+
+def load_checkpoint(directory, engine: Engine, adapters=None) -> list:
+    """Optimizer state into the engine; schedule, CRaFT state and step returned."""
+    manifest = verify_checkpoint(directory, engine.rank, engine.world_size)
+    load_optimizer(directory, engine, adapters)
+    return [*read_states(directory), manifest["step"]]
 
 
 def _train_config(lab: Lab):

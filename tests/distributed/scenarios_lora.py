@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from collectives import CollectiveCounter
 from lab import Lab, Output, craft_config, masters, moments
-from scenarios import ALWAYS, _steps, _train_config, operate
+from scenarios import ALWAYS, _steps, _train_config, load_checkpoint, operate
 from torch import nn
 
-from craft_ds.checkpoint import load_checkpoint, save_checkpoint
+from craft_ds.checkpoints import save_checkpoint
 from craft_ds.config import LoraConfig
 from craft_ds.engines.base import Engine
 from craft_ds.memory_counter import MemoryCounter

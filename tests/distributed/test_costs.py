@@ -18,7 +18,7 @@ def test_surgery_adds_one_all_reduce_of_64_bytes(ranks, name):
     for values in ranks[name].values:
         added = counts(values["retention"])
         added.subtract(counts(values["passes_of_retention"]))
-        assert {key: count for key, count in added.items() if count} == {(ALL_REDUCE, 64): 1}
+        assert {key: count for key, count in added.items() if count} == {(ALL_REDUCE, 72): 1}
 
 
 @every("collectives")

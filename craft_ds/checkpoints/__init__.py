@@ -1,0 +1,24 @@
+"""Checkpoints: written by all ranks at once, consolidated from the start, whole or not there.
+
+A checkpoint is a LeRobot policy directory with `optimizer.safetensors`, `scheduler.pt`, `craft_state.pt`,
+`train_config.json` and `manifest.json`. Parameters and moments are stored by name in fp32 and whole shape,
+so it resumes at any world size and in any engine. With LoRA it holds PEFT's two adapter files instead of
+`model.safetensors`, and nothing of the base policy.
+"""
+
+from craft_ds.checkpoints.load import load_optimizer, read_states
+from craft_ds.checkpoints.manifest import read_manifest, verify_checkpoint
+from craft_ds.checkpoints.run_directory import step_directory, whole_checkpoints
+from craft_ds.checkpoints.save import BackgroundSaver, prepare_save, save_checkpoint
+
+__all__ = [
+    "BackgroundSaver",
+    "load_optimizer",
+    "prepare_save",
+    "read_manifest",
+    "read_states",
+    "save_checkpoint",
+    "step_directory",
+    "verify_checkpoint",
+    "whole_checkpoints",
+]

@@ -1,0 +1,70 @@
+"""Loading: each rank reads its own ranges, whatever wrote them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craft_ds.checkpoints.save import CRAFT_STATE, OPTIMIZER, SCHEDULER
+from craft_ds.engines.base import Engine
+from craft_ds.errors import UserError, one_line
+from craft_ds.lora.adapters import Adapters
+from craft_ds.scattered_file import open_tensors
+from craft_ds.tensor_file import ReadRange
+
+
+def load_optimizer(directory: Path, engine: Engine, adapters: Adapters | None = None) -> None:
+    """Set the optimizer state from a verified checkpoint; the parameters come with the policy directory.
+
+    Collective: call on all ranks.
+
+    Args:
+        directory: The checkpoint.
+        engine: Holds the parameters.
+        adapters: What trains, if not the policy's own weights.
+
+    Raises:
+        UserError: The file does not hold what this engine trains.
+    """
+    path = directory / OPTIMIZER
+    try:
+        with open_tensors(path) as moments:
+            keys = sorted({name.rsplit(".", 1)[1] for name, *_ in moments.specs()})
+            if keys:  # else no step was applied yet, and the optimizer makes its state at its first
+                read = moments.read if adapters is None else _by_parameter_name(moments.read, adapters)
+                engine.load_optimizer(read, keys, int(moments.metadata["steps"]))
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(
+            f"{path} does not hold the optimizer state of this policy ({one_line(error)}): resume from an "
+            "older checkpoint"
+        ) from error
+
+
+def read_states(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Scheduler state and CRaFT state of a verified checkpoint: plain Python values, never code.
+
+    Raises:
+        UserError: A file holds anything else.
+    """
+    scheduler_state, craft_state = (_read_state(directory / name) for name in (SCHEDULER, CRAFT_STATE))
+    if not isinstance(craft_state, dict) or not isinstance(scheduler_state, dict | None):
+        raise UserError(f"{directory / CRAFT_STATE} is damaged: resume from an older checkpoint")
+    return scheduler_state, craft_state
+
+
+def _read_state(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its readers raise
+        raise UserError(f"{path} is damaged ({one_line(error)}): resume from an older checkpoint") from error
+
+
+def _by_parameter_name(read: ReadRange, adapters: Adapters) -> ReadRange:
+    """Reads optimizer state of adapters, which is stored under the names of PEFT's file."""
+
+    def by_name(name: str, start: int, stop: int) -> Tensor:
+        parameter, key = name.rsplit(".", 1)
+        return read(f"{adapters.keys[parameter]}.{key}", start, stop)
+
+    return by_name

@@ -1,0 +1,221 @@
+"""The manifest: what makes a directory a checkpoint.
+
+`manifest.json` is written last. It names every other file with its size and the SHA-256 of each segment of
+it, and carries a SHA-256 of itself. A directory without one that fits is never loaded.
+"""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch.distributed as dist
+
+from craft_ds.distributed import all_ranks, gather_objects
+from craft_ds.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 2
+# Ranks hash different segments of a file side by side.
+SEGMENT = 1 << 28
+_SHA256 = re.compile("[0-9a-f]{64}")
+_MOST_BYTES = 1 << 26
+_WANTED = [
+    re.compile(pattern)
+    for pattern in (
+        r"config\.json",
+        r"train_config\.json",
+        r"scheduler\.pt",
+        r"craft_state\.pt",
+        r"optimizer\..*safetensors",
+        r"(?:adapter_)?model\..*safetensors",
+    )
+]
+
+
+def write_manifest(
+    directory: Path, *, step: int, world_size: int, engine: str, files: dict[str, Any]
+) -> None:
+    """Write the manifest of a directory whose other files are complete.
+
+    Args:
+        directory: The checkpoint, under its temporary name.
+        step: Optimizer steps done.
+        world_size: Number of ranks that wrote it.
+        engine: Name of their engine.
+        files: What `hash_files` found.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "world_size": world_size,
+        "engine": engine,
+        "segment_bytes": SEGMENT,
+        "files": files,
+    }
+    manifest["sha256"] = _own_sha256(manifest)
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def hash_files(
+    directory: Path, rank: int, world_size: int, group: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
+    """Size and segment hashes of every file of a checkpoint, read back. Collective: call on all ranks.
+
+    Args:
+        directory: The checkpoint, which no rank writes to any more.
+        rank: This rank.
+        world_size: Number of ranks, which share the work.
+        group: As for `gather_objects`.
+
+    Raises:
+        UserError: On all ranks: a file cannot be read.
+    """
+
+    def hash_mine() -> tuple[dict[Path, int], dict[tuple[str, int], str]]:
+        try:
+            return hash_some()
+        except OSError as error:
+            raise UserError(f"{directory} cannot be read back: {error}") from error
+
+    def hash_some() -> tuple[dict[Path, int], dict[tuple[str, int], str]]:
+        paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+        sizes = {path: path.stat().st_size for path in paths}
+        segments = [(path, start) for path in paths for start in range(0, max(sizes[path], 1), SEGMENT)]
+        mine = {
+            (str(path.relative_to(directory)), start): _hash(path, start, SEGMENT)
+            for path, start in segments[rank::world_size]
+        }
+        return sizes, mine
+
+    sizes, mine = all_ranks(hash_mine, group)
+    # From here on the main rank may give the directory its final name: no other rank looks into it again.
+    found = {key: value for part in gather_objects(mine, group) for key, value in part.items()}
+    return {
+        name: {
+            "bytes": size,
+            "sha256": [value for (other, _), value in sorted(found.items()) if other == name],
+        }
+        for path, size in sizes.items()
+        for name in [str(path.relative_to(directory))]
+    }
+
+
+def _hash(path: Path, start: int, length: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        remaining = length
+        while remaining and (block := file.read(min(remaining, 1 << 20))):
+            digest.update(block)
+            remaining -= len(block)
+    return digest.hexdigest()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, after a look at the sizes of its files.
+
+    Raises:
+        UserError: The directory is no checkpoint, its manifest is damaged or of another format, or a file of
+            it is missing or has another size.
+    """
+    path = directory / MANIFEST
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{directory} is no checkpoint of craft-ds: it has no {MANIFEST}") from None
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise _damaged(path) from None
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {manifest.get('format_version')}, this craft-ds reads {FORMAT_VERSION}"
+        )
+    if manifest.pop("sha256", None) != _own_sha256(manifest) or not _is_sound(manifest):
+        raise _damaged(path)
+    for wanted in _WANTED:
+        if not any(wanted.fullmatch(name) for name in manifest["files"]):
+            raise UserError(f"{path} names no {wanted.pattern}: resume from an older checkpoint")
+    for name, entry in manifest["files"].items():
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise UserError(f"{file} is missing or incomplete: resume from an older checkpoint")
+    return manifest
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: resume from an older checkpoint")
+
+
+def _own_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    """Whether every entry is what it should be: whoever can write a checksum of nonsense can be wrong."""
+    counts = [manifest.get(name) for name in ("step", "world_size", "segment_bytes")]
+    segment, files = counts[-1], manifest.get("files")
+    return (
+        all(map(_is_count, counts))
+        and all(counts[1:])
+        and isinstance(manifest.get("engine"), str)
+        and isinstance(files, dict)
+        and all(_is_inside(name) and _is_entry(entry, segment) for name, entry in files.items())
+    )
+
+
+def _is_entry(entry: Any, segment: Any) -> bool:
+    if not (isinstance(entry, dict) and _is_count(entry.get("bytes"))):
+        return False
+    hashes = entry.get("sha256")
+    return (
+        isinstance(hashes, list)
+        and len(hashes) == max(1, math.ceil(entry["bytes"] / segment))
+        and all(isinstance(value, str) and _SHA256.fullmatch(value) for value in hashes)
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return (
+        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    ) and str(path) != MANIFEST
+
+
+def verify_checkpoint(directory: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Check every byte of a checkpoint, the ranks side by side. Collective: call on all ranks.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: On all ranks, naming the damaged file.
+    """
+    manifest = all_ranks(lambda: read_manifest(directory))
+    length = manifest["segment_bytes"]
+    segments = [
+        (name, index) for name, entry in manifest["files"].items() for index in range(len(entry["sha256"]))
+    ]
+
+    def check() -> None:
+        for name, index in segments[rank::world_size]:
+            path = directory / name
+            try:
+                found = _hash(path, index * length, length)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error}): resume from an older checkpoint") from None
+            if found != manifest["files"][name]["sha256"][index]:
+                raise UserError(f"{path} is damaged (checksum): resume from an older checkpoint")
+
+    all_ranks(check)
+    return manifest
