@@ -103,7 +103,8 @@ def choose_checkpoint(arguments: Sequence[str]) -> Chosen:
         said += [f"no whole checkpoint in {run}, which is {moved} now: the run begins anew"] if moved else []
         return Chosen([a for a in arguments if not a.startswith("--resume=")], said=tuple(said))
     step, checkpoint = found
-    replaced = ("--resume", "--config_path", "--policy.path")
+    # The same command begins a run and goes on with it: what the run began with has done its part.
+    replaced = ("--resume", "--config_path", *(("--policy.path",) if mode == "auto" else ()))
     kept = [argument for argument in arguments if argument.partition("=")[0] not in replaced]
     if "--output_dir" not in flags:
         kept.append(f"--output_dir={run}")

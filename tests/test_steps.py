@@ -174,7 +174,7 @@ def test_no_supervised_token_anywhere_is_a_step_of_length_zero():
     result = task_step(one, [tokens()], 1.0)
     assert result == (0.0, 0.0, True, False)
     result, seen = retention_step(one, [tokens()], [tokens()], [tokens()], 1.0, craft(), 1.0)
-    assert result == (0.0, 0.0, True)
+    assert result == (0.0, 0.0, True, False)
     assert seen.loss == 0.0
     assert seen.merge.cosine == 0.0
     assert weights(one) == list(START)

@@ -57,7 +57,12 @@ def flip_a_byte(path):
         (["--engine=zero"], ["--ds_config"]),
         (["--env.type=pusht"], ["--env"]),
         (["--optimizer.type=adamw"], ["--optimizer", "--policy.optimizer_"]),
-        (["--resume=true"], ["--policy.path", "--resume=true"]),
+        (["--resume=true"], ["--resume=true", "holds no whole checkpoint"]),
+        (["--resume=auto", "--output_dir="], ["--resume=auto", "--output_dir"]),
+        (["--checkpoint.layout=zip"], ["--checkpoint.layout=zip", "per_rank"]),
+        (["--max_runtime=soon"], ["--max_runtime=soon", "30m"]),
+        (["--save_total_limit=-1"], ["--save_total_limit=-1"]),
+        (["--rank_timeout=0"], ["--rank_timeout=0"]),
         (["--wandb.enable=true", "--wandb.mode=ofline"], ["--wandb.mode=ofline"]),
     ],
 )

@@ -156,6 +156,7 @@ def test_a_yaml_file_is_the_same_as_flags(train, inputs, tmp_path):
         "steps": 3,
         "batch_size": 2,
         "num_workers": 0,
+        "log_freq": 1,
         "save_freq": 0,
     }
     path.write_text(yaml.dump(content))
@@ -178,6 +179,7 @@ def test_the_python_form_is_the_same_as_flags(train, inputs, tmp_path, monkeypat
         steps=2,
         batch_size=2,
         num_workers=0,
+        log_freq=1,
         save_freq=0,
     )
     craft = CraftConfig(
@@ -266,7 +268,12 @@ def test_divergence_ends_with_one_line(train, tmp_path):
     assert ended.status == 1
     assert ended.errors.startswith("error: 3 steps in a row")
     assert ended.errors.count("\n") == 1
-    assert "skipped: loss nan" in ended.output
+    skipped = [line for line in ended.output.splitlines() if "skipped, not finite" in line]
+    assert len(skipped) == 3
+    dump = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert [json.loads(line.split(": ", 1)[1]) for line in skipped] == dump["skipped"]
+    assert all(seen["loss"] == "nan" and len(seen["samples"]) == 2 for seen in dump["skipped"])
+    assert dump["config"]["steps"] == 20
     assert not (tmp_path / "run" / "final").exists()
 
 
