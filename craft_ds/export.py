@@ -21,8 +21,9 @@ from craft_ds.lora.verify import check_comparable, verify_merge
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
 from craft_ds.policies.loading import build_policy, load_policy_config
+from craft_ds.scattered_file import open_tensors
 from craft_ds.system import fsync
-from craft_ds.tensor_file import TensorFile, TensorSpec, write_tensor_file
+from craft_ds.tensor_file import TensorSpec, write_tensor_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -149,7 +150,7 @@ def _plan(checkpoint: Path, base_path: str) -> AdapterPlan:
 
 
 def _convert(source: Path, target: Path, dtype: torch.dtype) -> None:
-    with TensorFile(source) as reader:
+    with open_tensors(source) as reader:
         write_tensor_file(target, _cast(reader.specs(), dtype), reader.read, reader.metadata)
 
 

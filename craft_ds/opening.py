@@ -17,7 +17,7 @@ from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.anchors.vision import check_frozen_tower
 from craft_ds.checkpoints import BackgroundSaver, load_optimizer, read_states, verify_checkpoint
-from craft_ds.checkpoints.run_directory import checkpoint_directories, move_aside, whole_checkpoints
+from craft_ds.checkpoints.run_directory import move_aside, whole_checkpoints
 from craft_ds.data import StepSampler, check_processors, load_datasets, training_batches
 from craft_ds.distributed import all_ranks, main_first, on_main
 from craft_ds.dual import DualState
@@ -204,9 +204,8 @@ def _clear_the_way(config: TrainConfig) -> list[str]:
     """Move what is no whole checkpoint from where this run will write one."""
     if not (config.resume and config.save_checkpoint):
         return []
-    whole, _ = whole_checkpoints(Path(config.output_dir))
-    broken = set(checkpoint_directories(Path(config.output_dir))) - {path for _, path in whole}
-    return [f"{path} is no whole checkpoint: it is {move_aside(path)} now" for path in sorted(broken)]
+    _, broken = whole_checkpoints(Path(config.output_dir))
+    return [f"{reason}: {path} is {move_aside(path)} now" for path, reason in broken.items()]
 
 
 def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedPolicy:

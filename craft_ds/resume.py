@@ -33,7 +33,14 @@ _FREE_OF_POLICY = (
     "license",
 )
 # Where things lie, and how this command was given.
-_NOT_LISTED = ("resume", "checkpoint_path", "verified_checkpoint", "job_name", "policy.pretrained_path")
+_NOT_LISTED = (
+    "resume",
+    "checkpoint_path",
+    "verified_checkpoint",
+    "job_name",
+    "output_dir",
+    "policy.pretrained_path",
+)
 
 
 class Chosen(NamedTuple):
@@ -96,10 +103,10 @@ def choose_checkpoint(arguments: Sequence[str]) -> Chosen:
     found, skipped = _newest(run)
     if found is None:
         if mode == "true":
-            reasons = "".join(f"; {reason}" for reason in skipped)
+            reasons = "".join(f"; {reason}" for reason in skipped.values())
             raise UserError(f"--resume=true: {run} holds no whole checkpoint{reasons}")
         moved = on_main(lambda: move_aside(run) if run.exists() else None)
-        said = [f"warning: {reason}" for reason in skipped]
+        said = [f"warning: {reason}" for reason in skipped.values()]
         said += [f"no whole checkpoint in {run}, which is {moved} now: the run begins anew"] if moved else []
         return Chosen([a for a in arguments if not a.startswith("--resume=")], said=tuple(said))
     step, checkpoint = found
@@ -109,12 +116,16 @@ def choose_checkpoint(arguments: Sequence[str]) -> Chosen:
     if "--output_dir" not in flags:
         kept.append(f"--output_dir={run}")
     kept += [f"--config_path={checkpoint / TRAIN_CONFIG_NAME}", "--resume=true"]
-    said = [f"warning: skipped: {reason}" for reason in skipped]
+    said = [f"warning: skipped: {reason}" for reason in skipped.values()]
+    if Path(flags.get("--output_dir") or run).resolve() == run.resolve():
+        said += on_main(lambda: [f"{path} is {move_aside(path)} now" for path in skipped])
     return Chosen(kept, checkpoint, step, (*said, f"going on from {checkpoint}"), mode == "auto")
 
 
 def _named_run(config_path: Path | None, output_dir: str | None) -> Path | None:
     """The run whose newest checkpoint is meant; None: `config_path` names one checkpoint."""
+    if config_path is not None and config_path.name == LAST:
+        return config_path.parent
     if config_path is None or config_path.name != TRAIN_CONFIG_NAME:
         if not output_dir:
             raise UserError(
@@ -138,29 +149,17 @@ def _output_dir_of(config_path: Path | None) -> str | None:
         return None
 
 
-def _newest(run: Path) -> tuple[tuple[int, Path] | None, list[str]]:
-    """The newest checkpoint of which every byte is right, and why newer ones were passed over. Collective."""
+def _newest(run: Path) -> tuple[tuple[int, Path] | None, dict[Path, str]]:
+    """The newest checkpoint of which every byte is right, and why others were passed over. Collective."""
     whole, skipped = on_main(lambda: whole_checkpoints(run))
     for step, path in whole:
         try:
             verify_checkpoint(path, launched_rank(), launched_world_size())
         except UserError as error:
-            skipped.append(str(error))
+            skipped[path] = str(error)
         else:
-            return (step, path), [reason for reason in skipped if _is_newer(reason, run, step)]
+            return (step, path), skipped
     return None, skipped
-
-
-def _is_newer(reason: str, run: Path, step: int) -> bool:
-    """Whether a reason is about a checkpoint after this step: older ones are of no interest."""
-    return not any(
-        reason.startswith(str(path)) for path in checkpoint_directories(run) if _number(path) < step
-    )
-
-
-def _number(path: Path) -> float:
-    digits = path.name.removeprefix("step_")
-    return int(digits) if digits.isdigit() else float("inf")
 
 
 def changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -241,28 +241,30 @@ class Run:
         """Save; training goes on without it, unless the checkpoint is needed."""
         directory = step_directory(self.output_dir, self.progress.step)
         try:
-            if self.saver is None:
+            if self.saver is None or needed:
                 self._save(directory)
             else:
+                self._hear_of_saves(wait=True)
                 self.saver.start(self._prepare(directory))
-                if needed:
-                    self.saver.wait()
-                    self.logger.say(f"saved {directory}")
         except UserError as error:
             if needed:
                 raise
-            self.logger.say(f"error: {error}; training goes on, earlier checkpoints are as they were")
+            self._say_not_saved(error)
 
-    def _hear_of_saves(self) -> None:
-        """Say how a save in the background has ended."""
-        if self.saver is not None and self.saver.idle:
+    def _hear_of_saves(self, *, wait: bool = False) -> None:
+        """Say how a save in the background has ended, if it has."""
+        if self.saver is not None and (wait or self.saver.idle):
             try:
                 if (directory := self.saver.wait()) is not None:
                     self.logger.say(f"saved {directory}")
             except UserError as error:
-                self.logger.say(f"error: {error}; training goes on, earlier checkpoints are as they were")
+                self._say_not_saved(error)
+
+    def _say_not_saved(self, error: UserError) -> None:
+        self.logger.say(f"error: {error}; training goes on, earlier checkpoints are as they were")
 
     def _save(self, directory: Path, *, final: bool = False) -> None:
+        self._hear_of_saves(wait=True)
         self._prepare(directory, final=final).write()
         self.logger.say(f"saved {directory}")
 
@@ -300,11 +302,6 @@ class Run:
         self.logger.log(self.config.steps, {"memory/peak_mb": max(peaks)})
         if not self.config.save_checkpoint:
             return self.output_dir
-        if self.saver is not None:
-            try:
-                self.saver.wait()
-            except UserError as error:
-                self.logger.say(f"error: {error}")
         self._save(self.output_dir / FINAL, final=True)
         return self.output_dir / FINAL
 

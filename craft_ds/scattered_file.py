@@ -81,7 +81,7 @@ class ScatteredFile:
                     self._specs[name].shape
                 ):
                     raise ValueError(f"the pieces of {path} do not make up {name}: one is missing")
-        except (KeyError, TypeError, AttributeError):
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
             self._files.close()
             raise ValueError(f"a piece of {path} is damaged") from None
         except BaseException:

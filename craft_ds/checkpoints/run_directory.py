@@ -29,18 +29,18 @@ def checkpoint_directories(output_dir: Path) -> list[Path]:
     return [path for path in (*found, output_dir / FINAL) if path.is_dir() and not path.is_symlink()]
 
 
-def whole_checkpoints(output_dir: Path) -> tuple[list[tuple[int, Path]], list[str]]:
+def whole_checkpoints(output_dir: Path) -> tuple[list[tuple[int, Path]], dict[Path, str]]:
     """The checkpoints of a run whose manifest fits their files by name and size.
 
     Returns:
         Step and directory of each, the newest first; and why each other directory is none.
     """
-    whole, skipped = [], []
+    whole, skipped = [], {}
     for path in checkpoint_directories(output_dir):
         try:
             whole.append((read_manifest(path)["step"], path))
         except UserError as error:
-            skipped.append(str(error))
+            skipped[path] = str(error)
     # `final` before the periodic checkpoint of the same step.
     return sorted(whole, key=lambda entry: (entry[0], entry[1].name == FINAL), reverse=True), skipped
 

@@ -245,7 +245,7 @@ def save_checkpoint(directory: Path, **kept: Any) -> None:
 class BackgroundSaver:
     """Writes checkpoints in a thread beside training, from a copy of each rank's share in host memory.
 
-    At most one save is under way: the next waits for it. The ranks' threads speak to one another in a group
+    At most one save is under way. The ranks' threads speak to one another in a group
     of their own, so that nothing of training is held up or mixed up.
 
     Collective: make, call and close it on all ranks.
@@ -258,18 +258,12 @@ class BackgroundSaver:
         self._error: BaseException | None = None
 
     def start(self, save: Save) -> None:
-        """Copy what is to be saved and write it in the background. Waits for the save before.
-
-        Raises:
-            UserError: As `wait`: of the save before. This one is under way then.
-        """
-        try:
-            self.wait()
-        finally:
-            self._directory = save.directory
-            save = replace(save, contents=save.contents.on_host())
-            self._thread = threading.Thread(target=self._write, args=(save,), name="save", daemon=True)
-            self._thread.start()
+        """Copy what is to be saved and write it in the background, once the save before was waited for."""
+        assert self._thread is None, "call `wait` first"
+        self._directory = save.directory
+        save = replace(save, contents=save.contents.on_host())
+        self._thread = threading.Thread(target=self._write, args=(save,), name="save", daemon=True)
+        self._thread.start()
 
     def _write(self, save: Save) -> None:
         try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import ADAPTER_WEIGHTS, AdapterPlan, Adapters, add_adapters, base_name
 from craft_ds.policies.weights import WeightReader, weights_sha256
+from craft_ds.scattered_file import ScatteredFile, open_tensors
 from craft_ds.tensor_file import TensorFile
 
 BASE_SHA256 = "base_weights_sha256"
@@ -48,7 +49,7 @@ class AdaptedWeights:
             self.adapters: Adapters = replace(add_adapters(policy, plan.config), base_sha256=base_sha256)
             self._shapes = {name: tuple(p.shape) for name, p in policy.named_parameters()}
             self._seed = seed
-            self._stored: TensorFile | None = None
+            self._stored: TensorFile | ScatteredFile | None = None
             if plan.stored is not None:
                 self._stored = self._open(plan.stored / ADAPTER_WEIGHTS, base_sha256, plan.base)
         except BaseException:
@@ -74,9 +75,10 @@ class AdaptedWeights:
             return self._row_norms(name.split(".lora_magnitude_vector.")[0], start, stop)
         return self._initial(name).reshape(-1)[start:stop]
 
-    def _open(self, path: Path, base_sha256: str, base: Path) -> TensorFile:
+    def _open(self, path: Path, base_sha256: str, base: Path) -> TensorFile | ScatteredFile:
         try:
-            file = self._files.enter_context(TensorFile(path))
+            file = open_tensors(path)
+            self._files.enter_context(file)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is missing or damaged ({error})") from error
         found = {name: shape for name, shape, _ in file.specs()}

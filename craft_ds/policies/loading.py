@@ -27,7 +27,7 @@ from craft_ds.policies.directory import (
 )
 from craft_ds.policies.skeleton import build_skeleton, materialize_
 from craft_ds.policies.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
-from craft_ds.policies.weights import WEIGHTS_INDEX, WeightReader, unique_tensors, weight_files
+from craft_ds.policies.weights import WEIGHTS_INDEX, WeightReader, is_scattered, unique_tensors, weight_files
 from craft_ds.tensor_file import ReadRange, fill_
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -142,7 +142,8 @@ def build_policy(config: PreTrainedConfig, directory: Path) -> PreTrainedPolicy:
     Raises:
         UserError: A weight file is missing, or the policy cannot be built (a tokenizer cannot be loaded).
     """
-    weight_files(directory)
+    if not is_scattered(directory):
+        weight_files(directory)
     try:
         return build_skeleton(config)
     except (RuntimeError, OSError, ValueError) as error:

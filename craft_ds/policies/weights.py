@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from craft_ds.errors import UserError, one_line
 from craft_ds.policies.directory import WEIGHTS
+from craft_ds.scattered_file import ScatteredFile, pieces_of
 from craft_ds.tensor_file import TensorFile
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -32,9 +33,12 @@ class WeightReader:
 
     def __init__(self, directory: Path, policy: nn.Module):
         self._files = ExitStack()
-        self._places = {}
+        self._places: dict[str, tuple[TensorFile | ScatteredFile, str]] = {}
         opened: dict[Path, TensorFile] = {}
         shapes = {name: tuple(tensor.shape) for name, tensor in unique_tensors(policy).items()}
+        if is_scattered(directory):
+            self._open_pieces(directory / WEIGHTS, shapes)
+            return
         for name, (path, key) in locate_weights(directory, shapes, tied_names(policy)).items():
             if path not in opened:
                 try:
@@ -43,6 +47,15 @@ class WeightReader:
                     self._files.close()
                     raise UserError(str(error)) from error
             self._places[name] = (opened[path], key)
+
+    def _open_pieces(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        try:
+            file = self._files.enter_context(ScatteredFile(path))
+            _check_names(path, shapes, {name: shape for name, shape, _ in file.specs()})
+        except ValueError as error:
+            self._files.close()
+            raise UserError(str(error)) from error
+        self._places = {name: (file, name) for name in shapes}
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +89,11 @@ def tied_names(policy: nn.Module) -> dict[str, str]:
     return {name: known for name, known in names.items() if name != known}
 
 
+def is_scattered(directory: Path) -> bool:
+    """Whether the weights lie in pieces, as a checkpoint of `--checkpoint.layout=per_rank` has them."""
+    return not (directory / WEIGHTS).is_file() and bool(pieces_of(directory / WEIGHTS))
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The weight files of a policy directory: ``model.safetensors``, or those that the index names.
 
@@ -84,6 +102,10 @@ def weight_files(directory: Path) -> list[Path]:
     """
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
+    if is_scattered(directory):
+        raise UserError(
+            f"{directory / WEIGHTS} lies in pieces, one a rank: join them by scripts/export_checkpoint.py"
+        )
     index = directory / WEIGHTS_INDEX
     if not index.is_file():
         raise UserError(f"{directory / WEIGHTS} is missing: the policy has no weights")
@@ -150,14 +172,18 @@ def locate_weights(
             found[name], found_shapes[name] = found[head], found_shapes[head]
 
     where = directory / WEIGHTS if (directory / WEIGHTS).is_file() else directory / WEIGHTS_INDEX
+    _check_names(where, shapes, found_shapes)
+    return found
+
+
+def _check_names(where: Path, shapes: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     for problem, names in (
         ("lacks", shapes.keys() - found.keys()),
         ("has unknown", found.keys() - shapes.keys()),
-        ("has another shape for", {n for n in shapes.keys() & found.keys() if shapes[n] != found_shapes[n]}),
+        ("has another shape for", {n for n in shapes.keys() & found.keys() if shapes[n] != found[n]}),
     ):
         if names:
             more = ", …" if len(names) > 3 else ""
             raise UserError(
                 f"{where} {problem} {len(names)} tensors of the policy: {', '.join(sorted(names)[:3])}{more}"
             )
-    return found

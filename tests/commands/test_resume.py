@@ -1,0 +1,419 @@
+"""A run goes on: from the newest whole checkpoint, with the same flags or others, after it had to leave."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from runs import assert_same_bits, losses, metrics, trained
+from safetensors.torch import load_file
+
+from craft_ds.checkpoints import manifest as manifest_module
+from craft_ds.checkpoints import verify_checkpoint
+from craft_ds.checkpoints.save import Save
+from craft_ds.checkpoints.testing import renew_manifest
+from craft_ds.export import export_checkpoint
+from craft_ds.trainer import _one_step
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """An uninterrupted CRaFT run of 6 steps with a checkpoint after each second."""
+    from craft_ds.command_line import parse_arguments
+    from craft_ds.trainer import train_craft
+
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    flags = [*inputs.flags(output), *inputs.craft_flags(), "--steps=6", "--save_freq=2"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sys.argv", ["train_craft.py"])
+        train_craft(parse_arguments(flags))
+    return output
+
+
+@pytest.fixture
+def begun(whole, tmp_path):
+    """A copy of it that has not got to its end."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, symlinks=True)
+    shutil.rmtree(run / "final")
+    return run
+
+
+def flags_of(inputs):
+    return [*inputs.craft_flags(), "--steps=6", "--save_freq=2"]
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def untimed(run):
+    return [{k: v for k, v in row.items() if k[:4] not in ("time", "memo")} for row in metrics(run)]
+
+
+# --- which checkpoint -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", ["", "last", "last/train_config.json"])
+def test_the_newest_whole_checkpoint_is_taken_and_the_skipped_are_named(train, whole, begun, named):
+    flip_a_byte(begun / "step_000004" / "optimizer.safetensors")
+    ended = train(None, f"--config_path={begun / named}", "--resume=true")
+    assert ended.status == 0, ended.errors
+    assert "step_000004/optimizer.safetensors is damaged (checksum)" in ended.output
+    assert f"going on from {begun}/step_000002" in ended.output
+    assert f"step_000004 is {begun}/step_000004.aside-1 now" in ended.output
+    verify_checkpoint(begun / "step_000004", 0, 1)
+    assert_same_bits(begun / "final", whole / "final")
+    assert untimed(begun) == untimed(whole)
+
+
+def test_a_directory_without_a_manifest_is_moved_out_of_the_way(train, whole, begun):
+    (begun / "step_000004" / "manifest.json").unlink()
+    ended = train(None, f"--output_dir={begun}", "--resume=true")
+    assert ended.status == 0, ended.errors
+    assert "step_000004 is no checkpoint of craft-ds" in ended.output
+    assert (begun / "step_000004.aside-1" / "model.safetensors").is_file()
+    verify_checkpoint(begun / "step_000004", 0, 1)
+    assert_same_bits(begun / "final", whole / "final")
+
+
+def test_a_lost_link_is_no_loss(train, whole, begun):
+    (begun / "last").unlink()
+    ended = train(None, f"--config_path={begun}/last", "--resume=true")
+    assert ended.status == 0, ended.errors
+    assert_same_bits(begun / "final", whole / "final")
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(train, whole, begun, tmp_path):
+    moved = begun.rename(tmp_path / "moved")
+    assert train(None, f"--config_path={moved}", "--resume=true").status == 0
+    assert_same_bits(moved / "final", whole / "final")
+    assert not begun.exists()
+
+
+def test_without_a_whole_checkpoint_resuming_is_refused(refuses, begun):
+    for step in (2, 4):
+        flip_a_byte(begun / f"step_{step:06d}" / "model.safetensors")
+    line = refuses(None, f"--config_path={begun}", "--resume=true", untouched=begun)
+    assert "holds no whole checkpoint" in line
+    assert "step_000002/model.safetensors is damaged" in line
+    assert "step_000004/model.safetensors is damaged" in line
+
+
+# --- the same command again and again -------------------------------------------------------------------
+
+
+def test_auto_begins_goes_on_and_ends(train, inputs, whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    again = ["--resume=auto", *flags_of(inputs)]
+    writes = Save._commit
+
+    def die(save, files):
+        if save.step == 4:
+            raise KeyboardInterrupt
+        writes(save, files)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Save, "_commit", die)
+        assert train(run, *again).status == 130
+    assert (run / "step_000004.tmp").is_dir()
+    ended = train(run, *again)
+    assert ended.status == 0, ended.errors
+    assert f"going on from {run}/step_000002" in ended.output
+    assert sorted(path.name for path in run.iterdir()) == [
+        "final", "last", "metrics.jsonl", "step_000002", "step_000004"
+    ]  # fmt: skip
+    assert_same_bits(run / "final", whole / "final")
+    assert untimed(run) == untimed(whole)
+
+    ended = train(run, *again)
+    assert (ended.status, ended.errors) == (0, "")
+    assert "has done all of --steps=6: there is nothing left to do" in ended.output
+
+
+def test_auto_begins_anew_where_nothing_was_saved_yet(train, inputs, whole, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    ended = train(run, "--resume=auto", *flags_of(inputs))
+    assert ended.status == 0, ended.errors
+    assert "the run begins anew" in ended.output
+    assert_same_bits(run / "final", whole / "final")
+    assert (tmp_path / "run.aside-1" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_auto_reads_the_output_directory_of_a_file(train, inputs, whole, begun, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: {begun}\n")
+    ended = train(None, f"--config_path={file}", "--resume=auto")
+    assert ended.status == 0, ended.errors
+    assert_same_bits(begun / "final", whole / "final")
+
+
+# --- what may change, and what may not ------------------------------------------------------------------
+
+
+def test_changed_flags_are_listed_in_one_line_and_count(train, whole, begun):
+    ended = train(
+        None, f"--config_path={begun}", "--resume=true", "--policy.optimizer_lr=0.5", "--log_freq=5"
+    )
+    assert ended.status == 0, ended.errors
+    [line] = [line for line in ended.output.splitlines() if line.startswith("changed since")]
+    assert "--policy.optimizer_lr=0.5 (was " in line
+    assert "--log_freq=5 (was 1)" in line
+    assert "tokenizer" not in line
+    assert "pretrained_path" not in line
+    rates = [row["train/lr"] for run in (whole, begun) for row in metrics(run) if row["step"] == 5]
+    assert rates[1] > 1000 * rates[0]
+
+
+def test_nothing_is_listed_where_nothing_changed(train, begun):
+    ended = train(None, f"--config_path={begun}", "--resume=true")
+    assert "changed since" not in ended.output
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--policy.tokenizer_max_length=100", "--dataset.repo_id=craft-ds/other", "--dataset.episodes=[0]"],
+)
+def test_another_run_is_refused(refuses, begun, flag):
+    line = refuses(None, f"--config_path={begun}", "--resume=true", flag, untouched=begun)
+    assert line.startswith(f"{flag}, but the checkpoint was trained with ")
+    assert "begin a new run" in line
+
+
+def test_other_samples_are_refused(refuses, begun):
+    flags = ["--eval_freq=2", "--dataset.eval_split=0.25"]
+    line = refuses(None, f"--config_path={begun}", "--resume=true", *flags, untouched=begun)
+    assert "has 60 training samples, but" in line
+    assert "was trained on 80" in line
+
+
+def test_the_checkpoints_statistics_win(train, inputs, whole, begun, tmp_path):
+    """The data set says something else by now; states and actions must mean what they meant."""
+    data = tmp_path / "data"
+    shutil.copytree(inputs.new, data)
+    stats = data / "meta" / "stats.json"
+    content = json.loads(stats.read_text())
+    for values in content.values():
+        for name in ("min", "max", "mean", "std"):
+            values[name] = (
+                [value + 1 for value in values[name]] if isinstance(values[name][0], float) else values[name]
+            )
+    stats.write_text(json.dumps(content))
+    ended = train(None, f"--config_path={begun}", "--resume=true", f"--dataset.root={data}")
+    assert ended.status == 0, ended.errors
+    assert_same_bits(begun / "final", whole / "final")
+
+
+def test_another_batch_size_counts_from_there(train, begun, whole):
+    ended = train(None, f"--config_path={begun}", "--resume=true", "--batch_size=3")
+    assert ended.status == 0, ended.errors
+    progress = torch.load(begun / "final" / "craft_state.pt", weights_only=True)["progress"]
+    assert progress["samples_seen"] == 4 * 2 + 2 * 3
+    assert losses(begun)[:4] == losses(whole)[:4]
+    assert losses(begun)[4:] != losses(whole)[4:]
+
+
+# --- being asked to leave -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_in_order(train, inputs, whole, tmp_path, monkeypatch, number):
+    from craft_ds import trainer
+
+    run, again = tmp_path / "run", ["--resume=auto", *flags_of(inputs)]
+
+    def signalled(of_run, step):
+        result = _one_step(of_run, step)
+        if step == 2:
+            os.kill(os.getpid(), number)
+            while not of_run.preemption.requested:
+                time.sleep(0.01)
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_one_step", signalled)
+        ended = train(run, *again)
+    assert ended.status == 75
+    assert ended.errors == (
+        f"{number.name} received: saved {run}/step_000004; go on with --resume=auto, or --resume=true "
+        f"--config_path={run}/last\n"
+    )
+    assert sorted(path.name for path in run.iterdir() if path.is_dir() and not path.is_symlink()) == [
+        "step_000002", "step_000004"
+    ]  # fmt: skip
+    assert train(run, *again).status == 0
+    assert_same_bits(run / "final", whole / "final")
+    assert untimed(run) == untimed(whole)
+
+
+def test_the_time_is_over(train, inputs, whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    ended = train(run, *flags_of(inputs), "--save_freq=0", "--max_runtime=0.1s")
+    assert ended.status == 75
+    assert "--max_runtime is over: saved" in ended.errors
+    [saved] = run.glob("step_*")
+    ended = train(None, f"--config_path={run}", "--resume=true", "--max_runtime=", "--save_freq=2")
+    assert ended.status == 0, ended.errors
+    assert_same_bits(run / "final", whole / "final")
+    assert saved.name == "step_000001"
+
+
+# --- how they are written -------------------------------------------------------------------------------
+
+
+def test_the_oldest_are_deleted_and_the_periodic_ones_kept(train, inputs, tmp_path):
+    run = tmp_path / "run"
+    flags = [*inputs.craft_flags(), "--steps=8", "--save_freq=1", "--save_total_limit=2", "--keep_period=3"]
+    assert train(run, *flags).status == 0
+    names = [path.name for path in sorted(run.glob("step_*"))]
+    assert names == ["step_000003", "step_000006", "step_000007"]
+    for name in (*names, "final"):
+        verify_checkpoint(run / name, 0, 1)
+
+
+def test_nothing_is_deleted_before_the_newer_one_is_whole(train, inputs, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
+    def fail(*_: object, **__: object):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        hashes = manifest_module._hash
+        patched.setattr(
+            manifest_module,
+            "_hash",
+            lambda path, *rest: fail() if "step_000003" in str(path) else hashes(path, *rest),
+        )
+        ended = train(run, *flags_of(inputs), "--steps=4", "--save_freq=1", "--save_total_limit=1")
+    assert ended.status == 0
+    assert "Input/output error; training goes on, earlier checkpoints are as they were" in ended.output
+    assert [path.name for path in run.glob("step_*")] == ["step_000002"]
+
+
+def test_a_background_save_is_the_same_save(train, inputs, whole, tmp_path, monkeypatch):
+    run, writes, seen = tmp_path / "run", Save._write_shards, []
+
+    def slow(save):
+        seen.append(threading.current_thread().name)
+        time.sleep(0.3)  # training goes on, and changes what is being saved
+        writes(save)
+
+    monkeypatch.setattr(Save, "_write_shards", slow)
+    ended = train(run, *flags_of(inputs), "--checkpoint.background=true")
+    assert ended.status == 0, ended.errors
+    assert seen == ["save", "save", "MainThread"]
+    for name in ("step_000002", "step_000004", "final"):
+        verify_checkpoint(run / name, 0, 1)
+        assert_same_bits(run / name, whole / name)
+    assert ended.output.count("saved ") == 3
+
+
+def test_a_background_save_that_fails_is_heard_of(train, inputs, tmp_path, monkeypatch):
+    run, writes = tmp_path / "run", Save._write_shards
+
+    def fail(save):
+        if save.step == 2:
+            raise OSError(28, "No space left on device")
+        writes(save)
+
+    monkeypatch.setattr(Save, "_write_shards", fail)
+    ended = train(run, *flags_of(inputs), "--checkpoint.background=true")
+    assert ended.status == 0, ended.errors
+    assert "No space left on device; training goes on" in ended.output
+    assert sorted(path.name for path in run.iterdir() if path.is_dir() and not path.is_symlink()) == [
+        "final", "step_000004"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora=preset",)], ids=["full", "lora"])
+def test_pieces_a_rank_resume_and_export(train, inputs, tmp_path, lora):
+    weights = "adapter_model" if lora else "model"
+    one, pieces = tmp_path / "one", tmp_path / "pieces"
+    assert train(one, *flags_of(inputs), *lora).status == 0
+    flags = [*flags_of(inputs), *lora, "--checkpoint.layout=per_rank"]
+    assert train(pieces, *flags).status == 0
+    names = {path.name for path in (pieces / "final").iterdir()}
+    assert {f"{weights}.rank_00000.safetensors", "optimizer.rank_00000.safetensors"} <= names
+    assert not {f"{weights}.safetensors", "optimizer.safetensors"} & names
+
+    # Resumed, and consolidated from there on.
+    shutil.rmtree(pieces / "final")
+    ended = train(None, f"--config_path={pieces}", "--resume=true", "--checkpoint.layout=consolidated")
+    assert ended.status == 0, ended.errors
+    for name in (weights, "optimizer"):
+        found, expected = (load_file(run / "final" / f"{name}.safetensors") for run in (pieces, one))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+    export_checkpoint(pieces / "step_000004", tmp_path / "exported")
+    export_checkpoint(one / "step_000004", tmp_path / "expected")
+    found, expected = (tmp_path / name / f"{weights}.safetensors" for name in ("exported", "expected"))
+    assert found.read_bytes() == expected.read_bytes()
+    if lora:
+        export_checkpoint(pieces / "step_000004", tmp_path / "merged", merge_lora=True)
+        assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_a_full_disk_does_not_end_a_run(train, inputs, whole, tmp_path, monkeypatch):
+    run, writes = tmp_path / "run", Save._write_shards
+
+    def fail(save):
+        if save.step == 2:
+            raise OSError(28, "No space left on device")
+        writes(save)
+
+    monkeypatch.setattr(Save, "_write_shards", fail)
+    ended = train(run, *flags_of(inputs))
+    assert ended.status == 0
+    [line] = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    assert f"{run}/step_000002 cannot be written" in line
+    assert not list(run.glob("step_000002*"))
+    assert_same_bits(run / "final", whole / "final")
+
+
+def test_a_final_save_that_fails_is_an_error(train, inputs, tmp_path, monkeypatch):
+    def fail(save):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Save, "_write_shards", fail)
+    ended = train(tmp_path / "run", "--steps=1")
+    assert ended.status == 2
+    assert "run/final cannot be written: [Errno 28] No space left on device" in ended.errors
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_wandb_goes_on_under_the_same_identity_in_another_directory(train, inputs, tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    wandb = ["--wandb.enable=true", "--wandb.mode=offline", "--wandb.project=craft"]
+    assert train(tmp_path / "run", "--save_freq=2", *wandb).status == 0
+    state = torch.load(tmp_path / "run" / "step_000002" / "craft_state.pt", weights_only=True)
+    on = tmp_path / "on"
+    ended = train(None, f"--config_path={tmp_path}/run/step_000002", "--resume=true", f"--output_dir={on}")
+    assert ended.status == 0, ended.errors
+    [directory] = on.glob("wandb/offline-run-*")
+    assert state["wandb_run_id"]
+    assert directory.name.endswith(f"-{state['wandb_run_id']}")
+
+
+def test_a_state_of_another_kind_is_refused(refuses, begun):
+    path = begun / "step_000004" / "craft_state.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "progress": {**state["progress"], "samples_seen": -1}}, path)
+    renew_manifest(begun / "step_000004")
+    line = refuses(None, f"--config_path={begun}", "--resume=true", untouched=begun)
+    assert "has a damaged CRaFT state" in line
+
+
+def test_the_parameters_move_between_the_checkpoints(whole):
+    """Else all of these comparisons would hold whatever is loaded."""
+    one, two = (trained(whole / name) for name in ("step_000002", "step_000004"))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
