@@ -91,7 +91,9 @@ class Save:
         try:
             action()
         except OSError as error:
-            raise UserError(f"checkpoint {self.directory} cannot be written: {error}") from error
+            # `copytree` collects what went wrong, with both paths of each file.
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+            raise UserError(f"checkpoint {self.directory} cannot be written: {reason}") from error
 
     def _prepare(self) -> None:
         if self.directory.exists():

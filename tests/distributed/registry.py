@@ -34,6 +34,7 @@ from scenarios_lora import (
     lora_surgery,
     lora_trajectory,
 )
+from scenarios_saving import holes, saving
 
 Scenarios = dict[str, Callable[[Lab], Output]]
 
@@ -83,7 +84,13 @@ WHOLE_LORA: Scenarios = {
 }
 # Only sharded engines.
 COSTS: Scenarios = {"collectives": collectives, "loading": loading}
-ALL_COSTS: Scenarios = COSTS | {"memory": memory, "failing_rank": failing_rank, "lora-costs": lora_costs}
+ALL_COSTS: Scenarios = COSTS | {
+    "memory": memory,
+    "failing_rank": failing_rank,
+    "lora-costs": lora_costs,
+    "saving": saving,
+    "holes": holes,
+}
 
 
 def _from(*written_by: str) -> Scenarios:

@@ -1,0 +1,96 @@
+"""Ways to save on several ranks: beside training, in pieces, and onto a disk that is full on one of them."""
+
+import errno
+import os
+from pathlib import Path
+
+from lab import Lab, Output, masters, moments
+from scenarios import _continue, _train_config, load_checkpoint
+
+from craft_ds.checkpoints import BackgroundSaver, prepare_save, save_checkpoint, verify_checkpoint
+from craft_ds.config import CheckpointConfig
+from craft_ds.engines.base import Engine
+from craft_ds.errors import UserError
+
+
+def _kept(lab: Lab, engine: Engine, layout: str = "consolidated") -> dict:
+    config = _train_config(lab)
+    config.checkpoint = CheckpointConfig(layout=layout)
+    return {
+        "engine": engine,
+        "config": config,
+        "policy_dir": lab.policy_dir,
+        "scheduler_state": None,
+        "craft_state": {"multiplier": 1.5},
+        "step": 2,
+    }
+
+
+def saving(lab: Lab) -> Output:
+    """The same state saved in every way; then a disk that fails one rank, which all must hear of."""
+    output, root = Output(), lab.scratch / f"saving_{lab.kind}_on{lab.world_size}"
+    engine = lab.pi0_engine()
+    _continue(lab, engine, output, "TR", 0)
+    save_checkpoint(root / "plain" / "step_000002", **_kept(lab, engine))
+    save_checkpoint(root / "pieces" / "step_000002", **_kept(lab, engine, "per_rank"))
+    output.add("saved", masters(engine))
+    output.add("saved", moments(engine))
+
+    saver = BackgroundSaver()
+    saver.start(prepare_save(root / "background" / "step_000002", **_kept(lab, engine)))
+    _continue(lab, engine, output, "TT", 2)  # changes what is being saved
+    output.values["background"] = str(saver.wait())
+    output.values["idle"] = str(saver.wait())
+
+    target = root / "plain" / "step_000004"
+    output.values["failed"] = _save_onto_a_full_disk(lab, engine, target)
+    engine.barrier()
+    output.values["left"] = sorted(path.name for path in target.parent.iterdir())
+    verify_checkpoint(root / "plain" / "step_000002", lab.rank, lab.world_size)
+    save_checkpoint(target, **_kept(lab, engine) | {"step": 4})
+    engine.close()
+
+    engine = lab.pi0_engine(root / "pieces" / "step_000002")
+    load_checkpoint(root / "pieces" / "step_000002", engine)
+    output.add("loaded", masters(engine))
+    output.add("loaded", moments(engine))
+    engine.close()
+    return output
+
+
+def _save_onto_a_full_disk(lab: Lab, engine: Engine, target: Path) -> str | None:
+    """What a rank hears; only the last one's disk is full."""
+    write = os.pwrite
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if lab.rank == lab.world_size - 1:
+        os.pwrite = full
+    try:
+        save_checkpoint(target, **_kept(lab, engine) | {"step": 4})
+    except UserError as error:
+        return str(error)
+    finally:
+        os.pwrite = write
+    return None
+
+
+def holes(lab: Lab) -> Output:
+    """A rank that yields one shard less: a file with a hole in it must not be written."""
+    output, target = Output(), lab.scratch / f"holes_{lab.kind}_on{lab.world_size}" / "step_000001"
+    engine = lab.pi0_engine()
+    shards = engine.shards
+
+    def fewer(**options: bool):
+        found = list(shards(**options))
+        return iter(found[:-1] if lab.rank == lab.world_size - 1 else found)
+
+    engine.shards = fewer
+    try:
+        save_checkpoint(target, **_kept(lab, engine))
+    except RuntimeError as error:
+        output.values["refused"] = str(error)
+    output.values["written"] = target.exists()
+    engine.close()
+    return output

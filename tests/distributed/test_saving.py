@@ -1,0 +1,47 @@
+"""However a checkpoint is written, it is the same; and no rank is left behind when a disk fails another."""
+
+import pytest
+from registry import every
+from test_checkpoint_of_ranks import assert_same, in_file, renamed
+
+from craft_ds.checkpoints import read_manifest
+from craft_ds.export import export_checkpoint
+from craft_ds.scattered_file import pieces_of
+
+
+@pytest.fixture
+def root(ranks):
+    return ranks.scratch / f"saving_{ranks.kind}_on{ranks.world_size}"
+
+
+@every("saving")
+def test_a_save_beside_training_holds_the_state_it_was_asked_for(ranks, name, root):
+    assert_same(in_file(root / "background" / "step_000002"), renamed(ranks[name], "saved"))
+    for rank in ranks[name].values:
+        assert rank["background"] == str(root / "background" / "step_000002")
+        assert rank["idle"] == "None"
+
+
+@every("saving")
+def test_pieces_load_and_join_to_the_same_file(ranks, name, root, tmp_path):
+    checkpoint = root / "pieces" / "step_000002"
+    assert len(pieces_of(checkpoint / "model.safetensors")) == ranks.world_size
+    assert_same(renamed(ranks[name], "loaded"), renamed(ranks[name], "saved"))
+    export_checkpoint(checkpoint, tmp_path / "joined")
+    whole = root / "plain" / "step_000002" / "model.safetensors"
+    assert (tmp_path / "joined" / "model.safetensors").read_bytes() == whole.read_bytes()
+
+
+@every("saving")
+def test_all_ranks_hear_of_a_full_disk_of_one(ranks, name, root):
+    for rank in ranks[name].values:
+        assert f"{root}/plain/step_000004 cannot be written: [Errno 28]" in rank["failed"]
+        assert rank["left"] == ["last", "step_000002"]
+    assert read_manifest(root / "plain" / "step_000004")["step"] == 4
+
+
+@every("holes")
+def test_a_file_with_a_hole_is_not_written(ranks, name):
+    for rank in ranks[name].values:
+        assert "the ranks do not hold" in rank["refused"]
+        assert not rank["written"]
