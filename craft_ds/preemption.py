@@ -1,7 +1,9 @@
 """A run that is asked to leave: by SIGTERM, by SIGUSR1, or because its time is over.
 
 Schedulers give notice: Slurm by `--signal=USR1@120`, Kubernetes and spot machines by SIGTERM. The first
-signal only asks; the loop finishes its step, saves and leaves. The second one ends the process at once.
+signal only asks; the loop finishes its step, saves and leaves. The second one ends the process at once; what
+comes within a second of the first is the same notice, which launchers and schedulers send on more than one
+way.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from craft_ds.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SAME_NOTICE_S = 1.0
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -88,11 +91,14 @@ class Preemption:
             listener.close()
 
     def _listen(self, listener: socket.socket) -> None:
+        first = 0.0
         while heard := listener.recv(1):
-            if heard[0] in SIGNALS:
-                if self._signal is not None:
-                    os._exit(128 + heard[0])
-                self._signal = signal.Signals(heard[0])
+            if heard[0] not in SIGNALS:
+                continue
+            if self._signal is None:
+                self._signal, first = signal.Signals(heard[0]), time.monotonic()
+            elif time.monotonic() - first > _SAME_NOTICE_S:
+                os._exit(128 + heard[0])
 
 
 _listening: set[int] = set()

@@ -1,4 +1,4 @@
-"""A disk that fails at any point of a save: the error is plain, older checkpoints stay, the next one works."""
+"""A disk that fails at any point of a save: the error is plain, older checkpoints stay, the next works."""
 
 import random
 import resource

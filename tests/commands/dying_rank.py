@@ -1,0 +1,23 @@
+"""`scripts/train_craft.py` on ranks of which one is killed once, at a step that the environment names."""
+
+import os
+import signal
+from pathlib import Path
+
+from craft_ds import trainer
+from craft_ds.cli import end_process, train_main
+
+one_step = trainer._one_step
+killed = Path(os.environ["KILLED"])
+
+
+def dies_once(run, step):
+    if step == int(os.environ["DIES_AT"]) and run.engine.rank == 1 and not killed.exists():
+        killed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return one_step(run, step)
+
+
+if __name__ == "__main__":
+    trainer._one_step = dies_once
+    end_process(train_main)
