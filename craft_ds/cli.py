@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from craft_ds.errors import Preempted, TrainingDiverged, UserError
+from craft_ds.errors import LOST_RANK_STATUS, Preempted, RankLost, TrainingDiverged, UserError
 from craft_ds.launch import is_node_main
 
 PREEMPTED_STATUS = 75
@@ -18,8 +18,9 @@ PREEMPTED_STATUS = 75
 def run_main(action: Callable[[], object]) -> None:
     """Run a command. What the user can mend, or did, ends it with one line on stderr and no traceback.
 
-    Status 2: bad input, or an output that cannot be written; 1: training diverged; 75 (`EX_TEMPFAIL`): the
-    run was asked to leave and has saved, to be started again; 130: interrupted from the keyboard.
+    Status 2: bad input, or an output that cannot be written; 1: training diverged; 69: another rank failed, died
+    or hangs; 75 (`EX_TEMPFAIL`): the run was asked to leave and has saved, to be started again; 130: interrupted
+    from the keyboard.
     """
     # LeRobot logs several screens of loader tracebacks where FFmpeg is absent, then decodes with PyAV.
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
@@ -31,12 +32,14 @@ def run_main(action: Callable[[], object]) -> None:
         _leave(f"error: {error}", 1)
     except Preempted as notice:
         _leave(str(notice), PREEMPTED_STATUS)
+    except RankLost as error:
+        _leave(f"error: {error}", LOST_RANK_STATUS, speaks=error.speaks)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
 
 
-def _leave(line: str, status: int) -> NoReturn:
-    if is_node_main():
+def _leave(line: str, status: int, *, speaks: bool | None = None) -> NoReturn:
+    if is_node_main() if speaks is None else speaks:
         print(line, file=sys.stderr, flush=True)
     raise SystemExit(status) from None
 

@@ -23,6 +23,22 @@ class Preempted(RuntimeError):
     """A run was asked to leave before its end, and has left everything in order."""
 
 
+LOST_RANK_STATUS = 69
+"""Exit status of a rank that ends because another one has failed, died or hangs."""
+
+
+class RankLost(RuntimeError):
+    """Another rank has failed, died or hangs. The message is one line that names it.
+
+    Attributes:
+        speaks: Whether this rank is the one of its machine that says so.
+    """
+
+    def __init__(self, message: str, *, speaks: bool):
+        super().__init__(message)
+        self.speaks = speaks
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line of at most 300 characters; its type where it says nothing."""
     text = " ".join(str(error).split())
