@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,12 +11,15 @@ import torch.distributed as dist
 from craft_ds.errors import UserError
 
 
-def join_process_group() -> None:
+def join_process_group(timeout: timedelta | None = None) -> None:
     """Join the process group that the launcher described, or form one of a single process.
 
     Every rank takes its own accelerator first: what is exchanged before a model is built would otherwise go
     through the first one of them. Does nothing where there is a process group already. Collective: call on
     all ranks.
+
+    Args:
+        timeout: How long a collective may wait for a rank; torch's default is 30 minutes.
     """
     if dist.is_initialized():
         return
@@ -25,7 +29,7 @@ def join_process_group() -> None:
         # Gradients and masters that are kept on the CPU, and exchanged objects, go by gloo.
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

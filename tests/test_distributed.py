@@ -1,5 +1,7 @@
 """How ranks find one another."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,10 @@ from craft_ds.distributed import join_process_group
 def calls(monkeypatch):
     """What is asked of torch, in order."""
     seen = []
-    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: seen.append((*a, *sorted(k))))
+    monkeypatch.setattr(dist, "HashStore", lambda: None)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *a, store=None, **k: seen.append((*a, *k.values()))
+    )
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: seen.append(index))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -20,15 +25,15 @@ def calls(monkeypatch):
 
 def test_every_rank_takes_its_own_gpu_before_anything_is_exchanged(calls, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    join_process_group()
-    assert calls == [3, ("cpu:gloo,cuda:nccl",)]
+    join_process_group(timedelta(minutes=40))
+    assert calls == [3, ("cpu:gloo,cuda:nccl", timedelta(minutes=40))]
 
 
 def test_without_a_launcher_there_is_a_group_of_one(calls, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     join_process_group()
-    assert calls == [("gloo", "rank", "store", "world_size")]
+    assert calls == [("gloo", 0, 1)]
 
 
 def test_a_group_that_is_there_is_kept(calls, monkeypatch):
