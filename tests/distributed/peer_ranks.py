@@ -1,0 +1,91 @@
+"""One rank of a run that only adds numbers until something happens to one of the ranks.
+
+Arguments: what happens (see `HAPPENS`), to which rank, timeout and interval of the watch.
+"""
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from craft_ds.cli import run_main
+from craft_ds.peers import Peers
+
+STEPS = 12
+
+
+def sleep_for_ever():
+    while True:
+        time.sleep(1)
+
+
+def fail():
+    raise KeyError("weight")
+
+
+def leave():
+    peers.close()
+    sys.exit()
+
+
+def get_on_alone():
+    """Be busy for longer than a rank may hang."""
+    for _ in range(16):
+        time.sleep(float(timeout) / 8)
+        peers.progress()
+
+
+def be_stopped_for_a_while():
+    seconds = 2 * float(timeout)
+    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+HAPPENS = {
+    "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleeps": sleep_for_ever,
+    "fails": fail,
+    "leaves": leave,
+}
+
+
+def add_numbers():
+    rank = dist.get_rank()
+    for step in range(STEPS):
+        if happens in HAPPENS and step == 5 and rank == int(victim):
+            print(f"at {time.monotonic()}", flush=True)
+            HAPPENS[happens]()
+        if happens == "slow" and step == 3 and rank == int(victim):
+            get_on_alone()
+        if happens == "slow" and step == 6:
+            be_stopped_for_a_while()
+        dist.all_reduce(torch.ones(1))
+        peers.progress()
+    time.sleep(rank * float(interval))
+
+
+def run():
+    try:
+        add_numbers()
+    except BaseException as error:
+        lost = peers.explain(error)
+        peers.close(lost or error)
+        if lost is None:
+            raise
+        raise lost from error
+    peers.close()
+    print("finished")
+
+
+if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)
+    happens, victim, timeout, interval = sys.argv[1:]
+    dist.init_process_group("gloo")
+    peers = Peers(float(timeout), float(interval))
+    run_main(run)

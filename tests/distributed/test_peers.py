@@ -1,0 +1,119 @@
+"""A rank that dies or hangs is named, and the others end in time; who is slow or has finished is let be."""
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from craft_ds.errors import LOST_RANK_STATUS
+from craft_ds.local_ranks import run_ranks
+
+TIMEOUT_S = 2.5
+INTERVAL_S = 0.8
+# What `Peers` promises, and the seconds that a busy machine takes to end a process.
+OF_A_DEATH_S = 10 * INTERVAL_S + 4
+OF_A_HANG_S = TIMEOUT_S + 10 * INTERVAL_S + 4
+
+HOST_GONE = (
+    "rank 0 has stopped or its machine is gone: the store that it hosts does not answer; "
+    "resume from the last checkpoint (--resume=true)"
+)
+
+
+class Ended(NamedTuple):
+    """How a run ended, and how many seconds after something happened."""
+
+    statuses: list[int]
+    outputs: list[str]
+    seconds: float
+
+    def named(self) -> list[str]:
+        """The lines that name a rank."""
+        return re.findall(r"^error: (.*)$", "\n".join(self.outputs), re.MULTILINE)
+
+
+def run(happens: str, victim: int, world_size: int, grace: float = 10.0) -> Ended:
+    script = Path(__file__).with_name("peer_ranks.py")
+    command = [sys.executable, script, happens, victim, TIMEOUT_S, INTERVAL_S]
+    ends = run_ranks([str(part) for part in command], world_size, timeout=120, grace=grace)
+    ended = time.monotonic()
+    outputs = [end.output for end in ends]
+    print(*outputs, sep="\n---\n")
+    began = re.search(r"^at ([\d.]+)$", outputs[victim], re.MULTILINE)
+    return Ended([end.status for end in ends], outputs, ended - float(began[1]) if began else 0.0)
+
+
+def test_a_killed_rank_is_named():
+    ended = run("dies", 1, world_size=3)
+    assert ended.statuses == [LOST_RANK_STATUS, -9, LOST_RANK_STATUS]
+    [line] = ended.named()
+    assert line.startswith("rank 1 has stopped or its machine is gone: no sign of life for 2 s; resume from")
+    assert ended.seconds < OF_A_DEATH_S
+
+
+def test_a_killed_rank_that_hosts_the_store_is_named_by_every_rank_that_cannot_ask_the_others():
+    ended = run("dies", 0, world_size=3)
+    assert ended.statuses == [-9, LOST_RANK_STATUS, LOST_RANK_STATUS]
+    assert ended.named() == 2 * [HOST_GONE]
+    assert ended.seconds < OF_A_DEATH_S
+
+
+def test_a_stopped_rank_is_named():
+    ended = run("stops", 1, world_size=2, grace=0.0)
+    assert ended.statuses == [LOST_RANK_STATUS, -9]
+    [line] = ended.named()
+    assert line.startswith("rank 1 has stopped or its machine is gone: no sign of life for 3 s; resume from")
+    assert ended.seconds < OF_A_HANG_S
+
+
+def test_a_stopped_rank_whose_store_hangs_is_named():
+    ended = run("stops", 0, world_size=2, grace=0.0)
+    assert ended.statuses == [-9, LOST_RANK_STATUS]
+    [line] = ended.named()
+    assert line == HOST_GONE
+    assert ended.seconds < OF_A_HANG_S
+
+
+def test_a_rank_that_hangs_outside_a_collective_is_named_with_its_place():
+    ended = run("sleeps", 1, world_size=3)
+    assert ended.statuses == [LOST_RANK_STATUS] * 3
+    [line] = ended.named()
+    assert re.match(r"rank 1 hangs in distributed/peer_ranks\.py:\d+ in sleep_for_ever", line)
+    assert " while the others wait for it: no progress for " in line
+    assert "--rank_timeout" in line
+    # The stack of the one that is named.
+    assert ["in sleep_for_ever\n" in output for output in ended.outputs] == [False, True, False]
+    assert ended.seconds < OF_A_HANG_S
+
+
+def test_a_hanging_rank_that_hosts_the_store_leaves_it_to_the_others_until_they_know():
+    ended = run("sleeps", 0, world_size=2)
+    assert ended.statuses == [LOST_RANK_STATUS] * 2
+    [line] = ended.named()
+    assert line.startswith("rank 0 hangs in ")
+    assert ended.seconds < OF_A_HANG_S
+
+
+def test_the_error_of_a_rank_is_told_to_the_others():
+    ended = run("fails", 0, world_size=2)
+    assert ended.statuses == [1, LOST_RANK_STATUS]
+    assert ended.named() == ["rank 0 failed: KeyError: 'weight'"]
+    assert "Traceback" in ended.outputs[0]
+    assert "Traceback" not in ended.outputs[1]
+    assert ended.seconds < OF_A_DEATH_S
+
+
+def test_a_rank_that_left_in_good_order_is_not_named():
+    ended = run("leaves", 1, world_size=2)
+    assert ended.statuses[1] == 0
+    assert ended.statuses[0] not in (0, LOST_RANK_STATUS)
+    assert ended.named() == []
+    assert re.search("RuntimeError: .*(closed|reset) by peer", ended.outputs[0])
+
+
+def test_ranks_that_are_busy_suspended_or_finish_one_after_another_are_let_be():
+    ended = run("slow", 1, world_size=3)
+    assert ended.statuses == [0, 0, 0]
+    assert [output.split()[-1:] for output in ended.outputs] == [["finished"]] * 3
+    assert ended.named() == []
