@@ -13,9 +13,10 @@ from craft_ds.distributed import join_process_group
 def calls(monkeypatch):
     """What is asked of torch, in order."""
     seen = []
-    monkeypatch.setattr(dist, "HashStore", lambda: None)
     monkeypatch.setattr(
-        dist, "init_process_group", lambda *a, store=None, **k: seen.append((*a, *k.values()))
+        dist,
+        "init_process_group",
+        lambda backend, timeout="torch's own", **k: seen.append((backend, timeout, *sorted(k))),
     )
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: seen.append(index))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -33,7 +34,7 @@ def test_without_a_launcher_there_is_a_group_of_one(calls, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     join_process_group()
-    assert calls == [("gloo", 0, 1)]
+    assert calls == [("gloo", "torch's own", "rank", "store", "world_size")]
 
 
 def test_a_group_that_is_there_is_kept(calls, monkeypatch):
