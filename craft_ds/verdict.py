@@ -102,9 +102,9 @@ def silent_ranks(sights: Sequence[Sight], watched: float) -> Verdict | None:
 def hanging_ranks(sights: Sequence[Sight], stalled: float) -> Verdict:
     """Blame the ranks that live, but do not come to where the others wait.
 
-    All ranks begin the same collectives in the same order, so those that have begun fewer are awaited by
-    those that have begun more. That holds on GPUs too, where nobody waits inside a collective, but later,
-    wherever a result is read. Between ranks that have begun as many, those outside a collective are blamed.
+    All ranks begin the same collectives in the same order, so those that have begun fewest are awaited by the
+    others. That holds on GPUs too, where a rank does not wait inside a collective, but later, wherever a
+    result is read. Only where torch does not tell the counts, those outside a collective are blamed.
 
     Args:
         sights: One a rank, in rank order; all are alive or have left.
@@ -130,14 +130,10 @@ def hanging_ranks(sights: Sequence[Sight], stalled: float) -> Verdict:
 
 
 def _late(places: dict[int, Place]) -> tuple[int, ...]:
-    """The ranks with the fewest collectives, and of those the ones outside a collective if any is inside."""
-    late = places
-    counts = {place.collectives for place in places.values()}
-    if None not in counts and counts:
-        fewest = min(count for count in counts if count is not None)
-        late = {rank: place for rank, place in places.items() if place.collectives == fewest}
-    outside = tuple(rank for rank, place in late.items() if not place.waits)
-    return outside or tuple(late)
+    counts = [place.collectives for place in places.values() if place.collectives is not None]
+    if len(counts) == len(places):
+        return tuple(rank for rank, place in places.items() if place.collectives == min(counts))
+    return tuple(rank for rank, place in places.items() if not place.waits)
 
 
 def _names(ranks: Sequence[int]) -> str:
