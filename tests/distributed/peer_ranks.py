@@ -34,16 +34,18 @@ def leave():
 
 
 def get_on_alone():
-    """Be busy for longer than a rank may hang."""
-    for _ in range(16):
-        time.sleep(float(timeout) / 8)
+    """Be busy for longer than a rank may hang, with progress more often than that, but seldom."""
+    for _ in range(2):
+        time.sleep(0.75 * float(timeout))
         peers.progress()
 
 
 def be_stopped_for_a_while():
-    seconds = 2 * float(timeout)
-    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+    """Be stopped in the middle of a step for longer than a rank may hang, and go on with the step."""
+    time.sleep(3 * float(interval))
+    subprocess.Popen(["sh", "-c", f"sleep {1.2 * float(timeout)}; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.5 * float(timeout))
 
 
 HAPPENS = {

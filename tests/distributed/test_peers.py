@@ -33,9 +33,17 @@ class Ended(NamedTuple):
         return re.findall(r"^error: (.*)$", "\n".join(self.outputs), re.MULTILINE)
 
 
-def run(happens: str, victim: int, world_size: int, grace: float = 10.0) -> Ended:
+def run(
+    happens: str,
+    victim: int,
+    world_size: int,
+    *,
+    timeout: float = TIMEOUT_S,
+    interval: float = INTERVAL_S,
+    grace: float = 10.0,
+) -> Ended:
     script = Path(__file__).with_name("peer_ranks.py")
-    command = [sys.executable, script, happens, victim, TIMEOUT_S, INTERVAL_S]
+    command = [sys.executable, script, happens, victim, timeout, interval]
     ends = run_ranks([str(part) for part in command], world_size, timeout=120, grace=grace)
     ended = time.monotonic()
     outputs = [end.output for end in ends]
@@ -113,7 +121,7 @@ def test_a_rank_that_left_in_good_order_is_not_named():
 
 
 def test_ranks_that_are_busy_suspended_or_finish_one_after_another_are_let_be():
-    ended = run("slow", 1, world_size=3)
+    ended = run("slow", 1, world_size=3, timeout=5.0, interval=0.35)
     assert ended.statuses == [0, 0, 0]
     assert [output.split()[-1:] for output in ended.outputs] == [["finished"]] * 3
     assert ended.named() == []
