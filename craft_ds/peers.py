@@ -35,8 +35,8 @@ class Peers:
 
     Two threads: one writes a heartbeat to the store every `interval` seconds and hears what the others have
     to say; the other never touches the store, which may hang with its host, and watches the clock. When no
-    rank has made progress for `timeout` seconds, every rank says where its main thread is and, 4 to 8
-    intervals later, ends its process with status `LOST_RANK_STATUS`, even while the main thread is inside C++
+    rank has made progress for `timeout` seconds, every rank says where its main thread is and, within 10
+    intervals, ends its process with status `LOST_RANK_STATUS`, even while the main thread is inside C++
     or CUDA; one rank of each machine says on stderr which rank is to blame. 14 intervals after the timeout
     a rank ends whatever happens. It ends as well if it is still there 10 intervals after another one has left
     with an error. Time during which the process is stopped does not count.
