@@ -30,6 +30,7 @@ from craft_ds.launch import launched_rank, launched_world_size
 from craft_ds.lora.adapters import Adapters
 from craft_ds.lora.weights import AdaptedWeights, open_weights
 from craft_ds.metrics import MetricsLogger
+from craft_ds.peers import Peers
 from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.policies.loading import build_policy, load_processors, policy_cameras
 from craft_ds.policies.units import wrapping_warning
@@ -115,6 +116,7 @@ def open_run(config: TrainConfig) -> Run:
         anchors=anchors,
         progress=progress,
         preemption=preemption,
+        peers=Peers(config.rank_timeout),
         output_dir=Path(config.output_dir),
         owns_group=owns_group,
         adapters=adapters,

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from craft_ds.anchors.stream import AnchorStream
@@ -23,6 +24,7 @@ from craft_ds.engines.base import Batch, Engine
 from craft_ds.errors import Preempted, TrainingDiverged, UserError
 from craft_ds.lora.adapters import Adapters
 from craft_ds.metrics import MetricsLogger
+from craft_ds.peers import Peers
 from craft_ds.plots import plot_lambda_analysis
 from craft_ds.preemption import Preemption
 from craft_ds.progress import Progress
@@ -53,6 +55,7 @@ class Run:
         anchors: The old tasks' anchors; None for the baseline.
         progress: Where the run is.
         preemption: Whether this rank was asked to leave.
+        peers: The other ranks, which must not wait for this one for ever.
         output_dir: Directory of the run.
         owns_group: Whether the process group is the run's own, to be left at its end.
         adapters: What trains, if not the policy's own weights.
@@ -64,6 +67,7 @@ class Run:
     anchors: AnchorStream | None
     progress: Progress
     preemption: Preemption
+    peers: Peers
     output_dir: Path
     owns_group: bool
     adapters: Adapters | None
@@ -98,6 +102,7 @@ class Run:
         Raises:
             TrainingDiverged: It was one skipped step in a row too many.
         """
+        self.peers.progress()
         progress = self.progress
         place = (progress.samples_seen, progress.anchors_seen)
         progress.advance(result, retention=retention is not None)
@@ -221,16 +226,21 @@ class Run:
             )
         return metrics | evaluate_in_world(
             self.config.world,
-            self.engine.act,
+            self._act,
             self.preprocessor,
             self.postprocessor,
             self.engine.rank,
             self.engine.world_size,
         )
 
+    def _act(self, batch: Batch) -> Tensor:
+        self.peers.progress()
+        return self.engine.act(batch)
+
     def _mean_loss(self, batches: Iterator[tuple[Batch, bool]]) -> float:
         total = PassSums(*torch.zeros(2, dtype=torch.float64, device=self.engine.device))
         for batch, counts in batches:
+            self.peers.progress()
             sums = measure(self.engine, [batch])
             if counts:
                 total = PassSums(total.loss + sums.loss, total.tokens + sums.tokens)
@@ -284,6 +294,7 @@ class Run:
             step=self.progress.step,
             adapters=self.adapters,
             extra=self._write_history if final and self.anchors is not None else None,
+            progress=self.peers.progress,
         )
 
     def _write_history(self, directory: Path) -> None:
@@ -308,6 +319,7 @@ class Run:
     def close(self) -> None:
         """Let go of the log and of the other ranks."""
         self.logger.close()
+        self.peers.close()
         self.engine.close()
         if self.owns_group:
             leave_process_group()

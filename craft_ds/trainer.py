@@ -31,6 +31,7 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
 
     Raises:
         UserError: Bad input, found before anything is written.
+        RankLost: Another rank has failed, died or hangs.
         Preempted: The run was asked to leave, and has saved.
         TrainingDiverged: More than `max_skipped_steps` steps in a row were not finite.
     """
@@ -39,6 +40,7 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
     run = open_run(config)
     try:
         with run.preemption.listening():
+            run.peers.progress()
             for step in range(run.progress.step, config.steps):
                 began = time.perf_counter()
                 seed_step(config.seed or 0, step, run.engine.rank)
@@ -51,11 +53,14 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
     except Preempted:
         run.close()
         raise
-    except BaseException:
-        # The other ranks may be in the middle of a step: to meet them here could take for ever. The launcher
-        # ends them when this one is gone.
+    except BaseException as error:
+        # The other ranks may be in the middle of a step: to meet them here could take for ever.
         run.logger.close()
-        raise
+        lost = run.peers.explain(error)
+        run.peers.close(lost or error)
+        if lost is None:
+            raise
+        raise lost from error
     run.close()
     return final
 

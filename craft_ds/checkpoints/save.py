@@ -51,6 +51,7 @@ class Save:
         rank: This rank.
         world_size: Number of ranks.
         extra: Writes further files into the directory that it is given (main rank only).
+        progress: Called after each piece of work.
     """
 
     directory: Path
@@ -62,6 +63,7 @@ class Save:
     rank: int
     world_size: int
     extra: Callable[[Path], None] | None
+    progress: Callable[[], None]
 
     @property
     def temporary(self) -> Path:
@@ -166,6 +168,7 @@ class Save:
             for name, values in self.contents.buffers.items():
                 weights.write(name, 0, values.reshape(-1))
             for shard in self.contents.shards():
+                self.progress()
                 stored = self.contents.layout[shard.name]
                 start = shard.start if whole else 0
                 weights.write(stored.stored_name, start, shard.master)
@@ -208,6 +211,7 @@ def prepare_save(
     step: int,
     adapters: Adapters | None = None,
     extra: Callable[[Path], None] | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Save:
     """Gather what a checkpoint will hold; tensors are views of the engine's. Collective: call on all ranks.
 
@@ -221,6 +225,7 @@ def prepare_save(
         step: Optimizer steps done.
         adapters: What trains, if not the policy's own weights: only they are written.
         extra: Writes further files into the directory that it is given (main rank only).
+        progress: Called after each piece of work, by the thread that does it.
     """
     return Save(
         directory=directory,
@@ -232,6 +237,7 @@ def prepare_save(
         rank=engine.rank,
         world_size=engine.world_size,
         extra=extra,
+        progress=progress,
     )
 
 

@@ -12,6 +12,7 @@ from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
 from craft_ds.engines.fsdp import FsdpEngine, mesh_shape
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
+from craft_ds.peers import group_timeout
 from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.train_config import TrainConfig
 
@@ -62,7 +63,7 @@ def join_group(config: TrainConfig) -> bool:
     """
     formed_by_caller = dist.is_initialized()
     if config.engine.name == "fsdp":
-        join_process_group()
+        join_process_group(group_timeout(config.rank_timeout))
     if config.engine.name == "zero":
         try:
             # Imported here: the other engines run without DeepSpeed.
@@ -71,7 +72,7 @@ def join_group(config: TrainConfig) -> bool:
             raise UserError(
                 f"--ds_config needs DeepSpeed ({error}): pip install 'craft-ds[deepspeed]'"
             ) from error
-        zero.init_distributed()
+        zero.init_distributed(group_timeout(config.rank_timeout))
     return dist.is_initialized() and not formed_by_caller
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -22,12 +23,12 @@ from craft_ds.policies.generation import action_chunk
 from craft_ds.policies.skeleton import materialize_
 
 
-def init_distributed() -> None:
-    """Join the process group and tell DeepSpeed of it. Collective: call on all ranks."""
+def init_distributed(timeout: timedelta | None = None) -> None:
+    """Join the process group and tell DeepSpeed of it; arguments as `join_process_group`. Collective."""
     if not torch.cuda.is_available():
         # Without it DeepSpeed compiles a shared-memory collective for 70 s; gloo gives the same numbers.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    join_process_group()
+    join_process_group(timeout)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it also where no launcher has set it
     deepspeed.init_distributed(verbose=False)
 

@@ -13,7 +13,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from craft_ds.cli import run_main
+from craft_ds.cli import end_process, run_main
 from craft_ds.peers import Peers
 
 STEPS = 12
@@ -90,4 +90,4 @@ if __name__ == "__main__":
     happens, victim, timeout, interval = sys.argv[1:]
     dist.init_process_group("gloo")
     peers = Peers(float(timeout), float(interval))
-    run_main(run)
+    end_process(lambda: run_main(run))
