@@ -18,9 +18,9 @@ PREEMPTED_STATUS = 75
 def run_main(action: Callable[[], object]) -> None:
     """Run a command. What the user can mend, or did, ends it with one line on stderr and no traceback.
 
-    Status 2: bad input, or an output that cannot be written; 1: training diverged; 69: another rank failed, died
-    or hangs; 75 (`EX_TEMPFAIL`): the run was asked to leave and has saved, to be started again; 130: interrupted
-    from the keyboard.
+    Status 2: bad input, or an output that cannot be written; 1: training diverged; 69: another rank failed,
+    died or hangs; 75 (`EX_TEMPFAIL`): the run was asked to leave and has saved, to be started again; 130:
+    interrupted from the keyboard.
     """
     # LeRobot logs several screens of loader tracebacks where FFmpeg is absent, then decodes with PyAV.
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
