@@ -5,6 +5,7 @@ block of bytes a tensor. A shard is a range of a flattened tensor, therefore a r
 gathers anything, and the file of a sharded run is the file of an unsharded one.
 """
 
+import errno
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+from craft_ds.tensor_header import read_header
 
 _DTYPES = {
     "F64": torch.float64,
@@ -124,28 +127,27 @@ class TensorFile:
         writable: Open it for `write` too.
 
     Raises:
-        ValueError: The file is not a safetensors file.
+        ValueError: The file is not a safetensors file: its header does not describe it, to the byte.
+        OSError: There is no such file, or it cannot be read.
     """
 
     def __init__(self, path: Path, *, writable: bool = False):
-        self._fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        # Without O_NONBLOCK a pipe in the place of the file would be waited for.
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK
         try:
-            length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-            if not 0 < length <= os.fstat(self._fd).st_size - 8:
-                raise ValueError(f"{path} is not a safetensors file")
-            header = json.loads(os.pread(self._fd, length, 8))
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            room = os.fstat(self._fd).st_size - 8 - length
-            for entry in header.values():
-                begin, end = entry["data_offsets"]
-                size = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
-                if not (0 <= begin <= end <= room and end - begin == size):
-                    raise ValueError("a tensor lies outside the file or has another size than its shape")
-        except (ValueError, KeyError, TypeError, AttributeError):
+            self._fd = os.open(path, flags)
+        except OSError as error:
+            if error.errno in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+                raise ValueError(f"{path} is not a safetensors file ({error.strerror})") from None
+            raise
+        try:
+            self.metadata, self._entries, self._start = read_header(self._fd, _DTYPES)
+        except ValueError as error:
             os.close(self._fd)
-            raise ValueError(f"{path} is not a safetensors file, or is damaged") from None
-        self._start = 8 + length
-        self._entries: dict[str, Any] = header
+            raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from None
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def __enter__(self) -> Self:
         return self
