@@ -12,7 +12,9 @@ from typing import Any
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 
+from craft_ds.errors import UserError
 from craft_ds.policies.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER
+from craft_ds.untrusted import path_inside, read_object
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -63,6 +65,10 @@ def copy_policy_files(source_dir: str | Path, target_dir: str | Path, final_dir:
         source_dir: A policy directory.
         target_dir: Where to write; made when missing. May be a temporary name of ``final_dir``.
         final_dir: Where the directory will live: stored tokenizer names become absolute paths in it.
+
+    Raises:
+        UserError: A file of the directory is damaged, or names another outside of it.
+        OSError: A file cannot be read, or not be written.
     """
     source, target = Path(source_dir), Path(target_dir)
     target.mkdir(parents=True, exist_ok=True)
@@ -70,14 +76,66 @@ def copy_policy_files(source_dir: str | Path, target_dir: str | Path, final_dir:
     for name in (PREPROCESSOR, POSTPROCESSOR):
         if not (source / name).is_file():
             continue
+        pipeline = read_pipeline(source / name)
         shutil.copyfile(source / name, target / name)
-        for step in json.loads((source / name).read_text())["steps"]:
+        for step in pipeline["steps"]:
             if "state_file" in step:
                 shutil.copyfile(source / step["state_file"], target / step["state_file"])
     for folder in (TEXT_TOKENIZER, ACTION_TOKENIZER):
         if (source / folder).is_dir():
             shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
     _rename_tokenizers(target, root=Path(final_dir).resolve())
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The ``config.json`` of a policy directory, as it is written.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
+    return _read(directory / CONFIG)
+
+
+def read_pipeline(file: Path) -> dict[str, Any]:
+    """A saved processor, after a look at what its steps name.
+
+    Args:
+        file: ``policy_preprocessor.json`` or ``policy_postprocessor.json`` of a policy directory.
+
+    Raises:
+        UserError: It is missing or damaged, or the state of a step is no safetensors file of its directory.
+    """
+    pipeline = _read(file)
+    steps = pipeline.get("steps")
+    if not isinstance(steps, list) or not all(map(_is_step, steps)):
+        raise UserError(f"{file} is damaged: it describes no steps of a processor")
+    for step in steps:
+        if "state_file" in step:
+            _check_state(file, step["state_file"])
+    return pipeline
+
+
+def _is_step(step: Any) -> bool:
+    return isinstance(step, dict) and isinstance(step.get("config", {}), dict)
+
+
+def _check_state(file: Path, name: object) -> None:
+    try:
+        path = path_inside(file.parent, name)
+        # LeRobot writes no other; one in a folder, or of another kind, could take another file's place.
+        if path.parent != file.parent or path.suffix != ".safetensors" or path.name == WEIGHTS:
+            raise ValueError(f"{name!r} is not the state of a step")
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: a step's state_file: {error}") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is missing or damaged: {error}") from error
 
 
 def _rename_tokenizers(directory: Path, root: Path | None) -> None:
@@ -92,13 +150,13 @@ def _rename_tokenizers(directory: Path, root: Path | None) -> None:
             if field in fields and (directory / folder).is_dir():
                 fields[field] = str(root / folder) if root else folder
 
-    config = json.loads((directory / CONFIG).read_text())
+    config = read_config(directory)
     rename(config)
     (directory / CONFIG).write_text(json.dumps(config, indent=4) + "\n")
     for name in (PREPROCESSOR, POSTPROCESSOR):
         if not (directory / name).is_file():
             continue
-        pipeline = json.loads((directory / name).read_text())
+        pipeline = read_pipeline(directory / name)
         for step in pipeline["steps"]:
             fields = step.setdefault("config", {})
             if step.get("registry_name") in ACTION_STEPS and "text_tokenizer_name" in config:

@@ -6,6 +6,7 @@ nothing here does.
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,17 @@ from craft_ds.policies.directory import (
     CONFIG,
     POSTPROCESSOR,
     PREPROCESSOR,
+    read_config,
+    read_pipeline,
 )
+from craft_ds.policies.foreign_code import check_step, check_tokenizer
 from craft_ds.policies.skeleton import build_skeleton, materialize_
 from craft_ds.policies.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
 from craft_ds.policies.weights import WEIGHTS_INDEX, WeightReader, is_scattered, unique_tensors, weight_files
 from craft_ds.tensor_file import ReadRange, fill_
 
+# No size of a policy is above this, and none has more layers.
+_MOST, _MOST_LAYERS = 1 << 24, 1000
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = [
     CONFIG,
@@ -75,6 +81,7 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory / CONFIG} is missing: '{path}' is not a policy directory")
     overrides = cli_overrides or []
+    read_config(directory)
     try:
         with exits_as_user_error():
             config = PreTrainedConfig.from_pretrained(directory, cli_overrides=overrides)
@@ -88,7 +95,14 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
         # transformers would ask the hub for minutes before giving up on such a name.
         if name and not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
             raise UserError(f"{directory / CONFIG}: {field} '{name}' is neither a folder nor a hub id")
+    _check_tokenizers(config, directory / CONFIG)
     return config
+
+
+def _check_tokenizers(config: PreTrainedConfig, named_in: Path | str = "the policy's configuration") -> None:
+    for field in ("text_tokenizer_name", "action_tokenizer_name"):
+        if name := getattr(config, field, None):
+            check_tokenizer(name, named_in)
 
 
 def policy_cameras(config: PreTrainedConfig) -> list[str]:
@@ -144,12 +158,24 @@ def build_policy(config: PreTrainedConfig, directory: Path) -> PreTrainedPolicy:
     """
     if not is_scattered(directory):
         weight_files(directory)
+    _check_sizes(config, directory)
+    _check_tokenizers(config)
     try:
         return build_skeleton(config)
-    except (RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # whatever constructors and tokenizers say to values that they did not expect
         raise UserError(
             f"cannot build the policy of '{directory}': {one_line(error.__cause__ or error)}"
         ) from error
+
+
+def _check_sizes(config: PreTrainedConfig, directory: Path) -> None:
+    """Stop before memory and time are spent on what no policy has: a file may say anything."""
+    for name, value in vars(config).items():
+        numbers = value if isinstance(value, (list, tuple)) else (value,)
+        size = math.prod(abs(number) for number in numbers if type(number) is int)
+        most = _MOST_LAYERS if name.endswith(("depth", "layers")) else _MOST
+        if size > most and not name.endswith(("steps", "seed")):
+            raise UserError(f"{directory}: the policy's {name}={value} is beyond all measure")
 
 
 def load_processors(
@@ -175,16 +201,31 @@ def load_processors(
     for name in (PREPROCESSOR, POSTPROCESSOR):
         if not (directory / name).is_file():
             raise UserError(f"{directory / name} is missing: '{path}' has no saved processors")
+    _check_tokenizers(config)
+    overrides = _overrides(config, device)
     try:
-        steps = json.loads((directory / PREPROCESSOR).read_text())["steps"]
-        names = {step.get("registry_name") for step in steps}
+        names = _check_steps(directory / PREPROCESSOR, overrides)
+        _check_steps(directory / POSTPROCESSOR, {})
         return make_pre_post_processors(
             config,
             pretrained_path=str(directory),
-            preprocessor_overrides={k: v for k, v in _overrides(config, device).items() if k in names},
+            preprocessor_overrides={k: v for k, v in overrides.items() if k in names},
         )
     except Exception as error:
         raise UserError(f"cannot load the processors of '{path}': {one_line(error)}") from error
+
+
+def _check_steps(file: Path, overrides: dict[str, dict[str, Any]]) -> set[str]:
+    """Check what the steps of a processor would load and run; returns their registered names."""
+    names = set()
+    for step in read_pipeline(file)["steps"]:
+        check_step(step, file)
+        name = str(step.get("registry_name"))
+        names.add(name)
+        for field, value in (step.get("config", {}) | overrides.get(name, {})).items():
+            if field.endswith("tokenizer_name") and value:
+                check_tokenizer(str(value), file)
+    return names
 
 
 def _overrides(config: PreTrainedConfig, device: str) -> dict[str, dict[str, Any]]:
@@ -206,16 +247,26 @@ def tokenizer_fingerprint(config: PreTrainedConfig) -> str:
 
     Args:
         config: From ``load_policy_config``.
+
+    Raises:
+        UserError: A tokenizer cannot be loaded.
     """
     content: dict[str, Any] = {
         field: getattr(config, field, None)
         for field in ("fast_skip_tokens", "tokenizer_max_length", "max_action_tokens")
     }
     if hasattr(config, "action_tokenizer_name"):
-        text = AutoTokenizer.from_pretrained(config.text_tokenizer_name)
-        action = AutoProcessor.from_pretrained(config.action_tokenizer_name, trust_remote_code=True)
-        content["text"] = _backend(text)
-        content["action"] = _backend(action.bpe_tokenizer)
+        _check_tokenizers(config)
+        try:
+            text = AutoTokenizer.from_pretrained(config.text_tokenizer_name)
+            action = AutoProcessor.from_pretrained(config.action_tokenizer_name, trust_remote_code=True)
+            content["text"] = _backend(text)
+            content["action"] = _backend(action.bpe_tokenizer)
+        except Exception as error:
+            raise UserError(
+                f"cannot load the tokenizers '{config.text_tokenizer_name}' and "
+                f"'{config.action_tokenizer_name}': {one_line(error)}"
+            ) from error
         content |= {
             f"action_{field}": getattr(action, field, None) for field in ("scale", "min_token", "max_token")
         }

@@ -1,7 +1,6 @@
 """The weights of a policy directory, read by range: a rank reads what it keeps, and no rank reads it all."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from craft_ds.errors import UserError, one_line
 from craft_ds.policies.directory import WEIGHTS
 from craft_ds.scattered_file import ScatteredFile, pieces_of
 from craft_ds.tensor_file import TensorFile
+from craft_ds.untrusted import path_inside, read_object
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -43,7 +43,7 @@ class WeightReader:
             if path not in opened:
                 try:
                     opened[path] = self._files.enter_context(TensorFile(path))
-                except ValueError as error:
+                except (OSError, ValueError) as error:
                     self._files.close()
                     raise UserError(str(error)) from error
             self._places[name] = (opened[path], key)
@@ -98,7 +98,7 @@ def weight_files(directory: Path) -> list[Path]:
     """The weight files of a policy directory: ``model.safetensors``, or those that the index names.
 
     Raises:
-        UserError: If there is neither, or the index names a file that is not there.
+        UserError: If there is neither, or the index names a file that is not there, or outside the directory.
     """
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
@@ -110,10 +110,9 @@ def weight_files(directory: Path) -> list[Path]:
     if not index.is_file():
         raise UserError(f"{directory / WEIGHTS} is missing: the policy has no weights")
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+        files = sorted({path_inside(directory, name) for name in read_object(index)["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{index} is damaged: {one_line(error)}") from error
-    files = [directory / name for name in sorted(names)]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing, but {index} names it")
