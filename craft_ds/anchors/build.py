@@ -27,9 +27,7 @@ from tqdm import tqdm
 
 from craft_ds.anchors.cache import (
     METADATA_FILE,
-    ORIGIN_FIELDS,
     SPLITS,
-    TOKEN_FIELDS,
     file_sha256,
     metadata_sha256,
     partial_directory,
@@ -38,6 +36,7 @@ from craft_ds.anchors.cache import (
 )
 from craft_ds.anchors.dataset import camera_keys, open_dataset
 from craft_ds.anchors.draw import Draw, draw_anchors
+from craft_ds.anchors.fields import ORIGIN_FIELDS, TOKEN_FIELDS
 from craft_ds.anchors.plan import BuildOptions, check_same, make_plan
 from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.anchors.vision import half_features, read_tower

@@ -18,26 +18,21 @@ from typing import Any
 
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.utils.constants import (
-    ACTION_TOKEN_MASK,
-    ACTION_TOKENS,
-    OBS_LANGUAGE_ATTENTION_MASK,
-    OBS_LANGUAGE_TOKENS,
-)
+from lerobot.utils.constants import ACTION_TOKENS, OBS_LANGUAGE_TOKENS
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from craft_ds.errors import UserError
+from craft_ds.anchors.fields import DTYPES, check_metadata
+from craft_ds.errors import UserError, one_line
 from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
 from craft_ds.policies.vision import features_key
+from craft_ds.untrusted import read_object
 
 FORMAT = "craft-ds anchor cache"
 VERSION = 1
 METADATA_FILE = "metadata.json"
 SPLITS = ("train", "heldout")
-TOKEN_FIELDS = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK, ACTION_TOKENS, ACTION_TOKEN_MASK)
-ORIGIN_FIELDS = ("task", "episode", "frame")
-DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "bool": torch.bool, "float16": torch.float16}
+_CODES = {"uint8": "U8", "int32": "I32", "bool": "BOOL", "float16": "F16"}
 
 
 def shard_name(number: int) -> str:
@@ -95,13 +90,14 @@ class AnchorCache:
             "train": torch.nonzero(~heldout).flatten().tolist(),
             "heldout": torch.nonzero(heldout).flatten().tolist(),
         }
+        self._check_columns()
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> "AnchorCache":
         """Open a cache after checking it.
 
-        Presence, size and sample count of every shard are always checked. Files are memory-mapped and kept
-        open.
+        Presence, size, types and sample count of every shard are always checked. Files are memory-mapped and
+        kept open.
 
         Args:
             path: The cache's directory.
@@ -177,6 +173,20 @@ class AnchorCache:
     def _column(self, name: str) -> Tensor:
         return torch.cat([slices[name][:] for slices in self._slices])
 
+    def _check_columns(self) -> None:
+        """Check what the shards alone know against the metadata."""
+        known = 0 <= int(self.task.min()) <= int(self.task.max()) < len(self.tasks)
+        measured = all(
+            self.teacher_loss[split]["overall"] is not None
+            for split, members in self.splits.items()
+            if members
+        )
+        if not (known and measured):
+            missing = "teacher's loss on" if known else "task of"
+            raise UserError(
+                f"{self.path / METADATA_FILE} lacks the {missing} some anchors; build the anchor cache again"
+            )
+
     def _check_image_shape(self, name: str, config: PreTrainedConfig) -> None:
         channels, *size = self._fields[name]["shape"]
         expected = list(config.input_features[name].shape)
@@ -220,10 +230,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
         )
         raise UserError(f"{what}; build one with scripts/build_anchor_cache.py --output_dir={path}")
     try:
-        metadata = json.loads(file.read_text(encoding="utf-8"))
+        metadata = read_object(file)
         name, version = metadata["format"], metadata["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}); build the anchor cache again") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error)}); build the anchor cache again") from error
     if (name, version) != (FORMAT, VERSION):
         raise UserError(
             f"{file}: format {name!r} version {version}, but this craft-ds reads {FORMAT!r} "
@@ -233,6 +243,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} is damaged (its SHA-256 is not the recorded one); build the anchor cache again"
         )
+    try:
+        check_metadata(metadata)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} holds what no anchor cache has ({type(error).__name__}: {one_line(error)}); build the "
+            "anchor cache again"
+        ) from error
     return metadata
 
 
@@ -251,10 +268,13 @@ def _open_shard(path: Path, shard: dict[str, Any], fields: dict[str, Any], verif
         raise damaged("its SHA-256 is another")
     try:
         handle = safe_open(path, framework="pt")
-        shapes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise damaged(str(error)) from error
-    wanted = {name: [shard["samples"], *field["shape"]] for name, field in fields.items()}
-    if shapes != wanted:
-        raise damaged("its fields or their sample counts are not the recorded ones")
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise damaged(one_line(error)) from error
+    wanted = {
+        name: (_CODES[field["dtype"]], [shard["samples"], *field["shape"]]) for name, field in fields.items()
+    }
+    if found != wanted:
+        raise damaged("its fields, their types or their sample counts are not the recorded ones")
     return handle

@@ -14,8 +14,9 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 
-from craft_ds.anchors.cache import DTYPES, FORMAT, VERSION, file_sha256
+from craft_ds.anchors.cache import FORMAT, VERSION, file_sha256
 from craft_ds.anchors.draw import Draw
+from craft_ds.anchors.fields import DTYPES
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import ADAPTER_WEIGHTS, weights_directory
 from craft_ds.policies.directory import CONFIG

@@ -13,8 +13,9 @@ import torch
 from lerobot.utils.constants import ACTION_TOKENS, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
-from craft_ds.anchors.cache import ORIGIN_FIELDS, AnchorCache
+from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.draw import spread
+from craft_ds.anchors.fields import ORIGIN_FIELDS
 from craft_ds.errors import UserError
 from craft_ds.shares import StepShare
 

@@ -21,14 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from craft_ds.anchors.cache import (
-    DTYPES,
     FORMAT,
     METADATA_FILE,
+    SPLITS,
     VERSION,
     file_sha256,
     metadata_sha256,
     shard_name,
 )
+from craft_ds.anchors.fields import DTYPES
 
 TASK_TEXTS = ("press the red button", "close the drawer", "turn the dial", "lift the lid")
 
@@ -149,7 +150,7 @@ def write_test_cache(
             for name, tensor in anchors.items()
         },
         "num_samples": n,
-        "teacher_loss": {},
+        "teacher_loss": {split: {"overall": 1.0, "by_task": {}, "tokens": n} for split in (*SPLITS, "all")},
         "shards": shards,
     }
     (path / METADATA_FILE).write_text(json.dumps({**metadata, "sha256": metadata_sha256(metadata)}))

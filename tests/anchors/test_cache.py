@@ -110,4 +110,4 @@ def test_wrong_sample_count(path):
     shards = json.loads((path / METADATA_FILE).read_text())["shards"]
     shards[1]["samples"] = 3
     edit_metadata(path, shards=shards)
-    refuses(path, shard_name(1), "sample counts")
+    refuses(path, METADATA_FILE, "sample counts of 1")
