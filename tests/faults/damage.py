@@ -1,0 +1,143 @@
+"""Damage to the files of a checkpoint or an anchor cache; and forgery, with checksums that fit."""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from craft_ds.checkpoint import MANIFEST, read_manifest, verify_checkpoint
+from craft_ds.errors import UserError
+
+__all__ = [
+    "MANIFEST",
+    "Damage",
+    "damaged",
+    "damages",
+    "files_of",
+    "read_manifest",
+    "refused",
+    "seal",
+    "verify_checkpoint",
+]
+
+
+# They carry a checksum of what they say: blanks at the end are no part of it.
+_OF_THEMSELVES = (MANIFEST, "metadata.json")
+_NUMBER = re.compile(rb'(?<=": )\d|(?<=":)\d|^ +\d', re.MULTILINE)
+
+
+class Damage(NamedTuple):
+    """One file as it should not be.
+
+    Attributes:
+        how: What was done to it.
+        file: Its name in its directory.
+        content: What is in it now; None: it was removed.
+    """
+
+    how: str
+    file: str
+    content: bytes | None
+
+
+def refused(read: Callable[[], Any]) -> str:
+    """The one line with which something refuses what it was to read."""
+    message = ""
+    try:
+        read()
+    except UserError as error:
+        message = str(error)
+    assert message, "it was read without an error"
+    assert "\n" not in message
+    return message
+
+
+def files_of(directory: Path) -> list[str]:
+    """Names of all files of a directory and of those below it."""
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def damages(directory: Path, other: Path, seed: int) -> Iterator[Damage]:
+    """Every damage to every file: cut, flipped by a bit, swapped, removed.
+
+    Args:
+        directory: A checkpoint or a cache.
+        other: One of another run: its files take the place of those that they differ from.
+        seed: Of the places of flipped bits.
+    """
+    for name in files_of(directory):
+        content = (directory / name).read_bytes()
+        chosen = random.Random(f"{seed} {name}")
+        kept = content.rstrip() if name in _OF_THEMSELVES else content
+        if content:
+            yield Damage("cut to nothing", name, b"")
+            yield Damage("cut by a byte", name, kept[:-1])
+        for place in _places(name, content, chosen):
+            bit = 0 if content[place : place + 1].isdigit() else chosen.randrange(8)
+            flipped = bytes([content[place] ^ 1 << bit])
+            yield Damage(
+                f"bit {bit} of byte {place} flipped", name, content[:place] + flipped + content[place + 1 :]
+            )
+        theirs = other / name
+        if theirs.is_file() and theirs.read_bytes() != content:
+            yield Damage("another run's", name, theirs.read_bytes())
+        yield Damage("removed", name, None)
+
+
+def _places(name: str, content: bytes, chosen: random.Random) -> list[int]:
+    """Bytes to flip: some anywhere, of JSON also in numbers, where a parser sees nothing wrong."""
+    places = {chosen.randrange(len(content)) for _ in range(2)} if content else set()
+    if name.endswith(".json"):
+        numbers = [match.end() - 1 for match in _NUMBER.finditer(content)]
+        places |= set(chosen.sample(numbers, min(3, len(numbers))))
+    elif content:
+        places.add(chosen.randrange(min(len(content), 64)))  # headers
+    return sorted(places)
+
+
+@contextmanager
+def damaged(directory: Path, damage: Damage) -> Iterator[None]:
+    """Do a damage, and put the file back afterwards."""
+    path = directory / damage.file
+    before = path.read_bytes()
+    if damage.content is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage.content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def seal(checkpoint: Path, **changes: object) -> None:
+    """Make the manifest of a checkpoint fit its files, as whoever replaced one of them would.
+
+    Args:
+        checkpoint: Its directory.
+        **changes: Entries of the manifest to set.
+    """
+    path = checkpoint / MANIFEST
+    manifest = json.loads(path.read_text()) | changes
+    manifest.pop("sha256", None)
+    if "files" not in changes:
+        length = manifest["segment_bytes"]
+        contents = {
+            name: (checkpoint / name).read_bytes() for name in files_of(checkpoint) if name != MANIFEST
+        }
+        manifest["files"] = {
+            name: {
+                "bytes": len(content),
+                "sha256": [
+                    hashlib.sha256(content[start : start + length]).hexdigest()
+                    for start in range(0, max(len(content), 1), length)
+                ],
+            }
+            for name, content in contents.items()
+        }
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
