@@ -92,9 +92,21 @@ class DualState:
         return {"multiplier": self.multiplier, "history": [asdict(record) for record in self.history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.multiplier = state["multiplier"]
-        self.history = [RetentionRecord(**record) for record in state["history"]]
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: No run has such a state.
+        """
+        try:
+            multiplier, history = state["multiplier"], [RetentionRecord(**row) for row in state["history"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no state of λ and its history: {error}") from None
+        numbers = [multiplier, *(value for record in history for value in asdict(record).values())]
+        if not all(isinstance(value, int | float) for value in numbers) or not 0 <= multiplier < math.inf:
+            raise ValueError(
+                f"no state of λ and its history: λ is {multiplier!r}, or a record has no numbers"
+            )
+        self.multiplier, self.history = multiplier, history
 
     def write_csv(self, path: Path) -> None:
         """Write `lambda_history.csv`: a header and one row a retention step."""
