@@ -1,6 +1,9 @@
 """From flags to PEFT's configuration, and whether stored adapters are those that the flags ask for."""
 
 import dataclasses
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,31 @@ from lerobot.configs.default import PeftConfig
 from craft_ds.config import LoraConfig
 from craft_ds.errors import UserError, one_line
 from craft_ds.lora.targets import describe_targets, preset_targets
+from craft_ds.untrusted import is_count, read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
+_HIGHEST_RANK = 1 << 16
+
+
+def _is_rank(value: Any) -> bool:
+    return is_count(value, 1) and value <= _HIGHEST_RANK
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list | set) and all(isinstance(name, str) for name in value)
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
 # Fields of PEFT's configuration that change no shape and no product, or that injection and merging know.
 _KNOWN = {
     "alpha_pattern",
@@ -35,6 +61,20 @@ _KNOWN = {
     "task_type",
     "use_dora",
     "use_rslora",
+}
+# PEFT believes what its file says.
+_VALUES: dict[str, Callable[[Any], bool]] = {
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    "lora_dropout": lambda value: _is_number(value) and 0 <= value <= 1,
+    "use_rslora": lambda value: isinstance(value, bool),
+    "use_dora": lambda value: isinstance(value, bool),
+    "target_modules": lambda value: value is None or _is_pattern(value) or _are_names(value),
+    "exclude_modules": lambda value: value is None or _is_pattern(value) or _are_names(value),
+    "modules_to_save": lambda value: value is None or _are_names(value),
+    "rank_pattern": lambda value: isinstance(value, dict) and all(map(_is_rank, value.values())),
+    "alpha_pattern": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
 }
 # What makes adapters other adapters, with the flag that says it.
 _SHAPE = {
@@ -106,11 +146,15 @@ def read_stored(directory: Path) -> peft.LoraConfig:
     """
     path = directory / ADAPTER_CONFIG
     try:
+        read_object(path)  # PEFT would read a file of any size and depth
         config = peft.PeftConfig.from_pretrained(str(directory))
     except Exception as error:
         raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
     if not isinstance(config, peft.LoraConfig):
         raise UserError(f"{path} holds a {config.peft_type} adapter: craft-ds knows LoRA only")
+    odd = [name for name, known in _VALUES.items() if not known(getattr(config, name))]
+    if odd:
+        raise UserError(f"{path} is damaged: {odd[0]}={str(getattr(config, odd[0]))[:100]}")
     plain = _fields(peft.LoraConfig(target_modules=config.target_modules))
     unknown = [name for name, value in _fields(config).items() if name not in _KNOWN and value != plain[name]]
     if unknown:

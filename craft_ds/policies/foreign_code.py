@@ -62,9 +62,9 @@ def check_tokenizer(name: str, named_in: Path | str) -> None:
             raise UserError(_complaint(f"the tokenizer '{name}' that {named_in} names may run code"))
         return
     for file in sorted(folder.rglob("*")):
-        if file.exists() and not (file.is_file() or file.is_dir()):
-            raise UserError(f"{file} is no regular file: remove it")
-        if file.suffix == ".json" and "config" in file.name and file.is_file() and _runs_code(file):
+        if not (file.is_file() or (file.is_dir() and not file.suffix)):
+            raise UserError(f"{file} is no regular file: remove it, or put the policy's own in its place")
+        if file.suffix == ".json" and "config" in file.name and _runs_code(file):
             raise UserError(_complaint(f"{file} (auto_map) asks to run Python code that lies beside it"))
 
 
