@@ -14,6 +14,7 @@ from lerobot.configs import parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME
 
 from craft_ds.errors import UserError, exits_as_user_error
+from craft_ds.secrets import redact
 from craft_ds.train_config import TrainConfig
 
 # Written by the user as the launcher or the guide has it; understood as the field it means.
@@ -51,7 +52,7 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         message = " ".join(str(error.__cause__ or error).split())
         # draccus writes a flag as `name`.
         message = re.sub(r"^`([\w.]+)`", r"--\1", message)
-        raise UserError(message + where) from error
+        raise UserError(redact(message) + where) from error
 
 
 def normalise_arguments(arguments: Sequence[str]) -> list[str]:

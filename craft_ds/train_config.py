@@ -12,6 +12,7 @@ from craft_ds.lora.settings import from_lerobot
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.tokenizers import reroot_tokenizers
 from craft_ds.preemption import parse_duration
+from craft_ds.secrets import refuse_secrets
 from craft_ds.world.in_training import WorldEvalConfig
 
 
@@ -113,6 +114,7 @@ class TrainConfig(TrainPipelineConfig):
             super().validate()
         except (ValueError, OSError) as error:
             raise UserError(" ".join(str(error).split())) from error
+        refuse_secrets(self.to_dict())
 
     def _refuse_unsupported(self) -> None:
         refused = {
