@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from craft_ds.checkpoint import MANIFEST, read_manifest, verify_checkpoint
+from craft_ds.checkpoints import read_manifest, verify_checkpoint
+from craft_ds.checkpoints.manifest import MANIFEST
 from craft_ds.errors import UserError
 
 __all__ = [
