@@ -17,7 +17,9 @@ from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.anchors.vision import check_frozen_tower
 from craft_ds.checkpoints import BackgroundSaver, load_optimizer, read_states, verify_checkpoint
+from craft_ds.checkpoints.load import damaged_state
 from craft_ds.checkpoints.run_directory import move_aside, whole_checkpoints
+from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
 from craft_ds.data import StepSampler, check_processors, load_datasets, training_batches
 from craft_ds.distributed import all_ranks, main_first, on_main
 from craft_ds.dual import DualState
@@ -97,7 +99,7 @@ def open_run(config: TrainConfig) -> Run:
     dual = DualState(config.craft)
     if config.resume:
         all_ranks(lambda: load_optimizer(config.checkpoint_path, engine, adapters))
-        all_ranks(lambda: _restore(kept, dual, scheduler))
+        all_ranks(lambda: _restore(config.checkpoint_path, kept, dual, scheduler))
     share = share_step(progress.samples_per_step, engine.world_size, config.batch_size, "task samples")
     sampler = StepSampler(len(train), share, engine.rank, config.seed or 0, progress.samples_seen)
     batches = all_ranks(lambda: training_batches(config, train, sampler))
@@ -165,7 +167,7 @@ def _settle_progress(config: TrainConfig, kept: dict[str, Any], samples: int, wo
             progress = Progress.from_state_dict(kept["craft"]["progress"])
             had = int(kept["craft"]["dataset_samples"])
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} has a damaged CRaFT state: resume from an older checkpoint") from error
+            raise damaged_state(path / CRAFT_STATE, error) from error
         if had != samples:
             raise UserError(
                 f"--dataset.repo_id={config.dataset.repo_id} has {samples} training samples, but {path} was "
@@ -177,10 +179,13 @@ def _settle_progress(config: TrainConfig, kept: dict[str, Any], samples: int, wo
     return progress
 
 
-def _restore(kept: dict[str, Any], dual: DualState, scheduler: LRScheduler | None) -> None:
+def _restore(directory: Path, kept: dict[str, Any], dual: DualState, scheduler: LRScheduler | None) -> None:
     """λ, its history and the place in the schedule. The schedule's own rates are those of the flags."""
     try:
         dual.load_state_dict(kept["craft"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged_state(directory / CRAFT_STATE, error) from error
+    try:
         if scheduler is None or kept["scheduler"] is None:
             return
         state = dict(kept["scheduler"])
@@ -197,9 +202,7 @@ def _restore(kept: dict[str, Any], dual: DualState, scheduler: LRScheduler | Non
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"the checkpoint's schedule or CRaFT state is damaged ({error}): resume from an older checkpoint"
-        ) from error
+        raise damaged_state(directory / SCHEDULER, error) from error
 
 
 def _clear_the_way(config: TrainConfig) -> list[str]:

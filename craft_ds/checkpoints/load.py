@@ -47,17 +47,23 @@ def read_states(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]
     Raises:
         UserError: A file holds anything else.
     """
-    scheduler_state, craft_state = (_read_state(directory / name) for name in (SCHEDULER, CRAFT_STATE))
-    if not isinstance(craft_state, dict) or not isinstance(scheduler_state, dict | None):
-        raise UserError(f"{directory / CRAFT_STATE} is damaged: resume from an older checkpoint")
-    return scheduler_state, craft_state
+    return _read_state(directory / SCHEDULER, dict | None), _read_state(directory / CRAFT_STATE, dict)
 
 
-def _read_state(path: Path) -> Any:
+def _read_state(path: Path, kind: Any) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its readers raise
-        raise UserError(f"{path} is damaged ({one_line(error)}): resume from an older checkpoint") from error
+        raise damaged_state(path, error) from error
+    if not isinstance(state, kind):
+        raise damaged_state(path, f"holds a {type(state).__name__}")
+    return state
+
+
+def damaged_state(path: Path, why: object) -> UserError:
+    """The error for a file of plain values that does not hold what it should."""
+    reason = one_line(why) if isinstance(why, BaseException) else why
+    return UserError(f"{path} is damaged ({reason}): resume from an older checkpoint")
 
 
 def _by_parameter_name(read: ReadRange, adapters: Adapters) -> ReadRange:

@@ -410,7 +410,7 @@ def test_a_state_of_another_kind_is_refused(refuses, begun):
     torch.save({**state, "progress": {**state["progress"], "samples_seen": -1}}, path)
     renew_manifest(begun / "step_000004")
     line = refuses(None, f"--config_path={begun}", "--resume=true", untouched=begun)
-    assert "has a damaged CRaFT state" in line
+    assert "craft_state.pt is damaged (samples_seen=-1)" in line
 
 
 def test_the_parameters_move_between_the_checkpoints(whole):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from craft_ds.checkpoints import read_manifest, verify_checkpoint
-from craft_ds.checkpoints.manifest import MANIFEST
+from craft_ds.checkpoints.manifest import MANIFEST, hash_files
 from craft_ds.errors import UserError
 
 __all__ = [
@@ -123,22 +123,7 @@ def seal(checkpoint: Path, **changes: object) -> None:
         **changes: Entries of the manifest to set.
     """
     path = checkpoint / MANIFEST
-    manifest = json.loads(path.read_text()) | changes
-    manifest.pop("sha256", None)
-    if "files" not in changes:
-        length = manifest["segment_bytes"]
-        contents = {
-            name: (checkpoint / name).read_bytes() for name in files_of(checkpoint) if name != MANIFEST
-        }
-        manifest["files"] = {
-            name: {
-                "bytes": len(content),
-                "sha256": [
-                    hashlib.sha256(content[start : start + length]).hexdigest()
-                    for start in range(0, max(len(content), 1), length)
-                ],
-            }
-            for name, content in contents.items()
-        }
+    manifest = json.loads(path.read_text()) | {"files": hash_files(checkpoint, 0, 1)} | changes
+    del manifest["sha256"]
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(manifest, indent=1) + "\n")

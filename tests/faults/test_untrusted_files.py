@@ -454,7 +454,7 @@ def checkpoint(adapted, tmp_path):
     return shutil.copytree(adapted("attention_mlp"), tmp_path / "run" / "final")
 
 
-SOUND = {"bytes": 1, "sha256": ["0" * 64]}
+SOUND = {"bytes": 1, "xxh3_128": ["0" * 32]}
 
 
 @pytest.mark.parametrize(
@@ -470,7 +470,7 @@ SOUND = {"bytes": 1, "sha256": ["0" * 64]}
         {"files": None},
         {"files": {"config.json": None}},
         *({"files": {"config.json": SOUND | {"bytes": odd}}} for odd in (-1, 1.5, True, "1", 1 << 70, None)),
-        *({"files": {"config.json": SOUND | {"sha256": odd}}} for odd in ("0" * 64, [], [1], ["x"], None)),
+        *({"files": {"config.json": SOUND | {"xxh3_128": odd}}} for odd in ("0" * 32, [], [1], ["x"], None)),
         *({"step": odd} for odd in (-1, 1.5, True, "1", 1 << 70, None, [])),
         *({"world_size": odd} for odd in (0, -1, 1.5, "1", None)),
         *({"segment_bytes": odd} for odd in (0, -1, 1.5, "1", None)),
