@@ -1,9 +1,9 @@
 """The manifest: what makes a directory a checkpoint.
 
 `manifest.json` is written last. It names every other file with its size and the XXH3 checksum (128 bits,
-https://xxhash.com) of each segment of it, and carries a SHA-256 of itself. A directory without one that fits is never
-loaded. The checksums find damage, not forgery: whoever can write the files can write the manifest, and what is read
-is trusted no further than its format.
+https://xxhash.com) of each segment of it, and carries a SHA-256 of itself. A directory without one that fits
+is never loaded. The checksums find damage, not forgery: whoever can write the files can write the manifest,
+and what is read is trusted no further than its format.
 """
 
 import hashlib
