@@ -15,6 +15,17 @@ from craft_ds.anchors.testing import make_test_dataset
 from craft_ds.policies.testing import make_test_policy_dir
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("craft-ds")
+    group.addoption("--all", action="store_true", help="run the whole campaign of tests/faults, not a sample")
+    group.addoption(
+        "--faults-seed",
+        type=int,
+        default=int(os.environ.get("CRAFT_FAULTS_SEED", "5")),
+        help="seed of the sample and of random instants (default: CRAFT_FAULTS_SEED, or 5)",
+    )
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a run reads: a teacher, the new task's data (80 frames), the old tasks' data and anchors."""

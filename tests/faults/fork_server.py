@@ -1,0 +1,154 @@
+"""A process that has imported everything once and forks training ranks from itself.
+
+To start a rank takes seconds of imports; to fork one takes none. Each is a process of its own all the same,
+with its own id, environment and output, and dies by any signal. What must not be forked is checked before
+each fork: a thread (its locks would stay locked in the rank for ever) and a process group.
+
+It reads requests from standard input, one JSON object a line, and answers each with one line on standard
+output: `{"fork": {...}}` with the rank's id, `{"ended": true}` with the exit statuses of the ranks that have
+ended since, by id. A rank keeps its id until then, so that nobody else gets the signal that is meant for it.
+At the end of its input it kills what still runs.
+"""
+
+import faulthandler
+import importlib
+import json
+import os
+import pkgutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import craft_ds
+from craft_ds.cli import train_main
+
+# What a run imports on its way.
+_LATE = (
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.engine",
+    "lerobot.policies.pi0_fast.modeling_pi0_fast",
+    "matplotlib.pyplot",
+    "safetensors.torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "transformers.models.paligemma.modeling_paligemma",
+)
+# The simulator is not needed, and loads a graphics library.
+_UNUSED = ("craft_ds.world",)
+
+
+def preload() -> None:
+    """Import all that ranks need."""
+    torch.set_num_threads(1)
+    for module in pkgutil.walk_packages(craft_ds.__path__, "craft_ds."):
+        if not module.name.startswith(_UNUSED):
+            importlib.import_module(module.name)
+    for name in _LATE:
+        importlib.import_module(name)
+
+
+def unforkable() -> list[str]:
+    """What this process has that a fork of it would have in a broken state."""
+    threads = list(Path("/proc/self/task").iterdir())
+    found = []
+    if len(threads) > 1 or threading.active_count() > 1:
+        names = [(thread / "comm").read_text().strip() for thread in threads]
+        found.append(f"threads: {', '.join(names)}")
+    if dist.is_initialized():
+        found.append("a process group")
+    if torch.cuda.is_initialized():
+        found.append("a CUDA context")
+    return found
+
+
+def run_rank(request: dict[str, Any]) -> int:
+    """Be one rank: the training command with its arguments, after what shall go wrong was prepared."""
+    os.environ.update(request["environment"])
+    faulthandler.enable()
+    # The last resort, with the stacks of all threads: also where whoever started this rank is gone.
+    faulthandler.dump_traceback_later(request["timeout"], exit=True)
+    for module, function, arguments in request["saboteurs"]:
+        getattr(importlib.import_module(module), function)(**arguments)
+    sys.argv = ["train_craft.py", *request["argv"]]
+    try:
+        train_main()
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def fork(request: dict[str, Any]) -> int:
+    """Fork one rank.
+
+    Returns:
+        Its process id.
+    """
+    assert not unforkable(), unforkable()
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        for descriptor in (1, 2):
+            os.dup2(output, descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        status = run_rank(request)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(status)  # never back into the server's loop
+
+
+def ended(children: set[int]) -> dict[str, int]:
+    """Exit statuses of the children that ended; a signal's number is negative."""
+    found = {}
+    for child in sorted(children):
+        process, status = os.waitpid(child, os.WNOHANG)
+        if process:
+            children.discard(child)
+            found[str(child)] = os.waitstatus_to_exitcode(status)
+    return found
+
+
+def serve() -> None:
+    """Answer requests until there are no more."""
+    requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints while it is imported must not look like an answer
+    began = time.perf_counter()
+    preload()
+    children: set[int] = set()
+
+    def answer(value: Any) -> None:
+        print(json.dumps(value), file=answers, flush=True)
+
+    answer({"seconds": time.perf_counter() - began, "unforkable": unforkable(), "modules": len(sys.modules)})
+    try:
+        for line in requests:
+            request = json.loads(line)
+            if "fork" in request:
+                child = fork(request["fork"])
+                children.add(child)
+                answer(child)
+            else:
+                answer(ended(children))
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,198 @@
+"""Start ranks from a fork server, kill some of them, and see how the others end: what a launcher does."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+_POLL_S = 0.01
+
+
+class Saboteur(NamedTuple):
+    """A function that runs in a rank before the training command.
+
+    Attributes:
+        function: `module:function`; the module lies in this directory.
+        arguments: Its keyword arguments, plain values.
+    """
+
+    function: str
+    arguments: dict[str, Any]
+
+
+class Kill(NamedTuple):
+    """SIGKILL from outside.
+
+    Attributes:
+        seconds: When, after the start.
+        ranks: Who.
+    """
+
+    seconds: float
+    ranks: tuple[int, ...]
+
+
+@dataclass
+class Ended:
+    """How the ranks of one launch ended.
+
+    Attributes:
+        statuses: Exit status of each rank; a signal's number is negative.
+        outputs: What each printed.
+        seconds: From the start to the end of the last one.
+        helped: Ranks that did not end by themselves after another had failed, and were killed for it.
+    """
+
+    statuses: list[int]
+    outputs: list[str]
+    seconds: float
+    helped: list[int] = field(default_factory=list)
+
+    @property
+    def killed(self) -> bool:
+        """Whether any rank was ended by SIGKILL."""
+        return -signal.SIGKILL in self.statuses
+
+    def check(self) -> Self:
+        """Insist that all went well."""
+        assert not any(self.statuses), f"statuses {self.statuses}\n" + "\n".join(
+            f"--- rank {rank}\n{output[-6000:]}" for rank, output in enumerate(self.outputs)
+        )
+        return self
+
+
+class ForkServer:
+    """Ranks without the seconds of imports; see `fork_server`.
+
+    Args:
+        scratch: Directory for what ranks print.
+    """
+
+    def __init__(self, scratch: Path):
+        self._scratch = scratch
+        here = Path(__file__).parent
+        paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "OMP_NUM_THREADS": "1",
+            # The ranks compare bits and are forked: they run on the CPU wherever they are.
+            "CUDA_VISIBLE_DEVICES": "",
+            # Else pyarrow's allocator has a thread of its own.
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",
+        }
+        self._errors = (scratch / "fork_server.log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, str(here / "fork_server.py")],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            bufsize=1,
+        )
+        self.hello: dict[str, Any] = self._answer()
+        self._launches = 0
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise RuntimeError(f"the fork server ended:\n{self._errors.read()[-6000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the server, and with it the ranks that still run."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+        self._errors.close()
+
+    def run(
+        self,
+        argv: Sequence[object],
+        world_size: int,
+        *,
+        kill: Kill | None = None,
+        saboteurs: Mapping[int, Sequence[Saboteur]] | None = None,
+        timeout: float = 120.0,
+        grace: float = 20.0,
+    ) -> Ended:
+        """Run the training command on some ranks to their end.
+
+        Args:
+            argv: Its arguments.
+            world_size: Number of ranks.
+            kill: Who is killed when.
+            saboteurs: What else goes wrong, by rank.
+            timeout: Seconds after which ranks show their stacks and end.
+            grace: Seconds that ranks get to end by themselves after another has failed.
+        """
+        self._launches += 1
+        scratch = self._scratch / f"launch_{self._launches:03d}"
+        scratch.mkdir()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        began = time.monotonic()
+        running: dict[int, int] = {}
+        for rank in range(world_size):
+            request = {
+                "environment": {
+                    key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()
+                },
+                "argv": [str(argument) for argument in argv],
+                "saboteurs": [
+                    (*one.function.split(":"), one.arguments) for one in (saboteurs or {}).get(rank, ())
+                ],
+                "output": str(scratch / f"{rank}.txt"),
+                "timeout": timeout,
+            }
+            running[self._ask({"fork": request})] = rank
+        statuses, helped = self._wait(running, began, kill, timeout, grace)
+        outputs = [(scratch / f"{rank}.txt").read_text(errors="replace") for rank in range(world_size)]
+        return Ended(
+            [statuses[rank] for rank in range(world_size)], outputs, time.monotonic() - began, helped
+        )
+
+    def _wait(
+        self, running: dict[int, int], began: float, kill: Kill | None, timeout: float, grace: float
+    ) -> tuple[dict[int, int], list[int]]:
+        statuses: dict[int, int] = {}
+        deadline = began + timeout + 10.0  # the ranks' own deadline comes first, and shows their stacks
+        failed_at = None
+        helped: list[int] = []
+        while running:
+            now = time.monotonic()
+            for process, status in self._ask({"ended": True}).items():
+                statuses[running.pop(int(process))] = status
+            if failed_at is None and any(statuses.values()):
+                failed_at = now
+            if kill is not None and now - began >= kill.seconds:
+                self._kill(process for process, rank in running.items() if rank in kill.ranks)
+                kill = None
+            if running and (now > deadline or (failed_at is not None and now - failed_at >= grace)):
+                if not helped:
+                    helped = sorted(running.values())
+                self._kill(running)
+            time.sleep(_POLL_S)
+        return statuses, helped
+
+    @staticmethod
+    def _kill(processes: Any) -> None:
+        for process in processes:
+            os.kill(process, signal.SIGKILL)

@@ -1,0 +1,126 @@
+"""What goes wrong in a rank: patched in after the fork, before the training command begins."""
+
+import builtins
+import functools
+import inspect
+import io
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What changes a disk, and the argument that says where: a path, or an open file.
+_CHANGES: tuple[tuple[Any, str, str], ...] = (
+    (os, "mkdir", "path"),
+    (os, "rename", "dst"),
+    (os, "replace", "dst"),
+    (os, "link", "dst"),
+    (os, "symlink", "dst"),
+    (os, "unlink", "path"),
+    (os, "remove", "path"),
+    (os, "rmdir", "path"),
+    (os, "truncate", "path"),
+    (os, "ftruncate", "fd"),
+    (os, "posix_fallocate", "fd"),
+    (os, "write", "fd"),
+    (os, "pwrite", "fd"),
+    (os, "pwritev", "fd"),
+    (os, "fsync", "fd"),
+    (os, "fdatasync", "fd"),
+    (shutil, "copyfile", "dst"),
+    (torch, "save", "f"),
+    (builtins, "open", "file"),
+    (io, "open", "file"),
+    (os, "open", "path"),
+)
+_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+class _Watch:
+    """Counts the calls that change something below a directory, notes them, and dies at one of them."""
+
+    def __init__(self, directory: str, log: str, kill: dict[str, Any] | None):
+        self._directory = Path(directory).resolve()
+        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._kill = kill or {"call": -1, "when": "never"}
+        self._calls = 0
+        self._lock = threading.Lock()
+        self._inside = threading.local()
+        self._write = os.write
+
+    def around(self, name: str, original: Callable[..., Any], where: str) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            # `shutil.copyfile` opens files itself: one change, not three.
+            if getattr(self._inside, "call", False):
+                return original(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            path = self._path(given.get(where), given.get("dir_fd"))
+            if path is None or (name == "open" and not _opens_to_write(given)):
+                return original(*args, **kwargs)
+            with self._lock:
+                here, self._calls = self._calls == self._kill["call"], self._calls + 1
+                line = json.dumps({"op": name, "path": path, "call": self._calls - 1})
+                self._write(self._log, line.encode() + b"\n")
+            self._inside.call = True
+            try:
+                if here and self._kill["when"] == "before":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if here and self._kill["when"] == "middle":
+                    if name == "pwrite":
+                        original(given["fd"], given["buffer"][: len(given["buffer"]) // 2], given["offset"])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                result = original(*args, **kwargs)
+                if here:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+            finally:
+                self._inside.call = False
+
+        return watched
+
+    def _path(self, target: Any, dir_fd: int | None) -> str | None:
+        """Where a call changes something, relative to the directory; None where that is elsewhere."""
+        if isinstance(target, int):
+            path = _open_file(target)
+        elif isinstance(target, (str, os.PathLike)):
+            path = Path(_open_file(dir_fd) if dir_fd is not None else "", target)
+            # The parent alone: a link is changed itself, not what it points to.
+            path = path.parent.resolve() / path.name
+        else:
+            return None
+        return str(path.relative_to(self._directory)) if path.is_relative_to(self._directory) else None
+
+
+def _open_file(descriptor: int) -> Path:
+    return Path(f"/proc/self/fd/{descriptor}").readlink()
+
+
+def _opens_to_write(given: dict[str, Any]) -> bool:
+    if "flags" in given:
+        return bool(given["flags"] & _TO_WRITE)
+    return any(letter in given.get("mode", "r") for letter in "wax+")
+
+
+def watch_changes(directory: str, log: str, kill: dict[str, Any] | None = None) -> None:
+    """Note every call that changes something below a directory, and die by SIGKILL at one of them.
+
+    What a C or Rust library does by itself is not seen; `torch.save` is seen as one call.
+
+    Args:
+        directory: The run's.
+        log: File that gets one JSON object a call: its number, the operation and the path.
+        kill: The number of the `call` at which to die, and `when`: before it, after it, or in the `middle`
+            of the bytes that it writes.
+    """
+    watch = _Watch(directory, log, kill)
+    for module, name, where in _CHANGES:
+        setattr(module, name, watch.around(name, getattr(module, name), where))

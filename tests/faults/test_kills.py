@@ -1,0 +1,122 @@
+"""SIGKILL at any instant: nothing whole is lost, and the run goes on to the bits of the uninterrupted one."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from crashes import ENGINES, CrashLab, draw_blow, going_on, one_blow_a_phase
+from ranks import Kill
+
+RANDOM_INSTANTS = 10
+RESUMES_AT_RANDOM = 4
+_EVERYBODY = (0, 1)
+_UNFINISHED = "step_000004.tmp/optimizer.safetensors"
+_TESTS = ("test_a_kill_in_every_phase", "test_a_kill_at_random_instants", "test_a_kill_of_a_resume")
+
+
+@pytest.fixture(scope="module")
+def labs(inputs, fork_server, tmp_path_factory):
+    """A laboratory for each engine."""
+
+    def flags(run):
+        return [*inputs.flags(run), *inputs.craft_flags()]
+
+    return {
+        engine: CrashLab(engine, flags, fork_server, tmp_path_factory.mktemp(engine)) for engine in ENGINES
+    }
+
+
+def pytest_generate_tests(metafunc):
+    """Every engine in the whole campaign; in a sample one a test."""
+    engines = list(ENGINES)
+    if not metafunc.config.getoption("--all"):
+        number = metafunc.config.getoption("--faults-seed") + _TESTS.index(metafunc.function.__name__)
+        engines = [engines[number % len(engines)]]
+    metafunc.parametrize("lab", engines, indirect=True)
+
+
+@pytest.fixture
+def lab(request, labs) -> CrashLab:
+    return labs[request.param]
+
+
+def draws(seed: int, *what: str) -> random.Random:
+    return random.Random(f"{seed} {what}")
+
+
+def test_a_kill_in_every_phase(lab, fault_table, faults_seed, whole_campaign):
+    draw = draws(faults_seed, "phase", lab.engine)
+    assert lab.reference.exists()
+    blows = one_blow_a_phase(lab.changes, draw)
+    if not whole_campaign:
+        blows = [draw.choice(blows)]
+    series = fault_table.series("kill -9 at a chosen call", lab.engine)
+    for blow in blows:
+        with series.case(str(blow)) as details:
+            run = lab.new()
+            ended = lab.strike(lab.command(run), run, blow)
+            details |= {"whole": lab.whole_after(ended, run), "helped": ended.helped}
+            lab.finish(run)
+    series.check()
+
+
+def test_a_kill_at_random_instants(lab, fault_table, faults_seed, whole_campaign):
+    draw = draws(faults_seed, "instant", lab.engine)
+    assert lab.reference.exists()
+    series = fault_table.series("kill -9 at a random instant", lab.engine)
+    for number in range(RANDOM_INSTANTS if whole_campaign else 1):
+        ranks = _EVERYBODY if number % 2 else (draw.randrange(2),)
+        with series.case(f"ranks {ranks}, kill {number}") as details:
+            while True:
+                run = lab.new()
+                seconds = draw.uniform(0.0, lab.seconds)
+                ended = lab.server.run(lab.command(run), 2, kill=Kill(seconds, ranks))
+                if ended.killed:
+                    break
+                shutil.rmtree(run)
+            details |= {"seconds": seconds, "whole": lab.whole_after(ended, run), "helped": ended.helped}
+            lab.finish(run)
+    series.check()
+
+
+def test_a_kill_of_a_resume(lab, fault_table, faults_seed, whole_campaign):
+    """Two kills in a row: in the save after step 4, then while the run is being taken up again."""
+    draw = draws(faults_seed, "resume", lab.engine)
+    assert lab.reference.exists()
+    wreck = lab.new()
+    writes = [change for change in lab.changes if (change.operation, change.path) == ("pwrite", _UNFINISHED)]
+    struck = lab.strike(lab.command(wreck), wreck, draw_blow(writes, draw))
+    assert lab.whole_after(struck, wreck) == ["step_000002"]
+
+    def copy() -> Path:
+        run = lab.new()
+        shutil.copytree(wreck, run, symlinks=True)
+        return run
+
+    run = copy()
+    ended, changes = lab.watched(going_on(lab.command(run), run), run)
+    seconds = ended.check().seconds
+    lab.finish(run)
+    first = next(
+        c.call for c in changes if c.path.startswith("step_000004") and c.operation == "posix_fallocate"
+    )
+    # What clears the wreck away, and what is opened anew.
+    blows = one_blow_a_phase([c for c in changes if c.rank == 0 and c.call < first], draw)
+    instants = [draw.uniform(0.0, seconds) for _ in range(RESUMES_AT_RANDOM)]
+    if not whole_campaign:
+        blows, instants = [draw.choice(blows)], []
+    series = fault_table.series("kill -9 of a resume", lab.engine)
+    for blow in blows:
+        with series.case(str(blow)) as details:
+            run = copy()
+            ended = lab.strike(going_on(lab.command(run), run), run, blow)
+            details |= {"whole": lab.whole_after(ended, run, ["step_000002"]), "helped": ended.helped}
+            lab.finish(run)
+    for instant in instants:
+        with series.case(f"all ranks after {instant:.2f} s") as details:
+            run = copy()
+            ended = lab.server.run(going_on(lab.command(run), run), 2, kill=Kill(instant, _EVERYBODY))
+            details |= {"whole": lab.whole_after(ended, run, ["step_000002"]), "killed": ended.killed}
+            lab.finish(run)
+    series.check()
