@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from ranks import Ended, ForkServer, Saboteur
 from runs import assert_same_bits, metrics
 
-from craft_ds.checkpoint import MANIFEST, verify_checkpoint
+from craft_ds.checkpoints import verify_checkpoint
+from craft_ds.checkpoints.manifest import MANIFEST
 from craft_ds.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -40,22 +41,9 @@ def whole_checkpoints(run: Path) -> dict[int, Path]:
     return found
 
 
-def going_on(flags: Sequence[str], run: Path) -> list[str] | None:
-    """The arguments with which a run is started again after it died; None where nothing is left to do."""
-    whole = whole_checkpoints(run)
-    if not whole:
-        shutil.rmtree(run, ignore_errors=True)
-        return list(flags)
-    newest = whole[max(whole)]
-    return (
-        None
-        if newest.name == "final"
-        else [
-            f"--config_path={newest}",
-            "--resume=true",
-            f"--output_dir={run}",
-        ]
-    )
+def going_on(flags: Sequence[str]) -> list[str]:
+    """The arguments with which a run is started again after it died."""
+    return [*flags, "--resume=auto"]
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:
@@ -228,9 +216,7 @@ class CrashLab:
 
     def finish(self, run: Path) -> None:
         """Start a killed run again, and insist that it ends as if nothing had happened."""
-        argv = going_on(self.command(run), run)
-        if argv is not None:
-            self.server.run(argv, WORLD_SIZE).check()
+        self.server.run(going_on(self.command(run)), WORLD_SIZE).check()
         assert untimed(run) == untimed(self.reference)
         names = [sorted(path.name for path in one.iterdir()) for one in (run, self.reference)]
         assert names[0] == names[1]

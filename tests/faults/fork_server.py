@@ -11,6 +11,7 @@ At the end of its input it kills what still runs.
 """
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -26,20 +27,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from draccus.wrappers import docstring
 
 import craft_ds
 from craft_ds.cli import train_main
 
-# What a run imports on its way.
+# What a run imports on its way. A name that another version does not have costs time, nothing else.
 _LATE = (
+    "PIL.BmpImagePlugin",
+    "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin",
+    "PIL.PpmImagePlugin",
+    "datasets.io.parquet",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.zero.stage3",
-    "deepspeed.runtime.engine",
     "lerobot.policies.pi0_fast.modeling_pi0_fast",
+    "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
     "safetensors.torch",
-    "torch._dynamo",
-    "torch.distributed.fsdp",
+    "scipy.io",
+    "setuptools.dist",
+    "torch._inductor.compile_fx",
+    "transformers.models.gemma.tokenization_gemma",
     "transformers.models.paligemma.modeling_paligemma",
+    "transformers.models.siglip.modeling_siglip",
 )
 # The simulator is not needed, and loads a graphics library.
 _UNUSED = ("craft_ds.world",)
@@ -52,7 +66,11 @@ def preload() -> None:
         if not module.name.startswith(_UNUSED):
             importlib.import_module(module.name)
     for name in _LATE:
-        importlib.import_module(name)
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    # The parser would read every configuration class's source again, for help that nobody asks for.
+    docstring.get_attribute_docstring = lambda *_: docstring.AttributeDocString()
+    gc.freeze()  # else every rank's first collection copies what it shares with this process
 
 
 def unforkable() -> list[str]:

@@ -87,6 +87,8 @@ class ForkServer:
             "CUDA_VISIBLE_DEVICES": "",
             # Else pyarrow's allocator has a thread of its own.
             "JE_ARROW_MALLOC_CONF": "background_thread:false",
+            # Else torch's compiler starts workers when it is imported.
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         self._errors = (scratch / "fork_server.log").open("w+")
         self._process = subprocess.Popen(

@@ -95,7 +95,7 @@ def test_a_kill_of_a_resume(lab, fault_table, faults_seed, whole_campaign):
         return run
 
     run = copy()
-    ended, changes = lab.watched(going_on(lab.command(run), run), run)
+    ended, changes = lab.watched(going_on(lab.command(run)), run)
     seconds = ended.check().seconds
     lab.finish(run)
     first = next(
@@ -110,13 +110,13 @@ def test_a_kill_of_a_resume(lab, fault_table, faults_seed, whole_campaign):
     for blow in blows:
         with series.case(str(blow)) as details:
             run = copy()
-            ended = lab.strike(going_on(lab.command(run), run), run, blow)
+            ended = lab.strike(going_on(lab.command(run)), run, blow)
             details |= {"whole": lab.whole_after(ended, run, ["step_000002"]), "helped": ended.helped}
             lab.finish(run)
     for instant in instants:
         with series.case(f"all ranks after {instant:.2f} s") as details:
             run = copy()
-            ended = lab.server.run(going_on(lab.command(run), run), 2, kill=Kill(instant, _EVERYBODY))
+            ended = lab.server.run(going_on(lab.command(run)), 2, kill=Kill(instant, _EVERYBODY))
             details |= {"whole": lab.whole_after(ended, run, ["step_000002"]), "killed": ended.killed}
             lab.finish(run)
     series.check()
