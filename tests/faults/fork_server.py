@@ -93,10 +93,10 @@ def run_rank(request: dict[str, Any]) -> int:
     faulthandler.enable()
     # The last resort, with the stacks of all threads: also where whoever started this rank is gone.
     faulthandler.dump_traceback_later(request["timeout"], exit=True)
-    for module, function, arguments in request["saboteurs"]:
-        getattr(importlib.import_module(module), function)(**arguments)
     sys.argv = ["train_craft.py", *request["argv"]]
     try:
+        for module, function, arguments in request["saboteurs"]:
+            getattr(importlib.import_module(module), function)(**arguments)
         train_main()
     except SystemExit as leaving:
         return int(leaving.code or 0)

@@ -9,11 +9,13 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from craft_ds.data import StepSampler
 
 # What changes a disk, and the argument that says where: a path, or an open file.
 _CHANGES: tuple[tuple[Any, str, str], ...] = (
@@ -124,3 +126,17 @@ def watch_changes(directory: str, log: str, kill: dict[str, Any] | None = None) 
     watch = _Watch(directory, log, kill)
     for module, name, where in _CHANGES:
         setattr(module, name, watch.around(name, getattr(module, name), where))
+
+
+def note_samples(log: str) -> None:
+    """Note which samples a rank draws: one JSON list of [place in the stream, sample] a micro-batch."""
+    draw = StepSampler.draw
+
+    def noted(self: StepSampler, positions: Iterable[int]) -> list[int]:
+        places = list(positions)
+        samples = draw(self, places)
+        with open(log, "a") as file:
+            file.write(json.dumps(list(zip(places, samples, strict=True))) + "\n")
+        return samples
+
+    StepSampler.draw = noted  # type: ignore[method-assign]
