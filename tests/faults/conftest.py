@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "commands"))  # what reads a run back is theirs
 
-pytest.register_assert_rewrite("crashes", "ranks", "runs")
+pytest.register_assert_rewrite("crashes", "matrix", "ranks")
 
 from fault_table import FaultTable  # noqa: E402
 from ranks import ForkServer  # noqa: E402

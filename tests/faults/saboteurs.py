@@ -80,11 +80,10 @@ class _Watch:
                     if name == "pwrite":
                         original(given["fd"], given["buffer"][: len(given["buffer"]) // 2], given["offset"])
                     os.kill(os.getpid(), signal.SIGKILL)
-                result = original(*args, **kwargs)
+                return original(*args, **kwargs)
+            finally:
                 if here:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return result
-            finally:
                 self._inside.call = False
 
         return watched
