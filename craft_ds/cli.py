@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from craft_ds.errors import LOST_RANK_STATUS, Preempted, RankLost, TrainingDiverged, UserError
-from craft_ds.launch import is_node_main
+from craft_ds.launch import is_node_main, launched_rank
 
 PREEMPTED_STATUS = 75
 
@@ -49,6 +49,7 @@ def train_main() -> None:
 
     def action() -> None:
         # Imported here, inside what turns errors into one line: LeRobot and torch take seconds.
+        from craft_ds.checkpoints.run_directory import mend_last
         from craft_ds.command_line import normalise_arguments, parse_arguments
         from craft_ds.distributed import leave_process_group
         from craft_ds.resume import choose_checkpoint
@@ -59,8 +60,12 @@ def train_main() -> None:
             print(line, flush=True)
         config = parse_arguments(chosen.arguments)
         config.verified_checkpoint = chosen.checkpoint
-        if chosen.is_finished(config.steps):
-            print(f"{chosen.checkpoint} has done all of --steps={config.steps}: there is nothing left to do")
+        if chosen.checkpoint is not None and chosen.is_finished(config.steps):
+            if launched_rank() == 0:
+                mend_last(chosen.checkpoint)
+                print(
+                    f"{chosen.checkpoint} has done all of --steps={config.steps}: there is nothing left to do"
+                )
         else:
             train_craft(config)
         leave_process_group()

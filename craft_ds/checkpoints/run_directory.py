@@ -1,5 +1,6 @@
 """The checkpoints in the directory of a run: their names, which is the newest, which may go."""
 
+import contextlib
 import errno
 import itertools
 import re
@@ -61,6 +62,16 @@ def point_last_at(directory: Path) -> None:
         raise
     temporary.rename(directory.with_name(LAST))
     fsync(directory.parent)
+
+
+def mend_last(directory: Path) -> None:
+    """Let `last` mean a run's final checkpoint: the run may have died between the two renames.
+
+    Where the disk cannot be written nothing happens.
+    """
+    if directory.with_name(LAST).resolve() != directory.resolve():
+        with contextlib.suppress(OSError):
+            point_last_at(directory)
 
 
 def prune(output_dir: Path, save_total_limit: int, keep_period: int) -> list[Path]:
