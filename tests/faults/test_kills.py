@@ -12,6 +12,7 @@ RANDOM_INSTANTS = 10
 RESUMES_AT_RANDOM = 4
 OTHER_PHASES = 6
 _EVERYBODY = (0, 1)
+_WHOLE = ["step_000002"]
 _UNFINISHED = "step_000004.tmp/optimizer.safetensors"
 _TESTS = (
     "test_a_kill_in_every_phase",
@@ -90,6 +91,20 @@ def strike_each(lab, fault_table, blows):
     series.check()
 
 
+def killed_at_random(lab, draw, begin, argv, seconds, ranks):
+    """A run that was killed at some instant of it: drawn again if it had ended by then.
+
+    Returns:
+        Its directory, how it ended and the instant.
+    """
+    while True:
+        run, instant = begin(), draw.uniform(0.0, seconds)
+        ended = lab.server.run(argv(run), 2, kill=Kill(instant, ranks))
+        if ended.killed:
+            return run, ended, instant
+        shutil.rmtree(run)
+
+
 def test_a_kill_at_random_instants(lab, fault_table, faults_seed, whole_campaign):
     draw = draws(faults_seed, "instant", lab.setting)
     assert lab.reference.exists()
@@ -97,14 +112,8 @@ def test_a_kill_at_random_instants(lab, fault_table, faults_seed, whole_campaign
     for number in range(RANDOM_INSTANTS if whole_campaign else 1):
         ranks = _EVERYBODY if number % 2 else (draw.randrange(2),)
         with series.case(f"ranks {ranks}, kill {number}") as details:
-            while True:
-                run = lab.new()
-                seconds = draw.uniform(0.0, lab.seconds)
-                ended = lab.server.run(lab.command(run), 2, kill=Kill(seconds, ranks))
-                if ended.killed:
-                    break
-                shutil.rmtree(run)
-            details |= {"seconds": seconds, "whole": lab.whole_after(ended, run), "helped": ended.helped}
+            run, ended, instant = killed_at_random(lab, draw, lab.new, lab.command, lab.seconds, ranks)
+            details |= {"seconds": instant, "whole": lab.whole_after(ended, run), "helped": ended.helped}
             lab.finish(run)
     series.check()
 
@@ -116,36 +125,37 @@ def test_a_kill_of_a_resume(lab, fault_table, faults_seed, whole_campaign):
     wreck = lab.new()
     writes = [change for change in lab.changes if (change.operation, change.path) == ("pwrite", _UNFINISHED)]
     struck = lab.strike(lab.command(wreck), wreck, draw_blow(writes, draw))
-    assert lab.whole_after(struck, wreck) == ["step_000002"]
+    assert lab.whole_after(struck, wreck) == _WHOLE
 
     def copy() -> Path:
         run = lab.new()
         shutil.copytree(wreck, run, symlinks=True)
         return run
 
+    def again(run: Path) -> list[str]:
+        return going_on(lab.command(run))
+
     run = copy()
-    ended, changes = lab.watched(going_on(lab.command(run)), run)
+    ended, changes = lab.watched(again(run), run)
     seconds = ended.check().seconds
     lab.finish(run)
-    first = next(
-        c.call for c in changes if c.path.startswith("step_000004") and c.operation == "posix_fallocate"
-    )
     # What clears the wreck away, and what is opened anew.
-    blows = one_blow_a_phase([c for c in changes if c.rank == 0 and c.call < first], draw)
-    instants = [draw.uniform(0.0, seconds) for _ in range(RESUMES_AT_RANDOM)]
+    saving = next(change.call for change in changes if change.operation == "posix_fallocate")
+    blows = one_blow_a_phase(
+        [change for change in changes if change.rank == 0 and change.call < saving], draw
+    )
     if not whole_campaign:
-        blows, instants = [draw.choice(blows)], []
+        blows = [draw.choice(blows)]
     series = fault_table.series("kill -9 of a resume", lab.setting)
     for blow in blows:
         with series.case(str(blow)) as details:
             run = copy()
-            ended = lab.strike(going_on(lab.command(run)), run, blow)
-            details |= {"whole": lab.whole_after(ended, run, ["step_000002"]), "helped": ended.helped}
+            ended = lab.strike(again(run), run, blow)
+            details |= {"whole": lab.whole_after(ended, run, _WHOLE), "helped": ended.helped}
             lab.finish(run)
-    for instant in instants:
-        with series.case(f"all ranks after {instant:.2f} s") as details:
-            run = copy()
-            ended = lab.server.run(going_on(lab.command(run)), 2, kill=Kill(instant, _EVERYBODY))
-            details |= {"whole": lab.whole_after(ended, run, ["step_000002"]), "killed": ended.killed}
+    for number in range(RESUMES_AT_RANDOM if whole_campaign else 0):
+        with series.case(f"all ranks, kill {number}") as details:
+            run, ended, instant = killed_at_random(lab, draw, copy, again, seconds, _EVERYBODY)
+            details |= {"seconds": instant, "whole": lab.whole_after(ended, run, _WHOLE)}
             lab.finish(run)
     series.check()
