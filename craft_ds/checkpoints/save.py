@@ -19,7 +19,13 @@ import torch.distributed as dist
 
 from craft_ds.checkpoints.contents import Contents, contents_of
 from craft_ds.checkpoints.manifest import hash_files, write_manifest
-from craft_ds.checkpoints.run_directory import UNFINISHED, point_last_at, prune, remove_unfinished
+from craft_ds.checkpoints.run_directory import (
+    UNFINISHED,
+    point_last_at,
+    prune,
+    remove_unfinished,
+    whole_checkpoints,
+)
 from craft_ds.distributed import all_ranks, on_main
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
@@ -104,7 +110,7 @@ class Save:
             )
         remove_unfinished(self.directory.parent)
         self.temporary.mkdir(parents=True)
-        copy_policy_files(self.policy_dir, self.temporary, self.directory)
+        copy_policy_files(self._policy_source(), self.temporary, self.directory)
         if self.contents.adapters is not None:
             write_adapter_config(self.temporary, self.contents.adapters.config)
         self.config._save_pretrained(self.temporary)
@@ -114,6 +120,13 @@ class Save:
             self._create_whole_files()
         if self.extra is not None:
             self.extra(self.temporary)
+
+    def _policy_source(self) -> Path:
+        """Where the policy's files are: a run may have deleted the checkpoint that it was resumed from."""
+        if self.policy_dir.is_dir():
+            return self.policy_dir
+        whole, _ = whole_checkpoints(self.directory.parent)
+        return whole[0][1] if whole else self.policy_dir
 
     @property
     def _weights(self) -> Path:
