@@ -97,7 +97,7 @@ class Change(NamedTuple):
     def phase(self) -> tuple[int, str, str, str]:
         """What other calls do as well, in another save or to another of many files."""
         # These are done to every file alike.
-        alike = self.operation in ("copyfile", "fsync") and "/" in self.path
+        alike = self.operation in ("copyfile", "fsync", "unlink") and "/" in self.path
         return self.rank, self.within, self.operation, "a file" if alike else _without_step(self.path)
 
 
@@ -125,6 +125,10 @@ def assert_same_checkpoint(found: Path, expected: Path) -> None:
             assert one.keys() == other.keys()
             assert all(torch.equal(one[key], other[key]) for key in other), (found, name)
     assert_same_state(found, expected)
+
+
+def _said(ended: Ended) -> list[str]:
+    return re.findall(r"^saved .*/(\S+)$", ended.outputs[0], re.MULTILINE)
 
 
 class Blow(NamedTuple):
@@ -235,13 +239,16 @@ class CrashLab:
             before: Names of those that were whole before it: they must still be.
         """
         try:
-            names = {directory.name for directory in whole_checkpoints(run).values()}
+            whole = whole_checkpoints(run)
         except UserError as error:
             raise AssertionError(f"a checkpoint was damaged: {error}") from error
-        said = re.findall(r"^saved .*/(\S+)$", ended.outputs[0], re.MULTILINE)
-        if "limit" in self.setting:
-            said = said[-1:]  # the others may be gone
-        assert names >= {*said, *before}, f"of {said} and {before} only {names} are whole"
+        names = {directory.name for directory in whole.values()}
+        said = [STEPS if step == "final" else int(step.removeprefix("step_")) for step in _said(ended)]
+        if "limit" in self.setting:  # a newer one may have taken its place
+            assert max(whole, default=0) >= max(said, default=0), (said, names)
+        else:
+            assert whole.keys() >= set(said), (said, names)
+        assert names >= set(before), (before, names)
         for name in names:
             if (self.reference / name).exists():  # it may have deleted it since
                 assert_same_checkpoint(run / name, self.reference / name)
