@@ -11,14 +11,17 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from safetensors.torch import save_file
 
-from craft_ds.checkpoint import load_checkpoint, save_checkpoint
+from craft_ds.checkpoints import BackgroundSaver, load_optimizer, prepare_save
+from craft_ds.checkpoints.save import Save
+from craft_ds.config import CheckpointConfig
 from craft_ds.distributed import on_main
 from craft_ds.engines.base import Engine
 from craft_ds.policies.directory import WEIGHTS
+from craft_ds.scattered_file import open_tensors
 from craft_ds.tensor_file import TensorFile
 from craft_ds.train_config import TrainConfig
 
-OTHERS = ("dcp", "dcp_async", "dcp_file", "deepspeed", "deepspeed_file")
+OTHERS = ("craft_background", "craft_pieces", "dcp", "dcp_async", "dcp_file", "deepspeed", "deepspeed_file")
 TAG = "saved"
 Wait = Callable[[], object]
 
@@ -39,7 +42,7 @@ class Method(NamedTuple):
 
 
 def methods(engine: Engine, policy: PreTrainedPolicy, policy_dir: Path) -> dict[str, Method]:
-    """All ways to save an engine, by name; `craft` is ours.
+    """All ways to save an engine, by name; `craft` is our default.
 
     Args:
         engine: Has taken a step.
@@ -49,29 +52,41 @@ def methods(engine: Engine, policy: PreTrainedPolicy, policy_dir: Path) -> dict[
     theirs = (
         _dcp(engine, policy) if hasattr(engine.module, "set_requires_gradient_sync") else _deepspeed(engine)
     )
-    return {"craft": _craft(engine, policy, policy_dir)} | theirs
+    return _craft(engine, policy, policy_dir) | theirs
 
 
-def _craft(engine: Engine, policy: PreTrainedPolicy, policy_dir: Path) -> Method:
-    config = TrainConfig(dataset=DatasetConfig(repo_id="none"), policy=policy.config)
+def _craft(engine: Engine, policy: PreTrainedPolicy, policy_dir: Path) -> dict[str, Method]:
+    saver = BackgroundSaver()
 
-    def save(directory: Path) -> None:
-        save_checkpoint(
+    def prepare(directory: Path, layout: str) -> Save:
+        return prepare_save(
             directory,
             engine=engine,
-            config=config,
+            config=TrainConfig(
+                dataset=DatasetConfig(repo_id="none"),
+                policy=policy.config,
+                checkpoint=CheckpointConfig(layout=layout),
+            ),
             policy_dir=policy_dir,
             scheduler_state=None,
             craft_state={"multiplier": 1.0},
             step=1,
         )
 
-    def load(directory: Path) -> None:
-        with TensorFile(directory / WEIGHTS) as weights:
-            engine.load_parameters(weights.read)
-        load_checkpoint(directory, engine)
+    def save_in_background(directory: Path) -> Wait:
+        saver.start(prepare(directory, "consolidated"))
+        return saver.wait
 
-    return Method("craft-ds", save, load)
+    def load(directory: Path) -> None:
+        with open_tensors(directory / WEIGHTS) as weights:
+            engine.load_parameters(weights.read)
+        load_optimizer(directory, engine)
+
+    return {
+        "craft": Method("craft-ds", lambda directory: prepare(directory, "consolidated").write(), load),
+        "craft_background": Method("craft-ds, background", save_in_background, load),
+        "craft_pieces": Method("craft-ds, per_rank", lambda d: prepare(d, "per_rank").write(), load),
+    }
 
 
 def _dcp(engine: Engine, policy: PreTrainedPolicy) -> dict[str, Method]:

@@ -35,7 +35,7 @@ class FaultyDisk:
     """
 
     def __init__(self, at: int | None = None, fault: str = "ENOSPC"):
-        self._at, self._fault = at, fault
+        self._at, self.fault = at, fault
         self.asked: list[str] = []
 
     @contextmanager
@@ -51,7 +51,7 @@ class FaultyDisk:
     def _wrap(self, name: str, call: Callable) -> Callable:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if self._is_due(name):
-                if self._fault != "short":
+                if self.fault != "short":
                     raise self._error()
                 if name == "pwrite":
                     descriptor, view, offset = args
@@ -63,16 +63,21 @@ class FaultyDisk:
     def _wrap_open(self, call: Callable) -> Callable:
         def wrapped(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
             writes = isinstance(file, str | Path) and set(mode) & set("wax+")
-            if writes and self._is_due("open") and self._fault != "short":
+            if writes and self._is_due("open") and self.fault != "short":
                 raise self._error()
             return call(file, mode, *args, **kwargs)
 
         return wrapped
+
+    @property
+    def met(self) -> bool:
+        """Whether the call that fails was made."""
+        return self._at is not None and len(self.asked) > self._at
 
     def _is_due(self, name: str) -> bool:
         self.asked.append(name)
         return len(self.asked) - 1 == self._at
 
     def _error(self) -> OSError:
-        number = getattr(errno, self._fault)
+        number = getattr(errno, self.fault)
         return OSError(number, os.strerror(number))

@@ -63,7 +63,7 @@ def asked(kept, layout, tmp_path_factory):
 
 
 @pytest.fixture
-def cases(asked, request):
+def cases(asked, whole_campaign, faults_seed):
     """Call and fault: all of them in the campaign, else a sample that the seed draws."""
     every = [
         (at, fault)
@@ -71,9 +71,7 @@ def cases(asked, request):
         for fault in FAULTS
         if fault != "short" or name == "pwrite"
     ]
-    if request.config.getoption("--all", default=False):
-        return every
-    return random.Random(request.config.getoption("--faults-seed", default=0)).sample(every, SAMPLE)
+    return every if whole_campaign else random.Random(faults_seed).sample(every, SAMPLE)
 
 
 def test_a_save_asks_for_all_of_these(asked):
@@ -82,36 +80,42 @@ def test_a_save_asks_for_all_of_these(asked):
     assert {name for name in names if name in asked} == set(names)
 
 
-def test_each_call_of_a_save_may_fail(kept, layout, cases, tmp_path):
+def test_each_call_of_a_save_may_fail(kept, layout, asked, cases, fault_table, tmp_path):
     older = tmp_path / "step_000002"
     kept["config"].checkpoint.layout = layout
     save_checkpoint(older, step=2, **kept)
+    series = fault_table.series("I/O error in a save", layout)
     for number, (at, fault) in enumerate(cases):
-        step = 3 + number
-        target = tmp_path / f"step_{step:06d}"
-        said = None
-        with FaultyDisk(at, fault).in_place() as disk:
-            try:
-                save_checkpoint(target, step=step, **kept)
-            except UserError as error:
-                said = str(error)
-        assert len(disk.asked) > at, "the fault was never met"
-        if fault == "short":
-            assert said is None, (at, said)  # the write goes on where it stopped
-        else:
-            assert said is not None, (at, fault)
-            assert f"checkpoint {target} cannot be" in said, (at, fault)
-            assert "[Errno" in said, (at, fault)
-        verify_checkpoint(older, 0, 1)
-        assert not list(tmp_path.glob("step_*.tmp")), (at, fault)
-        if target.exists():
-            # The disk failed after the checkpoint had got its name, if at all: it is whole.
-            assert verify_checkpoint(target, 0, 1)["step"] == step
-            older = target
-        else:
-            assert said, (at, fault)
+        with series.case(f"{fault} at call {at}, {asked[at]}"):
+            older = save_onto(FaultyDisk(at, fault), kept, tmp_path, 3 + number, older)
+    series.check()
     save_checkpoint(tmp_path / "step_999999", step=999999, **kept)
     assert whole_checkpoints(tmp_path)[0][0] == (999999, tmp_path / "step_999999")
+
+
+def save_onto(disk, kept, run, step, older):
+    """Save, meet the fault, and look at what is left: the newest whole checkpoint is returned."""
+    target, said = run / f"step_{step:06d}", None
+    with disk.in_place():
+        try:
+            save_checkpoint(target, step=step, **kept)
+        except UserError as error:
+            said = str(error)
+    assert disk.met, "the fault was never met"
+    if disk.fault == "short":
+        assert said is None  # the write goes on where it stopped
+    else:
+        assert said is not None
+        assert f"checkpoint {target} cannot be" in said
+        assert "[Errno" in said
+    verify_checkpoint(older, 0, 1)
+    assert not list(run.glob("step_*.tmp"))
+    if not target.exists():
+        assert said is not None
+        return older
+    # The disk failed after the checkpoint had got its name, if at all: it is whole.
+    assert verify_checkpoint(target, 0, 1)["step"] == step
+    return target
 
 
 @pytest.mark.parametrize("limit", [100, 5_000, 100_000, 400_000])
