@@ -92,11 +92,13 @@ def _check_config_file(path: Path) -> None:
     load = loaders.get(path.suffix.lower())
     if load is None:
         raise UserError(f"--config_path={path}: must be a .json or .yaml file, or a checkpoint's directory")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--config_path={path}: not a file")
     try:
         content = load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--config_path={path}: no such file") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config_path={path}: not readable ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise UserError(f"--config_path={path}: must hold a mapping of flags to values")

@@ -161,6 +161,8 @@ def _rename_tokenizers(directory: Path, root: Path | None) -> None:
             fields = step.setdefault("config", {})
             if step.get("registry_name") in ACTION_STEPS and "text_tokenizer_name" in config:
                 fields.setdefault("paligemma_tokenizer_name", config["text_tokenizer_name"])
+                if "fast_skip_tokens" not in config:
+                    raise UserError(f"{directory / CONFIG} is damaged: it has no fast_skip_tokens")
                 fields.setdefault("fast_skip_tokens", config["fast_skip_tokens"])
             rename(fields)
         (directory / name).write_text(json.dumps(pipeline, indent=2) + "\n")
