@@ -20,6 +20,7 @@ __all__ = [
     "damages",
     "files_of",
     "read_manifest",
+    "read_or_refused",
     "refused",
     "seal",
     "verify_checkpoint",
@@ -55,6 +56,17 @@ def refused(read: Callable[[], Any]) -> str:
     assert message, "it was read without an error"
     assert "\n" not in message
     return message
+
+
+def read_or_refused(read: Callable[[], Any], error: type[Exception] = UserError) -> Any:
+    """What something reads; None where it refuses it with one line."""
+    try:
+        return read()
+    except error as refusal:
+        message = str(refusal)
+    assert message
+    assert "\n" not in message
+    return None
 
 
 def files_of(directory: Path) -> list[str]:

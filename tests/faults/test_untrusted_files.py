@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from craft_ds.anchors.cache import METADATA_FILE, AnchorCache
 from craft_ds.anchors.testing import edit_metadata, write_test_cache
+from craft_ds.command_line import parse_arguments
 from craft_ds.lora.loading import load_trained_policy
 from craft_ds.policies.directory import copy_policy_files
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
@@ -335,6 +336,25 @@ def test_a_configuration_of_no_adapters(adapters, change):
     with edited(adapters / "adapter_config.json") as content:
         content |= change
     refused(lambda: load_trained_policy(load_policy_config(adapters), adapters))
+
+
+# --- configuration files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+@pytest.mark.parametrize("text", [DEEP, '{"steps": ' + DEEP + "}", "\0", "\ud800", "[", '"x"'])
+def test_a_configuration_file_that_is_none(tmp_path, monkeypatch, suffix, text):
+    monkeypatch.setattr("sys.argv", ["train_craft.py"])
+    file = tmp_path / f"config{suffix}"
+    file.write_bytes(text.encode(errors="surrogatepass"))
+    assert str(file) in refused(lambda: parse_arguments([f"--config_path={file}"]))
+
+
+@pytest.mark.parametrize("kind", ["directory", "loop", "pipe", "empty"])
+def test_a_configuration_file_that_is_no_regular_file(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("sys.argv", ["train_craft.py"])
+    file = not_a_file(tmp_path / "config.json", kind)
+    assert str(file) in refused(lambda: parse_arguments([f"--config_path={file}"]))
 
 
 # --- anchor caches ----------------------------------------------------------------------------------------
