@@ -57,8 +57,10 @@ def layout(request):
 def asked(kept, layout, tmp_path_factory):
     """Everything that one save asks of the disk, in order."""
     kept["config"].checkpoint.layout = layout
+    run = tmp_path_factory.mktemp("dry")
+    save_checkpoint(run / "step_000001", step=1, **kept)  # what is done once only
     with FaultyDisk().in_place() as disk:
-        save_checkpoint(tmp_path_factory.mktemp("dry") / "step_000002", step=2, **kept)
+        save_checkpoint(run / "step_000002", step=2, **kept)
     return disk.asked
 
 
