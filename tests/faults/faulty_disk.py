@@ -74,6 +74,11 @@ class FaultyDisk:
         """Whether the call that fails was made."""
         return self._at is not None and len(self.asked) > self._at
 
+    @property
+    def hit_mkdir(self) -> bool:
+        """Whether it was about making a directory."""
+        return self.met and self.asked[self._at] == "mkdir"
+
     def _is_due(self, name: str) -> bool:
         self.asked.append(name)
         return len(self.asked) - 1 == self._at
