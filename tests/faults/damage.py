@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import random
 import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,17 +16,22 @@ from craft_ds.checkpoints.manifest import MANIFEST, hash_files
 from craft_ds.errors import UserError
 
 __all__ = [
+    "DEEP",
     "MANIFEST",
     "Damage",
     "damaged",
     "damages",
     "files_of",
+    "not_a_file",
     "read_manifest",
     "read_or_refused",
     "refused",
     "seal",
     "verify_checkpoint",
+    "within",
 ]
+
+DEEP = "[" * 100_000 + "]" * 100_000
 
 
 # They carry a checksum of what they say: blanks at the end are no part of it.
@@ -139,3 +146,34 @@ def seal(checkpoint: Path, **changes: object) -> None:
     del manifest["sha256"]
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def not_a_file(path: Path, kind: str) -> Path:
+    """Put something in the place of a file."""
+    path.unlink(missing_ok=True)
+    match kind:
+        case "directory":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path.name)
+        case "pipe":
+            os.mkfifo(path)
+        case "empty":
+            path.touch()
+    return path
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Interrupt what takes longer: to open a pipe would wait for ever."""
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError(f"it took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
