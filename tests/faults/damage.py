@@ -143,7 +143,7 @@ def seal(checkpoint: Path, **changes: object) -> None:
     """
     path = checkpoint / MANIFEST
     manifest = json.loads(path.read_text()) | {"files": hash_files(checkpoint, 0, 1)} | changes
-    del manifest["sha256"]
+    manifest.pop("sha256", None)
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(manifest, indent=1) + "\n")
 
