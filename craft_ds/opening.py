@@ -1,7 +1,6 @@
 """Opening a run: everything is checked and built in the order in which it can fail."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from craft_ds.resume import changed_flags
 from craft_ds.run import Run
 from craft_ds.shares import share_step
 from craft_ds.train_config import TrainConfig
+from craft_ds.untrusted import read_object
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -142,8 +142,8 @@ def _read_kept(config: TrainConfig) -> dict[str, Any]:
     directory = config.checkpoint_path
     scheduler_state, craft_state = read_states(directory)
     try:
-        saved = json.loads((directory / TRAIN_CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        saved = read_object(directory / TRAIN_CONFIG_NAME)
+    except (OSError, ValueError) as error:
         raise UserError(f"{directory / TRAIN_CONFIG_NAME} is damaged ({error})") from error
     changed = changed_flags(saved, config.to_dict())
     if config.use_policy_training_preset and any(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +18,7 @@ import xxhash
 
 from craft_ds.distributed import all_ranks, gather_objects
 from craft_ds.errors import UserError
+from craft_ds.untrusted import is_count, path_inside, read_object
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -25,7 +26,6 @@ FORMAT_VERSION = 2
 SEGMENT = 1 << 28
 CHECKSUMS = "xxh3_128"
 _CHECKSUM = re.compile("[0-9a-f]{32}")
-_MOST_BYTES = 1 << 26
 _WANTED = [
     re.compile(pattern)
     for pattern in (
@@ -130,18 +130,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError
-        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+        manifest = read_object(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory} is no checkpoint of craft-ds: it has no {MANIFEST}") from None
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError):
         raise _damaged(path) from None
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: format version {manifest.get('format_version')}, this craft-ds reads {FORMAT_VERSION}"
         )
-    if manifest.pop("sha256", None) != _own_sha256(manifest) or not _is_sound(manifest):
+    if manifest.pop("sha256", None) != _own_sha256(manifest) or not _is_sound(directory, manifest):
         raise _damaged(path)
     for wanted in _WANTED:
         if not any(wanted.fullmatch(name) for name in manifest["files"]):
@@ -161,21 +159,21 @@ def _own_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _is_sound(manifest: dict[str, Any]) -> bool:
+def _is_sound(directory: Path, manifest: dict[str, Any]) -> bool:
     """Whether every entry is what it should be: whoever can write a checksum of nonsense can be wrong."""
     counts = [manifest.get(name) for name in ("step", "world_size", "segment_bytes")]
     segment, files = counts[-1], manifest.get("files")
     return (
-        all(map(_is_count, counts))
+        all(map(is_count, counts))
         and all(counts[1:])
         and isinstance(manifest.get("engine"), str)
         and isinstance(files, dict)
-        and all(_is_inside(name) and _is_entry(entry, segment) for name, entry in files.items())
+        and all(_is_inside(directory, name) and _is_entry(entry, segment) for name, entry in files.items())
     )
 
 
 def _is_entry(entry: Any, segment: Any) -> bool:
-    if not (isinstance(entry, dict) and _is_count(entry.get("bytes"))):
+    if not (isinstance(entry, dict) and is_count(entry.get("bytes"))):
         return False
     hashes = entry.get(CHECKSUMS)
     return (
@@ -185,15 +183,11 @@ def _is_entry(entry: Any, segment: Any) -> bool:
     )
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return (
-        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
-    ) and str(path) != MANIFEST
+def _is_inside(directory: Path, name: str) -> bool:
+    try:
+        return path_inside(directory, name) != directory / MANIFEST
+    except ValueError:
+        return False
 
 
 def verify_checkpoint(directory: Path, rank: int, world_size: int) -> dict[str, Any]:
