@@ -152,7 +152,9 @@ class ForkServer:
         shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         began = time.monotonic()
         running: dict[int, int] = {}
-        for rank in range(world_size):
+        outputs = [scratch / f"{rank}.txt" for rank in range(world_size)]
+        for rank, output in enumerate(outputs):
+            output.touch()  # a rank may be killed before it has opened it
             request = {
                 "environment": {
                     key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()
@@ -161,14 +163,16 @@ class ForkServer:
                 "saboteurs": [
                     (*one.function.split(":"), one.arguments) for one in (saboteurs or {}).get(rank, ())
                 ],
-                "output": str(scratch / f"{rank}.txt"),
+                "output": str(output),
                 "timeout": timeout,
             }
             running[self._ask({"fork": request})] = rank
         statuses, helped = self._wait(running, began, kill, timeout, grace)
-        outputs = [(scratch / f"{rank}.txt").read_text(errors="replace") for rank in range(world_size)]
         return Ended(
-            [statuses[rank] for rank in range(world_size)], outputs, time.monotonic() - began, helped
+            [statuses[rank] for rank in range(world_size)],
+            [output.read_text(errors="replace") for output in outputs],
+            time.monotonic() - began,
+            helped,
         )
 
     def _wait(
