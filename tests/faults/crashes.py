@@ -230,6 +230,11 @@ class CrashLab:
         assert ended.statuses[blow.change.rank] == -9, f"nobody died: {ended}"
         return ended
 
+    @staticmethod
+    def hung(ended: Ended, blow: Blow) -> list[int]:
+        """Ranks that did not end by themselves when another one had died alone."""
+        return [] if blow.everybody else ended.helped
+
     def whole_after(self, ended: Ended, run: Path, before: Sequence[str] = ()) -> list[str]:
         """Names of the checkpoints that a killed run left, each of which is the reference's to the bit.
 

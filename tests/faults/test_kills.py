@@ -86,7 +86,7 @@ def strike_each(lab, fault_table, blows):
         with series.case(str(blow)) as details:
             run = lab.new()
             ended = lab.strike(lab.command(run), run, blow)
-            details |= {"whole": lab.whole_after(ended, run), "helped": ended.helped}
+            details |= {"whole": lab.whole_after(ended, run), "hung": lab.hung(ended, blow)}
             lab.finish(run)
     series.check()
 
@@ -113,7 +113,7 @@ def test_a_kill_at_random_instants(lab, fault_table, faults_seed, whole_campaign
         ranks = _EVERYBODY if number % 2 else (draw.randrange(2),)
         with series.case(f"ranks {ranks}, kill {number}") as details:
             run, ended, instant = killed_at_random(lab, draw, lab.new, lab.command, lab.seconds, ranks)
-            details |= {"seconds": instant, "whole": lab.whole_after(ended, run), "helped": ended.helped}
+            details |= {"seconds": instant, "whole": lab.whole_after(ended, run), "hung": ended.helped}
             lab.finish(run)
     series.check()
 
@@ -151,7 +151,7 @@ def test_a_kill_of_a_resume(lab, fault_table, faults_seed, whole_campaign):
         with series.case(str(blow)) as details:
             run = copy()
             ended = lab.strike(again(run), run, blow)
-            details |= {"whole": lab.whole_after(ended, run, _WHOLE), "helped": ended.helped}
+            details |= {"whole": lab.whole_after(ended, run, _WHOLE), "hung": lab.hung(ended, blow)}
             lab.finish(run)
     for number in range(RESUMES_AT_RANDOM if whole_campaign else 0):
         with series.case(f"all ranks, kill {number}") as details:
