@@ -225,7 +225,7 @@ class CrashLab:
             argv,
             WORLD_SIZE,
             saboteurs={blow.change.rank: [Saboteur("saboteurs:watch_changes", arguments)]},
-            grace=0.0 if blow.everybody else 20.0,
+            grace=0.0 if blow.everybody else 10.0,
         )
         assert ended.statuses[blow.change.rank] == -9, f"nobody died: {ended}"
         return ended

@@ -131,7 +131,7 @@ class ForkServer:
         kill: Kill | None = None,
         saboteurs: Mapping[int, Sequence[Saboteur]] | None = None,
         timeout: float = 120.0,
-        grace: float = 20.0,
+        grace: float = 10.0,
     ) -> Ended:
         """Run the training command on some ranks to their end.
 
