@@ -106,7 +106,7 @@ def trajectory(
     )
     output.add("parameters", masters(engine))
     output.add("moments", moments(engine))
-    states = [tensor.dtype for shard in engine.shards() for tensor in (shard.master, *shard.state.values())]
+    states = [tensor.dtype for shard in engine.shards(frozen=False) for tensor in (shard.master, *shard.state.values())]
     output.values["dtypes"] = sorted(dtypes)
     output.values["master_dtypes"] = sorted({str(dtype) for dtype in states})
     engine.close()
@@ -186,6 +186,7 @@ def collectives(lab: Lab) -> Output:
             engine=engine,
             dual=None,
             anchors=None,
+            preemption=SimpleNamespace(requested=False),
             task_batches=lambda: task,
             max_norm=1.0,
         )
