@@ -1,6 +1,7 @@
 """Task data: LeRobot data sets, drawn so that any world size sees the same samples in the same steps."""
 
 import itertools
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import HF_LEROBOT_HOME
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from craft_ds.anchors.dataset import check_dataset_root
 from craft_ds.errors import UserError
@@ -42,9 +43,13 @@ class StepSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Micro-batches from `first` on, without end."""
+        return map(self.draw, self.positions())
+
+    def positions(self) -> Iterator[range]:
+        """Where in the stream they are."""
         for first in itertools.count(self._first, self._share.total):
             for micro_batch in range(self._share.micro_batches):
-                yield self.draw(self._share.positions(first, self._rank, micro_batch))
+                yield self._share.positions(first, self._rank, micro_batch)
 
     def draw(self, positions: Iterable[int]) -> list[int]:
         """The samples at these places of the stream."""
@@ -56,6 +61,23 @@ class StepSampler(Sampler[list[int]]):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
             self._order = epoch, torch.randperm(self.size, generator=generator).tolist()
         return self._order[1][place]
+
+
+class _Stream(Dataset[dict[str, Any]]):
+    """A data set by place in the stream.
+
+    What a place gives is random by itself alone: image transforms are the same for any number of workers and
+    ranks, and for a run that was interrupted.
+    """
+
+    def __init__(self, dataset: LeRobotDataset, sampler: StepSampler, seed: int):
+        self._dataset, self._sampler, self._seed = dataset, sampler, seed
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        with torch.random.fork_rng(devices=[]):
+            # A generator on the CPU takes 32 bits of its seed.
+            torch.manual_seed(zlib.crc32(f"{self._seed} {position}".encode()))
+            return self._dataset[self._sampler.draw([position])[0]]
 
 
 def load_datasets(
@@ -123,7 +145,7 @@ def training_batches(
     config: TrainConfig, dataset: LeRobotDataset, sampler: StepSampler
 ) -> Iterator[dict[str, Any]]:
     """Raw micro-batches as a sampler draws them, without end."""
-    return iter(_loader(config, dataset, sampler))
+    return iter(_loader(config, _Stream(dataset, sampler, config.seed or 0), sampler.positions()))
 
 
 def heldout_batches(
@@ -147,7 +169,7 @@ def heldout_batches(
     yield from zip(_loader(config, dataset, batches), counts, strict=True)
 
 
-def _loader(config: TrainConfig, dataset: LeRobotDataset, batches: Any) -> DataLoader:
+def _loader(config: TrainConfig, dataset: Dataset, batches: Any) -> DataLoader:
     workers: dict[str, Any] = {}
     if config.num_workers > 0:
         workers = {

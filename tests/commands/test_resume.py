@@ -404,6 +404,19 @@ def test_wandb_goes_on_under_the_same_identity_in_another_directory(train, input
     assert directory.name.endswith(f"-{state['wandb_run_id']}")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_random_image_transforms_go_on_where_they_were(train, tmp_path, workers):
+    flags = ["--dataset.image_transforms.enable=true", "--save_freq=2", f"--num_workers={workers}"]
+    flags += ["--dataloader_multiprocessing_context=fork"] if workers else []
+    assert train(tmp_path / "whole", *flags).status == 0
+    on = ["--resume=true", f"--output_dir={tmp_path}/on"]
+    ended = train(None, f"--config_path={tmp_path}/whole/step_000002", *on)
+    assert ended.status == 0, ended.errors
+    assert_same_bits(tmp_path / "on" / "final", tmp_path / "whole" / "final")
+    assert train(tmp_path / "plain").status == 0
+    assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
+
+
 def test_a_state_of_another_kind_is_refused(refuses, begun):
     path = begun / "step_000004" / "craft_state.pt"
     state = torch.load(path, weights_only=True)

@@ -106,7 +106,11 @@ def trajectory(
     )
     output.add("parameters", masters(engine))
     output.add("moments", moments(engine))
-    states = [tensor.dtype for shard in engine.shards(frozen=False) for tensor in (shard.master, *shard.state.values())]
+    states = [
+        tensor.dtype
+        for shard in engine.shards(frozen=False)
+        for tensor in (shard.master, *shard.state.values())
+    ]
     output.values["dtypes"] = sorted(dtypes)
     output.values["master_dtypes"] = sorted({str(dtype) for dtype in states})
     engine.close()
