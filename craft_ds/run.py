@@ -171,10 +171,9 @@ class Run:
             }
             self.logger.write(dump, json.dumps(content, indent=1))
             raise TrainingDiverged(
-                f"{self.progress.skipped_in_a_row} steps in a row up to step {step} had a non-finite loss or "
-                "gradient "
-                f"(--max_skipped_steps={self.config.max_skipped_steps}; their samples are in {dump}): "
-                f"lower the learning rate, or look at the samples, and resume from {self.output_dir / 'last'}"
+                f"{self.progress.skipped_in_a_row} steps in a row up to step {step} had a loss or gradient that "
+                f"was not finite (--max_skipped_steps={self.config.max_skipped_steps}): look at their samples in "
+                f"{dump}, or lower the learning rate, and resume from {self.output_dir / 'last'}"
             )
 
     def advance_scheduler(self) -> None:
@@ -203,13 +202,10 @@ class Run:
             self._leave()
 
     def _leave(self) -> NoReturn:
-        kept = (
-            f"saved {step_directory(self.output_dir, self.progress.step)}; "
-            if self.config.save_checkpoint
-            else ""
-        )
+        directory = step_directory(self.output_dir, self.progress.step)
+        saved = f"saved {directory}; " if self.config.save_checkpoint else ""
         raise Preempted(
-            f"{self.preemption.reason}: {kept}go on with --resume=auto, or --resume=true "
+            f"{self.preemption.reason}: {saved}go on with --resume=auto, or --resume=true "
             f"--config_path={self.output_dir / 'last'}"
         )
 
