@@ -171,9 +171,9 @@ class Run:
             }
             self.logger.write(dump, json.dumps(content, indent=1))
             raise TrainingDiverged(
-                f"{self.progress.skipped_in_a_row} steps in a row up to step {step} had a loss or gradient that "
-                f"was not finite (--max_skipped_steps={self.config.max_skipped_steps}): look at their samples in "
-                f"{dump}, or lower the learning rate, and resume from {self.output_dir / 'last'}"
+                f"{self.progress.skipped_in_a_row} steps in a row up to step {step} had a loss or gradient "
+                f"that was not finite (--max_skipped_steps={self.config.max_skipped_steps}): look at their "
+                f"samples in {dump}, or lower the learning rate, and resume from {self.output_dir / 'last'}"
             )
 
     def advance_scheduler(self) -> None:
