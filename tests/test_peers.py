@@ -1,4 +1,4 @@
-"""The parts of the watch that need no second rank; `tests/distributed/test_peers.py` has the others."""
+"""The parts of the watch that need no second rank; `tests/distributed/test_lost_ranks.py` has the others."""
 
 import threading
 from datetime import timedelta
