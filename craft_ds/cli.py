@@ -51,10 +51,11 @@ def train_main() -> None:
         # Imported here, inside what turns errors into one line: LeRobot and torch take seconds.
         from craft_ds.checkpoints.run_directory import mend_last
         from craft_ds.command_line import normalise_arguments, parse_arguments
-        from craft_ds.distributed import leave_process_group
+        from craft_ds.distributed import in_process_group, leave_process_group
         from craft_ds.resume import choose_checkpoint
         from craft_ds.trainer import train_craft
 
+        formed_by_caller = in_process_group()
         chosen = choose_checkpoint(normalise_arguments(sys.argv[1:]))
         for line in chosen.said if is_node_main() else ():
             print(line, flush=True)
@@ -68,7 +69,8 @@ def train_main() -> None:
                 )
         else:
             train_craft(config)
-        leave_process_group()
+        if not formed_by_caller:
+            leave_process_group()
 
     run_main(action)
 

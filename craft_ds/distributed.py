@@ -34,6 +34,11 @@ def join_process_group(timeout: timedelta | None = None) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def in_process_group() -> bool:
+    """Whether this process has joined a process group."""
+    return dist.is_initialized()
+
+
 def leave_process_group() -> None:
     """Leave the process group, if there is one. Collective: call on all ranks."""
     if dist.is_initialized():
