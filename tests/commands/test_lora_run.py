@@ -14,6 +14,7 @@ from runs import assert_same_bits_of_adapters, losses
 from safetensors.torch import load_file
 
 from craft_ds import train_craft
+from craft_ds.checkpoints.testing import renew_manifest
 from craft_ds.lora.loading import load_trained_policy
 from craft_ds.policies.generation import action_chunk
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
@@ -123,9 +124,7 @@ def test_resuming_adapters_without_lora_is_refused(refuses, whole_run, tmp_path)
     config = json.loads((copy / "train_config.json").read_text())
     del config["lora"]
     (copy / "train_config.json").write_text(json.dumps(config))
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["train_config.json"]["bytes"] = (copy / "train_config.json").stat().st_size
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    renew_manifest(copy)
     message = refuses(
         None, f"--config_path={copy}/train_config.json", "--resume=true", f"--output_dir={tmp_path}/on"
     )

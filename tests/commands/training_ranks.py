@@ -12,9 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
-from craft_ds.cli import train_main
+from craft_ds.cli import end_process, train_main
 
-if __name__ == "__main__":
+
+def main() -> None:
     faulthandler.register(signal.SIGUSR1)
     commands, results = map(Path, sys.argv[1:])
     ended = {}
@@ -29,3 +30,7 @@ if __name__ == "__main__":
             status = leaving.code
         ended[name] = {"status": status, "output": output.getvalue(), "errors": errors.getvalue()}
     (results / f"{os.environ['RANK']}.json").write_text(json.dumps(ended))
+
+
+if __name__ == "__main__":
+    end_process(main)
