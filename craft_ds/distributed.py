@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from craft_ds.errors import UserError
 
@@ -29,7 +30,11 @@ def join_process_group(timeout: timedelta | None = None) -> None:
         # Gradients and masters that are kept on the CPU, and exchanged objects, go by gloo.
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout or default_pg_timeout))
+        # Static rendezvous, torchrun's default, keeps one store over all restarts, with the addresses of ranks
+        # that are dead.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

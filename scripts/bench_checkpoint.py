@@ -286,8 +286,7 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    if serve_case(measure):
-        return
+    serve_case(measure)
     args = parse_arguments()
     load = os.getloadavg()[0]
     print(f"{hardware()}; load average before: {load:.1f}")

@@ -17,6 +17,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
+from craft_ds.cli import end_process
 from craft_ds.config import CraftConfig, FsdpConfig
 from craft_ds.distributed import join_process_group
 from craft_ds.engines.base import Batch, Engine, ReadRange
@@ -73,15 +74,14 @@ def run_benchmark(measure: Callable[[], Any], world_sizes: tuple[int, ...]) -> d
     return results
 
 
-def serve_case(measure: Callable[[dict[str, Any]], Any]) -> bool:
-    """In a rank that `run_case` started, measure its case; True there, False in the script itself."""
+def serve_case(measure: Callable[[dict[str, Any]], Any]) -> None:
+    """In a rank that `run_case` started, measure its case and end; in the script itself do nothing."""
     if _CASE not in os.environ:
-        return False
+        return
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
-    result = measure(json.loads(os.environ[_CASE]))
-    Path(os.environ[_RESULT], f"{os.environ['RANK']}.json").write_text(json.dumps(result))
-    return True
+    case, result = json.loads(os.environ[_CASE]), Path(os.environ[_RESULT], f"{os.environ['RANK']}.json")
+    end_process(lambda: result.write_text(json.dumps(measure(case))))
 
 
 def run_case(case: dict[str, Any], world_size: int, timeout: float = 600) -> list[Any]:

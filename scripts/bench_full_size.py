@@ -265,8 +265,7 @@ def show_measured(results: list[dict[str, Any]], planned: dict[str, Any]) -> Non
 
 
 def main() -> None:
-    if serve_case(measure):
-        return
+    serve_case(measure)
     args = parse_arguments()
     cases = [
         {

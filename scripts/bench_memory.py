@@ -175,8 +175,7 @@ def surgery(results: dict[int, dict[str, Any]], batch_size: int) -> None:
 
 
 def main() -> None:
-    if serve_case(measure_loading):
-        return
+    serve_case(measure_loading)
     args = parse_arguments()
     result: dict[str, Any] = {"hardware": hardware(), **vars(args)}
     if "surgery" in args.part:

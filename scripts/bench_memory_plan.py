@@ -177,8 +177,7 @@ def plan(case: dict[str, Any]) -> Plan:
 
 
 def main() -> None:
-    if serve_case(measure):
-        return
+    serve_case(measure)
     args = parse_arguments()
     print(f"MiB a rank; {hardware()}")
     print(

@@ -142,8 +142,7 @@ def compare(kind: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    if serve_case(measure):
-        return
+    serve_case(measure)
     args = parse_arguments()
     print(f"{hardware()}; {args.batch_size} samples a rank and pass, medians of {args.rounds * args.repeats}")
     print(

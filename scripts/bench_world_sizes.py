@@ -120,8 +120,7 @@ def largest_difference(found: list[float], expected: list[float]) -> float:
 def main() -> None:
     args = parse_arguments()
     if _ROOT in os.environ:
-        train_on_these_ranks(Path(os.environ[_ROOT]), args)
-        return
+        end_process(lambda: train_on_these_ranks(Path(os.environ[_ROOT]), args))
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         make_inputs(root)

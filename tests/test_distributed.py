@@ -18,6 +18,7 @@ def calls(monkeypatch):
         "init_process_group",
         lambda backend, timeout="torch's own", **k: seen.append((backend, timeout, *sorted(k))),
     )
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 4)]))
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: seen.append(index))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -27,7 +28,8 @@ def calls(monkeypatch):
 def test_every_rank_takes_its_own_gpu_before_anything_is_exchanged(calls, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     join_process_group(timedelta(minutes=40))
-    assert calls == [3, ("cpu:gloo,cuda:nccl", timedelta(minutes=40))]
+    given = ("rank", "store", "world_size")
+    assert calls == [3, ("cpu:gloo,cuda:nccl", timedelta(minutes=40), *given)]
 
 
 def test_without_a_launcher_there_is_a_group_of_one(calls, monkeypatch):
