@@ -31,8 +31,7 @@ def join_process_group(timeout: timedelta | None = None) -> None:
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout or default_pg_timeout))
-        # Static rendezvous, torchrun's default, keeps one store over all restarts, with the addresses of ranks
-        # that are dead.
+        # torchrun's static rendezvous keeps one store over all restarts, with the addresses of dead ranks.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:

@@ -20,7 +20,7 @@ from bench_common import ROOT, hardware, write_result
 
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.testing import make_test_dataset
-from craft_ds.cli import run_main, train_main
+from craft_ds.cli import end_process, run_main, train_main
 from craft_ds.engines.zero import init_distributed
 from craft_ds.errors import UserError
 from craft_ds.local_ranks import run_ranks
