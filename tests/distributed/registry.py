@@ -35,6 +35,7 @@ from scenarios_lora import (
     lora_trajectory,
 )
 from scenarios_saving import holes, saving
+from scenarios_sick import sick
 
 Scenarios = dict[str, Callable[[Lab], Output]]
 
@@ -57,6 +58,7 @@ CORE: Scenarios = {
     "tied": partial(trajectory, accumulation=2, max_norm=0.05, tied=True),
     "save_and_resume": save_and_resume,
     "acting": acting,
+    "sick": sick,
 }
 WHOLE: Scenarios = {
     **{
