@@ -51,22 +51,29 @@ class Contents:
     steps: int
     adapters: Adapters | None
 
-    def on_host(self) -> "Contents":
-        """The same in memory of its own, which training does not change. Takes this rank's whole share."""
+    def on_host(self, memory: dict[str, Tensor]) -> "Contents":
+        """The same in host memory of its own, which training does not change.
+
+        Args:
+            memory: Takes this rank's whole share. Given again it is filled again: to touch new memory takes
+                longer than to copy.
+        """
+
+        def copy(name: str, values: Tensor) -> Tensor:
+            if name not in memory or memory[name].shape != values.shape:
+                memory[name] = torch.empty(values.shape, dtype=torch.float32, pin_memory=values.is_cuda)
+            return memory[name].copy_(values.detach())
+
         copies = [
             replace(
                 shard,
-                master=_copy(shard.master),
-                state={key: _copy(values) for key, values in shard.state.items()},
+                master=copy(shard.name, shard.master),
+                state={key: copy(f"{shard.name}.{key}", values) for key, values in shard.state.items()},
             )
             for shard in self.shards()
         ]
         buffers = {name: values.clone() for name, values in self.buffers.items()}
         return replace(self, shards=lambda: copies, buffers=buffers)
-
-
-def _copy(values: Tensor) -> Tensor:
-    return values.detach().to("cpu", torch.float32, copy=True)
 
 
 def contents_of(engine: Engine, adapters: Adapters | None) -> Contents:

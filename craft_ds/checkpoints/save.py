@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from craft_ds.checkpoints.contents import Contents, contents_of
 from craft_ds.checkpoints.manifest import hash_files, write_manifest
@@ -274,6 +275,7 @@ class BackgroundSaver:
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._memory: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._directory: Path | None = None
         self._error: BaseException | None = None
@@ -282,7 +284,7 @@ class BackgroundSaver:
         """Copy what is to be saved and write it in the background, once the save before was waited for."""
         assert self._thread is None, "call `wait` first"
         self._directory = save.directory
-        save = replace(save, contents=save.contents.on_host())
+        save = replace(save, contents=save.contents.on_host(self._memory))
         self._thread = threading.Thread(target=self._write, args=(save,), name="save", daemon=True)
         self._thread.start()
 
