@@ -51,10 +51,10 @@ anything = st.recursive(
 
 @pytest.fixture
 def fuzz(request) -> Callable[..., None]:
-    """Check a property for many examples: `examples` of them, or with `--all` ten times as many."""
+    """Check a property for many examples: `examples` of them, or with `--all` four times as many."""
 
     def fuzz(examples: int, examined: Callable[[Any], None], strategy: st.SearchStrategy) -> None:
-        factor = 10 if request.config.getoption("--all", default=False) else 1
+        factor = 4 if request.config.getoption("--all", default=False) else 1
 
         @settings(
             max_examples=examples * factor,
