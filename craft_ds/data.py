@@ -39,7 +39,7 @@ class StepSampler(Sampler[list[int]]):
     def __init__(self, size: int, share: StepShare, rank: int, seed: int, first: int = 0):
         self.size, self._share, self._rank = size, share, rank
         self._seed, self._first = seed, first
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order = (-1, torch.empty(0, dtype=torch.int64))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Micro-batches from `first` on, without end."""
@@ -59,8 +59,8 @@ class StepSampler(Sampler[list[int]]):
         epoch, place = divmod(position, self.size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._order = epoch, torch.randperm(self.size, generator=generator).tolist()
-        return self._order[1][place]
+            self._order = epoch, torch.randperm(self.size, generator=generator)
+        return int(self._order[1][place])
 
 
 class _Stream(Dataset[dict[str, Any]]):

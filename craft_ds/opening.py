@@ -1,6 +1,8 @@
 """Opening a run: everything is checked and built in the order in which it can fail."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
 from craft_ds.data import StepSampler, check_processors, load_datasets, training_batches
 from craft_ds.distributed import all_ranks, main_first, on_main
 from craft_ds.dual import DualState
-from craft_ds.engines import build_engine, check_engine, join_group
+from craft_ds.engines import build_engine, check_engine, check_step, join_group
 from craft_ds.engines.base import Engine
 from craft_ds.engines.fsdp_layout import gathered_dtype
-from craft_ds.errors import UserError
+from craft_ds.errors import Preempted, UserError
 from craft_ds.inputs import check_inputs
 from craft_ds.launch import launched_rank, launched_world_size
 from craft_ds.lora.adapters import Adapters
@@ -45,20 +47,45 @@ from craft_ds.train_config import TrainConfig
 from craft_ds.untrusted import read_object
 
 
-def open_run(config: TrainConfig) -> Run:
-    """Check everything, then build everything. Collective: call on all ranks.
+@contextlib.contextmanager
+def open_run(config: TrainConfig) -> Iterator[Run]:
+    """Check everything, then build everything; close it in the end. Collective: call on all ranks.
 
     Raises:
+        RankLost: Another rank has failed, died or hangs.
         UserError: On all ranks alike, before anything is written, and before the model is built
             wherever that can be known.
     """
     preemption = Preemption(parse_duration("--max_runtime", config.max_runtime))
-    world_size = launched_world_size()
     config.validate()
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cudnn.benchmark = not config.cudnn_deterministic
-    ds_config = check_engine(config, world_size)
+    ds_config = check_engine(config, launched_world_size())
     owns_group = join_group(config)
+    # A launcher that has lost a rank signals the others, which are to say first who it was.
+    with preemption.listening(), Peers(config.rank_timeout) as peers:
+        run = _build(config, ds_config, preemption, peers, owns_group)
+        try:
+            yield run
+        except Preempted:
+            run.close()
+            raise
+        except BaseException:
+            # The other ranks may be in the middle of a step: to meet them here could take for ever.
+            run.logger.close()
+            raise
+        run.close()
+
+
+def _build(
+    config: TrainConfig,
+    ds_config: dict[str, Any] | None,
+    preemption: Preemption,
+    peers: Peers,
+    owns_group: bool,
+) -> Run:
+    """In the order in which it can fail."""
+    world_size = launched_world_size()
     if config.resume and config.verified_checkpoint != config.checkpoint_path:
         verify_checkpoint(config.checkpoint_path, launched_rank(), world_size)
     kept = all_ranks(lambda: _read_kept(config))
@@ -118,7 +145,7 @@ def open_run(config: TrainConfig) -> Run:
         anchors=anchors,
         progress=progress,
         preemption=preemption,
-        peers=Peers(config.rank_timeout),
+        peers=peers,
         output_dir=Path(config.output_dir),
         owns_group=owns_group,
         adapters=adapters,
@@ -176,6 +203,7 @@ def _settle_progress(config: TrainConfig, kept: dict[str, Any], samples: int, wo
             )
     anchors = config.craft.anchor_batch_size if config.craft.enabled else 0
     progress.share(config.batch_size, config.gradient_accumulation_steps, anchors, world_size)
+    check_step(config, progress.samples_per_step)
     return progress
 
 

@@ -19,12 +19,14 @@ class News(NamedTuple):
         progress: Of all ranks together.
         asked: Whether somebody wants to know where everybody is.
         told: Why the run ends, in the words of the first rank that said so; None while it goes on.
+        next_beat: The heartbeat of the next rank, the one that this rank keeps an eye on.
         host_closed: Whether the rank that hosts the store leaves of its own accord, and takes it along.
     """
 
     progress: int
     asked: bool
     told: Verdict | None
+    next_beat: int
     host_closed: bool
 
 
@@ -59,6 +61,7 @@ class PeerBoard:
             progress=self._store.add("progress", progress),
             asked=self._store.check(["asked"]),
             told=_verdict(self._read("told")),
+            next_beat=self._store.add(f"beat/{(self._rank + 1) % self._world_size}", 0),
             host_closed=self.host_rank is not None and self._store.check([f"closed/{self.host_rank}"]),
         )
 

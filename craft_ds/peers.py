@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch.distributed as dist
 
@@ -39,7 +39,12 @@ class Peers:
     intervals, ends its process with status `LOST_RANK_STATUS`, even while the main thread is inside C++
     or CUDA; one rank of each machine says on stderr which rank is to blame. 14 intervals after the timeout
     a rank ends whatever happens. It ends as well if it is still there 10 intervals after another one has left
-    with an error. Time during which the process is stopped does not count.
+    with an error.
+
+    Not every wait ends with an error when another rank dies: a new process group waits for its address, NCCL
+    for its memory. So each rank keeps an eye on the next one, and when that has shown no heartbeat for 10
+    intervals, all are looked at and the silent are named: within 15 intervals. Time during which the process
+    itself is stopped counts for nothing.
 
     No clock is compared with another machine's, and the main thread only counts.
 
@@ -69,7 +74,7 @@ class Peers:
         # Several runs of one process share a store, and so do the attempts of an elastic launcher.
         run = gather_objects(secrets.token_hex(8))[0]
         self._board = PeerBoard(self._rank, dist.get_world_size(), run)
-        self._news = News(0, False, None, False)
+        self._news = News(0, False, None, 0, False)
         self._questions: queue.Queue[tuple[Callable[[], Any], Future] | None] = queue.Queue()
         self._threads = [
             threading.Thread(target=target, name=f"peers-{target.__name__.strip('_')}", daemon=True)
@@ -77,6 +82,16 @@ class Peers:
         ]
         for thread in self._threads:
             thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Say goodbye; where another rank is behind an error, raise `RankLost` in its place."""
+        lost = self.explain(error) if error is not None else None
+        self.close(lost or error)
+        if lost is not None:
+            raise lost from error
 
     def progress(self) -> None:
         """Note that the main thread gets on: a step, a batch, a piece of a file is done."""
@@ -182,29 +197,38 @@ class Peers:
     # The thread that watches.
 
     def _watch(self) -> None:
-        seen, stalled, overdue, before = (0, 0), 0.0, 0.0, time.monotonic()
+        seen, beat = (0, 0), 0
+        stalled = overdue = silent = 0.0
+        before = time.monotonic()
         while not self._leaving.wait(self._interval / 2):
             now = time.monotonic()
             # A process that was stopped, alone or with its machine, has not been waiting all the while.
             passed = min(now - before, self._interval)
             before = now
-            done = (self._progress, self._news.progress)
+            news = self._news
+            done = (self._progress, news.progress)
             stalled = stalled + passed if done == seen and self._progress else 0.0
-            overdue = overdue + passed if self._news.told else 0.0
-            seen = done
+            overdue = overdue + passed if news.told else 0.0
+            # Nor does the beat move where the store no longer answers.
+            silent = silent + passed if news.next_beat == beat else 0.0
+            seen, beat = done, news.next_beat
             late = stalled >= self._timeout or overdue >= 10 * self._interval
-            if late and self._judging.acquire(blocking=False):
-                self._judge(stalled)
+            if (late or silent >= 10 * self._interval) and self._judging.acquire(blocking=False):
+                self._judge(stalled if late else None)
                 self._judging.release()
-                stalled = 0.0
+                stalled = silent = 0.0
 
-    def _judge(self, stalled: float) -> None:
-        """End the process, unless some rank gets on after all."""
+    def _judge(self, stalled: float | None) -> None:
+        """End the process, unless all ranks live and one gets on after all.
+
+        Args:
+            stalled: Seconds without progress; None: it is only a heartbeat that is missed.
+        """
         last_resort = threading.Timer(14 * self._interval, os._exit, (LOST_RANK_STATUS,))
         last_resort.daemon = True
         last_resort.start()
         try:
-            verdict = self._hanging(stalled)
+            verdict = self._silent() if stalled is None else self._hanging(stalled)
         except Exception:
             verdict = self._without_store(stalled)
         if verdict is None:

@@ -86,7 +86,9 @@ class Preemption:
             signal.set_wakeup_fd(old)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            wakeup.close()  # ends the thread
+            # Ends the thread; to close it would not, where a forked process lives on that inherited it.
+            wakeup.shutdown(socket.SHUT_RDWR)
+            wakeup.close()
             thread.join()
             listener.close()
 

@@ -313,7 +313,7 @@ class Run:
         return self.output_dir / FINAL
 
     def close(self) -> None:
-        """Let go of the log and of the other ranks."""
+        """Let go of the log and of the other ranks. Collective: call on all ranks."""
         self.logger.close()
         self.peers.close()
         self.engine.close()

@@ -1,7 +1,9 @@
 """The configuration of a run: LeRobot's `TrainPipelineConfig` and what craft-ds adds to it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
@@ -67,6 +69,7 @@ class TrainConfig(TrainPipelineConfig):
         Raises:
             UserError: One line that names the flag or file and the mend.
         """
+        _refuse_nulls(self)
         self.craft.validate()
         self.engine.validate()
         if self.peft is not None:
@@ -150,6 +153,7 @@ class TrainConfig(TrainPipelineConfig):
         self._settle_policy(self.policy)
 
     def _settle_policy(self, policy: PreTrainedConfig) -> None:
+        _refuse_nulls(policy, "policy.")
         if policy.push_to_hub and policy.repo_id:
             raise UserError(
                 "--policy.repo_id: craft-ds does not push; train without it and upload final/ afterwards"
@@ -180,3 +184,17 @@ class TrainConfig(TrainPipelineConfig):
         self.checkpoint_path = path if path.is_dir() else path.parent
         if self.policy is not None:
             self.policy.pretrained_path = self.checkpoint_path
+
+
+def _refuse_nulls(config: Any, above: str = "") -> None:
+    """Check that nothing is null that must have a value: the parser takes null for a value of any type."""
+    try:
+        types = get_type_hints(type(config))
+    except NameError:  # annotations of a policy from elsewhere may name what only a type checker imports
+        return
+    for entry in fields(config):
+        value, flag = getattr(config, entry.name, None), f"{above}{entry.name}"
+        if value is None and types[entry.name] is not Any and NoneType not in get_args(types[entry.name]):
+            raise UserError(f"--{flag}=null: give it a value, or leave it out")
+        if is_dataclass(value):
+            _refuse_nulls(value, f"{flag}.")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from craft_ds.config import CraftConfig
 from craft_ds.dual import RetentionRecord, epsilon_at
-from craft_ds.errors import Preempted
 from craft_ds.opening import open_run
 from craft_ds.run import Run, seed_step
 from craft_ds.steps import RetentionResult, StepResult, retention_step, task_step
@@ -37,32 +36,17 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
     """
     if craft_config is not None:
         config.craft = craft_config
-    run = open_run(config)
-    try:
-        with run.preemption.listening():
-            run.peers.progress()
-            for step in range(run.progress.step, config.steps):
-                began = time.perf_counter()
-                seed_step(config.seed or 0, step, run.engine.rank)
-                result, retention = _one_step(run, step)
-                if result.applied:
-                    run.advance_scheduler()
-                run.record(result, retention, seconds=time.perf_counter() - began)
-                run.after_step(leave=result.leave)
-            final = run.finish()
-    except Preempted:
-        run.close()
-        raise
-    except BaseException as error:
-        # The other ranks may be in the middle of a step: to meet them here could take for ever.
-        run.logger.close()
-        lost = run.peers.explain(error)
-        run.peers.close(lost or error)
-        if lost is None:
-            raise
-        raise lost from error
-    run.close()
-    return final
+    with open_run(config) as run:
+        run.peers.progress()
+        for step in range(run.progress.step, config.steps):
+            began = time.perf_counter()
+            seed_step(config.seed or 0, step, run.engine.rank)
+            result, retention = _one_step(run, step)
+            if result.applied:
+                run.advance_scheduler()
+            run.record(result, retention, seconds=time.perf_counter() - began)
+            run.after_step(leave=result.leave)
+        return run.finish()
 
 
 def _one_step(run: Run, step: int) -> tuple[StepResult, RetentionRecord | None]:

@@ -81,6 +81,10 @@ with preemption.listening():
     assert os.WTERMSIG(status) == signal.SIGTERM, status
     time.sleep(0.2)
     assert not preemption.requested
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+os.kill(child, signal.SIGKILL)  # it was alive, and nobody waited for it
 print("done", flush=True)
 """
 

@@ -7,7 +7,7 @@ import pytest
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.default import DatasetConfig
 
-from craft_ds.config import CraftConfig, EngineConfig
+from craft_ds.config import CraftConfig, EngineConfig, FsdpConfig
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.train_config import TrainConfig
@@ -84,6 +84,10 @@ def test_own_optimizer_and_scheduler_are_taken_without_the_preset(make):
         ({"engine": EngineConfig(name="zero")}, ["--ds_config"]),
         ({"resume": True}, ["--resume=true", "--config_path"]),
         ({"dataloader_multiprocessing_context": "thread"}, ["dataloader_multiprocessing_context"]),
+        # The parser takes null for a value of any type.
+        ({"steps": None}, ["--steps=null: give it a value"]),
+        ({"engine": EngineConfig(fsdp=FsdpConfig(dp_shard=None))}, ["--engine.fsdp.dp_shard=null"]),
+        ({"policy__optimizer_lr": None}, ["--policy.optimizer_lr=null"]),
     ],
 )
 def test_bad_values_are_named(make, changes, names):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from craft_ds.distributed import join_process_group
 from craft_ds.engines.base import Engine, ReadRange
-from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
+from craft_ds.engines.ds_config import check_step_size, read_ds_config, resolve_ds_config
 from craft_ds.engines.fsdp import FsdpEngine, mesh_shape
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
@@ -49,6 +49,25 @@ def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
         grad_clip_norm=config.optimizer.grad_clip_norm,
         bf16=config.engine.dtype == "bfloat16",
         world_size=world_size,
+    )
+
+
+def check_step(config: TrainConfig, samples_per_step: int) -> None:
+    """Check the DeepSpeed file against what a step takes, which a resumed run has from its checkpoint.
+
+    Raises:
+        UserError: It says otherwise.
+    """
+    if config.engine.name != "zero":
+        return
+    assert config.engine.ds_config is not None
+    batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
+    ranks = samples_per_step // (batch_size * accumulation)  # those that the run began with
+    check_step_size(
+        read_ds_config(config.engine.ds_config),
+        path=config.engine.ds_config,
+        samples_per_step=samples_per_step,
+        flags=f"--batch_size={batch_size} with --gradient_accumulation_steps={accumulation} on {ranks} ranks",
     )
 
 

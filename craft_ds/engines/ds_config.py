@@ -136,21 +136,11 @@ def resolve_ds_config(
     _check_keys(resolved, file)
 
     def settle(dotted: str, expected: object, flag: str) -> None:
-        value = _look_up(resolved, dotted, expected)
-        if value != expected:
-            raise UserError(
-                f"{file} says {dotted}={json.dumps(value)}, but {flag} means {json.dumps(expected)}: change "
-                'one of them, or write "auto" in the file'
-            )
+        _settle(resolved, file, dotted, expected, flag)
 
     accumulation = f"--gradient_accumulation_steps={gradient_accumulation_steps}"
     settle("train_micro_batch_size_per_gpu", batch_size, f"--batch_size={batch_size}")
     settle("gradient_accumulation_steps", gradient_accumulation_steps, accumulation)
-    settle(
-        "train_batch_size",
-        batch_size * gradient_accumulation_steps * world_size,
-        f"--batch_size={batch_size} with {accumulation} on {world_size} ranks",
-    )
     settle("gradient_clipping", grad_clip_norm, f"--optimizer.grad_clip_norm={grad_clip_norm}")
     settle("bf16.enabled", bf16, f"--engine.dtype={'bfloat16' if bf16 else 'float32'}")
     settle("fp16.enabled", False, "--engine.dtype (fp16 is not supported)")
@@ -175,6 +165,33 @@ def resolve_ds_config(
     )
     resolved.setdefault("steps_per_print", 1 << 31)
     return resolved
+
+
+def check_step_size(config: dict[str, Any], *, path: str, samples_per_step: int, flags: str) -> None:
+    """Hold `train_batch_size` of a file against what a step takes.
+
+    Apart from the rest because a resumed run knows it from its checkpoint: with other ranks than those that
+    it began with, its steps stay as they were.
+
+    Args:
+        config: What the file holds.
+        path: The file, for the message.
+        samples_per_step: Task samples of a step over all ranks.
+        flags: What decides that.
+
+    Raises:
+        UserError: They differ.
+    """
+    _settle(_without_auto(config), f"--ds_config={path}", "train_batch_size", samples_per_step, flags)
+
+
+def _settle(config: dict[str, Any], file: str, dotted: str, expected: object, flag: str) -> None:
+    value = _look_up(config, dotted, expected)
+    if value != expected:
+        raise UserError(
+            f"{file} says {dotted}={json.dumps(value)}, but {flag} means {json.dumps(expected)}: change "
+            'one of them, or write "auto" in the file'
+        )
 
 
 def _without_auto(node: Any) -> Any:

@@ -12,6 +12,15 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def untimed(run: Path) -> list[dict]:
+    """What a run has logged, without time and memory."""
+    rows = [
+        {key: value for key, value in row.items() if key.split("/")[0] not in ("time", "memory")}
+        for row in metrics(run)
+    ]
+    return [row for row in rows if row.keys() != {"step"}]
+
+
 def losses(run: Path) -> list[float]:
     return [row["train/loss"] for row in metrics(run) if "train/loss" in row]
 

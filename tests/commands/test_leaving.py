@@ -11,22 +11,30 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import assert_same_bits, metrics
+from runs import assert_same_bits, losses, metrics, untimed
 
 ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "scripts" / "train_craft.py"
+DYING = Path(__file__).with_name("dying_rank.py")
 FLAGS = ["--engine=fsdp", "--resume=auto", "--save_freq=2"]
 
 
-def torchrun(*arguments: object, program: object = "scripts/train_craft.py", **environment: str):
+TORCHRUN = ["torchrun", "--nproc-per-node=2", "--master-port"]
+DEEPSPEED = ["deepspeed", "--num_gpus=2", "--master_port"]
+
+
+def launch(launcher: list[str], program: object, *arguments: object, **environment: str) -> subprocess.Popen:
+    """Two ranks of a program."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    command += [str(part) for part in (*environment.pop("launcher", "").split(), program, *arguments)]
+    binaries = Path(sys.executable).parent
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PATH"] = f"{binaries}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
-        command,
+        [str(part) for part in (binaries / launcher[0], *launcher[1:], port, program, *arguments)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -37,19 +45,16 @@ def torchrun(*arguments: object, program: object = "scripts/train_craft.py", **e
 def whole(inputs, tmp_path_factory):
     """An uninterrupted run of 6 steps on 2 ranks."""
     run = tmp_path_factory.mktemp("leaving") / "whole"
-    process = torchrun(*inputs.flags(run), *inputs.craft_flags(), *FLAGS, "--steps=6")
+    process = launch(TORCHRUN, TRAIN, *inputs.flags(run), *inputs.craft_flags(), *FLAGS, "--steps=6")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     return run
 
 
-def untimed(run: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k[:4] not in ("time", "memo")} for row in metrics(run)]
-
-
 def test_a_launcher_that_is_terminated_leaves_a_checkpoint_behind(inputs, tmp_path):
     run = tmp_path / "run"
-    process = torchrun(*inputs.flags(run), *inputs.craft_flags(), *FLAGS, "--save_freq=0", "--steps=100000")
+    flags = [*inputs.flags(run), *inputs.craft_flags(), *FLAGS, "--save_freq=0", "--steps=100000"]
+    process = launch(TORCHRUN, TRAIN, *flags)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not (
         (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 3
@@ -65,20 +70,32 @@ def test_a_launcher_that_is_terminated_leaves_a_checkpoint_behind(inputs, tmp_pa
 
 
 def test_a_launcher_that_may_restart_goes_on_by_itself(inputs, whole, tmp_path):
-    run = tmp_path / "run"
-    process = torchrun(
-        *inputs.flags(run),
-        *inputs.craft_flags(),
-        *FLAGS,
-        "--steps=6",
-        program=Path(__file__).with_name("dying_rank.py"),
-        launcher="--max-restarts=1",
-        DIES_AT="4",
-        KILLED=str(tmp_path / "killed"),
-    )
+    run, killed = tmp_path / "run", tmp_path / "killed"
+    flags = [*inputs.flags(run), *inputs.craft_flags(), *FLAGS, "--steps=6"]
+    restarting = [TORCHRUN[0], "--max-restarts=1", *TORCHRUN[1:]]
+    process = launch(restarting, DYING, *flags, DIES_AT="4", KILLED=str(killed))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert (tmp_path / "killed").exists()
+    assert killed.exists()
     assert f"going on from {run}/step_000004" in output
     assert_same_bits(run / "final", whole / "final")
     assert untimed(run) == untimed(whole)
+
+
+def test_deepspeeds_launcher_ends_with_the_rank_that_dies_and_goes_on_when_asked_again(
+    inputs, whole, tmp_path
+):
+    run, killed = tmp_path / "run", tmp_path / "killed"
+    zero3 = ["--ds_config", ROOT / "ds_configs" / "zero3.json", "--engine=zero"]
+    flags = [*inputs.flags(run), *inputs.craft_flags(), *FLAGS, *zero3, "--steps=6"]
+    process = launch(DEEPSPEED, DYING, *flags, DIES_AT="4", KILLED=str(killed))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode, output
+    assert killed.exists()
+    assert "error: rank 1 has stopped or its machine is gone" in output
+
+    process = launch(DEEPSPEED, DYING, *flags, DIES_AT="4", KILLED=str(killed))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"going on from {run}/step_000004" in output
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)

@@ -4,47 +4,25 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 
 import pytest
 import torch
-from runs import assert_same_bits, losses, metrics, trained
-from safetensors.torch import load_file
+from runs import assert_same_bits, losses, metrics, trained, untimed
 
-from craft_ds.checkpoints import manifest as manifest_module
 from craft_ds.checkpoints import verify_checkpoint
 from craft_ds.checkpoints.save import Save
 from craft_ds.checkpoints.testing import renew_manifest
-from craft_ds.export import export_checkpoint
 from craft_ds.trainer import _one_step
 
 
-@pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory):
-    """An uninterrupted CRaFT run of 6 steps with a checkpoint after each second."""
-    from craft_ds.command_line import parse_arguments
-    from craft_ds.trainer import train_craft
-
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    flags = [*inputs.flags(output), *inputs.craft_flags(), "--steps=6", "--save_freq=2"]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("sys.argv", ["train_craft.py"])
-        train_craft(parse_arguments(flags))
-    return output
-
-
 @pytest.fixture
-def begun(whole, tmp_path):
+def begun(unbroken, tmp_path):
     """A copy of it that has not got to its end."""
     run = tmp_path / "run"
-    shutil.copytree(whole, run, symlinks=True)
+    shutil.copytree(unbroken, run, symlinks=True)
     shutil.rmtree(run / "final")
     return run
-
-
-def flags_of(inputs):
-    return [*inputs.craft_flags(), "--steps=6", "--save_freq=2"]
 
 
 def flip_a_byte(path):
@@ -53,15 +31,11 @@ def flip_a_byte(path):
     path.write_bytes(content)
 
 
-def untimed(run):
-    return [{k: v for k, v in row.items() if k[:4] not in ("time", "memo")} for row in metrics(run)]
-
-
 # --- which checkpoint -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("named", ["", "last", "last/train_config.json"])
-def test_the_newest_whole_checkpoint_is_taken_and_the_skipped_are_named(train, whole, begun, named):
+def test_the_newest_whole_checkpoint_is_taken_and_the_skipped_are_named(train, unbroken, begun, named):
     flip_a_byte(begun / "step_000004" / "optimizer.safetensors")
     ended = train(None, f"--config_path={begun / named}", "--resume=true")
     assert ended.status == 0, ended.errors
@@ -69,31 +43,31 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_skipped_are_named(train, w
     assert f"going on from {begun}/step_000002" in ended.output
     assert f"step_000004 is {begun}/step_000004.aside-1 now" in ended.output
     verify_checkpoint(begun / "step_000004", 0, 1)
-    assert_same_bits(begun / "final", whole / "final")
-    assert untimed(begun) == untimed(whole)
+    assert_same_bits(begun / "final", unbroken / "final")
+    assert untimed(begun) == untimed(unbroken)
 
 
-def test_a_directory_without_a_manifest_is_moved_out_of_the_way(train, whole, begun):
+def test_a_directory_without_a_manifest_is_moved_out_of_the_way(train, unbroken, begun):
     (begun / "step_000004" / "manifest.json").unlink()
     ended = train(None, f"--output_dir={begun}", "--resume=true")
     assert ended.status == 0, ended.errors
     assert "step_000004 is no checkpoint of craft-ds" in ended.output
     assert (begun / "step_000004.aside-1" / "model.safetensors").is_file()
     verify_checkpoint(begun / "step_000004", 0, 1)
-    assert_same_bits(begun / "final", whole / "final")
+    assert_same_bits(begun / "final", unbroken / "final")
 
 
-def test_a_lost_link_is_no_loss(train, whole, begun):
+def test_a_lost_link_is_no_loss(train, unbroken, begun):
     (begun / "last").unlink()
     ended = train(None, f"--config_path={begun}/last", "--resume=true")
     assert ended.status == 0, ended.errors
-    assert_same_bits(begun / "final", whole / "final")
+    assert_same_bits(begun / "final", unbroken / "final")
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is(train, whole, begun, tmp_path):
+def test_a_run_that_was_moved_goes_on_where_it_is(train, unbroken, begun, tmp_path):
     moved = begun.rename(tmp_path / "moved")
     assert train(None, f"--config_path={moved}", "--resume=true").status == 0
-    assert_same_bits(moved / "final", whole / "final")
+    assert_same_bits(moved / "final", unbroken / "final")
     assert not begun.exists()
 
 
@@ -109,9 +83,9 @@ def test_without_a_whole_checkpoint_resuming_is_refused(refuses, begun):
 # --- the same command again and again -------------------------------------------------------------------
 
 
-def test_auto_begins_goes_on_and_ends(train, inputs, whole, tmp_path, monkeypatch):
+def test_auto_begins_goes_on_and_ends(train, saving, unbroken, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    again = ["--resume=auto", *flags_of(inputs)]
+    again = ["--resume=auto", *saving]
     writes = Save._commit
 
     def die(save, files):
@@ -129,37 +103,37 @@ def test_auto_begins_goes_on_and_ends(train, inputs, whole, tmp_path, monkeypatc
     assert sorted(path.name for path in run.iterdir()) == [
         "final", "last", "metrics.jsonl", "step_000002", "step_000004"
     ]  # fmt: skip
-    assert_same_bits(run / "final", whole / "final")
-    assert untimed(run) == untimed(whole)
+    assert_same_bits(run / "final", unbroken / "final")
+    assert untimed(run) == untimed(unbroken)
 
     ended = train(run, *again)
     assert (ended.status, ended.errors) == (0, "")
     assert "has done all of --steps=6: there is nothing left to do" in ended.output
 
 
-def test_auto_begins_anew_where_nothing_was_saved_yet(train, inputs, whole, tmp_path):
+def test_auto_begins_anew_where_nothing_was_saved_yet(train, saving, unbroken, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
-    ended = train(run, "--resume=auto", *flags_of(inputs))
+    ended = train(run, "--resume=auto", *saving)
     assert ended.status == 0, ended.errors
     assert "the run begins anew" in ended.output
-    assert_same_bits(run / "final", whole / "final")
+    assert_same_bits(run / "final", unbroken / "final")
     assert (tmp_path / "run.aside-1" / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-def test_auto_reads_the_output_directory_of_a_file(train, inputs, whole, begun, tmp_path):
+def test_auto_reads_the_output_directory_of_a_file(train, unbroken, begun, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(f"output_dir: {begun}\n")
     ended = train(None, f"--config_path={file}", "--resume=auto")
     assert ended.status == 0, ended.errors
-    assert_same_bits(begun / "final", whole / "final")
+    assert_same_bits(begun / "final", unbroken / "final")
 
 
 # --- what may change, and what may not ------------------------------------------------------------------
 
 
-def test_changed_flags_are_listed_in_one_line_and_count(train, whole, begun):
+def test_changed_flags_are_listed_in_one_line_and_count(train, unbroken, begun):
     ended = train(
         None, f"--config_path={begun}", "--resume=true", "--policy.optimizer_lr=0.5", "--log_freq=5"
     )
@@ -169,7 +143,7 @@ def test_changed_flags_are_listed_in_one_line_and_count(train, whole, begun):
     assert "--log_freq=5 (was 1)" in line
     assert "tokenizer" not in line
     assert "pretrained_path" not in line
-    rates = [row["train/lr"] for run in (whole, begun) for row in metrics(run) if row["step"] == 5]
+    rates = [row["train/lr"] for run in (unbroken, begun) for row in metrics(run) if row["step"] == 5]
     assert rates[1] > 100 * rates[0]
 
 
@@ -195,7 +169,7 @@ def test_other_samples_are_refused(refuses, begun):
     assert "was trained on 80" in line
 
 
-def test_the_checkpoints_statistics_win(train, inputs, whole, begun, tmp_path):
+def test_the_checkpoints_statistics_win(train, inputs, unbroken, begun, tmp_path):
     """The data set says something else by now; states and actions must mean what they meant."""
     data = tmp_path / "data"
     shutil.copytree(inputs.new, data)
@@ -209,26 +183,26 @@ def test_the_checkpoints_statistics_win(train, inputs, whole, begun, tmp_path):
     stats.write_text(json.dumps(content))
     ended = train(None, f"--config_path={begun}", "--resume=true", f"--dataset.root={data}")
     assert ended.status == 0, ended.errors
-    assert_same_bits(begun / "final", whole / "final")
+    assert_same_bits(begun / "final", unbroken / "final")
 
 
-def test_another_batch_size_counts_from_there(train, begun, whole):
+def test_another_batch_size_counts_from_there(train, begun, unbroken):
     ended = train(None, f"--config_path={begun}", "--resume=true", "--batch_size=3")
     assert ended.status == 0, ended.errors
     progress = torch.load(begun / "final" / "craft_state.pt", weights_only=True)["progress"]
     assert progress["samples_seen"] == 4 * 2 + 2 * 3
-    assert losses(begun)[:4] == losses(whole)[:4]
-    assert losses(begun)[4:] != losses(whole)[4:]
+    assert losses(begun)[:4] == losses(unbroken)[:4]
+    assert losses(begun)[4:] != losses(unbroken)[4:]
 
 
 # --- being asked to leave -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves_in_order(train, inputs, whole, tmp_path, monkeypatch, number):
+def test_a_signal_saves_and_leaves_in_order(train, saving, unbroken, tmp_path, monkeypatch, number):
     from craft_ds import trainer
 
-    run, again = tmp_path / "run", ["--resume=auto", *flags_of(inputs)]
+    run, again = tmp_path / "run", ["--resume=auto", *saving]
 
     def signalled(of_run, step):
         result = _one_step(of_run, step)
@@ -250,147 +224,26 @@ def test_a_signal_saves_and_leaves_in_order(train, inputs, whole, tmp_path, monk
         "step_000002", "step_000004"
     ]  # fmt: skip
     assert train(run, *again).status == 0
-    assert_same_bits(run / "final", whole / "final")
-    assert untimed(run) == untimed(whole)
+    assert_same_bits(run / "final", unbroken / "final")
+    assert untimed(run) == untimed(unbroken)
 
 
-def test_the_time_is_over(train, inputs, whole, tmp_path, monkeypatch):
+def test_the_time_is_over(train, saving, unbroken, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    ended = train(run, *flags_of(inputs), "--save_freq=0", "--max_runtime=0.1s")
+    ended = train(run, *saving, "--save_freq=0", "--max_runtime=0.1s")
     assert ended.status == 75
     assert "--max_runtime is over: saved" in ended.errors
     [saved] = run.glob("step_*")
     ended = train(None, f"--config_path={run}", "--resume=true", "--max_runtime=", "--save_freq=2")
     assert ended.status == 0, ended.errors
-    assert_same_bits(run / "final", whole / "final")
+    assert_same_bits(run / "final", unbroken / "final")
     assert saved.name == "step_000001"
 
 
-# --- how they are written -------------------------------------------------------------------------------
+# --- what goes on besides parameters, moments and λ -----------------------------------------------------
 
 
-def test_the_oldest_are_deleted_and_the_periodic_ones_kept(train, inputs, tmp_path):
-    run = tmp_path / "run"
-    flags = [*inputs.craft_flags(), "--steps=8", "--save_freq=1", "--save_total_limit=2", "--keep_period=3"]
-    assert train(run, *flags).status == 0
-    names = [path.name for path in sorted(run.glob("step_*"))]
-    assert names == ["step_000003", "step_000006", "step_000007"]
-    for name in (*names, "final"):
-        verify_checkpoint(run / name, 0, 1)
-
-
-def test_nothing_is_deleted_before_the_newer_one_is_whole(train, inputs, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-
-    def fail(*_: object, **__: object):
-        raise OSError(5, "Input/output error")
-
-    with monkeypatch.context() as patched:
-        hashes = manifest_module._hash
-        patched.setattr(
-            manifest_module,
-            "_hash",
-            lambda path, *rest: fail() if "step_000003" in str(path) else hashes(path, *rest),
-        )
-        ended = train(run, *flags_of(inputs), "--steps=4", "--save_freq=1", "--save_total_limit=1")
-    assert ended.status == 0
-    assert "Input/output error; training goes on, earlier checkpoints are as they were" in ended.output
-    assert [path.name for path in run.glob("step_*")] == ["step_000002"]
-
-
-def test_a_background_save_is_the_same_save(train, inputs, whole, tmp_path, monkeypatch):
-    run, writes, seen = tmp_path / "run", Save._write_shards, []
-
-    def slow(save):
-        seen.append(threading.current_thread().name)
-        time.sleep(0.3)  # training goes on, and changes what is being saved
-        writes(save)
-
-    monkeypatch.setattr(Save, "_write_shards", slow)
-    ended = train(run, *flags_of(inputs), "--checkpoint.background=true")
-    assert ended.status == 0, ended.errors
-    assert seen == ["save", "save", "MainThread"]
-    for name in ("step_000002", "step_000004", "final"):
-        verify_checkpoint(run / name, 0, 1)
-        assert_same_bits(run / name, whole / name)
-    assert ended.output.count("saved ") == 3
-
-
-def test_a_background_save_that_fails_is_heard_of(train, inputs, tmp_path, monkeypatch):
-    run, writes = tmp_path / "run", Save._write_shards
-
-    def fail(save):
-        if save.step == 2:
-            raise OSError(28, "No space left on device")
-        writes(save)
-
-    monkeypatch.setattr(Save, "_write_shards", fail)
-    ended = train(run, *flags_of(inputs), "--checkpoint.background=true")
-    assert ended.status == 0, ended.errors
-    assert "No space left on device; training goes on" in ended.output
-    assert sorted(path.name for path in run.iterdir() if path.is_dir() and not path.is_symlink()) == [
-        "final", "step_000004"
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("lora", [(), ("--lora=preset",)], ids=["full", "lora"])
-def test_pieces_a_rank_resume_and_export(train, inputs, tmp_path, lora):
-    weights = "adapter_model" if lora else "model"
-    one, pieces = tmp_path / "one", tmp_path / "pieces"
-    assert train(one, *flags_of(inputs), *lora).status == 0
-    flags = [*flags_of(inputs), *lora, "--checkpoint.layout=per_rank"]
-    assert train(pieces, *flags).status == 0
-    names = {path.name for path in (pieces / "final").iterdir()}
-    assert {f"{weights}.rank_00000.safetensors", "optimizer.rank_00000.safetensors"} <= names
-    assert not {f"{weights}.safetensors", "optimizer.safetensors"} & names
-
-    # Resumed, and consolidated from there on.
-    shutil.rmtree(pieces / "final")
-    ended = train(None, f"--config_path={pieces}", "--resume=true", "--checkpoint.layout=consolidated")
-    assert ended.status == 0, ended.errors
-    for name in (weights, "optimizer"):
-        found, expected = (load_file(run / "final" / f"{name}.safetensors") for run in (pieces, one))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-    export_checkpoint(pieces / "step_000004", tmp_path / "exported")
-    export_checkpoint(one / "step_000004", tmp_path / "expected")
-    found, expected = (tmp_path / name / f"{weights}.safetensors" for name in ("exported", "expected"))
-    assert found.read_bytes() == expected.read_bytes()
-    if lora:
-        export_checkpoint(pieces / "step_000004", tmp_path / "merged", merge_lora=True)
-        assert (tmp_path / "merged" / "model.safetensors").is_file()
-
-
-def test_a_full_disk_does_not_end_a_run(train, inputs, whole, tmp_path, monkeypatch):
-    run, writes = tmp_path / "run", Save._write_shards
-
-    def fail(save):
-        if save.step == 2:
-            raise OSError(28, "No space left on device")
-        writes(save)
-
-    monkeypatch.setattr(Save, "_write_shards", fail)
-    ended = train(run, *flags_of(inputs))
-    assert ended.status == 0
-    [line] = [line for line in ended.output.splitlines() if line.startswith("error: ")]
-    assert f"{run}/step_000002 cannot be written" in line
-    assert not list(run.glob("step_000002*"))
-    assert_same_bits(run / "final", whole / "final")
-
-
-def test_a_final_save_that_fails_is_an_error(train, inputs, tmp_path, monkeypatch):
-    def fail(save):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Save, "_write_shards", fail)
-    ended = train(tmp_path / "run", "--steps=1")
-    assert ended.status == 2
-    assert "run/final cannot be written: [Errno 28] No space left on device" in ended.errors
-    assert not (tmp_path / "run" / "final").exists()
-
-
-def test_wandb_goes_on_under_the_same_identity_in_another_directory(train, inputs, tmp_path, monkeypatch):
+def test_wandb_goes_on_under_the_same_identity_in_another_directory(train, tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     wandb = ["--wandb.enable=true", "--wandb.mode=offline", "--wandb.project=craft"]
@@ -426,7 +279,7 @@ def test_a_state_of_another_kind_is_refused(refuses, begun):
     assert "craft_state.pt is damaged (samples_seen=-1)" in line
 
 
-def test_the_parameters_move_between_the_checkpoints(whole):
+def test_the_parameters_move_between_the_checkpoints(unbroken):
     """Else all of these comparisons would hold whatever is loaded."""
-    one, two = (trained(whole / name) for name in ("step_000002", "step_000004"))
+    one, two = (trained(unbroken / name) for name in ("step_000002", "step_000004"))
     assert any(not torch.equal(one[name], two[name]) for name in one)

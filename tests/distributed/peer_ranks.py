@@ -12,6 +12,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from craft_ds.cli import end_process, run_main
 from craft_ds.peers import Peers
@@ -22,6 +23,11 @@ STEPS = 12
 def sleep_for_ever():
     while True:
         time.sleep(1)
+
+
+def wait_unseen():
+    """Wait for what a dead rank would have to write, as a new process group does: torch says nothing."""
+    distributed_c10d._get_default_store().get("never written")
 
 
 def fail():
@@ -50,6 +56,7 @@ def be_stopped_for_a_while():
 
 HAPPENS = {
     "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "dies unseen": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "sleeps": sleep_for_ever,
     "fails": fail,
@@ -63,6 +70,8 @@ def add_numbers():
         if happens in HAPPENS and step == 5 and rank == int(victim):
             print(f"at {time.monotonic()}", flush=True)
             HAPPENS[happens]()
+        if happens == "dies unseen" and step == 5:
+            wait_unseen()
         if happens == "slow" and step == 3 and rank == int(victim):
             get_on_alone()
         if happens == "slow" and step == 6:
@@ -73,15 +82,8 @@ def add_numbers():
 
 
 def run():
-    try:
+    with peers:
         add_numbers()
-    except BaseException as error:
-        lost = peers.explain(error)
-        peers.close(lost or error)
-        if lost is None:
-            raise
-        raise lost from error
-    peers.close()
     print("finished")
 
 

@@ -13,6 +13,7 @@ TIMEOUT_S = 2.5
 INTERVAL_S = 0.8
 # What `Peers` promises, and the seconds that a busy machine takes to end a process.
 OF_A_DEATH_S = 10 * INTERVAL_S + 4
+OF_AN_UNSEEN_DEATH_S = 25 * INTERVAL_S + 4
 OF_A_HANG_S = TIMEOUT_S + 10 * INTERVAL_S + 4
 
 HOST_GONE = (
@@ -65,6 +66,14 @@ def test_a_killed_rank_that_hosts_the_store_is_named_by_every_rank_that_cannot_a
     assert ended.statuses == [-9, LOST_RANK_STATUS, LOST_RANK_STATUS]
     assert ended.named() == 2 * [HOST_GONE]
     assert ended.seconds < OF_A_DEATH_S
+
+
+def test_a_killed_rank_is_named_though_the_others_wait_where_torch_does_not_tell():
+    ended = run("dies unseen", 1, world_size=3, timeout=1000.0, grace=30.0)
+    assert ended.statuses == [LOST_RANK_STATUS, -9, LOST_RANK_STATUS]
+    [line] = ended.named()
+    assert line.startswith("rank 1 has stopped or its machine is gone: no sign of life for ")
+    assert ended.seconds < OF_AN_UNSEEN_DEATH_S
 
 
 def test_a_stopped_rank_is_named():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
+from craft_ds.engines.ds_config import check_step_size, read_ds_config, resolve_ds_config
 from craft_ds.errors import UserError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -89,7 +89,6 @@ def test_values_equal_to_the_flags_are_welcome():
             **STAGE3,
             "train_micro_batch_size_per_gpu": 4,
             "gradient_accumulation_steps": 2,
-            "train_batch_size": 24,
             "gradient_clipping": 0.5,
             "bf16": {"enabled": False},
             "fp16": {"enabled": False},
@@ -149,7 +148,6 @@ def test_an_offloaded_optimizer_is_deepspeeds_own_unless_the_file_says_no(stage)
             {"gradient_accumulation_steps": 1},
             ["gradient_accumulation_steps=1", "--gradient_accumulation_steps=2"],
         ),
-        ({"train_batch_size": 12}, ["train_batch_size=12", "--batch_size=4", "3 ranks"]),
         ({"gradient_clipping": 1.0}, ["gradient_clipping=1.0", "--optimizer.grad_clip_norm=0.5"]),
         ({"bf16": {"enabled": True}}, ["bf16.enabled=true", "--engine.dtype=float32"]),
         ({"fp16": {"enabled": True}}, ["fp16.enabled=true", "--engine.dtype"]),
@@ -198,6 +196,16 @@ def test_a_contradiction_names_both_sides(entries, names):
     assert "\n" not in message
     assert "--ds_config=my.json" in message
     assert all(name in message for name in names), message
+
+
+@pytest.mark.parametrize("said", [{}, {"train_batch_size": "auto"}, {"train_batch_size": 24}])
+def test_a_file_may_say_what_a_step_takes(said):
+    check_step_size({**STAGE3, **said}, path="my.json", samples_per_step=24, flags="--batch_size=4")
+
+
+def test_a_file_that_wants_another_step_is_refused():
+    with pytest.raises(UserError, match=r"my.json says train_batch_size=12, but --batch_size=4 means 24: "):
+        check_step_size({"train_batch_size": 12}, path="my.json", samples_per_step=24, flags="--batch_size=4")
 
 
 def test_bf16_contradicts_in_the_other_direction_too():

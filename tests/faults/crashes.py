@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from ranks import Ended, ForkServer, Saboteur
-from runs import assert_same_state, metrics
+from runs import assert_same_state, untimed
 from safetensors.torch import load_file
 
 from craft_ds.checkpoints import verify_checkpoint
@@ -61,15 +61,6 @@ def whole_checkpoints(run: Path) -> dict[int, Path]:
 def going_on(flags: Sequence[str]) -> list[str]:
     """The arguments with which a run is started again after it died."""
     return [*flags, "--resume=auto"]
-
-
-def untimed(run: Path) -> list[dict[str, Any]]:
-    """What a run has logged, without time and memory."""
-    rows = [
-        {key: value for key, value in row.items() if key.split("/")[0] not in ("time", "memory")}
-        for row in metrics(run)
-    ]
-    return [row for row in rows if row.keys() != {"step"}]
 
 
 def _without_step(path: str) -> str:
