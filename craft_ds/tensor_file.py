@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from craft_ds.system import reserve
 from craft_ds.tensor_header import read_header
 
 _DTYPES = {
@@ -89,10 +90,10 @@ def create_tensor_file(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        start = file.tell()
+        file.flush()
         if offset:
             # Room for all ranks is claimed here, so that a full disk shows before anything is written.
-            os.posix_fallocate(file.fileno(), start, offset)
+            reserve(file.fileno(), file.tell() + offset)
 
 
 def write_tensor_file(

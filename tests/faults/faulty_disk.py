@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from craft_ds import tensor_file
+
 CALLS = (
     (os, "mkdir"),
     (os, "pwrite"),
-    (os, "posix_fallocate"),
+    (tensor_file, "reserve"),
     (os, "fsync"),
     (os, "rename"),
     (os, "symlink"),

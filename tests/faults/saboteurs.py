@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from craft_ds import opening
+from craft_ds import opening, tensor_file
 from craft_ds.data import StepSampler
 from craft_ds.peers import Peers
 
@@ -31,7 +31,7 @@ _CHANGES: tuple[tuple[Any, str, str], ...] = (
     (os, "rmdir", "path"),
     (os, "truncate", "path"),
     (os, "ftruncate", "fd"),
-    (os, "posix_fallocate", "fd"),
+    (tensor_file, "reserve", "descriptor"),
     (os, "write", "fd"),
     (os, "pwrite", "fd"),
     (os, "pwritev", "fd"),

@@ -78,7 +78,7 @@ def cases(asked, whole_campaign, faults_seed):
 
 def test_a_save_asks_for_all_of_these(asked):
     """Else the cases below would be about nothing."""
-    names = ["mkdir", "open", "posix_fallocate", "pwrite", "fsync", "rename", "symlink", "copyfile"]
+    names = ["mkdir", "open", "reserve", "pwrite", "fsync", "rename", "symlink", "copyfile"]
     assert {name for name in names if name in asked} == set(names)
 
 

@@ -140,7 +140,7 @@ def test_a_kill_of_a_resume(lab, fault_table, faults_seed, whole_campaign):
     seconds = ended.check().seconds
     lab.finish(run)
     # What clears the wreck away, and what is opened anew.
-    saving = next(change.call for change in changes if change.operation == "posix_fallocate")
+    saving = next(change.call for change in changes if change.operation == "reserve")
     blows = one_blow_a_phase(
         [change for change in changes if change.rank == 0 and change.call < saving], draw
     )
