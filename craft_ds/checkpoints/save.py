@@ -1,8 +1,8 @@
 """Saving: all ranks write at once, consolidated from the start, and what is not whole is not there.
 
 Each rank writes its own ranges of `model.safetensors` and `optimizer.safetensors` under a temporary name;
-nothing is gathered. When everything lies on the disk the main rank hashes what it reads back with the others,
-writes the manifest and renames the directory.
+nothing is gathered. While what they wrote goes to the disk the ranks read it back and hash it; once both are
+done the main rank writes the manifest and renames the directory.
 """
 
 import io
@@ -10,6 +10,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,11 @@ class Save:
         try:
             on_main(lambda: self._told(self._prepare), group)
             all_ranks(lambda: self._told(self._write_shards), group)
-            files = hash_files(self.temporary, self.rank, self.world_size, group)
+            # One waits for the disk and the other for the processor: together they take as long as one.
+            with ThreadPoolExecutor(max_workers=1) as beside:
+                synced = beside.submit(self._sync_shards)
+                files = hash_files(self.temporary, self.rank, self.world_size, group)
+                all_ranks(lambda: self._told(synced.result), group)
             on_main(lambda: self._told(lambda: self._commit(files)), group)
         except UserError:
             if self.rank == 0:  # a full disk needs the room
@@ -153,13 +158,22 @@ class Save:
         buffers = self.contents.buffers.items()
         return [TensorSpec(name, tuple(values.shape), values.dtype) for name, values in buffers]
 
-    def _write_shards(self) -> None:
+    def _shard_files(self) -> tuple[Path, Path]:
+        """Where this rank's weights and moments go: into the whole files, or into pieces of its own."""
+        weights, optimizer = self._weights, self.temporary / OPTIMIZER
         if self.config.checkpoint.layout == "consolidated":
-            self._fill(self._weights, self.temporary / OPTIMIZER, whole=True)
+            return weights, optimizer
+        return piece_path(weights, self.rank), piece_path(optimizer, self.rank)
+
+    def _sync_shards(self) -> None:
+        for path in self._shard_files():
+            fsync(path)
+
+    def _write_shards(self) -> None:
+        weights, optimizer = self._shard_files()
+        if self.config.checkpoint.layout == "consolidated":
+            self._fill(weights, optimizer, whole=True)
             return
-        weights, optimizer = (
-            piece_path(path, self.rank) for path in (self._weights, self.temporary / OPTIMIZER)
-        )
         layout = self.contents.layout
         shards = list(self.contents.shards())
         moments = [
@@ -188,8 +202,6 @@ class Save:
                 weights.write(stored.stored_name, start, shard.master)
                 for key, values in shard.state.items():
                     moments.write(f"{stored.stored_name}.{key}", start, values)
-            weights.sync()
-            moments.sync()
 
     def _commit(self, files: dict[str, Any]) -> None:
         write_manifest(
