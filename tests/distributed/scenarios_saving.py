@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from lab import Lab, Output, masters, moments
@@ -31,7 +32,9 @@ def saving(lab: Lab) -> Output:
     output, root = Output(), lab.scratch / f"saving_{lab.kind}_on{lab.world_size}"
     engine = lab.pi0_engine()
     _continue(lab, engine, output, "TR", 0)
-    save_checkpoint(root / "plain" / "step_000002", **_kept(lab, engine))
+    output.values["synced"] = _synced(
+        lambda: save_checkpoint(root / "plain" / "step_000002", **_kept(lab, engine))
+    )
     save_checkpoint(root / "pieces" / "step_000002", **_kept(lab, engine, "per_rank"))
     output.add("saved", masters(engine))
     output.add("saved", moments(engine))
@@ -56,6 +59,22 @@ def saving(lab: Lab) -> Output:
     output.add("loaded", moments(engine))
     engine.close()
     return output
+
+
+def _synced(save: Callable[[], None]) -> list[str]:
+    """Names of the files and directories that this rank forces to the disk in a save."""
+    sync, names = os.fsync, []
+
+    def noted(descriptor: int) -> None:
+        names.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    os.fsync = noted
+    try:
+        save()
+    finally:
+        os.fsync = sync
+    return names
 
 
 def _save_onto_a_full_disk(lab: Lab, engine: Engine, target: Path) -> str | None:

@@ -40,6 +40,13 @@ def test_all_ranks_hear_of_a_full_disk_of_one(ranks, name, root):
     assert read_manifest(root / "plain" / "step_000004")["step"] == 4
 
 
+@every("saving")
+def test_each_rank_forces_what_it_wrote_to_the_disk(ranks, name):
+    """On a network file system nobody else can."""
+    for rank in ranks[name].values:
+        assert {"model.safetensors", "optimizer.safetensors"} <= set(rank["synced"])
+
+
 @every("holes")
 def test_a_file_with_a_hole_is_not_written(ranks, name):
     for rank in ranks[name].values:
