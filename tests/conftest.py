@@ -120,7 +120,7 @@ def adapted(inputs, tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def compiled_cpu_adam():
     """DeepSpeed's Adam, compiled before there are ranks with a deadline: it takes minutes, once a machine."""
-    program = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
+    program = "from craft_ds.engines.cpu_adam import compile_cpu_adam; compile_cpu_adam()"
     ended = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},

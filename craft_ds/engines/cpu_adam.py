@@ -1,9 +1,20 @@
 """DeepSpeed's Adam for optimizers that are offloaded to the CPU."""
 
+import fcntl
+import logging
+import time
+from pathlib import Path
+
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from torch.utils import cpp_extension
 
 from craft_ds.errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
+
+LONGEST_BUILD_S = 600
 
 _INSTEAD = 'write "zero_force_ds_cpu_optimizer": false into the --ds_config file to step with torch'
 _HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
@@ -25,9 +36,55 @@ def cpu_adam(optimizer: torch.optim.Optimizer) -> DeepSpeedCPUAdam:
             raise UserError(f"DeepSpeedCPUAdam has no {name}: {_INSTEAD}")
     groups = [{key: group[key] for key in ("params", *_HYPERPARAMETERS)} for group in optimizer.param_groups]
     try:
+        compile_cpu_adam()
         return DeepSpeedCPUAdam(groups, adamw_mode=isinstance(optimizer, torch.optim.AdamW))
     except RuntimeError as error:
         reason = one_line(error.__cause__ or error)
         raise UserError(
             f"DeepSpeedCPUAdam needs g++ and ninja ({reason}): install them, or {_INSTEAD}"
         ) from error
+
+
+def compile_cpu_adam() -> None:
+    """Compile DeepSpeed's Adam where this machine has not yet, and load it.
+
+    Raises:
+        RuntimeError: It cannot be compiled.
+    """
+    # torch has no public name for this folder, which it creates.
+    wait_for_other_builders(Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, verbose=False)))
+    CPUAdamBuilder().load()
+
+
+def wait_for_other_builders(directory: Path) -> None:
+    """Wait while another process compiles there, and clear away what a killed one has left behind.
+
+    torch marks a folder it builds in with a file that a killed process leaves there; torch itself would wait
+    for it to go until the end of time, and without a word.
+    """
+    mark = directory / "lock"
+    with (directory / "craft_ds.lock").open("w") as turn:
+        # One at a time, or a slow waiter could take an old mark's successor for the old mark.
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        said = False
+        while (age := _age_s(mark)) is not None:
+            if age > LONGEST_BUILD_S:
+                logger.warning("%s: removed, its process was killed %d min ago", mark, age // 60)
+                mark.unlink(missing_ok=True)
+            elif not said:
+                logger.warning(
+                    "another process compiles DeepSpeed's Adam, or was killed while it did: waiting for %s to "
+                    "go, %d s at most; remove it if nothing compiles",
+                    mark,
+                    LONGEST_BUILD_S - age,
+                )
+                said = True
+            time.sleep(0.1)
+
+
+def _age_s(path: Path) -> float | None:
+    """Seconds since a file was written; None where there is none."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None

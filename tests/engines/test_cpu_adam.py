@@ -1,10 +1,14 @@
 import copy
+import logging
+import os
+import threading
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from craft_ds.engines.cpu_adam import cpu_adam
+from craft_ds.engines.cpu_adam import LONGEST_BUILD_S, cpu_adam, wait_for_other_builders
 from craft_ds.errors import UserError
 
 
@@ -47,11 +51,37 @@ def test_what_it_cannot_do_is_said(make, name):
 
 
 def test_a_machine_that_cannot_compile_it_is_told_what_to_do(monkeypatch):
-    from deepspeed.ops.adam import cpu_adam as module
+    from craft_ds.engines.cpu_adam import CPUAdamBuilder
 
     def load(builder):
         raise RuntimeError("no compiler\nat all")
 
-    monkeypatch.setattr(module.CPUAdamBuilder, "load", load)
+    monkeypatch.setattr(CPUAdamBuilder, "load", load)
     with pytest.raises(UserError, match=r"g\+\+ and ninja \(no compiler at all\).*zero_force_ds_cpu"):
         cpu_adam(torch.optim.AdamW([nn.Parameter(torch.zeros(2))]))
+
+
+def test_what_a_killed_builder_left_behind_is_removed(tmp_path, caplog):
+    mark = tmp_path / "lock"
+    mark.touch()
+    killed = time.time() - LONGEST_BUILD_S - 1
+    os.utime(mark, (killed, killed))
+    with caplog.at_level(logging.WARNING):
+        wait_for_other_builders(tmp_path)
+    assert not mark.exists()
+    assert f"{mark}: removed, its process was killed 10 min ago" in caplog.text
+
+
+def test_a_builder_at_work_is_waited_for(tmp_path, caplog):
+    mark = tmp_path / "lock"
+    mark.touch()
+    waiting = threading.Thread(target=wait_for_other_builders, args=(tmp_path,), daemon=True)
+    with caplog.at_level(logging.WARNING):
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        assert mark.exists()
+        mark.unlink()
+        waiting.join(30)
+    assert not waiting.is_alive()
+    assert caplog.text.count(f"waiting for {mark}") == 1
