@@ -1,5 +1,6 @@
 """DeepSpeed's Adam for optimizers that are offloaded to the CPU."""
 
+import contextlib
 import fcntl
 import logging
 import time
@@ -64,8 +65,10 @@ def wait_for_other_builders(directory: Path) -> None:
     """
     mark = directory / "lock"
     with (directory / "craft_ds.lock").open("w") as turn:
-        # One at a time, or a slow waiter could take an old mark's successor for the old mark.
-        fcntl.flock(turn, fcntl.LOCK_EX)
+        # One at a time, or a slow waiter could take an old mark's successor for the old mark. Some network
+        # file systems have no locks; there, that may happen.
+        with contextlib.suppress(OSError):
+            fcntl.flock(turn, fcntl.LOCK_EX)
         said = False
         while (age := _age_s(mark)) is not None:
             if age > LONGEST_BUILD_S:
@@ -73,8 +76,8 @@ def wait_for_other_builders(directory: Path) -> None:
                 mark.unlink(missing_ok=True)
             elif not said:
                 logger.warning(
-                    "another process compiles DeepSpeed's Adam, or was killed while it did: waiting for %s to "
-                    "go, %d s at most; remove it if nothing compiles",
+                    "%s: another process compiles DeepSpeed's Adam, or was killed while it did; waiting for "
+                    "%d s at most; remove the file if nothing compiles",
                     mark,
                     LONGEST_BUILD_S - age,
                 )
