@@ -117,19 +117,40 @@ def adapted(inputs, tmp_path_factory) -> Callable[[str], Path]:
     return checkpoint
 
 
+COMPILE_CPU_ADAM = """
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from craft_ds.engines.cpu_adam import compile_cpu_adam
+
+compile_cpu_adam()
+print(CPUAdamBuilder().load().__file__)
+"""
+
+
 @pytest.fixture(scope="session")
-def compiled_cpu_adam():
-    """DeepSpeed's Adam, compiled before there are ranks with a deadline: it takes minutes, once a machine."""
-    program = "from craft_ds.engines.cpu_adam import compile_cpu_adam; compile_cpu_adam()"
-    ended = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+def compiler() -> Callable[..., Path]:
+    """Compile DeepSpeed's Adam in a process of its own, in the environment given; where it has put it."""
+
+    def run(**variables: str) -> Path:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        ended = subprocess.run(
+            [sys.executable, "-c", COMPILE_CPU_ADAM],
+            env={**os.environ, "PATH": path, **variables},
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+        print(ended.stderr, file=sys.stderr)
+        return Path(ended.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def compiled_cpu_adam(compiler) -> Path:
+    """Compiled before there are ranks with a deadline: it takes minutes, once a machine."""
+    return compiler()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
-from torch.utils import cpp_extension
 
 from craft_ds.errors import UserError, one_line
 
@@ -52,6 +51,8 @@ def compile_cpu_adam() -> None:
     Raises:
         RuntimeError: It cannot be compiled.
     """
+    from torch.utils import cpp_extension  # late: it warns, on import, of a CUDA toolkit without a GPU
+
     # torch has no public name for this folder, which it creates.
     wait_for_other_builders(Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, verbose=False)))
     CPUAdamBuilder().load()

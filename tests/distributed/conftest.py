@@ -63,7 +63,7 @@ class Spawner:
 
     lab: Lab
     root: Path
-    compile_cpu_adam: Callable[[], None]
+    compile_cpu_adam: Callable[[], object]
     _outputs: dict[Spawn, str] = field(default_factory=dict)
 
     def __call__(self, ranks: Ranks) -> Found:
