@@ -11,10 +11,12 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
 from craft_ds.errors import UserError, one_line
+from craft_ds.launch import is_node_main
 
 logger = logging.getLogger(__name__)
 
 LONGEST_BUILD_S = 600
+QUIET_S = 5  # the other ranks of a run take about a second each
 
 _INSTEAD = 'write "zero_force_ds_cpu_optimizer": false into the --ds_config file to step with torch'
 _HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
@@ -65,25 +67,32 @@ def wait_for_other_builders(directory: Path) -> None:
     for it to go until the end of time, and without a word.
     """
     mark = directory / "lock"
-    with (directory / "craft_ds.lock").open("w") as turn:
-        # One at a time, or a slow waiter could take an old mark's successor for the old mark. Some network
-        # file systems have no locks; there, that may happen.
+    began = time.monotonic()
+    said = not is_node_main()
+    while (age := _age_s(mark)) is not None:
+        if age > LONGEST_BUILD_S:
+            _remove_old(mark)
+        elif not said and time.monotonic() - began > QUIET_S:
+            logger.warning(
+                "%s: another process compiles DeepSpeed's Adam, or was killed while it did; waiting for "
+                "%d s at most; remove the file if nothing compiles",
+                mark,
+                LONGEST_BUILD_S - age,
+            )
+            said = True
+        time.sleep(0.1)
+
+
+def _remove_old(mark: Path) -> None:
+    """One waiter at a time: a slow one must not take the mark of him who begins where the old one was."""
+    with mark.with_name("craft_ds.lock").open("w") as turn:
+        # Some network file systems have no locks; there, that may happen.
         with contextlib.suppress(OSError):
             fcntl.flock(turn, fcntl.LOCK_EX)
-        said = False
-        while (age := _age_s(mark)) is not None:
-            if age > LONGEST_BUILD_S:
-                logger.warning("%s: removed, its process was killed %d min ago", mark, age // 60)
-                mark.unlink(missing_ok=True)
-            elif not said:
-                logger.warning(
-                    "%s: another process compiles DeepSpeed's Adam, or was killed while it did; waiting for "
-                    "%d s at most; remove the file if nothing compiles",
-                    mark,
-                    LONGEST_BUILD_S - age,
-                )
-                said = True
-            time.sleep(0.1)
+        age = _age_s(mark)
+        if age is not None and age > LONGEST_BUILD_S:
+            mark.unlink(missing_ok=True)
+            logger.warning("%s: removed, its process was killed %d min ago", mark, age // 60)
 
 
 def _age_s(path: Path) -> float | None:

@@ -1,5 +1,5 @@
 import copy
-import logging
+import fcntl
 import os
 import shutil
 import threading
@@ -62,27 +62,57 @@ def test_a_machine_that_cannot_compile_it_is_told_what_to_do(monkeypatch):
         cpu_adam(torch.optim.AdamW([nn.Parameter(torch.zeros(2))]))
 
 
-def test_what_a_killed_builder_left_behind_is_removed(compiler, compiled_cpu_adam, tmp_path, capsys):
-    shutil.copytree(compiled_cpu_adam.parent, tmp_path / "cpu_adam")
-    mark = tmp_path / "cpu_adam" / "lock"
+@pytest.fixture
+def waiting(tmp_path, monkeypatch):
+    """Start to wait for whoever builds in `tmp_path`."""
+    monkeypatch.setattr("craft_ds.engines.cpu_adam.QUIET_S", 0)
+
+    def start():
+        thread = threading.Thread(target=wait_for_other_builders, args=(tmp_path,), daemon=True)
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        return thread
+
+    return start
+
+
+def leave_behind(mark):
     mark.touch()
     killed = time.time() - LONGEST_BUILD_S - 1
     os.utime(mark, (killed, killed))
-    assert compiler(TORCH_EXTENSIONS_DIR=str(tmp_path)).parent == tmp_path / "cpu_adam"
-    assert f"{mark}: removed, its process was killed 10 min ago" in capsys.readouterr().err
-    assert not mark.exists()
 
 
-def test_a_builder_at_work_is_waited_for(tmp_path, caplog):
+def test_what_a_killed_builder_left_behind_is_removed(compiler, compiled_cpu_adam, tmp_path, capsys):
+    built = tmp_path / "cpu_adam"
+    shutil.copytree(compiled_cpu_adam.parent, built, ignore=shutil.ignore_patterns("lock"))
+    leave_behind(built / "lock")
+    assert compiler(TORCH_EXTENSIONS_DIR=str(tmp_path)).parent == built
+    assert f"{built / 'lock'}: removed, its process was killed 10 min ago" in capsys.readouterr().err
+    assert not (built / "lock").exists()
+
+
+def test_a_builder_at_work_is_waited_for(waiting, tmp_path, caplog):
     mark = tmp_path / "lock"
     mark.touch()
-    waiting = threading.Thread(target=wait_for_other_builders, args=(tmp_path,), daemon=True)
-    with caplog.at_level(logging.WARNING):
-        waiting.start()
-        waiting.join(0.5)
-        assert waiting.is_alive()
-        assert mark.exists()
-        mark.unlink()
-        waiting.join(30)
-    assert not waiting.is_alive()
+    thread = waiting()
+    assert mark.exists()
+    mark.unlink()
+    thread.join(30)
+    assert not thread.is_alive()
     assert caplog.text.count(f"{mark}: another process compiles DeepSpeed's Adam") == 1
+
+
+def test_one_that_begins_where_another_waiter_removed_the_old_mark_keeps_its_own(waiting, tmp_path):
+    mark = tmp_path / "lock"
+    leave_behind(mark)
+    with (tmp_path / "craft_ds.lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        thread = waiting()
+        mark.unlink()
+        mark.touch()
+    thread.join(0.5)
+    assert mark.exists()
+    mark.unlink()
+    thread.join(30)
+    assert not thread.is_alive()
