@@ -16,7 +16,7 @@ from craft_ds.launch import is_node_main
 logger = logging.getLogger(__name__)
 
 LONGEST_BUILD_S = 600
-QUIET_S = 5  # the other ranks of a run take about a second each
+QUIET_S = 5  # where it is built already, each rank of a run holds the mark for a moment only
 
 _INSTEAD = 'write "zero_force_ds_cpu_optimizer": false into the --ds_config file to step with torch'
 _HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
