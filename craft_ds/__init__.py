@@ -7,12 +7,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from craft_ds.config import CraftConfig
+from craft_ds.config.configs import CraftConfig
 from craft_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from craft_ds.train_config import TrainConfig
-    from craft_ds.trainer import train_craft
+    from craft_ds.config.train_config import TrainConfig
+    from craft_ds.training.trainer import train_craft
 
 __all__ = ["CraftConfig", "TrainConfig", "UserError", "train_craft"]
 
@@ -20,11 +20,11 @@ __all__ = ["CraftConfig", "TrainConfig", "UserError", "train_craft"]
 def __getattr__(name: str) -> Any:
     # LeRobot and torch take seconds to import: only who trains pays for them.
     if name == "train_craft":
-        from craft_ds.trainer import train_craft
+        from craft_ds.training.trainer import train_craft
 
         return train_craft
     if name == "TrainConfig":
-        from craft_ds.train_config import TrainConfig
+        from craft_ds.config.train_config import TrainConfig
 
         return TrainConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from craft_ds.distributed.env import is_node_main, launched_rank
 from craft_ds.errors import LOST_RANK_STATUS, Preempted, RankLost, TrainingDiverged, UserError
-from craft_ds.launch import is_node_main, launched_rank
 
 PREEMPTED_STATUS = 75
 
@@ -50,10 +50,10 @@ def train_main() -> None:
     def action() -> None:
         # Imported here, inside what turns errors into one line: LeRobot and torch take seconds.
         from craft_ds.checkpoints.run_directory import mend_last
-        from craft_ds.command_line import normalise_arguments, parse_arguments
-        from craft_ds.distributed import in_process_group, leave_process_group
-        from craft_ds.resume import choose_checkpoint
-        from craft_ds.trainer import train_craft
+        from craft_ds.config.parser import normalise_arguments, parse_arguments
+        from craft_ds.distributed.collectives import in_process_group, leave_process_group
+        from craft_ds.training.resume import choose_checkpoint
+        from craft_ds.training.trainer import train_craft
 
         formed_by_caller = in_process_group()
         chosen = choose_checkpoint(normalise_arguments(sys.argv[1:]))
@@ -128,7 +128,7 @@ def export_main() -> None:
     arguments = parser.parse_args()
 
     def action() -> None:
-        from craft_ds.export import export_checkpoint
+        from craft_ds.export.export import export_checkpoint
 
         said = export_checkpoint(**vars(arguments))
         print(f"exported {arguments.checkpoint} to {arguments.output} ({arguments.dtype}): {said}")

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from craft_ds.cli import run_main
-from craft_ds.plots import plot_demo
-from craft_ds.world import gl_problem, make_world
+from craft_ds.training.plots import plot_demo
+from craft_ds.worlds import gl_problem, make_world
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHERS = ROOT / "craft_ds" / "world" / "assets"

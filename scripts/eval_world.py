@@ -12,13 +12,13 @@ from pathlib import Path
 
 from craft_ds.cli import run_main
 from craft_ds.errors import UserError
-from craft_ds.lora.loading import load_trained_policy
-from craft_ds.policies.generation import action_chunk
+from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.loading import load_policy_config, load_processors
-from craft_ds.world import WORLDS, make_world
-from craft_ds.world.base import World
-from craft_ds.world.demonstrations import read_recipe
-from craft_ds.world.evaluation import demonstration_loss, evaluate
+from craft_ds.policies.pi0_fast.generation import action_chunk
+from craft_ds.worlds import WORLDS, make_world
+from craft_ds.worlds.base import World
+from craft_ds.worlds.demonstrations import read_recipe
+from craft_ds.worlds.evaluation import demonstration_loss, evaluate
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from craft_ds.cli import run_main
 from craft_ds.errors import UserError
-from craft_ds.world import WORLDS
-from craft_ds.world.demonstrations import Recipe, write_demonstrations
+from craft_ds.worlds import WORLDS
+from craft_ds.worlds.demonstrations import Recipe, write_demonstrations
 
 
 def main() -> None:

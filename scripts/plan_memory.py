@@ -14,7 +14,7 @@ from typing import Any
 
 from craft_ds.cli import run_main
 from craft_ds.errors import UserError, exits_as_user_error, one_line
-from craft_ds.planning import ENGINES
+from craft_ds.memory_planner import ENGINES
 
 # Those of pi0_fast in `craft_ds.lora.targets`, which is too dear to import for --help.
 PRESETS = ("default", "attention", "attention_mlp", "attention_mlp_vision")
@@ -74,7 +74,7 @@ def policy_config(args: argparse.Namespace, fields: list[str]) -> Any:
     import draccus
     from lerobot.configs import PreTrainedConfig
 
-    import craft_ds.policies.tiny  # noqa: F401 - makes the type tiny_pi0_fast known
+    import craft_ds.policies.tiny_pi0_fast.policy  # noqa: F401 - makes the type tiny_pi0_fast known
 
     overrides = ["--device=cpu", *(f"--{field}" for field in fields)]
     try:
@@ -91,9 +91,9 @@ def question(args: argparse.Namespace) -> Any:
     """The flags as the planner wants them."""
     import torch
 
-    from craft_ds.config import LoraConfig
-    from craft_ds.planning.report import Question
-    from craft_ds.planning.shapes import Workload
+    from craft_ds.config.configs import LoraConfig
+    from craft_ds.memory_planner.report import Question
+    from craft_ds.memory_planner.shapes import Workload
 
     lora = LoraConfig(enabled=True, preset=args.lora_preset, rank=args.lora_rank)
     return Question(
@@ -113,7 +113,7 @@ def main() -> None:
     args, fields = parse_arguments()
     config, asked = policy_config(args, fields), question(args)
 
-    from craft_ds.planning.report import as_json, plan_all, table
+    from craft_ds.memory_planner.report import as_json, plan_all, table
 
     rows = plan_all(config, asked)
     if args.json:

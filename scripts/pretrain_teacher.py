@@ -15,12 +15,12 @@ import torch
 
 from craft_ds.cli import run_main
 from craft_ds.errors import UserError
-from craft_ds.policies.generation import action_chunk
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
-from craft_ds.world import WORLDS, make_world
-from craft_ds.world.demonstrations import Recipe, write_demonstrations
-from craft_ds.world.evaluation import evaluate
-from craft_ds.world.pretraining import PLANS, pretrain
+from craft_ds.policies.pi0_fast.generation import action_chunk
+from craft_ds.worlds import WORLDS, make_world
+from craft_ds.worlds.demonstrations import Recipe, write_demonstrations
+from craft_ds.worlds.evaluation import evaluate
+from craft_ds.worlds.pretraining import PLANS, pretrain
 
 
 def main() -> None:

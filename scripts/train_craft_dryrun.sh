@@ -11,7 +11,7 @@ source scripts/setup.sh
 
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
-teacher=craft_ds/world/assets/blocks_teacher
+teacher=craft_ds/worlds/assets/blocks_teacher
 
 python scripts/make_world.py --world blocks --output_dir "$scratch/world" --episodes_per_task 4 \
     --processes 1

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from craft_ds.anchors.build_plan import BuildOptions, check_same, make_plan
 from craft_ds.anchors.cache import (
     METADATA_FILE,
     SPLITS,
@@ -34,19 +35,18 @@ from craft_ds.anchors.cache import (
     read_metadata,
     shard_name,
 )
-from craft_ds.anchors.dataset import camera_keys, open_dataset
-from craft_ds.anchors.draw import Draw, draw_anchors
-from craft_ds.anchors.fields import ORIGIN_FIELDS, TOKEN_FIELDS
-from craft_ds.anchors.plan import BuildOptions, check_same, make_plan
 from craft_ds.anchors.sampler import to_policy_batch
+from craft_ds.anchors.schema import ORIGIN_FIELDS, TOKEN_FIELDS
+from craft_ds.anchors.selection import Draw, draw_anchors
 from craft_ds.anchors.vision import half_features, read_tower
+from craft_ds.data.lerobot_dataset import camera_keys, open_dataset
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import weights_directory
-from craft_ds.lora.loading import load_trained_policy
-from craft_ds.policies.adapter import token_loss
+from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.loading import load_policy_config, load_processors, resolve_policy_path
-from craft_ds.policies.vision import features_key
-from craft_ds.system import fsync
+from craft_ds.policies.pi0_fast.vision import features_key
+from craft_ds.policies.token_loss import token_loss
+from craft_ds.tensor_io.filesystem import fsync
 
 
 class Encoder:

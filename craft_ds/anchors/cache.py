@@ -22,11 +22,11 @@ from lerobot.utils.constants import ACTION_TOKENS, OBS_LANGUAGE_TOKENS
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from craft_ds.anchors.fields import DTYPES, check_metadata
+from craft_ds.anchors.schema import DTYPES, check_metadata
 from craft_ds.errors import UserError, one_line
 from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
-from craft_ds.policies.vision import features_key
-from craft_ds.untrusted import read_object
+from craft_ds.policies.pi0_fast.vision import features_key
+from craft_ds.tensor_io.safe_json import read_object
 
 FORMAT = "craft-ds anchor cache"
 VERSION = 1
@@ -70,7 +70,7 @@ class AnchorCache:
         teacher_loss: L0, the teacher's own mean loss per action token, by split ("train", "heldout" and
             "all"): ``{"overall": float, "by_task": {text: float}, "tokens": int}``.
         vision_fingerprint: Which vision tower its features are from, as
-            `craft_ds.policies.vision.vision_fingerprint` says; None where it holds none.
+            `craft_ds.policies.pi0_fast.vision.vision_fingerprint` says; None where it holds none.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any], handles: list[Any]) -> None:

@@ -2,7 +2,8 @@
 
 One endless stream of anchors feeds all ranks. Position p of the stream belongs to task ``p mod T`` and is
 draw ``k = p // T`` of that task; the draws of a task run through its anchors again and again, in a new order
-each epoch. A retention step takes the next G positions, which `craft_ds.shares` deals to the ranks.
+each epoch. A retention step takes the next G positions, which `craft_ds.data.batch_partition` deals to the
+ranks.
 """
 
 import functools
@@ -14,10 +15,10 @@ from lerobot.utils.constants import ACTION_TOKENS, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
 from craft_ds.anchors.cache import AnchorCache
-from craft_ds.anchors.draw import spread
-from craft_ds.anchors.fields import ORIGIN_FIELDS
+from craft_ds.anchors.schema import ORIGIN_FIELDS
+from craft_ds.anchors.selection import spread
+from craft_ds.data.batch_partition import StepShare
 from craft_ds.errors import UserError
-from craft_ds.shares import StepShare
 
 
 class AnchorSampler:

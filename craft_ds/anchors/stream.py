@@ -7,9 +7,9 @@ import torch
 
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.sampler import AnchorSampler, sweep, to_policy_batch
-from craft_ds.config import CraftConfig
+from craft_ds.config.configs import CraftConfig
+from craft_ds.data.batch_partition import StepShare
 from craft_ds.engines.base import Batch
-from craft_ds.shares import StepShare
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.errors import UserError
-from craft_ds.policies.adapter import Batch
 from craft_ds.policies.loading import build_policy
-from craft_ds.policies.vision import (
+from craft_ds.policies.pi0_fast.vision import (
     feature_shape,
     tower_trains,
     vision_features,
     vision_fingerprint,
 )
+from craft_ds.policies.token_loss import Batch
 from craft_ds.policies.weights import WeightReader
 
 
@@ -29,7 +29,7 @@ class StoredTower(NamedTuple):
     """The vision tower of a policy directory.
 
     Attributes:
-        fingerprint: From `craft_ds.policies.vision.vision_fingerprint`.
+        fingerprint: From `craft_ds.policies.pi0_fast.vision.vision_fingerprint`.
         shape: Patches an image, and the width of their features.
     """
 

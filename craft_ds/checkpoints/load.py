@@ -10,8 +10,8 @@ from craft_ds.checkpoints.save import CRAFT_STATE, OPTIMIZER, SCHEDULER
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError, one_line
 from craft_ds.lora.adapters import Adapters
-from craft_ds.scattered_file import open_tensors
-from craft_ds.tensor_file import ReadRange
+from craft_ds.tensor_io.per_rank_file import open_tensors
+from craft_ds.tensor_io.tensor_file import ReadRange
 
 
 def load_optimizer(directory: Path, engine: Engine, adapters: Adapters | None = None) -> None:

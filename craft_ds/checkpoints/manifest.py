@@ -16,9 +16,9 @@ from typing import Any
 import torch.distributed as dist
 import xxhash
 
-from craft_ds.distributed import all_ranks, gather_objects
+from craft_ds.distributed.collectives import all_ranks, gather_objects
 from craft_ds.errors import UserError
-from craft_ds.untrusted import is_count, path_inside, read_object
+from craft_ds.tensor_io.safe_json import is_count, path_inside, read_object
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2

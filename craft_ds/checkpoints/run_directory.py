@@ -9,7 +9,7 @@ from pathlib import Path
 
 from craft_ds.checkpoints.manifest import read_manifest
 from craft_ds.errors import UserError
-from craft_ds.system import fsync
+from craft_ds.tensor_io.filesystem import fsync
 
 FINAL = "final"
 LAST = "last"

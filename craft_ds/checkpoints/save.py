@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from craft_ds.checkpoints.contents import Contents, contents_of
 from craft_ds.checkpoints.manifest import hash_files, write_manifest
 from craft_ds.checkpoints.run_directory import (
     UNFINISHED,
@@ -28,17 +27,18 @@ from craft_ds.checkpoints.run_directory import (
     remove_unfinished,
     whole_checkpoints,
 )
-from craft_ds.distributed import all_ranks, on_main
+from craft_ds.checkpoints.shard_plan import Contents, contents_of
+from craft_ds.config.train_config import TrainConfig
+from craft_ds.distributed.collectives import all_ranks, on_main
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import ADAPTER_WEIGHTS, Adapters
-from craft_ds.lora.directory import write_adapter_config
+from craft_ds.lora.peft_config import write_adapter_config
 from craft_ds.lora.weights import BASE_SHA256
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
-from craft_ds.scattered_file import Part, create_piece, piece_path
-from craft_ds.system import fsync
-from craft_ds.tensor_file import TensorFile, TensorSpec, create_tensor_file
-from craft_ds.train_config import TrainConfig
+from craft_ds.tensor_io.filesystem import fsync
+from craft_ds.tensor_io.per_rank_file import Part, create_piece, piece_path
+from craft_ds.tensor_io.tensor_file import TensorFile, TensorSpec, create_tensor_file
 
 OPTIMIZER = "optimizer.safetensors"
 SCHEDULER = "scheduler.pt"

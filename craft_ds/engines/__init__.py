@@ -6,15 +6,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from craft_ds.distributed import join_process_group
+from craft_ds.config.train_config import TrainConfig
+from craft_ds.distributed.collectives import join_process_group
+from craft_ds.distributed.watchdog import group_timeout
 from craft_ds.engines.base import Engine, ReadRange
-from craft_ds.engines.ds_config import check_step_size, read_ds_config, resolve_ds_config
+from craft_ds.engines.deepspeed_config import check_step_size, read_ds_config, resolve_ds_config
 from craft_ds.engines.fsdp import FsdpEngine, mesh_shape
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
-from craft_ds.peers import group_timeout
-from craft_ds.policies.adapter import PolicyWithLoss
-from craft_ds.train_config import TrainConfig
+from craft_ds.policies.token_loss import PolicyWithLoss
 
 
 def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
@@ -86,12 +86,12 @@ def join_group(config: TrainConfig) -> bool:
     if config.engine.name == "zero":
         try:
             # Imported here: the other engines run without DeepSpeed.
-            from craft_ds.engines import zero
+            from craft_ds.engines.deepspeed import init_distributed
         except ImportError as error:
             raise UserError(
                 f"--ds_config needs DeepSpeed ({error}): pip install 'craft-ds[deepspeed]'"
             ) from error
-        zero.init_distributed(group_timeout(config.rank_timeout))
+        init_distributed(group_timeout(config.rank_timeout))
     return dist.is_initialized() and not formed_by_caller
 
 
@@ -115,7 +115,7 @@ def build_engine(
     if config.engine.name == "fsdp":
         return FsdpEngine(module, read, build_optimizer, config.engine.fsdp, dtype)
     if config.engine.name == "zero":
-        from craft_ds.engines.zero import ZeroEngine
+        from craft_ds.engines.deepspeed import ZeroEngine
 
         assert ds_config is not None
         return ZeroEngine(module, read, build_optimizer, ds_config)

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss
-from craft_ds.tensor_file import ReadRange, fill_
+from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss
+from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
 __all__ = ["Batch", "Engine", "ReadRange", "Shard", "fill_"]
 

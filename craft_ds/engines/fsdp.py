@@ -8,12 +8,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from craft_ds.config import FsdpConfig
+from craft_ds.config.configs import FsdpConfig
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
-from craft_ds.engines.fsdp_layout import gathered_dtype, local, make_mesh, mesh_shape, reshard_, rows, shard_
-from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss, token_loss
-from craft_ds.policies.generation import action_chunk
-from craft_ds.policies.skeleton import materialize_
+from craft_ds.engines.fsdp_wrapping import (
+    gathered_dtype,
+    local,
+    make_mesh,
+    mesh_shape,
+    reshard_,
+    rows,
+    shard_,
+)
+from craft_ds.policies.meta_init import materialize_
+from craft_ds.policies.pi0_fast.generation import action_chunk
+from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.policies.weights import unique_tensors
 
 

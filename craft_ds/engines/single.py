@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
-from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss
-from craft_ds.policies.generation import action_chunk
-from craft_ds.policies.skeleton import materialize_
+from craft_ds.policies.meta_init import materialize_
+from craft_ds.policies.pi0_fast.generation import action_chunk
+from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss
 from craft_ds.policies.weights import unique_tensors
 
 

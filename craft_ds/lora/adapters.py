@@ -11,9 +11,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from craft_ds.config import LoraConfig
+from craft_ds.config.configs import LoraConfig
 from craft_ds.errors import UserError, one_line
-from craft_ds.lora.settings import ADAPTER_CONFIG, check_same, read_stored, to_peft
+from craft_ds.lora.peft_config import ADAPTER_CONFIG, check_same, read_stored, to_peft
 from craft_ds.policies.loading import resolve_policy_path
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

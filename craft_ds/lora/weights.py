@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from craft_ds.errors import UserError
-from craft_ds.lora.adapters import ADAPTER_WEIGHTS, AdapterPlan, Adapters, add_adapters, base_name
+from craft_ds.lora.adapters import (
+    ADAPTER_WEIGHTS,
+    AdapterPlan,
+    Adapters,
+    add_adapters,
+    base_name,
+    has_adapters,
+    plan_stored,
+)
+from craft_ds.policies.loading import build_policy, fill_policy_, resolve_policy_path
 from craft_ds.policies.weights import WeightReader, weights_sha256
-from craft_ds.scattered_file import ScatteredFile, open_tensors
-from craft_ds.tensor_file import TensorFile
+from craft_ds.tensor_io.per_rank_file import ScatteredFile, open_tensors
+from craft_ds.tensor_io.tensor_file import TensorFile
 
 BASE_SHA256 = "base_weights_sha256"
 _ROWS = 1 << 22
@@ -137,3 +148,28 @@ def open_weights(
     if plan is None:
         return WeightReader(directory, policy)
     return AdaptedWeights(policy, plan, base_sha256 or weights_sha256(plan.base), seed)
+
+
+def load_trained_policy(
+    config: PreTrainedConfig, path: str | Path, device: str = "cpu", base_path: str = ""
+) -> PreTrainedPolicy:
+    """As `craft_ds.policies.loading.load_policy`, for directories with adapters too.
+
+    Args:
+        config: From `load_policy_config`; not changed.
+        path: A policy directory or a hub id.
+        device: Where the policy goes.
+        base_path: Where the base policy of adapters lies now, if it was moved.
+
+    Returns:
+        The policy in evaluation mode; adapters are beside the layers, not merged into them.
+
+    Raises:
+        UserError: As `load_policy`; the adapters are damaged, or their base policy is missing or another.
+    """
+    directory = resolve_policy_path(path)
+    plan = plan_stored(directory, base_path) if has_adapters(directory) else None
+    policy = build_policy(config, plan.base if plan else directory)
+    with open_weights(policy, directory, plan) as weights:
+        fill_policy_(policy, weights.read, device)
+    return policy.eval()

@@ -4,6 +4,5 @@ Importing any module of this package registers the policy type ``tiny_pi0_fast``
 of pi0_fast.
 """
 
-from craft_ds.policies import pi0_fast, tiny
-
-__all__ = ["pi0_fast", "tiny"]
+import craft_ds.policies.pi0_fast.loss
+import craft_ds.policies.tiny_pi0_fast.policy  # noqa: F401

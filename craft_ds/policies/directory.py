@@ -13,8 +13,8 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 
 from craft_ds.errors import UserError
-from craft_ds.policies.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER
-from craft_ds.untrusted import path_inside, read_object
+from craft_ds.policies.tiny_pi0_fast.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER
+from craft_ds.tensor_io.safe_json import path_inside, read_object
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -28,11 +28,11 @@ from craft_ds.policies.directory import (
     read_config,
     read_pipeline,
 )
-from craft_ds.policies.foreign_code import check_step, check_tokenizer
-from craft_ds.policies.skeleton import build_skeleton, materialize_
-from craft_ds.policies.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
+from craft_ds.policies.meta_init import build_skeleton, materialize_
+from craft_ds.policies.remote_code import check_step, check_tokenizer
+from craft_ds.policies.tiny_pi0_fast.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
 from craft_ds.policies.weights import WEIGHTS_INDEX, WeightReader, is_scattered, unique_tensors, weight_files
-from craft_ds.tensor_file import ReadRange, fill_
+from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
 # No size of a policy is above this, and none has more layers.
 _MOST, _MOST_LAYERS = 1 << 24, 1000

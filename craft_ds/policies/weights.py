@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from craft_ds.errors import UserError, one_line
 from craft_ds.policies.directory import WEIGHTS
-from craft_ds.scattered_file import ScatteredFile, pieces_of
-from craft_ds.tensor_file import TensorFile
-from craft_ds.untrusted import path_inside, read_object
+from craft_ds.tensor_io.per_rank_file import ScatteredFile, pieces_of
+from craft_ds.tensor_io.safe_json import path_inside, read_object
+from craft_ds.tensor_io.tensor_file import TensorFile
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _EMBEDDING = "model.language_model.embed_tokens.weight"

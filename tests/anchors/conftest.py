@@ -4,8 +4,8 @@ import pytest
 
 from craft_ds.anchors import build
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
-from craft_ds.anchors.testing import make_test_dataset
-from craft_ds.policies.testing import make_test_policy_dir
+from craft_ds.testing.datasets import make_test_dataset
+from craft_ds.testing.policies import make_test_policy_dir
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ from craft_ds.anchors import build
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.cache import AnchorCache, partial_directory
 from craft_ds.anchors.sampler import to_policy_batch
-from craft_ds.anchors.testing import make_test_dataset
 from craft_ds.errors import UserError
-from craft_ds.lora.loading import load_trained_policy
-from craft_ds.lora.testing import make_test_adapters
-from craft_ds.policies.adapter import token_loss
+from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
-from craft_ds.policies.tokenizers import build_text_tokenizer
+from craft_ds.policies.tiny_pi0_fast.tokenizers import build_text_tokenizer
+from craft_ds.policies.token_loss import token_loss
+from craft_ds.testing.adapters import make_test_adapters
+from craft_ds.testing.datasets import make_test_dataset
 
 
 def dataset_batch(data, config, teacher, rows):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from craft_ds.anchors.cache import METADATA_FILE, AnchorCache, partial_directory, shard_name
-from craft_ds.anchors.testing import edit_metadata, write_test_cache
 from craft_ds.errors import UserError
+from craft_ds.testing.datasets import edit_metadata, write_test_cache
 
 TASK = [0, 0, 1, 1, 2, 0, 1, 2, 2, 0]
 EPISODE = [0, 0, 1, 1, 2, 3, 4, 5, 5, 3]

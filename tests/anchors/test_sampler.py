@@ -11,9 +11,9 @@ from lerobot.utils.constants import ACTION_TOKENS
 
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.sampler import AnchorSampler, sweep, to_policy_batch
-from craft_ds.anchors.testing import write_test_cache
+from craft_ds.data.batch_partition import share_step
 from craft_ds.errors import UserError
-from craft_ds.shares import share_step
+from craft_ds.testing.datasets import write_test_cache
 
 
 class Tasks:

@@ -14,9 +14,9 @@ from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.anchors.vision import check_frozen_tower, check_vision_features, read_tower
 from craft_ds.errors import UserError
-from craft_ds.policies.adapter import token_loss
 from craft_ds.policies.loading import load_policy, load_policy_config
-from craft_ds.policies.vision import vision_features, vision_tower
+from craft_ds.policies.pi0_fast.vision import vision_features, vision_tower
+from craft_ds.policies.token_loss import token_loss
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ def saving(inputs) -> list[str]:
 @pytest.fixture(scope="session")
 def unbroken(inputs, saving, tmp_path_factory) -> Path:
     """An uninterrupted run with these flags."""
-    from craft_ds.command_line import parse_arguments
-    from craft_ds.trainer import train_craft
+    from craft_ds.config.parser import parse_arguments
+    from craft_ds.training.trainer import train_craft
 
     output = tmp_path_factory.mktemp("runs") / "unbroken"
     with pytest.MonkeyPatch.context() as patched:

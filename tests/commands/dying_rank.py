@@ -4,8 +4,8 @@ import os
 import signal
 from pathlib import Path
 
-from craft_ds import trainer
 from craft_ds.cli import end_process, train_main
+from craft_ds.training import trainer
 
 one_step = trainer._one_step
 killed = Path(os.environ["KILLED"])

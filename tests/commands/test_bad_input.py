@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from craft_ds.anchors.testing import edit_metadata, make_test_dataset
-from craft_ds.policies.testing import make_test_policy_dir
+from craft_ds.testing.datasets import edit_metadata, make_test_dataset
+from craft_ds.testing.policies import make_test_policy_dir
 
 
 @pytest.fixture
@@ -236,8 +236,8 @@ def test_a_cache_of_another_camera_set(refuses, inputs, run, two_cameras, tmp_pa
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
     """A run of 2 steps with a checkpoint after 1."""
-    from craft_ds.command_line import parse_arguments
-    from craft_ds.trainer import train_craft
+    from craft_ds.config.parser import parse_arguments
+    from craft_ds.training.trainer import train_craft
 
     output = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patched:

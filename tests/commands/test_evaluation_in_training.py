@@ -9,19 +9,19 @@ import pytest
 import torch
 from runs import assert_same_bits, losses, metrics
 
-import craft_ds.world
+import craft_ds.worlds
 from craft_ds import train_craft
-from craft_ds.command_line import parse_arguments
-from craft_ds.local_ranks import run_ranks
-from craft_ds.policies.generation import action_chunk
+from craft_ds.config.parser import parse_arguments
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
-from craft_ds.world import make_world
-from craft_ds.world.demonstrations import Recipe, write_demonstrations
-from craft_ds.world.evaluation import evaluate
+from craft_ds.policies.pi0_fast.generation import action_chunk
+from craft_ds.testing.launch_ranks import run_ranks
+from craft_ds.worlds import make_world
+from craft_ds.worlds.demonstrations import Recipe, write_demonstrations
+from craft_ds.worlds.evaluation import evaluate
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_craft.py"
-TEACHER = Path(craft_ds.world.__file__).parent / "assets" / "blocks_teacher"
+TEACHER = Path(craft_ds.worlds.__file__).parent / "assets" / "blocks_teacher"
 TASKS = ["reach-red", "reach-yellow"]
 WORLD = ["--world.name=blocks", f"--world.tasks=[{','.join(TASKS)}]", "--world.episodes=3"]
 NEVER = "--eval_freq=100"  # in 4 steps; the same episodes are held out

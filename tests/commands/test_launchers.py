@@ -13,9 +13,9 @@ import torch
 from runs import assert_same_bits, assert_trained, losses, metrics
 
 from craft_ds.anchors.cache import read_metadata
-from craft_ds.anchors.testing import edit_metadata, make_test_dataset
 from craft_ds.checkpoints import read_manifest
-from craft_ds.local_ranks import run_ranks
+from craft_ds.testing.datasets import edit_metadata, make_test_dataset
+from craft_ds.testing.launch_ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 ZERO3 = ROOT / "ds_configs" / "zero3.json"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from test_launchers import ROOT, launch
 
 from craft_ds.checkpoints import read_manifest
-from craft_ds.config import LoraConfig
-from craft_ds.engines.ds_config import read_ds_config
+from craft_ds.config.configs import LoraConfig
+from craft_ds.engines.deepspeed_config import read_ds_config
 
 PRESET = {
     "fsdp": ["--config_path=fsdp_configs/lora.yaml"],

@@ -14,11 +14,11 @@ from runs import assert_same_bits_of_adapters, losses
 from safetensors.torch import load_file
 
 from craft_ds import train_craft
-from craft_ds.checkpoints.testing import renew_manifest
-from craft_ds.lora.loading import load_trained_policy
-from craft_ds.policies.generation import action_chunk
+from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
-from craft_ds.policies.testing import random_batch
+from craft_ds.policies.pi0_fast.generation import action_chunk
+from craft_ds.testing.checkpoints import renew_manifest
+from craft_ds.testing.policies import random_batch
 
 LORA = ["--lora=preset", "--lora.rank=4", "--policy.optimizer_lr=0.01", "--policy.scheduler_warmup_steps=0"]
 
@@ -26,7 +26,7 @@ LORA = ["--lora=preset", "--lora.rank=4", "--policy.optimizer_lr=0.01", "--polic
 @pytest.fixture(scope="module")
 def whole_run(inputs, tmp_path_factory):
     """An uninterrupted CRaFT run of 4 steps on adapters, with a checkpoint after 2."""
-    from craft_ds.command_line import parse_arguments
+    from craft_ds.config.parser import parse_arguments
 
     output = tmp_path_factory.mktemp("runs") / "whole"
     flags = [*inputs.flags(output), *inputs.craft_flags(), *LORA, "--save_freq=2"]

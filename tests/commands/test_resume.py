@@ -12,8 +12,8 @@ from runs import assert_same_bits, losses, metrics, trained, untimed
 
 from craft_ds.checkpoints import verify_checkpoint
 from craft_ds.checkpoints.save import Save
-from craft_ds.checkpoints.testing import renew_manifest
-from craft_ds.trainer import _one_step
+from craft_ds.testing.checkpoints import renew_manifest
+from craft_ds.training.trainer import _one_step
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_another_batch_size_counts_from_there(train, begun, unbroken):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_leaves_in_order(train, saving, unbroken, tmp_path, monkeypatch, number):
-    from craft_ds import trainer
+    from craft_ds.training import trainer
 
     run, again = tmp_path / "run", ["--resume=auto", *saving]
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from craft_ds.checkpoints import manifest as manifest_module
 from craft_ds.checkpoints import verify_checkpoint
 from craft_ds.checkpoints.save import Save
-from craft_ds.export import export_checkpoint
+from craft_ds.export.export import export_checkpoint
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ LINE = re.compile(
 @pytest.fixture(scope="module")
 def whole_run(inputs, tmp_path_factory):
     """An uninterrupted CRaFT run of 4 steps: accumulation, evaluation, a checkpoint after 2."""
-    from craft_ds.command_line import parse_arguments
+    from craft_ds.config.parser import parse_arguments
 
     output = tmp_path_factory.mktemp("runs") / "whole"
     flags = ["--save_freq=2", "--eval_freq=2", "--dataset.eval_split=0.25", "--gradient_accumulation_steps=2"]

@@ -8,10 +8,10 @@ import torch
 from runs import metrics, trained
 from safetensors.torch import load_file, save_file
 
-import craft_ds.opening
+import craft_ds.training.build
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.cache import AnchorCache
-from craft_ds.policies.vision import vision_tower
+from craft_ds.policies.pi0_fast.vision import vision_tower
 
 FLAGS = ["--craft.vision_features=true", "--eval_freq=2", "--dataset.eval_split=0.25"]
 
@@ -38,7 +38,7 @@ def features(inputs, tmp_path_factory):
 @pytest.fixture
 def frozen_tower(monkeypatch):
     """Freezes the tower of every policy that is trained; the images of every call of it are counted."""
-    build, counts = craft_ds.opening.build_fp32_policy, []
+    build, counts = craft_ds.training.build.build_fp32_policy, []
 
     def build_frozen(*args):
         policy = build(*args)
@@ -47,7 +47,7 @@ def frozen_tower(monkeypatch):
         tower.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
         return policy
 
-    monkeypatch.setattr(craft_ds.opening, "build_fp32_policy", build_frozen)
+    monkeypatch.setattr(craft_ds.training.build, "build_fp32_policy", build_frozen)
     return counts
 
 
@@ -108,7 +108,7 @@ def test_a_tower_that_trains(refuses, craft_flags, tmp_path, monkeypatch, lora):
     def build(*_):
         raise AssertionError("weights were read first")
 
-    monkeypatch.setattr(craft_ds.opening, "build_engine", build)
+    monkeypatch.setattr(craft_ds.training.build, "build_engine", build)
     line = refuses(tmp_path / "run", *craft_flags, "--craft.vision_features=true", *lora)
     assert "--craft.vision_features=true: the vision tower trains in this run" in line
 
@@ -118,7 +118,7 @@ def no_model(monkeypatch):
     def build(*_):
         raise AssertionError("the model was built first")
 
-    monkeypatch.setattr(craft_ds.opening, "build_fp32_policy", build)
+    monkeypatch.setattr(craft_ds.training.build, "build_fp32_policy", build)
 
 
 @pytest.mark.usefixtures("no_model")

@@ -11,9 +11,9 @@ from lab import Lab, Result
 from registry import EVERY, SINGLE, SPAWNS, Ranks, Spawn
 from scenarios_lora import KINDS, adapters_of
 
-from craft_ds.local_ranks import run_ranks
-from craft_ds.lora.testing import make_test_adapters
-from craft_ds.policies.testing import make_test_policy_dir
+from craft_ds.testing.adapters import make_test_adapters
+from craft_ds.testing.launch_ranks import run_ranks
+from craft_ds.testing.policies import make_test_policy_dir
 
 TIMEOUT_S = 420
 

@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy import ToyPolicy, deal, samples
 
-from craft_ds.activation_checkpointing import checkpoint_activations
-from craft_ds.config import CraftConfig, FsdpConfig, LoraConfig
+from craft_ds.config.configs import CraftConfig, FsdpConfig, LoraConfig
+from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Batch, Engine, ReadRange
-from craft_ds.engines.ds_config import read_ds_config, resolve_ds_config
+from craft_ds.engines.deepspeed_config import read_ds_config, resolve_ds_config
 from craft_ds.engines.fsdp import FsdpEngine
 from craft_ds.engines.single import SingleEngine
 from craft_ds.lora.adapters import Adapters, plan_adapters
 from craft_ds.lora.weights import open_weights
-from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.policies.loading import build_policy, load_policy_config
-from craft_ds.policies.testing import random_batch, read_from
+from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import WeightReader, unique_tensors, weights_sha256
+from craft_ds.testing.policies import random_batch, read_from
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 _TORCH_ADAM: dict = {"zero_force_ds_cpu_optimizer": False}
@@ -149,7 +149,7 @@ class Lab:
             return SingleEngine(module, read, build_optimizer, torch.device("cpu"), torch_dtype)
         if self.kind in FSDP:
             return FsdpEngine(module, read, build_optimizer, FSDP[self.kind], torch_dtype)
-        from craft_ds.engines.zero import ZeroEngine
+        from craft_ds.engines.deepspeed import ZeroEngine
 
         file, changes = ZERO[self.kind]
         config = read_ds_config(DS_CONFIGS / file)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from craft_ds.cli import end_process, run_main
-from craft_ds.peers import Peers
+from craft_ds.distributed.watchdog import Peers
 
 STEPS = 12
 

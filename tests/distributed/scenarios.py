@@ -11,17 +11,17 @@ from lab import FSDP, Lab, Output, craft_config, gradients, masters, moments
 from torch import Tensor
 from toy import TiedPolicy, ToyPolicy
 
-import craft_ds.steps
+import craft_ds.training.train_step
 from craft_ds.checkpoints import load_optimizer, read_states, save_checkpoint, verify_checkpoint
-from craft_ds.distributed import all_ranks, on_main
+from craft_ds.distributed.collectives import all_ranks, on_main
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
-from craft_ds.memory_counter import MemoryCounter
+from craft_ds.memory_planner.tensor_memory import MemoryCounter
 from craft_ds.policies.loading import build_policy, load_policy_config
 from craft_ds.policies.weights import WeightReader
-from craft_ds.steps import accumulate, measure, retention_step, task_step
-from craft_ds.tensor_file import TensorFile
-from craft_ds.trainer import _one_step
+from craft_ds.tensor_io.tensor_file import TensorFile
+from craft_ds.training.train_step import accumulate, measure, retention_step, task_step
+from craft_ds.training.trainer import _one_step
 
 NEVER, ALWAYS = -1.0, 1.0
 NO_CLIP = 0.0
@@ -237,14 +237,14 @@ def memory(lab: Lab) -> Output:
         return wrapper
 
     engine.take_gradient = watched("take_gradient", engine.take_gradient)  # type: ignore[method-assign]
-    originals = {name: getattr(craft_ds.steps, name) for name in ("gram", "merge", "merge_")}
+    originals = {name: getattr(craft_ds.training.train_step, name) for name in ("gram", "merge", "merge_")}
     try:
         for name, function in originals.items():
-            setattr(craft_ds.steps, name, watched(name, function))
+            setattr(craft_ds.training.train_step, name, watched(name, function))
         retention()
     finally:
         for name, function in originals.items():
-            setattr(craft_ds.steps, name, function)
+            setattr(craft_ds.training.train_step, name, function)
     output.values["largest"] = largest
     output.values["shard"] = sum(part.numel() * 4 for part in engine.gradient())
     output.values["gradient"] = sum(
@@ -292,7 +292,7 @@ def load_checkpoint(directory, engine: Engine, adapters=None) -> list:
 def _train_config(lab: Lab):
     from lerobot.configs.default import DatasetConfig
 
-    from craft_ds.train_config import TrainConfig
+    from craft_ds.config.train_config import TrainConfig
 
     config = TrainConfig(dataset=DatasetConfig(repo_id="none"), policy=load_policy_config(lab.policy_dir))
     config.engine.name = "fsdp" if lab.kind in FSDP else "single" if lab.kind == "single" else "zero"

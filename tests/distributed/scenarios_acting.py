@@ -6,14 +6,14 @@ import torch
 from lab import Lab, Output, masters
 from toy import deal
 
-import craft_ds.world
+import craft_ds.worlds
 from craft_ds.engines.base import Batch, Engine
 from craft_ds.policies.loading import load_policy_config
-from craft_ds.policies.testing import random_batch
-from craft_ds.steps import task_step
+from craft_ds.testing.policies import random_batch
+from craft_ds.training.train_step import task_step
 
 # A trained policy ends its actions, each at its own length; one with random weights would never end.
-TEACHER = Path(craft_ds.world.__file__).parent / "assets" / "metaworld_teacher"
+TEACHER = Path(craft_ds.worlds.__file__).parent / "assets" / "metaworld_teacher"
 # Seeds of batches whose samples all end, on most ranks at other lengths than on rank 0.
 SCENES = (0, 5, 4)
 SAMPLES = 6

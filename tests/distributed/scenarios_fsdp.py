@@ -24,13 +24,13 @@ from torch import Tensor, nn  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
-from craft_ds.config import CraftConfig, FsdpConfig  # noqa: E402
+from craft_ds.config.configs import CraftConfig, FsdpConfig  # noqa: E402
 from craft_ds.engines.fsdp import FsdpEngine  # noqa: E402
 from craft_ds.engines.single import SingleEngine  # noqa: E402
 from craft_ds.errors import UserError  # noqa: E402
-from craft_ds.policies.adapter import PolicyWithLoss  # noqa: E402
-from craft_ds.policies.testing import read_from  # noqa: E402
-from craft_ds.steps import accumulate, measure, retention_step, task_step  # noqa: E402
+from craft_ds.policies.token_loss import PolicyWithLoss  # noqa: E402
+from craft_ds.testing.policies import read_from  # noqa: E402
+from craft_ds.training.train_step import accumulate, measure, retention_step, task_step  # noqa: E402
 
 TOLERANCE = 1e-5
 
@@ -222,8 +222,8 @@ CHECKS: dict[str, Callable[[Lab], None]] = {
 
 
 def main() -> None:
-    from craft_ds.distributed import join_process_group
-    from craft_ds.engines.zero import init_distributed as init_deepspeed
+    from craft_ds.distributed.collectives import join_process_group
+    from craft_ds.engines.deepspeed import init_distributed as init_deepspeed
 
     results, policy_dir = map(Path, sys.argv[1:3])
     init_deepspeed()

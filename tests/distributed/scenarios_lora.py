@@ -9,10 +9,10 @@ from scenarios import ALWAYS, _steps, _train_config, load_checkpoint, operate
 from torch import nn
 
 from craft_ds.checkpoints import save_checkpoint
-from craft_ds.config import LoraConfig
+from craft_ds.config.configs import LoraConfig
 from craft_ds.engines.base import Engine
-from craft_ds.memory_counter import MemoryCounter
-from craft_ds.steps import accumulate, retention_step, task_step
+from craft_ds.memory_planner.tensor_memory import MemoryCounter
+from craft_ds.training.train_step import accumulate, retention_step, task_step
 
 PLAIN = LoraConfig(enabled=True, rank=4)
 DORA = LoraConfig(enabled=True, rank=3, use_dora=True)

@@ -9,7 +9,7 @@ from lab import Lab, Output, masters, moments
 from scenarios import _continue, _train_config, load_checkpoint
 
 from craft_ds.checkpoints import BackgroundSaver, prepare_save, save_checkpoint, verify_checkpoint
-from craft_ds.config import CheckpointConfig
+from craft_ds.config.configs import CheckpointConfig
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
 

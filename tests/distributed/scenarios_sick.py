@@ -6,7 +6,7 @@ import torch
 from lab import Lab, Output, craft_config, masters, moments
 
 from craft_ds.engines.base import Batch, Engine
-from craft_ds.steps import StepResult, retention_step, task_step
+from craft_ds.training.train_step import StepResult, retention_step, task_step
 
 
 def sick(lab: Lab) -> Output:

@@ -5,8 +5,8 @@ import torch
 from registry import every
 from scenarios_acting import SCENES, TEACHER, scene
 
-from craft_ds.policies.generation import greedy_action_tokens
 from craft_ds.policies.loading import load_policy, load_policy_config
+from craft_ds.policies.pi0_fast.generation import greedy_action_tokens
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from collections import Counter
 
 from registry import every
 
-from craft_ds.shards import CPU_BLOCK
+from craft_ds.algorithm.gram import CPU_BLOCK
 
 ALL_REDUCE = "allreduce_.default"
 

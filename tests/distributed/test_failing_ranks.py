@@ -5,7 +5,7 @@ import time
 
 from registry import every
 
-from craft_ds.local_ranks import run_ranks
+from craft_ds.testing.launch_ranks import run_ranks
 
 
 @every("failing_rank")

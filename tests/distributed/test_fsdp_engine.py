@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 from scenarios_fsdp import CHECKS
 
-from craft_ds.config import FsdpConfig
+from craft_ds.config.configs import FsdpConfig
 from craft_ds.engines.fsdp import mesh_shape
 from craft_ds.errors import UserError
-from craft_ds.local_ranks import run_ranks
+from craft_ds.testing.launch_ranks import run_ranks
 
 RANKS = 2
 ALONE = """
 import torch
 from torch import nn
-from craft_ds.config import FsdpConfig
-from craft_ds.distributed import join_process_group
+from craft_ds.config.configs import FsdpConfig
+from craft_ds.distributed.collectives import join_process_group
 from craft_ds.engines.fsdp import FsdpEngine
 from craft_ds.engines.single import SingleEngine
-from craft_ds.policies.adapter import PolicyWithLoss
-from craft_ds.policies.testing import read_from
-from craft_ds.steps import task_step
+from craft_ds.policies.token_loss import PolicyWithLoss
+from craft_ds.testing.policies import read_from
+from craft_ds.training.train_step import task_step
 from toy import ToyPolicy, samples
 
 join_process_group()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from craft_ds.errors import LOST_RANK_STATUS
-from craft_ds.local_ranks import run_ranks
+from craft_ds.testing.launch_ranks import run_ranks
 
 TIMEOUT_S = 2.5
 INTERVAL_S = 0.8

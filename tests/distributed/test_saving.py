@@ -5,8 +5,8 @@ from registry import every
 from test_checkpoint_of_ranks import assert_same, in_file, renamed
 
 from craft_ds.checkpoints import read_manifest
-from craft_ds.export import export_checkpoint
-from craft_ds.scattered_file import pieces_of
+from craft_ds.export.export import export_checkpoint
+from craft_ds.tensor_io.per_rank_file import pieces_of
 
 
 @pytest.fixture

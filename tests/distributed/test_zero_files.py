@@ -8,7 +8,7 @@ import zero_files
 from lab import Lab, Result
 from test_parity import assert_close, assert_triple_close
 
-from craft_ds.local_ranks import run_ranks
+from craft_ds.testing.launch_ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from craft_ds.policies.adapter import TokenLoss, token_loss
-from craft_ds.policies.units import shard_units
+from craft_ds.policies.token_loss import TokenLoss, token_loss
+from craft_ds.policies.wrapping import shard_units
 
 INPUT, LENGTH, CLASSES, SAMPLES = 5, 6, 3, 12
 

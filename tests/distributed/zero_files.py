@@ -15,8 +15,8 @@ faulthandler.register(signal.SIGUSR1)
 import lab  # noqa: E402
 import torch  # noqa: E402
 
-from craft_ds.engines.ds_config import read_ds_config  # noqa: E402
-from craft_ds.steps import accumulate, retention_step, task_step  # noqa: E402
+from craft_ds.engines.deepspeed_config import read_ds_config  # noqa: E402
+from craft_ds.training.train_step import accumulate, retention_step, task_step  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -67,7 +67,7 @@ def train(ranks: lab.Lab) -> lab.Output:
 
 
 def main() -> None:
-    from craft_ds.engines.zero import init_distributed
+    from craft_ds.engines.deepspeed import init_distributed
 
     init_distributed()
     rank, world_size, results = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1])

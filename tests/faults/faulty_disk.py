@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from craft_ds import tensor_file
+from craft_ds.tensor_io import tensor_file
 
 CALLS = (
     (os, "mkdir"),

@@ -56,7 +56,7 @@ _LATE = (
     "transformers.models.siglip.modeling_siglip",
 )
 # The simulator is not needed, and loads a graphics library.
-_UNUSED = ("craft_ds.world",)
+_UNUSED = ("craft_ds.worlds",)
 
 
 def preload() -> None:

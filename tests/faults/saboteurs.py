@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from craft_ds import opening, tensor_file
-from craft_ds.data import StepSampler
-from craft_ds.peers import Peers
+from craft_ds.data.task_data import StepSampler
+from craft_ds.distributed.watchdog import Peers
+from craft_ds.tensor_io import tensor_file
+from craft_ds.training import build
 
 # What changes a disk, and the argument that says where: a path, or an open file.
 _CHANGES: tuple[tuple[Any, str, str], ...] = (
@@ -131,7 +132,7 @@ def watch_changes(directory: str, log: str, kill: dict[str, Any] | None = None) 
 
 def die_while_the_model_is_built() -> None:
     """Die by SIGKILL, as a rank does that loads more than its machine's memory."""
-    opening.build_engine = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    build.build_engine = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
 
 def show_heartbeats_often() -> None:

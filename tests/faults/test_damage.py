@@ -9,8 +9,8 @@ from damage import Damage, damaged, damages, files_of, refused, seal, verify_che
 
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.cache import AnchorCache
-from craft_ds.command_line import parse_arguments
-from craft_ds.trainer import train_craft
+from craft_ds.config.parser import parse_arguments
+from craft_ds.training.trainer import train_craft
 
 KINDS = ("full training", "LoRA", "anchors")
 

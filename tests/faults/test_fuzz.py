@@ -23,14 +23,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from craft_ds.anchors.cache import METADATA_FILE, AnchorCache
-from craft_ds.anchors.testing import edit_metadata, write_test_cache
-from craft_ds.command_line import parse_arguments
-from craft_ds.lora.settings import read_stored
+from craft_ds.config.parser import parse_arguments
+from craft_ds.lora.peft_config import read_stored
 from craft_ds.policies.directory import copy_policy_files
 from craft_ds.policies.loading import load_policy_config, load_processors
 from craft_ds.policies.weights import weight_files
-from craft_ds.tensor_file import TensorFile
-from craft_ds.untrusted import parse_object
+from craft_ds.tensor_io.safe_json import parse_object
+from craft_ds.tensor_io.tensor_file import TensorFile
+from craft_ds.testing.datasets import edit_metadata, write_test_cache
 
 leaves = (
     st.none()

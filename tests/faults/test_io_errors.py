@@ -11,12 +11,12 @@ from faulty_disk import FaultyDisk
 from lerobot.configs.default import DatasetConfig
 
 from craft_ds.checkpoints import save_checkpoint, verify_checkpoint, whole_checkpoints
+from craft_ds.config.train_config import TrainConfig
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
-from craft_ds.policies.adapter import PolicyWithLoss
 from craft_ds.policies.loading import load_policy, load_policy_config
-from craft_ds.policies.testing import random_batch, read_from
-from craft_ds.train_config import TrainConfig
+from craft_ds.policies.token_loss import PolicyWithLoss
+from craft_ds.testing.policies import random_batch, read_from
 
 FAULTS = ("ENOSPC", "EIO", "EDQUOT", "EROFS", "short")
 SAMPLE = 25

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from lerobot.configs import PreTrainedConfig
 
+from craft_ds.config.secret_scan import redact, refuse_secrets
+from craft_ds.config.train_config import TrainConfig
 from craft_ds.errors import UserError
-from craft_ds.secrets import redact, refuse_secrets
-from craft_ds.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 KEY = "5ec2e7" + "0123456789abcdef" * 2 + "aa"

@@ -13,16 +13,16 @@ import torch
 from damage import refused, seal, verify_checkpoint
 
 from craft_ds.anchors.cache import file_sha256
-from craft_ds.anchors.testing import edit_metadata
-from craft_ds.command_line import parse_arguments
-from craft_ds.policies import foreign_code
+from craft_ds.config.parser import parse_arguments
+from craft_ds.policies import remote_code
 from craft_ds.policies.loading import (
     build_policy,
     load_policy_config,
     load_processors,
     tokenizer_fingerprint,
 )
-from craft_ds.trainer import train_craft
+from craft_ds.testing.datasets import edit_metadata
+from craft_ds.training.trainer import train_craft
 
 ROOT = Path(__file__).parents[2]
 PICKLERS = {
@@ -215,7 +215,7 @@ def test_a_pickle_in_an_anchor_cache(refuses, inputs, marker, tmp_path, form, ve
     shards = json.loads((anchors / "metadata.json").read_text())["shards"]
     shards[0] |= {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
     edit_metadata(anchors, shards=shards)
-    monkeypatch.setattr("craft_ds.inputs.is_node_main", lambda: verify)
+    monkeypatch.setattr("craft_ds.training.preflight.is_node_main", lambda: verify)
     line = refuses(tmp_path / "run", *inputs.craft_flags(), f"--craft.anchor_cache_dir={anchors}")
     assert not marker.exists()
     assert str(shard) in line
@@ -269,7 +269,7 @@ def test_a_tokenizer_that_is_a_program(refuses, inputs, with_code, marker, tmp_p
     line = refuses(tmp_path / "run", *inputs.craft_flags(), f"--policy.path={with_code}")
     assert not marker.exists()
     assert str(with_code / "action_tokenizer" / "processor_config.json") in line
-    assert foreign_code.TRUST_VARIABLE in line
+    assert remote_code.TRUST_VARIABLE in line
 
 
 def test_no_way_to_a_tokenizer_goes_round_the_check(inputs, with_code, marker):
@@ -291,7 +291,7 @@ def test_no_way_to_a_tokenizer_goes_round_the_check(inputs, with_code, marker):
 
 
 def test_who_trusts_a_tokenizer_s_program_can_say_so(with_code, marker, monkeypatch):
-    monkeypatch.setenv(foreign_code.TRUST_VARIABLE, "1")
+    monkeypatch.setenv(remote_code.TRUST_VARIABLE, "1")
     tokenizer_fingerprint(load_policy_config(with_code))
     assert marker.exists()
 

@@ -13,12 +13,12 @@ import torch
 from damage import DEEP, files_of, not_a_file, refused, within
 from safetensors.torch import load_file, save_file
 
-from craft_ds.command_line import parse_arguments
-from craft_ds.lora.loading import load_trained_policy
+from craft_ds.config.parser import parse_arguments
+from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.directory import copy_policy_files
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.policies.weights import weight_files
-from craft_ds.tensor_file import TensorFile
+from craft_ds.tensor_io.tensor_file import TensorFile
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from damage import DEEP, MANIFEST, not_a_file, read_manifest, refused, seal, wit
 from safetensors.torch import load_file, save_file
 
 from craft_ds.anchors.cache import METADATA_FILE, AnchorCache, file_sha256
-from craft_ds.anchors.testing import edit_metadata, write_test_cache
+from craft_ds.testing.datasets import edit_metadata, write_test_cache
 
 
 @pytest.fixture(autouse=True)

@@ -10,18 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from craft_ds.config import LoraConfig
+from craft_ds.config.configs import LoraConfig
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import add_adapters, plan_adapters, plan_stored
-from craft_ds.lora.loading import load_trained_policy
-from craft_ds.lora.settings import to_peft
-from craft_ds.lora.testing import make_test_adapters
-from craft_ds.lora.weights import AdaptedWeights
-from craft_ds.policies.adapter import token_loss
+from craft_ds.lora.peft_config import to_peft
+from craft_ds.lora.weights import AdaptedWeights, load_trained_policy
 from craft_ds.policies.loading import build_policy, load_policy, load_policy_config
-from craft_ds.policies.testing import random_batch
-from craft_ds.policies.tiny import TinyPI0FastPolicy
+from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastPolicy
+from craft_ds.policies.token_loss import token_loss
 from craft_ds.policies.weights import weights_sha256
+from craft_ds.testing.adapters import make_test_adapters
+from craft_ds.testing.policies import random_batch
 
 RANK = 4
 
@@ -64,7 +63,7 @@ def test_the_real_pi0_fast_has_the_layers():
     """The full-size model on the meta device: 18 layers of language, 27 of vision."""
     from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
-    from craft_ds.planning.shapes import skeleton_without_tokenizers
+    from craft_ds.memory_planner.shapes import skeleton_without_tokenizers
 
     counts = {}
     for preset in ("attention", "attention_mlp", "attention_mlp_vision"):

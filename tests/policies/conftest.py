@@ -1,6 +1,6 @@
 import pytest
 
-from craft_ds.policies.testing import make_test_policy_dir
+from craft_ds.testing.policies import make_test_policy_dir
 
 
 @pytest.fixture(scope="session")

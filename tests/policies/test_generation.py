@@ -8,15 +8,15 @@ import torch
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import nn
 
-import craft_ds.policies.generation as generation
-import craft_ds.world
-from craft_ds.policies.adapter import PolicyWithLoss, token_loss
-from craft_ds.policies.generation import action_chunk, greedy_action_tokens
+import craft_ds.policies.pi0_fast.generation as generation
+import craft_ds.worlds
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
-from craft_ds.policies.testing import make_test_policy_dir, random_batch
-from craft_ds.world.base import CAMERA, STATE
+from craft_ds.policies.pi0_fast.generation import action_chunk, greedy_action_tokens
+from craft_ds.policies.token_loss import PolicyWithLoss, token_loss
+from craft_ds.testing.policies import make_test_policy_dir, random_batch
+from craft_ds.worlds.base import CAMERA, STATE
 
-TEACHER = Path(craft_ds.world.__file__).parent / "assets" / "metaworld_teacher"
+TEACHER = Path(craft_ds.worlds.__file__).parent / "assets" / "metaworld_teacher"
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one_camera", "two_cameras"])

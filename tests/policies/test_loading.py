@@ -24,9 +24,9 @@ from craft_ds.policies.loading import (
     policy_cameras,
     tokenizer_fingerprint,
 )
-from craft_ds.policies.testing import TASKS, make_test_policy_dir, random_batch, smooth_chunks
-from craft_ds.policies.tiny import TinyPI0FastPolicy
-from craft_ds.policies.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, fit_action_tokenizer
+from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastPolicy
+from craft_ds.policies.tiny_pi0_fast.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, fit_action_tokenizer
+from craft_ds.testing.policies import TASKS, make_test_policy_dir, random_batch, smooth_chunks
 
 EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 HEAD = "model.paligemma_with_expert.paligemma.lm_head.weight"

@@ -10,10 +10,10 @@ from lerobot.utils.constants import (
 )
 from torch import nn
 
-from craft_ds.policies.adapter import PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.policies.loading import load_policy, load_policy_config
-from craft_ds.policies.pi0_fast import supervised_logits
-from craft_ds.policies.testing import make_test_policy_dir, random_batch
+from craft_ds.policies.pi0_fast.loss import supervised_logits
+from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
+from craft_ds.testing.policies import make_test_policy_dir, random_batch
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one_camera", "two_cameras"])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from transformers import AutoProcessor, AutoTokenizer
 
-from craft_ds.policies.fast import FIRST_SYMBOL, FastActionProcessor
-from craft_ds.policies.testing import TASKS, smooth_chunks
-from craft_ds.policies.tokenizers import build_text_tokenizer, fit_action_tokenizer
+from craft_ds.policies.tiny_pi0_fast.fast_tokenizer import FIRST_SYMBOL, FastActionProcessor
+from craft_ds.policies.tiny_pi0_fast.tokenizers import build_text_tokenizer, fit_action_tokenizer
+from craft_ds.testing.policies import TASKS, smooth_chunks
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from craft_ds.errors import UserError
-from craft_ds.policies.adapter import token_loss
-from craft_ds.policies.generation import greedy_action_tokens
 from craft_ds.policies.loading import build_policy, load_policy, load_policy_config
-from craft_ds.policies.testing import make_test_policy_dir, random_batch
-from craft_ds.policies.vision import (
+from craft_ds.policies.pi0_fast.generation import greedy_action_tokens
+from craft_ds.policies.pi0_fast.vision import (
     feature_shape,
     features_key,
     image_tokens,
@@ -23,7 +21,9 @@ from craft_ds.policies.vision import (
     vision_fingerprint,
     vision_tower,
 )
+from craft_ds.policies.token_loss import token_loss
 from craft_ds.policies.weights import WeightReader
+from craft_ds.testing.policies import make_test_policy_dir, random_batch
 
 TOWER = "model.paligemma_with_expert.paligemma.model.vision_tower."
 SIDE = "observation.images.side1"

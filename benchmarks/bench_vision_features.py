@@ -1,0 +1,159 @@
+"""What a frozen vision tower saves a retention step, and what its stored features save on top.
+
+A pi0_fast of 119 M random parameters; one micro-batch of the task, one of anchors that is followed and one
+that measures the constraint. The tower trains, or is frozen and sees the anchors' images, or is frozen and
+the anchors come with its features (the task's images pass it in any case). Runs with and without features
+alternate step by step; a trainable tower needs another optimizer and therefore other processes, which
+alternate with the first. Seconds of the processor stand beside those of the clock: what else runs on the
+machine disturbs them less.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from typing import Any
+
+import torch
+from harness import (
+    CRAFT,
+    hardware,
+    join_ranks,
+    make_engine,
+    mid_size_config,
+    random_values,
+    run_case,
+    serve_case,
+    write_result,
+)
+from lerobot.policies.pretrained import PreTrainedPolicy
+
+from craft_ds.cli import run_main
+from craft_ds.engines.base import Batch
+from craft_ds.memory_planner.shapes import skeleton_without_tokenizers
+from craft_ds.policies.meta_init import materialize_
+from craft_ds.policies.pi0_fast.vision import vision_features, vision_tower
+from craft_ds.policies.weights import unique_tensors
+from craft_ds.testing.policies import random_batch, read_from
+from craft_ds.training.train_step import measure as measure_loss
+from craft_ds.training.train_step import retention_step
+
+ENGINES = ("single", "fsdp", "zero3")
+WAYS = {
+    "trainable": "trainable",
+    "images": "frozen, images",
+    "features": "frozen, features",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--engine", choices=ENGINES, nargs="+", default=ENGINES)
+    parser.add_argument("--rounds", type=int, default=3, help="alternations of processes (default: 3)")
+    parser.add_argument("--repeats", type=int, default=4, help="steps of each kind a round (default: 4)")
+    parser.add_argument("--batch_size", type=int, default=2, help="samples a rank and pass (default: 2)")
+    parser.add_argument("--world_size", type=int, default=2, help="ranks of the sharded engines (default: 2)")
+    return parser.parse_args()
+
+
+def whole_policy() -> PreTrainedPolicy:
+    """The policy with its random weights."""
+    policy = skeleton_without_tokenizers(mid_size_config())
+    materialize_(policy, "cpu")
+    with torch.no_grad():
+        for name, tensor in unique_tensors(policy).items():
+            tensor.view(-1).copy_(random_values(name, 0, tensor.numel()))
+    return policy
+
+
+def with_features(policy: PreTrainedPolicy, batch: Batch) -> Batch:
+    """The batch as an anchor cache gives it: fp16 features in the place of the images."""
+    features = {name: value.half() for name, value in vision_features(policy, batch).items()}
+    return {
+        name: value for name, value in batch.items() if name not in policy.config.image_features
+    } | features
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of every step by its kind, on this rank (clock, processor); the anchors' loss both ways."""
+    join_ranks(case["engine"])
+    whole, rank = whole_policy(), int(os.environ["RANK"])
+    task, anchors, constraint = (
+        random_batch(whole.config, case["batch_size"], seed * 97 + rank) for seed in (1, 2, 3)
+    )
+    passes = {"images": [anchors, constraint]}
+    if case["frozen"]:
+        passes["features"] = [with_features(whole, batch) for batch in passes["images"]]
+    else:
+        passes = {"trainable": passes["images"]}
+    policy = skeleton_without_tokenizers(mid_size_config())
+    vision_tower(policy).requires_grad_(not case["frozen"])
+    engine = make_engine(case["engine"], policy, read_from(whole))
+    del whole
+
+    def on_device(batch: Batch) -> Batch:
+        return {name: value.to(engine.device) for name, value in batch.items()}
+
+    task = on_device(task)
+    passes = {way: [on_device(batch) for batch in batches] for way, batches in passes.items()}
+    losses = {way: measure_loss(engine, batches[:1]).loss.item() for way, batches in passes.items()}
+    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in passes}
+    for repeat in range(-1, case["repeats"]):
+        for way, (followed, measured) in passes.items():
+            engine.barrier()
+            began, worked = time.perf_counter(), time.process_time()
+            result, _ = retention_step(engine, [task], [followed], [measured], 1.0, CRAFT, 1.0)
+            assert result.applied
+            if repeat >= 0:
+                seconds[way].append((time.perf_counter() - began, time.process_time() - worked))
+    engine.close()
+    return {"seconds": seconds, "losses": losses}
+
+
+def compare(kind: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds of each kind of step in one engine, printed as a row."""
+    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    difference = 0.0
+    for _ in range(args.rounds):
+        for frozen in (True, False):
+            case = {
+                "engine": kind,
+                "frozen": frozen,
+                "repeats": args.repeats,
+                "batch_size": args.batch_size,
+            }
+            measured = run_case(case, 1 if kind == "single" else args.world_size)[0]
+            for way, times in measured["seconds"].items():
+                seconds[way] += times
+            if frozen:
+                losses = measured["losses"]
+                difference = abs(losses["features"] / losses["images"] - 1)
+    medians = {
+        way: [statistics.median(of_one) for of_one in zip(*times, strict=True)]
+        for way, times in seconds.items()
+    }
+    cells = ""
+    for clock, processor in medians.values():
+        cells += f"{clock:8.2f} s {clock / medians['images'][0]:6.3f}{processor / medians['images'][1]:7.3f}"
+    print(f"{kind:<8}{cells}{difference:14.1e}", flush=True)
+    return {"engine": kind, "medians": medians, "seconds": seconds, "loss_difference": difference}
+
+
+def main() -> None:
+    serve_case(measure)
+    args = parse_arguments()
+    print(f"{hardware()}; {args.batch_size} samples a rank and pass, medians of {args.rounds * args.repeats}")
+    print(
+        "a retention step: seconds, and their ratio to those of a frozen tower that sees every image\n"
+        "(clock, processor); by how much the anchors' loss with fp16 features differs from that with images"
+    )
+    labels = "".join(f"{label:>23}" for label in WAYS.values())
+    print(f"{'engine':<8}{labels}{'loss differs':>14}", flush=True)
+    rows = [compare(kind, args) for kind in args.engine]
+    write_result("bench_vision_features", {"hardware": hardware(), **vars(args), "rows": rows})
+
+
+if __name__ == "__main__":
+    run_main(main)

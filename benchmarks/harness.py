@@ -1,0 +1,262 @@
+"""What the benchmarks share: the shipped tiny pi0_fast on some ranks of this machine, and their spawning."""
+
+import faulthandler
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor
+
+from craft_ds.cli import end_process
+from craft_ds.config.configs import CraftConfig, FsdpConfig
+from craft_ds.distributed.collectives import join_process_group
+from craft_ds.engines.base import Batch, Engine, ReadRange
+from craft_ds.engines.deepspeed_config import read_ds_config, resolve_ds_config
+from craft_ds.engines.single import SingleEngine
+from craft_ds.errors import UserError
+from craft_ds.policies.directory import WEIGHTS
+from craft_ds.policies.loading import load_policy_config
+from craft_ds.policies.meta_init import build_skeleton
+from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastConfig
+from craft_ds.policies.token_loss import PolicyWithLoss
+from craft_ds.policies.weights import WeightReader, unique_tensors
+from craft_ds.tensor_io.tensor_file import TensorFile, TensorSpec, create_tensor_file
+from craft_ds.testing.launch_ranks import run_ranks
+from craft_ds.testing.policies import random_batch
+
+ROOT = Path(__file__).resolve().parents[1]
+TEACHER = ROOT / "craft_ds" / "world" / "assets" / "metaworld_teacher"
+OUTPUTS = ROOT / "outputs" / "bench"
+PIECE = 1 << 22
+CRAFT = CraftConfig(enabled=True, conflict_threshold=1.0)  # every step projects: the dearest case
+_RESULT = "CRAFT_BENCH_RESULT"
+_CASE = "CRAFT_BENCH_CASE"
+# glibc keeps freed memory of the default sizes: resident memory would show its habits, not ours.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
+def run_benchmark(measure: Callable[[], Any], world_sizes: tuple[int, ...]) -> dict[int, Any] | None:
+    """Run `measure` on each number of ranks, as ranks of the calling script.
+
+    Returns:
+        What rank 0 of each measured, by world size; None in a rank itself.
+
+    Raises:
+        UserError: A rank failed.
+    """
+    if _RESULT in os.environ:
+        faulthandler.register(signal.SIGUSR1)
+        torch.set_num_threads(1)
+        result = measure()
+        if os.environ["RANK"] == "0":
+            Path(os.environ[_RESULT]).write_text(json.dumps(result))
+        return None
+    results = {}
+    for world_size in world_sizes:
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "result.json"
+            ends = run_ranks(
+                [sys.executable, *sys.argv], world_size, timeout=600, environment={_RESULT: str(file)}
+            )
+            if any(end.status for end in ends):
+                raise UserError(f"a rank failed:\n{ends[0].output[-3000:]}")
+            results[world_size] = json.loads(file.read_text())
+    return results
+
+
+def serve_case(measure: Callable[[dict[str, Any]], Any]) -> None:
+    """In a rank that `run_case` started, measure its case and end; in the script itself do nothing."""
+    if _CASE not in os.environ:
+        return
+    faulthandler.register(signal.SIGUSR1)
+    torch.set_num_threads(1)
+    case, result = json.loads(os.environ[_CASE]), Path(os.environ[_RESULT], f"{os.environ['RANK']}.json")
+    end_process(lambda: result.write_text(json.dumps(measure(case))))
+
+
+def run_case(case: dict[str, Any], world_size: int, timeout: float = 600) -> list[Any]:
+    """Run the calling script as ranks that measure one case (`serve_case`).
+
+    Returns:
+        What each rank measured.
+
+    Raises:
+        UserError: A rank failed.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        environment = {_RESULT: directory, _CASE: json.dumps(case), **_ALLOCATOR}
+        ends = run_ranks([sys.executable, sys.argv[0]], world_size, timeout=timeout, environment=environment)
+        failed = [end for end in ends if end.status]
+        if failed:
+            raise UserError(f"a rank failed with status {failed[0].status}:\n{failed[0].output[-3000:]}")
+        return [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def memory_bytes(field: str) -> int:
+    """A field of this process's `/proc/self/status`: `VmRSS`, `VmHWM` (its peak) or `RssAnon`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+def reset_peak() -> None:
+    """Begin a new peak of resident memory (Linux, `proc(5)`: 5 into `clear_refs`)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def mid_size_config() -> TinyPI0FastConfig:
+    """A pi0_fast of 119 M parameters."""
+    features = {
+        "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 112, 112)),
+        "observation.state": PolicyFeature(FeatureType.STATE, (8,)),
+    }
+    return TinyPI0FastConfig(
+        input_features=features,
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))},
+        device="cpu",
+        push_to_hub=False,
+        vocab_size=16_384,
+        text_width=768,
+        text_depth=8,
+        text_mlp_dim=3072,
+        text_heads=8,
+        vision_width=512,
+        vision_depth=8,
+        vision_mlp_dim=2048,
+        vision_heads=8,
+        image_resolution=(112, 112),
+        vision_patch=14,
+        max_action_tokens=48,
+    )
+
+
+def random_values(name: str, start: int, stop: int) -> Tensor:
+    """Random weights of a policy, as a `ReadRange`: small, and one for the scales of layer norms."""
+    if "layer_norm" in name or "layernorm" in name:
+        # Gemma's norms add one to their weight.
+        one = name.endswith("weight") and "vision_tower" in name
+        return torch.full((stop - start,), float(one))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {start}".encode()))
+    return torch.randn(stop - start, generator=generator) * 0.02
+
+
+def write_random_weights(policy: PreTrainedPolicy, directory: Path, dtype: torch.dtype) -> None:
+    """Write a policy's `model.safetensors` tensor by tensor; no tensor is ever whole in memory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = unique_tensors(policy)
+    path = directory / WEIGHTS
+    create_tensor_file(path, [TensorSpec(name, tuple(t.shape), dtype) for name, t in tensors.items()])
+    with TensorFile(path, writable=True) as file:
+        for name, tensor in tensors.items():
+            for start in range(0, tensor.numel(), PIECE):
+                stop = min(start + PIECE, tensor.numel())
+                file.write(name, start, random_values(name, start, stop))
+
+
+def join_ranks(kind: str) -> None:
+    """Join the process group that an engine needs. Collective: call on all ranks."""
+    if kind.startswith("zero"):
+        from craft_ds.engines.deepspeed import init_distributed
+
+        init_distributed()
+    elif kind.startswith("fsdp"):
+        join_process_group()
+
+
+def make_engine(
+    kind: str,
+    policy: PreTrainedPolicy,
+    read: ReadRange,
+    dtype: torch.dtype = torch.float32,
+    build_optimizer: Callable[[], torch.optim.Optimizer] | None = None,
+    **ds_options: Any,
+) -> Engine:
+    """An engine of a kind around a policy without weights. Collective: call on all ranks.
+
+    Args:
+        kind: `single`, `fsdp`, `fsdp_offload`, or the name of a file in `ds_configs/`.
+        policy: From `build_skeleton`.
+        read: Reads its weights.
+        dtype: Of forward and backward.
+        build_optimizer: By default AdamW on all parameters that train.
+        **ds_options: Keys of the DeepSpeed file's `zero_optimization` to set.
+    """
+    module = PolicyWithLoss(policy)
+
+    def adamw() -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-4)
+
+    build_optimizer = build_optimizer or adamw
+    if kind == "single":
+        return SingleEngine(module, read, build_optimizer, torch.device("cpu"), dtype)
+    if kind.startswith("fsdp"):
+        from craft_ds.engines.fsdp import FsdpEngine
+
+        return FsdpEngine(
+            module, read, build_optimizer, FsdpConfig(cpu_offload=kind.endswith("offload")), dtype
+        )
+    from craft_ds.engines.deepspeed import ZeroEngine
+
+    file = ROOT / "ds_configs" / f"{kind}.json"
+    config = resolve_ds_config(
+        read_ds_config(file),
+        path=str(file),
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        grad_clip_norm=1.0,
+        bf16=dtype == torch.bfloat16,
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+    config["zero_optimization"] |= ds_options
+    return ZeroEngine(module, read, build_optimizer, config)
+
+
+def build_engine() -> Engine:
+    """The shipped teacher in fp32 on the launched number of ranks: one process, or ZeRO-3. Collective."""
+    kind = "single" if int(os.environ["WORLD_SIZE"]) == 1 else "zero3"
+    join_ranks(kind)
+    policy = build_skeleton(load_policy_config(TEACHER))
+    with WeightReader(TEACHER, policy) as weights:
+        return make_engine(kind, policy, weights.read)
+
+
+def batches(engine: Engine, batch_size: int, seed: int) -> list[Batch]:
+    """One micro-batch of this rank, of random images and tokens."""
+    batch = random_batch(load_policy_config(TEACHER), batch_size, seed * engine.world_size + engine.rank)
+    return [{key: value.to(engine.device) for key, value in batch.items()}]
+
+
+def shard_sizes(engine: Engine) -> list[int]:
+    """Elements of each trainable parameter's part on a rank, the padding of ZeRO-3 included."""
+    parameters = [p for p in engine.module.parameters() if p.requires_grad]
+    return [-(-getattr(p, "ds_numel", p.numel()) // engine.world_size) for p in parameters]
+
+
+def hardware() -> str:
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].split(":", 1)[1].strip() if lines else model
+    return (
+        f"{os.cpu_count()} x {model}, one thread a rank, gloo, torch {torch.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def write_result(name: str, result: dict[str, Any]) -> None:
+    """Write `outputs/bench/<name>.json` and say so."""
+    OUTPUTS.mkdir(parents=True, exist_ok=True)
+    path = OUTPUTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written {path.relative_to(ROOT)}")

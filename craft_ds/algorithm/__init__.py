@@ -1,0 +1,1 @@
+"""The mathematics of CRaFT on tensors and scalars; imports torch and the configuration only."""

@@ -1,0 +1,97 @@
+"""What the metadata of an anchor cache may say.
+
+Its checksum shows that nothing changed since it was written, and not that it was written by the builder.
+"""
+
+import math
+import re
+from typing import Any
+
+import torch
+from lerobot.utils.constants import (
+    ACTION_TOKEN_MASK,
+    ACTION_TOKENS,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+)
+
+from craft_ds.policies.pi0_fast.vision import features_key
+from craft_ds.tensor_io.safe_json import is_count
+
+TOKEN_FIELDS = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK, ACTION_TOKENS, ACTION_TOKEN_MASK)
+ORIGIN_FIELDS = ("task", "episode", "frame")
+DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "bool": torch.bool, "float16": torch.float16}
+_SHA256 = re.compile("[0-9a-f]{64}")
+_MOST = 1 << 31  # anchors, and entries of one field of an anchor
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Check every entry that is read to open a cache: its type, its bounds, and that they fit together.
+
+    Args:
+        metadata: What ``metadata.json`` says.
+
+    Raises:
+        ValueError: An entry that no build writes; or, where a part is missing or of another kind,
+        KeyError, TypeError, AttributeError: as Python has it.
+    """
+    tasks, cameras = metadata["dataset"]["tasks"], metadata["cameras"]
+    _check(_are_texts(tasks) and tasks, "dataset.tasks")
+    _check(_are_texts(cameras) and len({*cameras}) == len(cameras), "cameras")
+    heldout = metadata["dataset"]["episodes"]["heldout"]
+    _check(isinstance(heldout, list) and all(is_count(episode) for episode in heldout), "dataset.episodes")
+    _check(isinstance(metadata["teacher"]["path"], str), "teacher.path")
+    _check(isinstance(metadata["tokenizer"], str), "tokenizer")
+    _check(metadata["request"]["image_size"] in ("dataset", "model"), "request.image_size")
+    features = metadata.get("vision_features")
+    _check(features is None or isinstance(features["fingerprint"], str), "vision_features")
+    _check_fields(metadata["fields"], cameras, features is not None)
+    _check_shards(metadata["shards"], metadata["num_samples"], metadata["request"]["shard_size"])
+    for split in ("train", "heldout", "all"):
+        overall = metadata["teacher_loss"][split]["overall"]
+        _check(overall is None or _is_loss(overall), f"teacher_loss.{split}")
+
+
+def _check_fields(fields: dict[str, Any], cameras: list[str], with_features: bool) -> None:
+    """The fields are exactly those of such a cache, each of its type and number of dimensions."""
+    wanted = {name: ("int32", 0) for name in ORIGIN_FIELDS}
+    wanted |= {name: ("bool" if "mask" in name else "int32", 1) for name in TOKEN_FIELDS}
+    wanted |= {camera: ("uint8", 3) for camera in cameras}
+    if with_features:
+        wanted |= {features_key(camera): ("float16", 2) for camera in cameras}
+    _check(fields.keys() == wanted.keys(), "fields")
+    for name, (dtype, dimensions) in wanted.items():
+        shape = fields[name]["shape"]
+        _check(fields[name]["dtype"] == dtype, f"fields: the type of {name}")
+        _check(
+            isinstance(shape, list)
+            and len(shape) == dimensions
+            and all(is_count(size, 1) for size in shape)
+            and math.prod(shape) < _MOST,
+            f"fields: the shape of {name}",
+        )
+
+
+def _check_shards(shards: list[Any], samples: Any, shard_size: Any) -> None:
+    """Every shard but the last is full, and together they have the samples."""
+    _check(is_count(samples, 1) and samples < _MOST, "num_samples")
+    _check(is_count(shard_size, 1), "request.shard_size")
+    _check(isinstance(shards, list) and len(shards) == -(-samples // shard_size), "shards")
+    for number, shard in enumerate(shards):
+        size = min(shard_size, samples - number * shard_size)
+        _check(is_count(shard["samples"]) and shard["samples"] == size, f"shards: sample counts of {number}")
+        _check(is_count(shard["bytes"]), f"shards: the size of {number}")
+        _check(_SHA256.fullmatch(shard["sha256"]), f"shards: the SHA-256 of {number}")
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _is_loss(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _check(sound: object, what: str) -> None:
+    if not sound:
+        raise ValueError(f"its {what[:200]}")

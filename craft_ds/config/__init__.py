@@ -1,0 +1,1 @@
+"""Configuration: the dataclasses behind the flags, and the parser."""

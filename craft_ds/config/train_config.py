@@ -1,0 +1,225 @@
+"""The configuration of a run: LeRobot's `TrainPipelineConfig` and what craft-ds adds to it."""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from lerobot.configs import PreTrainedConfig, parser
+from lerobot.configs.default import PeftConfig
+from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
+
+from craft_ds.config.configs import CheckpointConfig, CraftConfig, EngineConfig, LoraConfig, WorldEvalConfig
+from craft_ds.config.secret_scan import refuse_secrets
+from craft_ds.distributed.preemption import parse_duration
+from craft_ds.errors import UserError
+from craft_ds.policies.loading import load_policy_config
+from craft_ds.policies.tiny_pi0_fast.tokenizers import reroot_tokenizers
+
+
+@dataclass
+class TrainConfig(TrainPipelineConfig):
+    """Every `lerobot-train` flag keeps its meaning; these come on top.
+
+    Attributes:
+        craft: The retention constraint, `--craft.*`.
+        engine: How the model is sharded, `--engine.*`.
+        lora: Adapters to train instead of the policy's own weights, `--lora.*`. LeRobot's `--peft.*` means
+            the same in its own words.
+        world: An embedded world in which the policy is tried every `eval_freq` steps, `--world.*`.
+        eval_freq: Report held-out task loss and anchor loss every so many steps; 0 turns it off. Needs
+            `--dataset.eval_split`, of which 0.05 is taken where none is given. (`--eval_steps` is
+            LeRobot's name for the same.)
+        gradient_accumulation_steps: Micro-batches of `batch_size` a rank and step.
+        activation_checkpointing: `full` keeps only the inputs of decoder and encoder layers and runs them
+            again in the backward pass: less memory, about a third more computing. `none` keeps everything.
+            LeRobot's `--policy.gradient_checkpointing=true` means `full`.
+        checkpoint: How checkpoints are written, `--checkpoint.*`.
+        save_total_limit: How many of the newest periodic checkpoints stay; 0: all. An older one is deleted
+            once a newer one is whole and verified. `final` always stays.
+        keep_period: Periodic checkpoints whose step is a multiple of this stay in any case; 0: none does.
+        max_runtime: Time after which the run finishes its step, saves and ends with status 75: seconds, or
+            with a unit, as 30m, 3.5h, 2d. Empty: none. Leave room for a step and a save.
+        rank_timeout: Seconds without progress after which a run ends and names the rank that it waited for.
+        max_skipped_steps: Steps with a non-finite loss or gradient that may follow one another; they
+            change nothing, and one more ends the run.
+    """
+
+    craft: CraftConfig = field(default_factory=CraftConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    world: WorldEvalConfig = field(default_factory=WorldEvalConfig)
+    eval_freq: int = 0
+    eval_steps: int = 0
+    gradient_accumulation_steps: int = 1
+    activation_checkpointing: str = "none"
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    save_total_limit: int = 0
+    keep_period: int = 0
+    max_runtime: str = ""
+    rank_timeout: float = 600.0
+    max_skipped_steps: int = 10
+    # The checkpoint to resume, once every byte of it was checked.
+    verified_checkpoint: Path | None = field(init=False, default=None)
+
+    def validate(self) -> None:
+        """Check all that can be checked without building anything.
+
+        Raises:
+            UserError: One line that names the flag or file and the mend.
+        """
+        _refuse_nulls(self)
+        self.craft.validate()
+        self.engine.validate()
+        if self.peft is not None:
+            asked = from_lerobot(self.peft)
+            if self.lora not in (LoraConfig(), asked):  # a saved configuration has both
+                raise UserError("--lora.* and --peft.* both describe adapters: use one of them")
+            self.lora = asked
+        self.lora.validate()
+        self.checkpoint.validate()
+        parse_duration("--max_runtime", self.max_runtime)
+        least = {
+            "steps": 1,
+            "batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "num_workers": 0,
+            "save_total_limit": 0,
+            "keep_period": 0,
+            "max_skipped_steps": 0,
+            "rank_timeout": 1,
+        }
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise UserError(f"--{name}={getattr(self, name)} must be at least {minimum}")
+        if self.activation_checkpointing not in ("none", "full"):
+            raise UserError(
+                f"--activation_checkpointing={self.activation_checkpointing}: choose one of none, full"
+            )
+        self._refuse_unsupported()
+        if not self.resume and self.output_dir and Path(self.output_dir).exists():
+            raise UserError(
+                f"--output_dir={self.output_dir} exists already: choose another, or go on with that run by "
+                f"--resume=true --config_path={self.output_dir}/last/{TRAIN_CONFIG_NAME}"
+            )
+        same: int = self.eval_steps
+        if self.eval_freq and same and self.eval_freq != same:
+            raise UserError(
+                f"--eval_freq={self.eval_freq} and --eval_steps={same} are the same thing: set one"
+            )
+        self.eval_freq = self.eval_freq or same
+        self.world.validate(self.eval_freq)
+        self.eval_steps = self.eval_freq
+        if self.eval_freq and not self.dataset.eval_split:
+            self.dataset.eval_split = 0.05
+        try:
+            super().validate()
+        except (ValueError, OSError) as error:
+            raise UserError(" ".join(str(error).split())) from error
+        refuse_secrets(self.to_dict())
+
+    def _refuse_unsupported(self) -> None:
+        refused = {
+            "--env": self.env is not None,
+            "--reward_model": self.reward_model is not None,
+            "--sample_weighting": self.sample_weighting is not None,
+            "--save_checkpoint_to_hub": self.save_checkpoint_to_hub,
+            "--dataset.streaming": self.dataset.streaming,
+            "--job.target": self.job.is_remote,
+        }
+        for flag, given in refused.items():
+            if given:
+                raise UserError(f"{flag} is not supported by craft-ds: leave it out")
+
+    def _resolve_pretrained_from_cli(self) -> None:
+        """Load the configuration of `--policy.path`, or find the checkpoint to resume."""
+        path = parser.get_path_arg("policy")
+        if self.resume:
+            if path:
+                raise UserError(
+                    f"--policy.path={path} has no meaning with --resume=true, which goes on with the "
+                    "checkpoint of --config_path: leave one of them out"
+                )
+            self._resolve_resume_checkpoint()
+        elif path:
+            overrides = parser.get_yaml_overrides("policy") + (parser.get_cli_overrides("policy") or [])
+            self.policy = load_policy_config(path, overrides)
+            self.policy.pretrained_path = Path(path)
+        if self.policy is None or not self.policy.pretrained_path:
+            raise UserError("--policy.path is missing: craft-ds fine-tunes a trained policy, it makes none")
+        # A configuration that was saved, or made in Python, may name its tokenizers where they lay once.
+        reroot_tokenizers(self.policy, self.policy.pretrained_path)
+        self._settle_policy(self.policy)
+
+    def _settle_policy(self, policy: PreTrainedConfig) -> None:
+        _refuse_nulls(policy, "policy.")
+        if policy.push_to_hub and policy.repo_id:
+            raise UserError(
+                "--policy.repo_id: craft-ds does not push; train without it and upload final/ afterwards"
+            )
+        if getattr(policy, "gradient_checkpointing", False):
+            self.activation_checkpointing = "full"
+        # LeRobot's default asks for a push, and so for a repo_id, that nobody asked for here.
+        policy.push_to_hub = False
+        if self.use_policy_training_preset and not self.resume:
+            presets = (policy.get_optimizer_preset(), policy.get_scheduler_preset())
+            for name, given, preset in zip(
+                ("optimizer", "scheduler"), (self.optimizer, self.scheduler), presets, strict=True
+            ):
+                if given not in (None, preset):
+                    raise UserError(
+                        f"--{name}.* has no effect beside the policy's preset: set --policy.{name}_*, or "
+                        "give both --optimizer.* and --scheduler.* with --use_policy_training_preset=false"
+                    )
+
+    def _resolve_resume_checkpoint(self) -> None:
+        """The checkpoint is the directory of `--config_path`, whatever the saved config named."""
+        config_path = parser.parse_arg("config_path")
+        if not config_path:
+            raise UserError(
+                f"--resume=true needs --config_path=<run>/step_NNNNNN/{TRAIN_CONFIG_NAME}, or <run>/last/…"
+            )
+        path = Path(config_path).resolve()
+        self.checkpoint_path = path if path.is_dir() else path.parent
+        if self.policy is not None:
+            self.policy.pretrained_path = self.checkpoint_path
+
+
+def _refuse_nulls(config: Any, above: str = "") -> None:
+    """Check that nothing is null that must have a value: the parser takes null for a value of any type."""
+    try:
+        types = get_type_hints(type(config))
+    except NameError:  # annotations of a policy from elsewhere may name what only a type checker imports
+        return
+    for entry in fields(config):
+        value, flag = getattr(config, entry.name, None), f"{above}{entry.name}"
+        if value is None and types[entry.name] is not Any and NoneType not in get_args(types[entry.name]):
+            raise UserError(f"--{flag}=null: give it a value, or leave it out")
+        if is_dataclass(value):
+            _refuse_nulls(value, f"{flag}.")
+
+
+def from_lerobot(config: PeftConfig) -> LoraConfig:
+    """The same adapters in the words of `--lora.*`.
+
+    Args:
+        config: LeRobot's `--peft.*`.
+
+    Raises:
+        UserError: Another method than LoRA, or an initialisation that needs whole weights.
+    """
+    if config.method_type.upper() != "LORA":
+        raise UserError(f"--peft.method_type={config.method_type} is not supported by craft-ds: LORA is")
+    if config.init_type not in (None, "gaussian"):
+        raise UserError(
+            f"--peft.init_type={config.init_type} decomposes whole weights, which no rank holds: leave it "
+            "out, or set gaussian"
+        )
+    return LoraConfig(
+        enabled=True,
+        target_modules=config.target_modules,
+        rank=config.r,
+        alpha=8 if config.lora_alpha is None else config.lora_alpha,  # PEFT's own default
+        init=config.init_type or "default",
+        full_modules=config.full_training_modules or [],
+    )

@@ -1,0 +1,194 @@
+"""Task data: LeRobot data sets, drawn so that any world size sees the same samples in the same steps."""
+
+import itertools
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.datasets.factory import make_train_eval_datasets
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.constants import HF_LEROBOT_HOME
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from craft_ds.data.lerobot_dataset import check_dataset_root
+from craft_ds.errors import UserError
+from craft_ds.distributed.preemption import ignore_in_worker
+from craft_ds.data.batch_partition import StepShare
+from craft_ds.config.train_config import TrainConfig
+
+
+class StepSampler(Sampler[list[int]]):
+    """Endless micro-batches of one rank: a pure function of (seed, position, rank).
+
+    Each epoch is a random order of the data set, and the orders follow one another in one stream, of which a
+    step takes the next `share.total` samples. So the samples of a step depend on nothing but its place in the
+    stream.
+
+    Args:
+        size: Samples in the data set.
+        share: How a step is dealt to ranks and micro-batches.
+        rank: This rank.
+        seed: Seed of the orders.
+        first: Place in the stream of the first sample to draw.
+    """
+
+    def __init__(self, size: int, share: StepShare, rank: int, seed: int, first: int = 0):
+        self.size, self._share, self._rank = size, share, rank
+        self._seed, self._first = seed, first
+        self._order = (-1, torch.empty(0, dtype=torch.int64))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Micro-batches from `first` on, without end."""
+        return map(self.draw, self.positions())
+
+    def positions(self) -> Iterator[range]:
+        """Where in the stream they are."""
+        for first in itertools.count(self._first, self._share.total):
+            for micro_batch in range(self._share.micro_batches):
+                yield self._share.positions(first, self._rank, micro_batch)
+
+    def draw(self, positions: Iterable[int]) -> list[int]:
+        """The samples at these places of the stream."""
+        return [self._draw(position) for position in positions]
+
+    def _draw(self, position: int) -> int:
+        epoch, place = divmod(position, self.size)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(self.size, generator=generator)
+        return int(self._order[1][place])
+
+
+class _Stream(Dataset[dict[str, Any]]):
+    """A data set by place in the stream.
+
+    What a place gives is random by itself alone: image transforms are the same for any number of workers and
+    ranks, and for a run that was interrupted.
+    """
+
+    def __init__(self, dataset: LeRobotDataset, sampler: StepSampler, seed: int):
+        self._dataset, self._sampler, self._seed = dataset, sampler, seed
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        with torch.random.fork_rng(devices=[]):
+            # A generator on the CPU takes 32 bits of its seed.
+            torch.manual_seed(zlib.crc32(f"{self._seed} {position}".encode()))
+            return self._dataset[self._sampler.draw([position])[0]]
+
+
+def load_datasets(
+    config: TrainConfig, cameras: list[str], world_size: int = 1
+) -> tuple[LeRobotDataset, LeRobotDataset | None]:
+    """The training data set and, with `eval_freq`, the held-out one (last episodes of every task).
+
+    Args:
+        config: A validated configuration.
+        cameras: Image features that the policy looks at.
+        world_size: Number of ranks.
+
+    Raises:
+        UserError: The data set cannot be opened, lacks a camera, cannot be split or has fewer samples than
+            there are ranks.
+    """
+    root = Path(config.dataset.root or HF_LEROBOT_HOME / config.dataset.repo_id)
+    if config.dataset.root is not None or root.exists():
+        check_dataset_root(root, "--dataset.root")
+    if not config.eval_freq:
+        config.dataset.eval_split = 0.0
+    try:
+        train, heldout = make_train_eval_datasets(config)
+    except Exception as error:  # the hub's client has a dozen of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--dataset.repo_id={config.dataset.repo_id} cannot be opened: {reason}"
+            + ("" if config.dataset.root else " (a local data set is given by --dataset.root)")
+        ) from error
+    available = {config.rename_map.get(name, name) for name in train.meta.camera_keys}
+    missing = sorted(set(cameras) - available)
+    if missing:
+        raise UserError(
+            f"--dataset.repo_id={config.dataset.repo_id} lacks the policy's camera {', '.join(missing)} (it "
+            f"has {', '.join(sorted(available)) or 'none'}): take a matching data set or map the names with "
+            "--rename_map"
+        )
+    if len(train) < world_size:
+        raise UserError(
+            f"--dataset.repo_id={config.dataset.repo_id} has {len(train)} training samples for "
+            f"{world_size} ranks: start fewer ranks"
+        )
+    return train, heldout
+
+
+def check_processors(
+    config: TrainConfig, dataset: LeRobotDataset, preprocessor: PolicyProcessorPipeline
+) -> None:
+    """Send one sample through the policy's processors.
+
+    Raises:
+        UserError: They cannot take it.
+    """
+    try:
+        preprocessor(images_to_float(default_collate([dataset[0]])))
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--dataset.repo_id={config.dataset.repo_id} does not fit the policy's processors ({reason}): "
+            "take a data set with the policy's state and action"
+        ) from error
+
+
+def training_batches(
+    config: TrainConfig, dataset: LeRobotDataset, sampler: StepSampler
+) -> Iterator[dict[str, Any]]:
+    """Raw micro-batches as a sampler draws them, without end."""
+    return iter(_loader(config, _Stream(dataset, sampler, config.seed or 0), sampler.positions()))
+
+
+def heldout_batches(
+    config: TrainConfig, dataset: LeRobotDataset, rank: int, world_size: int
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Every held-out sample once over all ranks, in the same number of batches on each rank.
+
+    With `max_eval_samples`, samples evenly spread over the data set stand for all.
+
+    Yields:
+        A raw batch and whether it counts: where fewer samples than ranks are left, a rank without one
+        gets a sample that does not count, so that sharded forward passes stay in step.
+    """
+    stride = -(-len(dataset) // config.max_eval_samples) if config.max_eval_samples > 0 else 1
+    order = list(range(0, len(dataset), stride))
+    batches, counts = [], []
+    for first in range(0, len(order), config.batch_size * world_size):
+        mine = order[first : first + config.batch_size * world_size][rank::world_size]
+        batches.append(mine or order[:1])
+        counts.append(bool(mine))
+    yield from zip(_loader(config, dataset, batches), counts, strict=True)
+
+
+def _loader(config: TrainConfig, dataset: Dataset, batches: Any) -> DataLoader:
+    workers: dict[str, Any] = {}
+    if config.num_workers > 0:
+        workers = {
+            "worker_init_fn": ignore_in_worker,
+            "prefetch_factor": config.prefetch_factor,
+            "multiprocessing_context": config.dataloader_multiprocessing_context,
+        }
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=config.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        **workers,
+    )
+
+
+def images_to_float(batch: dict[str, Any]) -> dict[str, Any]:
+    """Turn uint8 images into float32 in [0, 1], as LeRobot's training loop does before its processors."""
+    return {
+        key: value.float() / 255.0 if isinstance(value, Tensor) and value.dtype == torch.uint8 else value
+        for key, value in batch.items()
+    }

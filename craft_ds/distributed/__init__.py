@@ -1,0 +1,1 @@
+"""Process groups: collectives, launcher environment, rank watchdog and preemption."""

@@ -1,0 +1,181 @@
+"""DeepSpeed ZeRO-2 and ZeRO-3 behind the engine protocol."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from craft_ds.distributed.collectives import join_process_group
+from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
+from craft_ds.engines.deepspeed_cpu_adam import cpu_adam
+from craft_ds.engines.zero2_shards import Zero2Layout, without_broadcast
+from craft_ds.engines.zero3_shards import Zero3Layout, partition_parameters_
+from craft_ds.engines.zero_shards import ZeroLayout
+from craft_ds.policies.meta_init import materialize_
+from craft_ds.policies.pi0_fast.generation import action_chunk
+from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss
+
+
+def init_distributed(timeout: timedelta | None = None) -> None:
+    """Join the process group and tell DeepSpeed of it; arguments as `join_process_group`. Collective."""
+    if not torch.cuda.is_available():
+        # Without it DeepSpeed compiles a shared-memory collective for 70 s; gloo gives the same numbers.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    join_process_group(timeout)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it also where no launcher has set it
+    deepspeed.init_distributed(verbose=False)
+
+
+def _read_buffers(module: PolicyWithLoss, read: ReadRange) -> dict[str, Tensor]:
+    """Copies of all buffers by their names in `module`; those of the policy's `state_dict` are read."""
+    persistent = module.policy.state_dict().keys()
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    for name, values in buffers.items():
+        key = name.removeprefix("policy.")
+        if key in persistent:
+            fill_(values.view(-1), read, key, 0)
+    return buffers
+
+
+class ZeroEngine:
+    """ZeRO-3: parameters, gradients and optimizer state partitioned over all ranks; ZeRO-2: all but the
+    parameters.
+
+    Two complete forward and backward passes run before one step. DeepSpeed accumulates each into shards
+    that `take_gradient` empties for the second pass. What it hands over is the only memory that a
+    retention step adds: 4 bytes a trainable parameter / world size, and none where DeepSpeed offloads the
+    optimizer of an fp32 model or of ZeRO-3, since a second buffer lies idle there.
+
+    Args:
+        module: The policy with its loss; its parameters may lie on the meta device.
+        read: Reads its parameters and persistent buffers; each rank asks for what it keeps.
+        build_optimizer: Makes the optimizer of the policy's parameters, once they are partitioned.
+        config: A configuration from `resolve_ds_config`.
+
+    Raises:
+        UserError: The optimizer cannot be offloaded as the configuration asks.
+    """
+
+    replicas = 1
+
+    def __init__(
+        self,
+        module: PolicyWithLoss,
+        read: ReadRange,
+        build_optimizer: Callable[[], torch.optim.Optimizer],
+        config: dict[str, Any],
+    ):
+        self.module = module
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        stage = config["zero_optimization"]["stage"]
+        dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        buffers = _read_buffers(module, read)
+        if stage == 3:
+            partition_parameters_(module, config, dtype)
+        else:
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(dtype)
+            materialize_(module, get_accelerator().current_device_name())
+        optimizer = build_optimizer()
+        if config["zero_force_ds_cpu_optimizer"]:
+            optimizer = cpu_adam(optimizer)
+        with without_broadcast() if stage == 2 else nullcontext():
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.device = self._engine.device
+        self._layout: ZeroLayout
+        if stage == 3:
+            self._layout = Zero3Layout(self._engine.optimizer, module.policy)
+        else:
+            self._layout = Zero2Layout(self._engine.optimizer, module.policy, self.rank, self.world_size)
+        self.optimizer = self._layout.optimizer
+        # DeepSpeed casts buffers too: rotary frequencies rounded to bf16 are a radian off at position 500.
+        for name, buffer in module.named_buffers():
+            buffer.data = buffers[name].to(self.device)
+        self.load_parameters(read)
+
+    def forward(self, batch: Batch) -> TokenLoss:
+        """Loss of this rank's micro-batch. Collective: call on all ranks."""
+        self._engine.train()
+        return self._engine(batch)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> TokenLoss:
+        """`forward` without gradients, in eval mode. Collective: call on all ranks."""
+        self._engine.eval()
+        return self._engine(batch)
+
+    @torch.no_grad()
+    def act(self, batch: Batch) -> Tensor:
+        """The policy's greedy action chunk. Collective: call on all ranks, equally often."""
+        self._engine.eval()
+        return self._engine(batch, call=action_chunk).float()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient. Collective: call on all ranks."""
+        self._engine.set_gradient_accumulation_boundary(self._layout.boundary(last))
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def gradient(self) -> Sequence[Tensor]:
+        """The accumulated shards, flat or a tensor a parameter."""
+        return self._layout.gradient()
+
+    def take_gradient(self) -> Sequence[Tensor]:
+        """The accumulated shards, or copies of them; the accumulator is empty for the next pass."""
+        return self._layout.take_gradient()
+
+    def step(self) -> None:
+        """One optimizer step on the shards. Collective: call on all ranks."""
+        self._layout.prepare_step()
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            raise RuntimeError("DeepSpeed skipped a step whose gradient norm was found finite")
+        self.drop_gradient()
+
+    def drop_gradient(self) -> None:
+        """Empty the accumulator."""
+        self._layout.clear_gradient()
+
+    def sum_scalars(self, values: Tensor) -> list[float]:
+        """Sum over all ranks: one all-reduce. Collective: call on all ranks."""
+        dist.all_reduce(values)
+        return values.tolist()
+
+    def shards(self, *, frozen: bool = True) -> Iterator[Shard]:
+        """This rank's part of every parameter, without padding."""
+        masters = self._layout.masters
+        for part in self._layout.partitions:
+            yield Shard(part.name, part.shape, part.start, part.of(masters), self._layout.state(part))
+        for rest in self._layout.frozen_parts() if frozen else ():
+            yield Shard(rest.name, rest.shape, rest.start, rest.values, {})
+
+    @torch.no_grad()
+    def load_parameters(self, read: ReadRange) -> None:
+        """Set this rank's part of every parameter. Collective: call on all ranks."""
+        self._layout.load_frozen(read)
+        self._layout.load_masters(read)
+        self._layout.publish_masters()
+
+    @torch.no_grad()
+    def load_optimizer(self, read: ReadRange, keys: Sequence[str], steps: int) -> None:
+        """Set this rank's part of the optimizer state."""
+        self._layout.create_state(keys, steps)
+        for part in self._layout.partitions:
+            for key, values in self._layout.state(part).items():
+                fill_(values, read, f"{part.name}.{key}", part.start)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Let go of model and optimizer, once all ranks are done. Collective: call on all ranks."""
+        self._engine.destroy()
+        dist.barrier()

@@ -1,0 +1,122 @@
+"""How FSDP2 lays a model out over ranks: the mesh, the units, and where each rank's rows lie."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from craft_ds.config.configs import FsdpConfig
+from craft_ds.errors import UserError
+from craft_ds.policies.token_loss import PolicyWithLoss
+from craft_ds.policies.wrapping import shard_units
+
+
+def mesh_shape(options: FsdpConfig, world_size: int) -> tuple[int, int]:
+    """Replicas of the model, and ranks that share each.
+
+    Raises:
+        UserError: The two flags do not multiply to the number of processes.
+    """
+    replicate, shard = options.dp_replicate, options.dp_shard
+    if shard == -1 and world_size % replicate == 0:
+        shard = world_size // replicate
+    if replicate * shard != world_size:
+        product = f"--engine.fsdp.dp_replicate={replicate} times --engine.fsdp.dp_shard={shard}"
+        if shard == -1:
+            product = f"--engine.fsdp.dp_replicate={replicate} times any --engine.fsdp.dp_shard"
+        raise UserError(
+            f"{product} is not {world_size}, the number of processes: choose two factors of {world_size}"
+        )
+    return replicate, shard
+
+
+def gathered_dtype(options: FsdpConfig, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of gathered parameters: that of forward and backward unless it is given."""
+    return dtype if options.param_dtype == "auto" else getattr(torch, options.param_dtype)
+
+
+def make_mesh(replicate: int, shard: int, device: torch.device) -> DeviceMesh:
+    """The ranks as one row of shards, or as rows of replicas. Collective: call on all ranks."""
+    if replicate == 1:
+        return init_device_mesh(device.type, (shard,), mesh_dim_names=("dp_shard",))
+    return init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+def shard_(module: PolicyWithLoss, mesh: DeviceMesh, options: FsdpConfig, param_dtype: torch.dtype) -> None:
+    """Turn every parameter into this rank's rows of it, unit by unit; parameters may be on meta.
+
+    Trainable parameters stay fp32 (they are the masters). Frozen ones have no master to protect and are
+    kept in the dtype in which they are gathered.
+
+    Args:
+        module: The policy with its loss.
+        mesh: From `make_mesh`.
+        options: Flags of FSDP2.
+        param_dtype: Dtype of gathered parameters.
+
+    Raises:
+        UserError: A parameter is a scalar, which has no rows.
+    """
+    for name, parameter in module.policy.named_parameters():
+        if parameter.ndim == 0:
+            raise UserError(
+                f"{name} is a scalar parameter, which FSDP2 cannot shard: use --ds_config (ZeRO), or give "
+                "it the shape (1,)"
+            )
+        parameter.data = parameter.to(torch.float32 if parameter.requires_grad else param_dtype).contiguous()
+    reduce_dtype = param_dtype if options.reduce_dtype == "auto" else getattr(torch, options.reduce_dtype)
+    offload = (
+        CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if options.cpu_offload else OffloadPolicy()
+    )
+
+    def shard(unit: nn.Module, *, cast_inputs: bool, reshard_after_forward: bool) -> None:
+        fully_shard(
+            unit,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=cast_inputs),
+            offload_policy=offload,
+        )
+
+    for unit in shard_units(module.policy):
+        shard(unit, cast_inputs=True, reshard_after_forward=options.reshard_after_forward)
+    # The root's leftovers are needed first in backward: freeing them after forward would only gather them
+    # twice. A whole batch is not cast: policies do that after their own preprocessing.
+    shard(module, cast_inputs=False, reshard_after_forward=False)
+
+
+def reshard_(module: nn.Module) -> None:
+    """Free whatever is still gathered after a forward pass that no backward pass follows.
+
+    It would not only take memory: FSDP2 does not gather again what is already gathered, so that the next
+    forward pass after an optimizer step would run on the old values.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor: the tensor itself, not a copy."""
+    assert isinstance(tensor, DTensor)
+    return tensor._local_tensor.detach()
+
+
+def rows(policy: nn.Module, shard_rank: int, shard_count: int) -> Iterator[tuple[str, nn.Parameter, int]]:
+    """Every parameter with the offset of this rank's rows in the flattened tensor, in elements.
+
+    Rows are dealt as `torch.chunk` does: ⌈rows / ranks⌉ to each rank until there are none left.
+    """
+    for name, parameter in policy.named_parameters():
+        count, width = parameter.shape[0], math.prod(parameter.shape[1:])
+        yield name, parameter, min(shard_rank * -(-count // shard_count), count) * width

@@ -1,0 +1,154 @@
+"""ZeRO-2 from the inside: whole parameters, partitioned gradients and masters."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from craft_ds.engines.zero_shards import FrozenPart, Partition, ZeroLayout
+from craft_ds.tensor_io.tensor_file import ReadRange, fill_
+
+
+def without_broadcast() -> AbstractContextManager:
+    """Keep `deepspeed.initialize` from sending rank 0's whole model around: each rank reads its own part."""
+    return patch.object(DeepSpeedEngine, "_broadcast_model", lambda engine: None)
+
+
+class Zero2Layout(ZeroLayout):
+    """Access to a `DeepSpeedZeroOptimizer` of stage 2 by shard.
+
+    All parameters of a group lie one after the other in a flat tensor that is cut into equal ranges, one a
+    rank; a rank has a range of some parameters, possibly none.
+
+    Where the gradient adds up depends on dtype and offload:
+
+    - bf16: in a flat fp32 partition, which is made anew when it is None;
+    - fp32: in a list of tensors, made at the end of an accumulation;
+    - fp32 with offload: in one CPU buffer a parameter, as long as DeepSpeed is told of no end. At an end it
+      would copy the parameters that the *last* micro-batch used into the masters' `.grad`, and those alone.
+    """
+
+    _ATTRIBUTES = (
+        "all_grad_tensors",
+        "averaged_gradients",
+        "cpu_offload",
+        "get_param_id",
+        "grad_partition_insertion_offset",
+        "grad_start_offset",
+        "micro_step_id",
+        "optimizer",
+        "partition_gradients",
+        "partition_size",
+        "round_robin_bit16_groups",
+        "single_partition_of_fp32_groups",
+        "update_lp_params",
+        "zero_grad",
+        "_get_compact_grad_partition_buffer",
+        "_use_compact_grad_partition_buffer",
+        "_wait_for_offload_copies",
+    )
+
+    def __init__(self, zero: Any, policy: nn.Module, rank: int, world_size: int):
+        self._rank, self._world_size = rank, world_size
+        super().__init__(zero, policy)
+        self.offloaded = zero.cpu_offload
+        self._compact = zero._use_compact_grad_partition_buffer(0)
+        self._first_micro_step = zero.micro_step_id
+        self._parameters = {self._names[id(p)]: p for group in self._groups for p in group}
+
+    @property
+    def masters(self) -> Sequence[Tensor]:
+        """The flat fp32 masters of this rank, one a parameter group of the optimizer."""
+        return self._zero.single_partition_of_fp32_groups
+
+    @property
+    def _groups(self) -> Sequence[Sequence[Any]]:
+        return self._zero.round_robin_bit16_groups
+
+    def _find_partitions(self) -> Iterator[Partition]:
+        for index, group in enumerate(self._groups):
+            starts = self._zero.grad_start_offset[index][self._rank]
+            offsets = self._zero.grad_partition_insertion_offset[index][self._rank]
+            for parameter in group:
+                key = self._zero.get_param_id(parameter)
+                if key in starts:
+                    start, offset = int(starts[key]), int(offsets[key])
+                    numel = min(parameter.numel() - start, int(self._zero.partition_size[index]) - offset)
+                    name, shape = self._names[id(parameter)], tuple(parameter.shape)
+                    yield Partition(name, shape, index, offset, start, numel)
+
+    def boundary(self, last: bool) -> bool:
+        """The last micro-batch, but for offload: never."""
+        return last and not self.offloaded
+
+    def gradient(self) -> list[Tensor]:
+        """What the class docstring says, for the dtype at hand; in the order of the partitions."""
+        zero = self._zero
+        if self._compact:
+            buffers = [zero._get_compact_grad_partition_buffer(i) for i in range(len(self._groups))]
+            return [buffer.flat_partition for buffer in buffers]
+        if self.offloaded:
+            zero._wait_for_offload_copies()
+            return [self._cpu_buffer(part) for part in self.partitions]
+        return [tensor for i in range(len(self._groups)) for tensor in zero.averaged_gradients[i]]
+
+    def _cpu_buffer(self, part: Partition) -> Tensor:
+        parameter, buffers = self._parameters[part.name], self._zero.accumulated_grads_in_cpu
+        key = self._zero.get_param_id(parameter)
+        if key not in buffers:
+            buffers[key] = torch.zeros(parameter.numel(), dtype=parameter.dtype)
+        return buffers[key].narrow(0, part.start, part.numel)
+
+    def take_gradient(self) -> list[Tensor]:
+        """The tensors themselves, since DeepSpeed makes new ones; a copy in `.grad` where it keeps them."""
+        keeps = self.offloaded and not self._compact
+        taken = self._into_masters() if keeps else self.gradient()
+        self.clear_gradient()
+        return taken
+
+    def _into_masters(self) -> list[Tensor]:
+        flats = self._master_gradients
+        targets = flats if self._compact else [part.of(flats) for part in self.partitions]
+        for target, gradient in zip(targets, self.gradient(), strict=True):
+            target.copy_(gradient)
+        return targets
+
+    def clear_gradient(self) -> None:
+        """Let go of the accumulated tensors; zero those that DeepSpeed would use again."""
+        zero = self._zero
+        zero.zero_grad(set_to_none=True)
+        zero.micro_step_id = self._first_micro_step
+        for group in range(len(self._groups)):
+            zero.averaged_gradients[group] = None
+            zero.all_grad_tensors[group] = None
+        if self.offloaded:
+            zero._wait_for_offload_copies()
+            for buffer in zero.accumulated_grads_in_cpu.values():
+                buffer.zero_()
+
+    def prepare_step(self) -> None:
+        """With offload the step reads the masters' `.grad`, else the accumulated tensors."""
+        if self.offloaded:
+            self._into_masters()
+
+    def publish_masters(self) -> None:
+        """Copy the masters into the parameters and gather those of all ranks. Collective."""
+        self._zero.update_lp_params()
+
+    def frozen_parts(self) -> Iterator[FrozenPart]:
+        """An equal range a rank of each frozen parameter, though every rank holds it whole."""
+        for name, parameter in self._frozen():
+            size = -(-parameter.numel() // self._world_size)
+            start = self._rank * size
+            values = parameter.detach().reshape(-1)[start : start + size]
+            if values.numel():
+                yield FrozenPart(name, tuple(parameter.shape), start, values)
+
+    def load_frozen(self, read: ReadRange) -> None:
+        """Set the frozen parameters, whole on every rank."""
+        for name, parameter in self._frozen():
+            fill_(parameter.detach().view(-1), read, name, 0)

@@ -1,0 +1,150 @@
+"""ZeRO-3 from the inside: partitioned parameters without a whole model, and where their gradients lie."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from craft_ds.engines.zero_shards import FrozenPart, Partition, ZeroLayout
+from craft_ds.tensor_io.tensor_file import ReadRange, fill_
+
+
+class _EmptyPartitions(deepspeed.zero.Init):
+    """`deepspeed.zero.Init` without its broadcast of every whole parameter from rank 0.
+
+    The values come later, and each rank reads only its own.
+    """
+
+    def _zero_init_param(self, param: Any) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+@torch.no_grad()
+def partition_parameters_(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Replace every parameter, which may be on the meta device, by an empty partitioned one.
+
+    One parameter at a time is allocated whole and freed; on a CPU not even that, since its pages are
+    never written.
+
+    Args:
+        module: The model; its parameters are new objects afterwards, tied ones still the same.
+        config: DeepSpeed's configuration.
+        dtype: Dtype of forward and backward.
+    """
+    # A module without parameters: all this does is to read the configuration and to replace
+    # `functional.linear` by DeepSpeed's own, which does not keep gathered weights for the backward pass.
+    init = _EmptyPartitions(module=nn.Module(), config_dict_or_path=config, dtype=dtype)
+    partitioned: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, old in owner.named_parameters(recurse=False, remove_duplicate=False):
+            if old not in partitioned:
+                empty = torch.empty(old.shape, dtype=dtype, device=init.local_device)
+                partitioned[old] = nn.Parameter(empty, old.requires_grad)
+                del empty
+                init._convert_to_zero_parameters([partitioned[old]])
+            setattr(owner, name, partitioned[old])
+
+
+class Zero3Layout(ZeroLayout):
+    """Access to a `DeepSpeedZeroOptimizer_Stage3` by shard.
+
+    Gradients of all micro-batches add up in one flat buffer. With offload DeepSpeed copies it into the
+    masters' `.grad` at the end of an accumulation; here it is never told of one, so that `.grad` is free
+    to hold the first pass's gradient while the buffer takes the second's.
+    """
+
+    _ATTRIBUTES = (
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "get_param_id",
+        "grad_partitions_flat_buffer",
+        "grad_position",
+        "offload_optimizer",
+        "optimizer",
+        "persistent_parameters",
+        "zero_grad",
+        "_reassign_or_swap_out_partitioned_parameters",
+    )
+
+    def __init__(self, zero: Any, policy: nn.Module):
+        super().__init__(zero, policy)
+        self.offloaded = zero.offload_optimizer
+
+    @property
+    def masters(self) -> Sequence[Tensor]:
+        """The flat fp32 masters of this rank, one a sub-group."""
+        return self._zero.fp32_partitioned_groups_flat
+
+    @property
+    def _groups(self) -> Sequence[Sequence[Any]]:
+        return self._zero.fp16_groups
+
+    def _find_partitions(self) -> Iterator[Partition]:
+        for group in self._groups:
+            for parameter in group:
+                index, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                start, numel = _own_range(parameter)
+                name, shape = self._names[id(parameter)], tuple(parameter.ds_shape)
+                yield Partition(name, shape, index, offset, start, numel)
+
+    def boundary(self, last: bool) -> bool:
+        """The last micro-batch, but for offload: never."""
+        return last and not self.offloaded
+
+    def gradient(self) -> list[Tensor]:
+        """The flat buffer, cut into the sub-groups; zero in the padding."""
+        return list(self._zero.grad_partitions_flat_buffer.split([flat.numel() for flat in self.masters]))
+
+    def take_gradient(self) -> list[Tensor]:
+        """A copy: with offload in the masters' `.grad`, which waits unused, else in new memory."""
+        taken = self._into_masters() if self.offloaded else [part.clone() for part in self.gradient()]
+        self.clear_gradient()
+        return taken
+
+    def _into_masters(self) -> list[Tensor]:
+        for target, gradient in zip(self._master_gradients, self.gradient(), strict=True):
+            target.copy_(gradient)
+        return self._master_gradients
+
+    def clear_gradient(self) -> None:
+        """Zero the buffer; `zero_grad` alone resets only the count of micro-batches."""
+        self._zero.zero_grad(set_to_none=True)
+        self._zero.grad_partitions_flat_buffer.zero_()
+
+    def prepare_step(self) -> None:
+        """With offload the step reads the masters' `.grad`, else the buffer."""
+        if self.offloaded:
+            self._into_masters()
+
+    def publish_masters(self) -> None:
+        """Copy the masters into the partitions and gather the persistent ones. Collective."""
+        for group in range(len(self._groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            # These are kept whole; a gather does nothing while their old values are there.
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def frozen_parts(self) -> Iterator[FrozenPart]:
+        """This rank's partitions of the frozen parameters."""
+        for name, parameter in self._frozen():
+            start, numel = _own_range(parameter)
+            if numel:
+                values = parameter.ds_tensor.detach().reshape(-1)[:numel]
+                yield FrozenPart(name, tuple(parameter.ds_shape), start, values)
+
+    def load_frozen(self, read: ReadRange) -> None:
+        """Set this rank's partitions of the frozen parameters."""
+        for part in self.frozen_parts():
+            fill_(part.values, read, part.name, part.start)
+
+
+def _own_range(parameter: Any) -> tuple[int, int]:
+    """Start and length of this rank's partition of a flattened parameter, without padding."""
+    size = parameter.ds_tensor.ds_numel
+    start = parameter.ds_zero_partition_rank * size
+    return start, min(size, max(0, parameter.ds_numel - start))

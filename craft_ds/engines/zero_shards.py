@@ -1,0 +1,182 @@
+"""Where DeepSpeed keeps gradients, masters and moments: what ZeRO-2 and ZeRO-3 have in common.
+
+DeepSpeed has public calls for one parameter's local gradient under ZeRO-3, none for the whole accumulated
+shard, for emptying it between two backward passes, or for reading masters without a collective. What is
+used of its inside was read in the sources of the versions below, lies in the modules `zero*_layout` and
+nowhere else, and is checked when the engine starts.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch import Tensor, nn
+
+from craft_ds.tensor_io.tensor_file import ReadRange, fill_
+
+KNOWN_VERSIONS = "0.19.8"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Where a rank keeps its part of one trainable parameter.
+
+    Attributes:
+        name: Name of the parameter in the policy.
+        shape: Global shape of the parameter.
+        group: Index of the flat fp32 group that holds the part.
+        offset: Offset of the part in that group, in elements.
+        start: Offset of the part in the flattened parameter.
+        numel: Elements of the part, at least one, without padding.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    offset: int
+    start: int
+    numel: int
+
+    def of(self, flats: Sequence[Tensor]) -> Tensor:
+        """The part, a 1-D view, of a list with one flat tensor a group."""
+        return flats[self.group].detach().narrow(0, self.offset, self.numel)
+
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """This rank's part of a parameter that the optimizer does not hold.
+
+    Attributes:
+        name: Name of the parameter in the policy.
+        shape: Global shape of the parameter.
+        start: Offset of the part in the flattened parameter.
+        values: The part, 1-D, as forward reads it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
+
+
+class ZeroLayout(ABC):
+    """Access to a ZeRO optimizer by shard.
+
+    Args:
+        zero: The ZeRO optimizer (`engine.optimizer`).
+        policy: The policy, whose parameters are the optimizer's or frozen.
+
+    Attributes:
+        partitions: This rank's parts of all trainable parameters, in the order of the flat groups.
+        offloaded: Whether masters and moments live on the CPU.
+
+    Raises:
+        RuntimeError: This DeepSpeed lacks an attribute that the known versions have.
+    """
+
+    _ATTRIBUTES: ClassVar[tuple[str, ...]]
+
+    def __init__(self, zero: Any, policy: nn.Module):
+        missing = [name for name in self._ATTRIBUTES if not hasattr(zero, name)]
+        if missing:
+            raise RuntimeError(
+                f"DeepSpeed {deepspeed.__version__} keeps its gradients in another way than the version "
+                f"craft-ds knows ({KNOWN_VERSIONS}): {type(zero).__name__} lacks {', '.join(missing)}"
+            )
+        self._zero = zero
+        self._policy = policy
+        self._names = {id(parameter): name for name, parameter in policy.named_parameters()}
+        self.offloaded = False
+        self.partitions = [part for part in self._find_partitions() if part.numel]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer that works on the flat fp32 groups."""
+        return self._zero.optimizer
+
+    @property
+    @abstractmethod
+    def masters(self) -> Sequence[Tensor]:
+        """The flat fp32 masters of this rank, one a group."""
+
+    @property
+    @abstractmethod
+    def _groups(self) -> Sequence[Sequence[Any]]:
+        """The trainable parameters of each flat group, in its order."""
+
+    @abstractmethod
+    def _find_partitions(self) -> Iterator[Partition]: ...
+
+    @abstractmethod
+    def boundary(self, last: bool) -> bool:
+        """What to tell DeepSpeed of a micro-batch: whether it ends the accumulation."""
+
+    @abstractmethod
+    def gradient(self) -> list[Tensor]:
+        """Views of this rank's accumulated gradient; zero where no micro-batch of the pass was."""
+
+    @abstractmethod
+    def take_gradient(self) -> list[Tensor]:
+        """Hand the gradient over, in tensors like those of `gradient`, and clear the accumulator."""
+
+    @abstractmethod
+    def clear_gradient(self) -> None:
+        """Empty the accumulator and let the next backward pass begin a new sum.
+
+        DeepSpeed alone would keep the last pass's gradient of a parameter that the next does not touch.
+        """
+
+    @property
+    def _master_gradients(self) -> list[Tensor]:
+        """Where an offloaded optimizer reads: as large as the masters, and always there."""
+        gradients = [flat.grad for flat in self.masters]
+        return [gradient for gradient in gradients if gradient is not None]
+
+    @abstractmethod
+    def prepare_step(self) -> None:
+        """Put `gradient` where DeepSpeed's step reads it."""
+
+    @abstractmethod
+    def publish_masters(self) -> None:
+        """Copy the masters into the parameters that forward uses. Collective: call on all ranks."""
+
+    @abstractmethod
+    def frozen_parts(self) -> Iterator[FrozenPart]:
+        """Parts of the frozen parameters: together the ranks yield each element once."""
+
+    @abstractmethod
+    def load_frozen(self, read: ReadRange) -> None:
+        """Set what this rank keeps of the frozen parameters."""
+
+    def load_masters(self, read: ReadRange) -> None:
+        """Set this rank's masters; `publish_masters` makes them seen."""
+        for part in self.partitions:
+            fill_(part.of(self.masters), read, part.name, part.start)
+
+    def state(self, partition: Partition) -> dict[str, Tensor]:
+        """The optimizer state of a partition: 1-D views by name; empty before the first step."""
+        flat = self.masters[partition.group]
+        return {
+            key: value.narrow(0, partition.offset, partition.numel)
+            for key, value in self.optimizer.state.get(flat, {}).items()
+            if torch.is_tensor(value) and value.shape == flat.shape
+        }
+
+    def create_state(self, keys: Sequence[str], steps: int) -> None:
+        """Make the optimizer state that the first step would make, with zeros for values."""
+        counts_in_ints = isinstance(self.optimizer, DeepSpeedCPUAdam)
+        for flat in self.masters:
+            state = self.optimizer.state[flat]
+            state["step"] = steps if counts_in_ints else torch.tensor(float(steps))
+            for key in keys:
+                state[key] = torch.zeros_like(flat)
+
+    def _frozen(self) -> Iterator[tuple[str, Any]]:
+        held = {id(parameter) for group in self._groups for parameter in group}
+        for name, parameter in self._policy.named_parameters():
+            if id(parameter) not in held:
+                yield name, parameter

@@ -1,0 +1,1 @@
+"""Export of checkpoints as policy directories that stock LeRobot loads."""

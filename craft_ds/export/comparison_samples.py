@@ -1,0 +1,129 @@
+"""What a merged policy is compared on: samples of the run that trained it, where they still lie here."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.configs.train import TRAIN_CONFIG_NAME
+from lerobot.processor import RenameObservationsProcessorStep
+from lerobot.utils.collate import lerobot_collate_fn
+from lerobot.utils.constants import (
+    ACTION_TOKEN_MASK,
+    ACTION_TOKENS,
+    HF_LEROBOT_HOME,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+)
+from transformers import AutoTokenizer
+
+from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.sampler import to_policy_batch
+from craft_ds.data.lerobot_dataset import open_dataset
+from craft_ds.data.task_data import images_to_float
+from craft_ds.errors import UserError, one_line
+from craft_ds.policies.loading import load_processors, policy_cameras
+from craft_ds.policies.token_loss import Batch
+
+SAMPLES = 32
+MICRO_BATCH = 8
+
+
+class _Source(NamedTuple):
+    """Samples to choose from, and how to read some of them."""
+
+    name: str
+    size: int
+    read: Callable[[list[int]], Batch]
+
+
+class Samples(NamedTuple):
+    """Policy batches on the CPU.
+
+    Attributes:
+        batches: Of at most `MICRO_BATCH` samples each.
+        origin: How many are from where, for the log.
+    """
+
+    batches: list[Batch]
+    origin: str
+
+
+def draw_samples(checkpoint: Path, config: PreTrainedConfig) -> Samples:
+    """At most `SAMPLES` samples: frames that the run trained on and anchors, in equal numbers; else made up.
+
+    The frames come first: what the adapters were trained to change shows there, and least on the anchors.
+    Both are spread evenly over what there is. A data set that is not on this machine is not fetched.
+
+    Args:
+        checkpoint: Its `train_config.json` says what the run read.
+        config: Of the checkpoint's policy, a pi0_fast.
+    """
+    run = json.loads((checkpoint / TRAIN_CONFIG_NAME).read_text())
+    sources = []
+    for open_source in (_frames, _anchors):
+        with suppress(UserError):
+            sources.append(open_source(run, checkpoint, config))
+    sources = sources or [_made_up(config)]
+    batches, origins = [], []
+    for source in sources:
+        count = min(SAMPLES // len(sources), source.size)
+        indices = [index * source.size // count for index in range(count)]
+        for start in range(0, count, MICRO_BATCH):
+            batches.append(source.read(indices[start : start + MICRO_BATCH]))
+        origins.append(f"{count} {source.name}")
+    return Samples(batches, " and ".join(origins))
+
+
+def _anchors(run: dict[str, Any], _: Path, config: PreTrainedConfig) -> _Source:
+    path = run["craft"]["anchor_cache_dir"]
+    if not path:
+        raise UserError("the run had no anchors")
+    cache = AnchorCache.open(path, verify=False)
+    cache.check_policy(config)
+    return _Source(f"anchors of {path}", len(cache), lambda rows: to_policy_batch(cache.read(rows), "cpu"))
+
+
+def _frames(run: dict[str, Any], checkpoint: Path, config: PreTrainedConfig) -> _Source:
+    repo_id, root = run["dataset"]["repo_id"], run["dataset"]["root"]
+    if not Path(root or HF_LEROBOT_HOME / repo_id).is_dir():
+        raise UserError(f"data set {repo_id} is not here")
+    preprocessor, _ = load_processors(config, checkpoint)
+    for step in preprocessor.steps:
+        if run["rename_map"] and isinstance(step, RenameObservationsProcessorStep):
+            step.rename_map = run["rename_map"]
+    dataset = open_dataset(repo_id, root, config, preprocessor)
+
+    def read(rows: list[int]) -> Batch:
+        return preprocessor(images_to_float(lerobot_collate_fn([dataset[row] for row in rows])))
+
+    try:
+        read([0])
+    except Exception as error:  # whatever the processors and the decoder of videos have to say
+        raise UserError(f"data set {repo_id} cannot be read: {one_line(error)}") from error
+    return _Source(f"frames of {repo_id}", len(dataset), read)
+
+
+def _made_up(config: PreTrainedConfig) -> _Source:
+    """Noise for images, and random tokens for words and actions."""
+    rng = torch.Generator().manual_seed(0)
+    words = AutoTokenizer.from_pretrained(config.text_tokenizer_name).vocab_size
+
+    def read(rows: list[int]) -> Batch:
+        batch: Batch = {
+            camera: torch.rand(len(rows), *config.input_features[camera].shape, generator=rng)
+            for camera in policy_cameras(config)
+        }
+        for tokens, mask, longest in (
+            (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK, config.tokenizer_max_length),
+            (ACTION_TOKENS, ACTION_TOKEN_MASK, config.max_action_tokens),
+        ):
+            lengths = torch.randint(longest // 2, longest + 1, (len(rows), 1), generator=rng)
+            batch[tokens] = torch.randint(words, (len(rows), longest), generator=rng)
+            batch[mask] = torch.arange(longest) < lengths
+        return batch
+
+    return _Source("made-up samples (neither data nor anchors of the run open here)", SAMPLES, read)

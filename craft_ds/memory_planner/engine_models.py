@@ -1,0 +1,173 @@
+"""When an engine gathers a unit's parameters, and what it does with a gradient that is ready.
+
+A rhythm is told every event of a simulated pass and answers with the bytes it holds: at that very moment,
+and from then until the next event.
+"""
+
+from typing import Protocol
+
+from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.simulate import Event, PassTrace
+from craft_ds.memory_planner.zero3_prefetch import Zero3Gather
+
+
+class Rhythm(Protocol):
+    """An engine during one pass.
+
+    Attributes:
+        gradient: Bytes of the accumulated gradient, on the device or, with offload, on the host.
+    """
+
+    gradient: int
+
+    def on(self, event: Event) -> tuple[int, int]:
+        """Bytes that the engine works with at the event, and from then on."""
+        ...
+
+
+def make_rhythm(trace: PassTrace, setting: Setting) -> Rhythm:
+    """The rhythm of an engine at the beginning of a pass."""
+    if setting.engine == "single":
+        return SingleRhythm()
+    if setting.engine.startswith("fsdp"):
+        return FsdpRhythm(trace, setting)
+    return ZeroRhythm(trace, setting)
+
+
+class SingleRhythm:
+    """Gradients grow as backward goes on; nothing moves."""
+
+    def __init__(self) -> None:
+        self.gradient = 0
+
+    def on(self, event: Event) -> tuple[int, int]:
+        """Keep the gradient."""
+        self.gradient += 4 * event.numel
+        return 0, 0
+
+
+class FsdpRhythm:
+    """FSDP2 (torch/distributed/fsdp/_fully_shard: `_fsdp_param_group.py`, `_fsdp_collectives.py`).
+
+    Gathering allocates one flat buffer and then a tensor a parameter; backward gathers the next unit's flat
+    buffer ahead. When the gradients of a unit are complete its parameters are freed, the gradients copied
+    into one flat fp32 buffer, which lives until the next unit's, and reduced into shards.
+    """
+
+    def __init__(self, trace: PassTrace, setting: Setting):
+        self.gradient = 0
+        self._units, self._s = trace.units, setting
+        forward = dict.fromkeys(e.unit for e in trace.events if e.kind == "forward")
+        self._before = dict(zip(list(forward)[1:], forward, strict=False))
+        self._gathered: set[int] = set()
+        self._ahead: set[int] = set()
+        self._backward: set[int] = set()
+        self._pending = [0] * len(trace.units)
+        self._reducing = 0
+
+    def on(self, event: Event) -> tuple[int, int]:
+        """Gather, free or reduce the event's unit."""
+        unit, momentary = event.unit, 0
+        if event.kind == "start":
+            momentary = self._gather(len(self._units) - 1)  # the root's own parameters
+        elif event.kind == "forward" and unit not in self._backward:
+            momentary = self._gather(unit)
+        elif event.kind == "forward_end" and unit not in self._backward and self._s.reshard_after_forward:
+            self._gathered.discard(unit)
+        elif event.kind == "backward":
+            # A frozen unit ends without a gradient: when the next begins.
+            self._gathered -= {done for done in self._backward if not self._units[done].trainable}
+            self._backward.add(unit)
+            momentary = self._gather(unit)
+            before = self._before.get(unit)
+            if before is not None and before not in self._gathered:
+                self._ahead.add(before)
+        elif event.kind == "gradient":
+            self._pending[unit] += event.numel
+            if self._pending[unit] == self._units[unit].trainable:
+                momentary = self._reduce(unit)
+        elif event.kind == "end":
+            self._reducing = 0
+        steady = self._held()
+        return max(momentary, steady), steady
+
+    def _gather(self, unit: int) -> int:
+        if unit in self._gathered:
+            return 0
+        self._ahead.discard(unit)
+        flat = self._s.compute * self._units[unit].numel
+        self._gathered.add(unit)
+        return self._held() + flat
+
+    def _reduce(self, unit: int) -> int:
+        self._gathered.discard(unit)
+        numel = self._units[unit].trainable
+        shard = -(-numel // self._s.ranks)
+        momentary = self._held() + 4 * (numel + shard)
+        self._pending[unit] = 0
+        self._reducing = 4 * numel
+        self.gradient += 4 * shard
+        return momentary
+
+    def _held(self) -> int:
+        moved = self._gathered | self._ahead
+        parameters = sum(self._units[unit].numel for unit in moved)
+        return self._s.compute * (parameters + sum(self._pending)) + self._reducing
+
+
+class ZeroRhythm:
+    """DeepSpeed ZeRO (`runtime/zero/stage3.py`, `stage_1_and_2.py`); `Zero3Gather` gathers for stage 3.
+
+    Gradients are copied into the bucket as they come; a full bucket is flattened once more and reduced.
+    """
+
+    def __init__(self, trace: PassTrace, setting: Setting):
+        self.gradient = 0
+        self._units, self._s = trace.units, setting
+        self._parameters = Zero3Gather(trace, setting) if setting.engine != "zero2" else None
+        self._bucket = 0
+        self._frozen: int | None = None
+        self._done = [0] * len(trace.units)
+
+    def on(self, event: Event) -> tuple[int, int]:
+        """Gather, free or reduce the event's unit."""
+        momentary = 0
+        if self._parameters is not None:
+            momentary = self._move(self._parameters, event)
+        if event.kind == "gradient":
+            if self._parameters is None:
+                # ZeRO-2 makes its shard of the gradient in each pass, when it first needs it.
+                self.gradient = 4 * -(-sum(each.trainable for each in self._units) // self._s.ranks)
+            momentary = self._held() + self._reduce(event.numel)
+            self._done[event.unit] += event.numel
+            if self._parameters and self._done[event.unit] == self._units[event.unit].trainable:
+                self._parameters.finish(event.unit)
+        elif event.kind == "end":
+            momentary = self._held() + self._flush()
+        steady = self._held()
+        return max(momentary, steady), steady
+
+    def _move(self, parameters: Zero3Gather, event: Event) -> int:
+        if event.kind == "forward_end":
+            parameters.leave(event.unit)
+        if event.kind == "backward" and self._frozen is not None:
+            # A frozen unit ends without a gradient: when the next begins.
+            parameters.finish(self._frozen)
+        if event.kind == "backward":
+            self._frozen = None if self._units[event.unit].trainable else event.unit
+        copying = parameters.use(event.unit) if event.kind in ("forward", "backward") else 0
+        return self._s.compute * copying
+
+    def _reduce(self, numel: int) -> int:
+        flushed = self._flush() if self._bucket + numel > self._s.reduce_bucket else 0
+        self._bucket += numel
+        # A gradient that is larger than the bucket waits where it is.
+        own = self._s.compute * numel if numel > self._s.reduce_bucket else 0
+        return flushed + own
+
+    def _flush(self) -> int:
+        moved, self._bucket = self._bucket, 0
+        return self._s.compute * moved
+
+    def _held(self) -> int:
+        return self._s.compute * self._parameters.held if self._parameters else 0

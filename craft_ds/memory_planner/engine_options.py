@@ -1,0 +1,41 @@
+"""What decides an engine's memory beside the pass itself."""
+
+from dataclasses import dataclass
+
+from craft_ds.engines.deepspeed_config import SUB_GROUP
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An engine, its ranks and its options; the defaults are those of the project.
+
+    Attributes:
+        engine: One of `craft_ds.memory_planner.ENGINES`.
+        ranks: That share a copy of the model.
+        compute: Bytes of an element in forward: 4, or 2 in bfloat16.
+        foreach_optimizer: AdamW on all tensors at once, as PyTorch does on an accelerator; else one by one.
+        reshard_after_forward: FSDP2 frees a unit after its forward pass.
+        reduce_bucket: ZeRO: `reduce_bucket_size`, in elements.
+        prefetch: ZeRO-3: `stage3_prefetch_bucket_size`, in elements.
+        max_live: ZeRO-3: `stage3_max_live_parameters`; nothing is asked for ahead beyond so many.
+        persistence: ZeRO-3: `stage3_param_persistence_threshold`; parameters up to it stay gathered.
+        max_reuse: ZeRO-3: `stage3_max_reuse_distance`; what is used again within so many stays gathered.
+        sub_group: ZeRO-3: `sub_group_size`; elements that are stepped at once.
+    """
+
+    engine: str
+    ranks: int
+    compute: int = 4
+    foreach_optimizer: bool = True
+    reshard_after_forward: bool = True
+    reduce_bucket: int = 100_000_000
+    prefetch: int = 50_000_000
+    max_live: int = 1_000_000_000
+    persistence: int = 100_000
+    max_reuse: int = 1_000_000_000
+    sub_group: int = SUB_GROUP
+
+    @property
+    def offloads(self) -> bool:
+        """Whether optimizer state lives in the host's memory."""
+        return self.engine.endswith("_offload")

@@ -1,0 +1,174 @@
+"""Bytes a rank by engine: arithmetic on a simulated pass.
+
+Every engine keeps parameters, gradients and optimizer state in its own way. What each does was read in the
+sources (torch 2.11, DeepSpeed 0.19.8); `benchmarks/bench_memory_plan.py` holds it against measured peaks.
+
+T trainable and F frozen elements, n ranks that share a copy of the model, c bytes of an element in forward
+(4, or 2 in bfloat16); AdamW with fp32 masters and moments. The step that is planned is the dearest: a
+retention step, whose first gradient g_t waits aside while the second is computed.
+
+=============  ============  ======================  ==========  =================  =====================
+bytes          parameters    masters                 moments     gradient           g_t
+=============  ============  ======================  ==========  =================  =====================
+single         4 T + c F     are the parameters      8 T         4 T                4 T, handed over
+fsdp           (4 T + c F)/n are the parameters      8 T/n       4 T/n              4 T/n, handed over
+zero3          c (T + F)/n   4 T/n, in fp32 too      8 T/n       4 T/n, always      4 T/n, a copy
+zero3_offload  c (T + F)/n   4 T/n on the host       on the host on the host        on the host, no copy
+zero2          c (T + F)     4 T/n                   8 T/n       4 T/n              4 T/n, handed over
+=============  ============  ======================  ==========  =================  =====================
+
+`fsdp_offload` is `fsdp` with all of this on the host.
+"""
+
+from dataclasses import dataclass, replace
+
+from craft_ds.memory_planner.engine_models import make_rhythm
+from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.shapes import Workload
+from craft_ds.memory_planner.simulate import PassTrace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on one rank's device at the peak of a retention step, and beside it on its host.
+
+    Attributes:
+        moment: Where the peak lies: in the second `pass`, or in the optimizer's `step`.
+        parameters: As stored between steps.
+        optimizer: Masters and moments.
+        second_gradient: g_t.
+        gradient: What has been accumulated at the peak.
+        buffers: What the engine holds for communication all the time.
+        gathered: Parameters and gradients of the units at work, and the buffers that move them.
+        activations: Of the pass, without logits; in the `step`, the optimizer's temporaries.
+        logits: Of the supervised tokens, where they are alive at the peak.
+        host: The same rank's bytes in the host's memory.
+    """
+
+    moment: str
+    parameters: int
+    optimizer: int
+    second_gradient: int
+    gradient: int
+    buffers: int
+    gathered: int
+    activations: int
+    logits: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """The peak on the device."""
+        return (
+            self.parameters
+            + self.optimizer
+            + self.second_gradient
+            + self.gradient
+            + self.buffers
+            + self.gathered
+            + self.activations
+            + self.logits
+        )
+
+
+def plan_memory(trace: PassTrace, workload: Workload, setting: Setting) -> Plan:
+    """What a retention step takes on one rank.
+
+    Args:
+        trace: A pass simulated with the engine's own dtypes.
+        workload: What was simulated.
+        setting: The engine.
+    """
+    kept = _kept(trace, setting)
+    in_pass, in_step = _in_pass(trace, workload, setting, kept), _in_step(trace, setting, kept)
+    # The device decides which moment is the peak; the host must hold both.
+    return replace(max(in_pass, in_step, key=lambda plan: plan.total), host=max(in_pass.host, in_step.host))
+
+
+def _kept(trace: PassTrace, s: Setting) -> Plan:
+    """What does not change during a step."""
+    trainable, frozen = trace.trainable, trace.frozen
+    shard, frozen_shard = -(-trainable // s.ranks), -(-frozen // s.ranks)
+    plan = Plan("", 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    if s.engine == "single":
+        return replace(
+            plan,
+            parameters=4 * trainable + s.compute * frozen,
+            optimizer=8 * trainable,
+            second_gradient=4 * trainable,
+        )
+    if s.engine == "fsdp":
+        return replace(
+            plan,
+            parameters=4 * shard + s.compute * frozen_shard,
+            optimizer=8 * shard,
+            second_gradient=4 * shard,
+        )
+    if s.engine == "fsdp_offload":
+        return replace(plan, host=16 * shard + s.compute * frozen_shard)
+
+    masters = 4 * shard
+    bucket = s.compute * s.reduce_bucket
+    if s.engine == "zero2":
+        return replace(
+            plan,
+            parameters=s.compute * (trainable + frozen),
+            optimizer=masters + 8 * shard,
+            second_gradient=4 * shard,
+            buffers=2 * bucket,  # one is reduced while the other fills
+        )
+    # Small parameters are gathered once and stay.
+    persistent = sum(size for unit in trace.units for size in unit.sizes if size <= s.persistence)
+    stored = s.compute * (shard + frozen_shard + persistent)
+    if s.engine == "zero3_offload":
+        return replace(plan, parameters=stored, buffers=bucket, host=masters + 16 * shard)
+    return replace(
+        plan,
+        parameters=stored,
+        optimizer=masters + 8 * shard,
+        second_gradient=4 * shard,
+        gradient=4 * shard,  # one buffer, made with the engine
+        buffers=bucket,
+    )
+
+
+def _in_pass(trace: PassTrace, workload: Workload, s: Setting, kept: Plan) -> Plan:
+    """The peak of the second pass."""
+    rhythm = make_rhythm(trace, s)
+    # lm_head's output, in fp32 too where that is another tensor, and its logarithmic softmax.
+    logits = workload.supervised * trace.vocabulary * (8 if s.compute == 4 else 10)
+    peak, alive = kept, False
+    for event in trace.events:
+        head = event.unit >= 0 and trace.units[event.unit].name.endswith("lm_head")
+        alive = alive or (head and event.kind == "forward")
+        momentary, steady = rhythm.on(event)
+        for own, working in ((event.live, momentary), (event.peak, steady)):
+            in_logits = min(logits, own) if alive else 0
+            now = replace(
+                kept,
+                moment="pass",
+                gradient=kept.gradient + rhythm.gradient * (not s.offloads),
+                host=kept.host + rhythm.gradient * s.offloads,
+                gathered=working,
+                activations=own - in_logits,
+                logits=in_logits,
+            )
+            peak = max(peak, now, key=lambda plan: plan.total)
+        alive = alive and not (head and event.kind == "backward")
+    return peak
+
+
+def _in_step(trace: PassTrace, s: Setting, kept: Plan) -> Plan:
+    """The optimizer's step, when the pass's own memory is free again."""
+    shard = -(-trace.trainable // s.ranks)
+    if s.offloads:
+        return replace(kept, moment="step", host=kept.host + 4 * shard * (s.engine == "fsdp_offload"))
+    flat = s.engine.startswith("zero")
+    at_once = min(shard, s.sub_group) if s.engine == "zero3" else shard
+    if not s.foreach_optimizer and not flat:
+        at_once = min(shard, -(-trace.largest // s.ranks))
+    # PyTorch's AdamW: the root of the second moment, and on the CPU its quotient before the root is freed.
+    temporaries = (4 if s.foreach_optimizer else 8) * at_once
+    # ZeRO steps on a flat copy of the gradient.
+    copy = 4 * at_once if flat else 0
+    return replace(kept, moment="step", gradient=4 * shard, gathered=copy, activations=temporaries)

@@ -1,0 +1,152 @@
+"""The planner's answer: a row an engine, as a table of one screen or as JSON."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, product
+from typing import Any, NamedTuple
+
+import torch
+from lerobot.configs import PreTrainedConfig
+
+from craft_ds.config.configs import LoraConfig
+from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.plan import Plan, plan_memory
+from craft_ds.memory_planner.shapes import Workload
+from craft_ds.memory_planner.simulate import PassTrace, simulate_pass
+
+GIB = 1 << 30
+_COLUMNS = {
+    "parameters": "params",
+    "optimizer": "optim",
+    "gradient": "grad",
+    "second_gradient": "g_t",
+    "buffers": "buffers",
+    "gathered": "gathered",
+    "activations": "activ",
+    "logits": "logits",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be planned.
+
+    Attributes:
+        workload: The micro-batch.
+        engines: Names from `ENGINES`.
+        world_size: Ranks.
+        dp_replicate: Replicas of an HSDP run.
+        dtype: Of forward and backward.
+        lora: Adapters to plan beside full training; None: full training only.
+        reduce_bucket: ZeRO: `reduce_bucket_size`, in elements; None: as the project's own files.
+        gpus: Sizes of GPUs to try, in GiB.
+        headroom: Share of a GPU that is kept free, for context and fragmentation.
+    """
+
+    workload: Workload
+    engines: tuple[str, ...]
+    world_size: int
+    dp_replicate: int
+    dtype: torch.dtype
+    lora: LoraConfig | None
+    reduce_bucket: int | None
+    gpus: tuple[float, ...]
+    headroom: float
+
+    def smallest_gpu(self, plan: Plan) -> str:
+        """The smallest GPU that holds a plan, or `none`."""
+        fitting = [size for size in self.gpus if plan.total <= size * GIB * (1 - self.headroom)]
+        return f"{min(fitting):g}" if fitting else "none"
+
+
+class Row(NamedTuple):
+    """One engine's plans, without and with activation checkpointing."""
+
+    engine: str
+    lora: LoraConfig | None
+    trainable: int
+    frozen: int
+    plain: Plan
+    checkpointed: Plan
+
+
+def plan_all(config: PreTrainedConfig, question: Question) -> Iterator[Row]:
+    """A row for every engine: full training first, then LoRA.
+
+    Raises:
+        UserError: As `simulate_pass`.
+    """
+
+    @cache
+    def trace(autocast: bool, zero3: bool, checkpointing: bool, adapted: bool) -> PassTrace:
+        return simulate_pass(
+            config,
+            question.workload,
+            dtype=question.dtype,
+            autocast=autocast,
+            checkpointing=checkpointing,
+            zero3=zero3,
+            lora=question.lora if adapted else None,
+        )
+
+    for lora, engine in product((None, question.lora) if question.lora else (None,), question.engines):
+        ranks = 1 if engine == "single" else question.world_size
+        if engine.startswith("fsdp"):
+            ranks //= question.dp_replicate
+        bucket = question.reduce_bucket or (50_000_000 if engine == "zero2" else 100_000_000)
+        setting = Setting(engine, ranks, compute=question.dtype.itemsize, reduce_bucket=bucket)
+        # Without frozen weights every layer keeps its input anyway.
+        linear = lora is not None and engine.startswith("zero3")
+        traces = [trace(engine == "single", linear, full, lora is not None) for full in (False, True)]
+        plain, checkpointed = (plan_memory(each, question.workload, setting) for each in traces)
+        yield Row(engine, lora, traces[0].trainable, traces[0].frozen, plain, checkpointed)
+
+
+def table(rows: Iterable[Row], question: Question) -> Iterator[str]:
+    """The rows as lines of text, as they become known."""
+    rows = iter(rows)
+    first = next(rows)
+    unit, scale = ("GiB", GIB) if first.plain.total >= GIB else ("MiB", 1 << 20)
+    gpus = ", ".join(f"{size:g}" for size in question.gpus)
+    yield (
+        f"{unit} a rank at the peak of a retention step; after the bar, --activation_checkpointing=full\n"
+        f"fits: the smallest of {gpus} GiB, {question.headroom:.0%} of it kept free\n"
+    )
+    heading = "".join(f"{name:>9}" for name in _COLUMNS.values())
+    yield f"{'':14}{heading}{'total':>9}{'host':>7}{'fits':>6} |{'activ':>8}{'total':>8}{'fits':>6}"
+    for row in chain([first], rows):
+        if row.engine == question.engines[0]:
+            yield _trained(row)
+        plain, full = row.plain, row.checkpointed
+        columns = "".join(f"{getattr(plain, name) / scale:9.1f}" for name in _COLUMNS)
+        yield (
+            f"  {row.engine:<14}{columns[2:]}{plain.total / scale:9.1f}{plain.host / scale:7.1f}"
+            f"{question.smallest_gpu(plain):>6} |{full.activations / scale:8.1f}{full.total / scale:8.1f}"
+            f"{question.smallest_gpu(full):>6}"
+        )
+
+
+def _trained(row: Row) -> str:
+    if row.lora is None:
+        return f"full training: {row.trainable / 1e6:,.1f} M parameters"
+    return (
+        f"LoRA, preset {row.lora.preset}, rank {row.lora.rank}: {row.trainable / 1e6:,.1f} M parameters "
+        "train, the base is frozen"
+    )
+
+
+def as_json(row: Row, question: Question) -> dict[str, Any]:
+    """A row, in bytes."""
+    plans = {"none": row.plain, "full": row.checkpointed}
+    return {
+        "engine": row.engine,
+        "lora_rank": row.lora.rank if row.lora else 0,
+        "lora_preset": row.lora.preset if row.lora else "",
+        "trainable": row.trainable,
+        "frozen": row.frozen,
+        "activation_checkpointing": {
+            name: vars(plan) | {"total": plan.total, "fits_gib": question.smallest_gpu(plan)}
+            for name, plan in plans.items()
+        },
+    }

@@ -1,0 +1,191 @@
+"""One pass of a policy's loss on tensors without storage: the bytes it keeps alive, event by event.
+
+Nothing about attention, normalisation or checkpointing is modelled: PyTorch's own operators run and its
+autograd saves what it saves, on `FakeTensor`s. What engines add depends on when a unit's parameters are
+gathered and when a gradient is ready, so the trace has one entry between any two such events.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
+from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from craft_ds.config.configs import LoraConfig
+from craft_ds.engines.activation_checkpointing import checkpoint_activations
+from craft_ds.errors import UserError
+from craft_ds.lora.adapters import add_adapters
+from craft_ds.lora.peft_config import to_peft
+from craft_ds.memory_planner.shapes import (
+    Unit,
+    Workload,
+    describe,
+    fake_batch,
+    skeleton_without_tokenizers,
+    to_fake_,
+    with_cameras,
+)
+from craft_ds.memory_planner.tensor_memory import MemoryCounter
+from craft_ds.memory_planner.zero3_linear import zero3_linear
+from craft_ds.policies.token_loss import token_loss
+from craft_ds.policies.wrapping import shard_units
+
+EventKind = Literal["start", "end", "forward", "forward_end", "backward", "gradient"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that engines react to, and the pass's own memory until the next event.
+
+    Attributes:
+        kind: `forward` and `forward_end` of a unit; `backward`: the gradient of its output is there;
+            `gradient`: that of one of its parameters is.
+        unit: Index of the unit.
+        numel: Elements of the gradient that is ready.
+        live: Bytes alive at this event: activations and temporaries, without parameters and without the
+            gradients that are already there.
+        peak: The most that are alive from this event to the next.
+    """
+
+    kind: EventKind
+    unit: int
+    numel: int
+    live: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class PassTrace:
+    """A simulated pass.
+
+    Attributes:
+        units: The last one holds what belongs to no unit.
+        events: In the order of time.
+        kept: Bytes alive at the end of the forward pass.
+        vocabulary: Width of the logits; 0 where the policy has none.
+    """
+
+    units: tuple[Unit, ...]
+    events: tuple[Event, ...]
+    kept: int
+    vocabulary: int
+
+    @property
+    def trainable(self) -> int:
+        """Elements of all trainable parameters."""
+        return sum(unit.trainable for unit in self.units)
+
+    @property
+    def frozen(self) -> int:
+        """Elements of all frozen parameters."""
+        return sum(unit.frozen for unit in self.units)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter that trains."""
+        return max((size for unit in self.units for size in unit.trainable_sizes), default=0)
+
+
+def simulate_pass(
+    config: PreTrainedConfig,
+    workload: Workload,
+    *,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+    checkpointing: bool = False,
+    zero3: bool = False,
+    lora: LoraConfig | None = None,
+    prepare: Callable[[PreTrainedPolicy], None] | None = None,
+) -> PassTrace:
+    """Run one forward and backward pass of a pi0_fast without allocating anything.
+
+    Args:
+        config: Of a pi0_fast of any size; not changed.
+        workload: The micro-batch.
+        dtype: Of the forward pass.
+        autocast: Parameters stay fp32 and are cast as they are used (the single-process engine), instead of
+            being gathered in `dtype`.
+        checkpointing: As `--activation_checkpointing=full`.
+        zero3: Linear layers are DeepSpeed's own, which ZeRO-3 puts in the place of PyTorch's.
+        lora: Flags of the adapters; None: none. Frozen parameters are kept in `dtype`.
+        prepare: Changes the policy without weights, before it gets adapters: what trains, how many layers.
+
+    Raises:
+        UserError: The policy is not a pi0_fast: the shape of its batches is not known here; its type has no
+            such preset of adapters.
+    """
+    if not isinstance(config, PI0FastConfig):
+        raise UserError(f"policy type {config.type}: activations can be planned for pi0_fast only")
+    config = with_cameras(config, workload.cameras)
+    policy = skeleton_without_tokenizers(config)
+    assert isinstance(policy, PI0FastPolicy)
+    if prepare is not None:
+        prepare(policy)
+    if lora is not None:
+        add_adapters(policy, to_peft(lora, config, base_path=""))
+    policy.train()
+    units = shard_units(policy)
+    if checkpointing:
+        checkpoint_activations(policy)
+    described = describe(policy, units)
+
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    stored = torch.float32 if autocast else dtype
+    with fake:
+        to_fake_(policy, stored, frozen=dtype)
+    recorder = _Recorder()
+    recorder.watch(policy, units)
+    batch = fake_batch(config, workload, fake)
+    casts = torch.autocast("cpu", dtype) if autocast and dtype != torch.float32 else nullcontext()
+    with zero3_linear() if zero3 else nullcontext(), recorder.counter:
+        with casts:
+            loss = token_loss(policy, batch)
+        kept = recorder.counter.live
+        loss.total.backward()
+        recorder.note("end", -1)
+    vocabulary = policy.model.paligemma_with_expert.paligemma.lm_head.weight.shape[0]
+    return PassTrace(described, tuple(recorder.events), kept, vocabulary)
+
+
+class _Recorder:
+    """Cuts the memory of a pass into the stretches between events."""
+
+    def __init__(self) -> None:
+        self.counter = MemoryCounter()
+        self.events: list[Event] = [Event("start", -1, 0, 0, 0)]
+
+    def note(self, kind: EventKind, unit: int, numel: int = 0) -> None:
+        """End the current stretch and begin another."""
+        self.events[-1] = replace(self.events[-1], peak=self.counter.peak)
+        self.counter.peak = self.counter.live
+        self.events.append(Event(kind, unit, numel, self.counter.live, self.counter.live))
+
+    def watch(self, policy: nn.Module, units: list[nn.Module]) -> None:
+        """Note when units run and when gradients are ready. Gradients are dropped: engines keep their own."""
+        owner: dict[int, int] = {}
+        for index, unit in enumerate(units):
+            owner |= {id(parameter): index for parameter in unit.parameters()}
+            unit.register_forward_pre_hook(lambda *_, index=index: self.note("forward", index))
+            unit.register_forward_hook(lambda *_, index=index: self._leave(index, _[-1]))
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                index = owner.get(id(parameter), len(units))
+                parameter.register_post_accumulate_grad_hook(partial(self._gradient, index))
+
+    def _leave(self, index: int, output: Any) -> None:
+        self.note("forward_end", index)
+        if isinstance(output, Tensor) and output.requires_grad:
+            # The gradient of a unit's output is there: its backward pass begins.
+            output.register_hook(lambda _: self.note("backward", index))
+
+    def _gradient(self, index: int, parameter: Tensor) -> None:
+        parameter.grad = None
+        self.note("gradient", index, parameter.numel())

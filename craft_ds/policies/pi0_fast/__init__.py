@@ -1,0 +1,1 @@
+"""LeRobot's pi0_fast: token loss, generation and vision."""

@@ -1,0 +1,108 @@
+"""pi0_fast's next-token loss on trimmed input, summed over tokens.
+
+The same function as ``PI0FastPolicy.forward``, times the number of supervised tokens, without the work that
+cannot reach it:
+
+- prompt and action padding is cut to the longest sample of the batch;
+- the last action token is a target but no input: nothing is predicted after it;
+- ``lm_head``, 257,152 wide on the real model, runs only where a token is supervised;
+- all cameras pass the vision tower in one call, so that a sharded tower is gathered once, and none where
+  the batch holds the tower's features already (`craft_ds.policies.pi0_fast.vision`).
+"""
+
+import torch
+import torch.nn.functional as F
+from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
+from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
+from lerobot.utils.constants import (
+    ACTION_TOKEN_MASK,
+    ACTION_TOKENS,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+)
+from torch import Tensor
+
+from craft_ds.policies.pi0_fast.vision import image_tokens
+from craft_ds.policies.token_loss import Batch, TokenLoss, token_loss
+
+
+@token_loss.register
+def pi0_fast_token_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
+    """The cross-entropy of the supervised action tokens of a batch.
+
+    Token ``t + 1`` is supervised where its mask is true, and predicted from the images, the prompt and the
+    action tokens up to ``t``.
+
+    The masks decide shapes, so they are read on the host: masks on the CPU save this function its only
+    synchronisation with the device.
+
+    Args:
+        policy: A pi0_fast of any size.
+        batch: Images (B, C, H, W) in [0, 1] or their vision features; prompt tokens and mask (B, P); action
+            tokens and mask (B, A).
+
+    Returns:
+        The sum over supervised tokens in fp32, and their count.
+    """
+    logits, targets = supervised_logits(policy, batch)
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    return TokenLoss(total, torch.full((), float(targets.numel()), device=logits.device))
+
+
+def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What the policy thinks of each supervised action token of a batch, and the token that it should be.
+
+    Args:
+        policy: A pi0_fast of any size.
+        batch: As for `pi0_fast_token_loss`.
+
+    Returns:
+        Logits (N, vocabulary) in fp32 at least, and the N tokens; one sample's after the other's.
+    """
+    model = policy.model
+    decoder = model.paligemma_with_expert.paligemma.model.language_model
+    lm_head = model.paligemma_with_expert.paligemma.lm_head
+
+    device = next(policy.parameters()).device
+    prompt_mask = batch[OBS_LANGUAGE_ATTENTION_MASK].cpu()
+    action_mask = batch[ACTION_TOKEN_MASK].cpu()
+    prompt_length, action_length = longest(prompt_mask), max(longest(action_mask), 1)
+    prompt = batch[OBS_LANGUAGE_TOKENS][:, :prompt_length].to(device)
+    actions = batch[ACTION_TOKENS][:, :action_length].to(device)
+    supervised = action_mask[:, 1:action_length].flatten().nonzero().squeeze(1).to(device)
+
+    vision, camera_masks = image_tokens(policy, batch)
+    words = model._apply_checkpoint(
+        model.paligemma_with_expert.embed_language_tokens, torch.cat([prompt, actions[:, :-1]], dim=1)
+    )
+    embeddings = torch.cat([vision, words], dim=1)
+    if decoder.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16:
+        embeddings = embeddings.to(torch.bfloat16)
+
+    segments = [("image", vision.shape[1]), ("language", prompt_length), ("fast", action_length - 1)]
+    present = torch.cat(
+        [
+            *(mask[:, None].expand(-1, vision.shape[1] // len(camera_masks)) for mask in camera_masks),
+            prompt_mask[:, :prompt_length].to(device),
+            action_mask[:, : action_length - 1].to(device),
+        ],
+        dim=1,
+    )
+    attention = model._create_custom_attention_mask_fast(segments, present, present.shape[0])
+    hidden = decoder(
+        inputs_embeds=embeddings,
+        attention_mask=prepare_attention_masks_4d(attention, dtype=embeddings.dtype),
+        position_ids=present.cumsum(dim=1) - 1,
+        use_cache=False,
+    ).last_hidden_state
+
+    predicting = hidden[:, vision.shape[1] + prompt_length :].flatten(0, 1).index_select(0, supervised)
+    targets = actions[:, 1:].flatten().index_select(0, supervised)
+    logits = lm_head(predicting)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
+
+
+def longest(mask: Tensor) -> int:
+    """The length that keeps every true entry of a (B, L) mask on the host."""
+    used = mask.any(dim=0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 0

@@ -1,0 +1,1 @@
+"""The embedded tiny pi0_fast policy and its tokenizers."""

@@ -1,0 +1,114 @@
+"""Locally made tokenizers that stand in for PaliGemma's and FAST's, and the folders they live in.
+
+pi0_fast writes action token t as text token ``vocab_size - 1 - fast_skip_tokens - t``: the text vocabulary
+made here ends with the action tokens, so that no word shares an id with an action.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from lerobot.configs import PreTrainedConfig
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoProcessor, GemmaTokenizer, PretrainedConfig
+
+from craft_ds.policies.tiny_pi0_fast.fast_tokenizer import FastActionProcessor
+
+TEXT_TOKENIZER = "text_tokenizer"
+ACTION_TOKENIZER = "action_tokenizer"
+
+_SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+_ALPHABET = sorted(set("▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;|-'\n"))
+_MERGED_PIECES = 64
+
+
+class FastTokenizerConfig(PretrainedConfig):
+    """The key under which ``AutoProcessor`` finds FastActionProcessor without remote code."""
+
+    model_type = "craft_fast"
+
+
+AutoProcessor.register(FastTokenizerConfig, FastActionProcessor, exist_ok=True)
+
+
+def build_text_tokenizer(
+    texts: Iterable[str], out_dir: str | Path, action_vocab_size: int = 256
+) -> GemmaTokenizer:
+    """Train a Gemma-class tokenizer (byte-fallback BPE) on task texts and save it.
+
+    Digits, ``:`` and ``|`` are always tokens of their own, ``Action`` is one token: pi0_fast's prompt and its
+    decoding rely on that. Unknown characters fall back to bytes.
+
+    Args:
+        texts: Task texts.
+        out_dir: The folder to write.
+        action_vocab_size: How many ids to append for action tokens.
+
+    Returns:
+        The tokenizer; ``vocab_size`` is the size that the policy's configuration must have.
+    """
+    corpus = [text.strip() for text in texts]
+    prompts = [f"Task: {text}, State: 0 1;\nAction: |" for text in corpus]
+    # BPE's pieces come from what is frequent: "Action" must become one piece whatever the texts are.
+    corpus = prompts + ["Action: |"] * (10 * len(prompts) + 10)
+
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("[0-9:;,|.\\n]"), "isolated"),
+            pre_tokenizers.Split("▁", "merged_with_next"),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(_ALPHABET) + _MERGED_PIECES,
+        limit_alphabet=len(_ALPHABET),
+        initial_alphabet=_ALPHABET,
+        min_frequency=1,
+        show_progress=False,
+    )
+    learner.train_from_iterator(corpus, trainer)
+    learned = json.loads(learner.to_str())["model"]
+
+    pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
+    order = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    order += [f"<action{i}>" for i in reversed(range(action_vocab_size))]
+    vocab = {token: i for i, token in enumerate(order)}
+    tokenizer = GemmaTokenizer(
+        vocab=vocab,
+        merges=[tuple(merge) for merge in learned["merges"]],
+        add_bos_token=True,
+        add_eos_token=False,
+    )
+    tokenizer.save_pretrained(out_dir)
+    return tokenizer
+
+
+def fit_action_tokenizer(
+    chunks: np.ndarray, out_dir: str | Path, scale: float = 4.0, vocab_size: int = 256
+) -> FastActionProcessor:
+    """Fit a FAST tokenizer on normalised action chunks and save it.
+
+    Args:
+        chunks: Actions normalised to [-1, 1], shape (samples, time, action_dim).
+        out_dir: The folder to write.
+        scale: The factor before rounding; see FastActionProcessor.
+        vocab_size: The most action tokens.
+    """
+    tokenizer = FastActionProcessor.fit(chunks, scale=scale, vocab_size=vocab_size)
+    tokenizer.save_pretrained(out_dir)
+    return tokenizer
+
+
+def reroot_tokenizers(config: PreTrainedConfig, directory: str | Path) -> None:
+    """Point a configuration's tokenizer names at the folders in its own policy directory, where they exist.
+
+    A policy directory stays whole when it is moved or cloned: the stored name may be relative or stale.
+    """
+    for field, folder in (
+        ("text_tokenizer_name", TEXT_TOKENIZER),
+        ("action_tokenizer_name", ACTION_TOKENIZER),
+    ):
+        if hasattr(config, field) and (Path(directory) / folder).is_dir():
+            setattr(config, field, str(Path(directory) / folder))

@@ -1,1 +1,0 @@
-"""craft-ds: retention."""

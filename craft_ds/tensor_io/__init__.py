@@ -1,0 +1,1 @@
+"""Tensor files and JSON read by range and with limits; durable file operations."""

@@ -1,0 +1,79 @@
+"""What a run reads, checked before data and model are loaded."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.vision import check_vision_features
+from craft_ds.checkpoints import read_manifest, whole_checkpoints
+from craft_ds.checkpoints.run_directory import FINAL
+from craft_ds.config.train_config import TrainConfig
+from craft_ds.distributed.env import is_node_main
+from craft_ds.errors import UserError
+from craft_ds.lora.adapters import AdapterPlan, has_adapters, plan_adapters
+from craft_ds.policies.loading import resolve_policy_path
+from craft_ds.training.world_eval import check_world
+
+
+class Inputs(NamedTuple):
+    """What is there for a run.
+
+    Attributes:
+        cache: The anchors; None for the baseline.
+        policy_dir: The policy's configuration and processors, and its weights or its adapters.
+        plan: The adapters to train; None: the policy's own weights train.
+    """
+
+    cache: AnchorCache | None
+    policy_dir: Path
+    plan: AdapterPlan | None
+
+    @property
+    def weights_dir(self) -> Path:
+        """Where the policy's whole weights lie: with adapters, their base's."""
+        return self.plan.base if self.plan else self.policy_dir
+
+
+def check_inputs(config: TrainConfig) -> Inputs:
+    """Find what the flags name and check that it fits together. Checksums are read once a node.
+
+    Args:
+        config: A validated configuration.
+
+    Raises:
+        UserError: Names the flag or file and the mend.
+    """
+    assert config.policy is not None  # `TrainConfig.validate` has seen to it
+    assert config.policy.pretrained_path is not None
+    policy_dir = resolve_policy_path(config.policy.pretrained_path)
+    check_world(config.world, config.policy)
+    if config.resume:
+        _check_resumable(config)
+    inputs = Inputs(None, policy_dir, plan_adapters(config.lora, config.policy, policy_dir))
+    if not config.craft.enabled:
+        return inputs
+    cache = AnchorCache.open(config.craft.anchor_cache_dir, verify=is_node_main())
+    cache.check_policy(config.policy)
+    if config.craft.vision_features and is_node_main():
+        check_vision_features(cache, inputs.weights_dir, config.policy)
+    return inputs._replace(cache=cache)
+
+
+def _check_resumable(config: TrainConfig) -> None:
+    step = read_manifest(config.checkpoint_path)["step"]
+    if config.lora.enabled and not has_adapters(config.checkpoint_path):
+        raise UserError(
+            f"--lora.enabled=true, but {config.checkpoint_path} is a checkpoint of full training: leave "
+            "--lora.* out, or begin a new run with --policy.path instead of --resume"
+        )
+    if step >= config.steps:
+        raise UserError(
+            f"{config.checkpoint_path} has done {step} of --steps={config.steps}: raise --steps to go on"
+        )
+    whole, _ = whole_checkpoints(Path(config.output_dir))
+    later = [path for number, path in whole if number > step or path.name == FINAL]
+    if later:
+        raise UserError(
+            f"resuming at step {step} would overwrite {min(later)}: resume from the last checkpoint, move "
+            "it away, or give another --output_dir"
+        )

@@ -1,0 +1,85 @@
+"""Closed-loop success while a policy trains: the flags ``--world.*`` and what they ask for."""
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.random_utils import get_rng_state, set_rng_state
+
+from craft_ds.config.configs import WorldEvalConfig
+from craft_ds.distributed.env import is_node_main
+from craft_ds.errors import UserError
+from craft_ds.policies.loading import policy_cameras
+from craft_ds.worlds import gl_problem, make_world
+from craft_ds.worlds.base import ACTION, CAMERA, STATE
+from craft_ds.worlds.evaluation import Act, evaluate
+
+
+def check_world(config: WorldEvalConfig, policy: PreTrainedConfig) -> None:
+    """Check that the world runs here, has the tasks, and is one that the policy can act in.
+
+    Args:
+        config: A validated configuration.
+        policy: The policy's configuration.
+
+    Raises:
+        UserError: Names the flag, or what is not installed, and the mend.
+    """
+    if not config.name:
+        return
+    world = make_world(config.name)
+    for task in config.tasks:
+        if task not in world.tasks("all"):
+            known = ", ".join(world.tasks("all"))
+            raise UserError(f"--world.tasks: {config.name} has no task {task}: choose among {known}")
+    if policy_cameras(policy) != [CAMERA]:
+        raise UserError(
+            f"--world.name={config.name} has one camera, {CAMERA}, but the policy looks at "
+            f"{', '.join(policy_cameras(policy))}: leave --world.name out"
+        )
+    features = {**policy.input_features, **policy.output_features}
+    for key, names in ((STATE, world.state_names), (ACTION, world.action_names)):
+        if key in features and tuple(features[key].shape) != (len(names),):
+            raise UserError(
+                f"--world.name={config.name} has {len(names)} numbers in {key}, but the policy has "
+                f"{list(features[key].shape)}: leave --world.name out"
+            )
+    # A frame is rendered on trial, which takes seconds: once a node.
+    if config.name == "metaworld" and is_node_main() and (problem := gl_problem()):
+        raise UserError(f"--world.name=metaworld: {problem}")
+
+
+def evaluate_in_world(
+    config: WorldEvalConfig,
+    act: Act,
+    preprocessor: PolicyProcessorPipeline,
+    postprocessor: PolicyProcessorPipeline,
+    rank: int,
+    world_size: int,
+) -> dict[str, float]:
+    """Closed-loop success of a policy in training. Collective: call on all ranks.
+
+    Training goes on as if there had been no evaluation: the scenes have generators of their own, and the
+    global ones of Python, numpy and torch are left as they were found.
+
+    Args:
+        config: A checked configuration.
+        act: The engine's ``act``.
+        preprocessor: From observations to the policy's input.
+        postprocessor: From the policy's output to actions.
+        rank: This process among ``world_size``.
+        world_size: Number of processes.
+
+    Returns:
+        ``eval/success/<task>`` by task, the same on all ranks; empty without a world.
+    """
+    if not config.name:
+        return {}
+    world = make_world(config.name)
+    tasks = config.tasks or world.tasks("all")
+    state = get_rng_state()
+    try:
+        success = evaluate(
+            act, preprocessor, postprocessor, world, tasks, config.episodes, config.seed, rank, world_size
+        )
+    finally:
+        set_rng_state(state)
+    return {f"eval/success/{task}": share for task, share in success.items()}

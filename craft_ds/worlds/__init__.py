@@ -1,0 +1,62 @@
+"""The embedded worlds: tiny robot tasks made, shown and solved on this machine alone."""
+
+import subprocess
+import sys
+
+from craft_ds.errors import UserError
+from craft_ds.worlds.base import Observation, World
+
+WORLDS = ("metaworld", "blocks")
+
+_RENDER_PROBE = """
+from craft_ds.worlds.metaworld import MetaWorld
+world = MetaWorld()
+world.reset(MetaWorld.old_tasks[0], seed=0)
+assert world.observe().image.std() > 10, "the rendered image is empty"
+"""
+
+
+def make_world(name: str) -> World:
+    """Return the world called ``name``.
+
+    Raises:
+        UserError: if there is no such world, or its packages are not installed.
+    """
+    if name == "metaworld":
+        try:
+            from craft_ds.worlds.metaworld import MetaWorld
+        except ImportError as error:
+            raise UserError(f"--world metaworld cannot be imported ({error}): {gl_problem()}") from error
+        return MetaWorld()
+    if name == "blocks":
+        from craft_ds.worlds.blocks import Blocks
+
+        return Blocks()
+    raise UserError(f"--world {name} is unknown: choose one of {', '.join(WORLDS)}")
+
+
+def gl_problem() -> str | None:
+    """Return why Meta-World cannot render here, in one line with the mend, or None when it can.
+
+    It renders a real frame in a process of its own, because a broken GL library may kill its process.
+    """
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", _RENDER_PROBE], capture_output=True, text=True, timeout=120
+        )
+    except subprocess.TimeoutExpired:
+        reason = "the renderer does not answer"
+    else:
+        if result.returncode == 0:
+            return None
+        lines = result.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"the renderer ended with status {result.returncode}"
+    if "No module named" in reason:
+        return f"Meta-World is not installed ({reason}): pip install 'craft-ds[world]'"
+    return (
+        f"MuJoCo cannot render off-screen ({reason}): "
+        "install software EGL, on Debian and Ubuntu by `apt-get install libegl1 libgl1-mesa-dri`"
+    )
+
+
+__all__ = ["WORLDS", "Observation", "World", "gl_problem", "make_world"]

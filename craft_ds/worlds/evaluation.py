@@ -1,0 +1,122 @@
+"""How good a policy is: success in closed loop, and its loss on demonstrations."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
+from torch.utils.data import DataLoader, Subset
+
+from craft_ds.distributed.collectives import gather_objects
+from craft_ds.policies.token_loss import token_loss
+from craft_ds.worlds.base import CAMERA, STATE, Observation, World, scene_seed
+from craft_ds.worlds.demonstrations import open_demonstrations
+
+Act = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+"""act(batch): a policy's action chunks, (B, steps, action width), before its postprocessor."""
+
+
+def evaluate(
+    act: Act,
+    preprocessor: PolicyProcessorPipeline,
+    postprocessor: PolicyProcessorPipeline,
+    world: World,
+    tasks: Iterable[str],
+    episodes: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, float]:
+    """Run a policy in closed loop. Collective where there are several ranks: call on all of them.
+
+    The episodes of a task are dealt to the ranks, and those of a rank run in lockstep: one call of the
+    policy gives all of them their next chunk. Every rank calls the policy equally often, as a sharded one
+    demands: a rank whose episodes have ended goes on asking until those of all ranks have.
+
+    The scenes depend on ``seed`` and the episode's number alone, and are none of those that demonstrations
+    show: other numbers of ranks see the same ones.
+
+    Args:
+        act: The policy, such as ``partial(action_chunk, policy)`` or an engine's ``act``.
+        preprocessor: From observations to the policy's input.
+        postprocessor: From the policy's output to actions.
+        world: Where to run.
+        tasks: The world's tasks to run.
+        episodes: Episodes a task, over all ranks.
+        seed: Seed of the scenes.
+        rank: This process among ``world_size``.
+        world_size: Number of processes that share the episodes.
+
+    Returns:
+        The share of episodes that succeed within the world's horizon, by task; the same on all ranks.
+    """
+    # A rank without an episode of its own runs the first one along, and does not count it.
+    own = range(rank, episodes, world_size)
+    success = {}
+    for task in tasks:
+        running = [world.fork() for _ in own or [0]]
+        for episode, one in zip(own or [0], running, strict=True):
+            one.reset(task, scene_seed(seed, episode, evaluation=True))
+        for start in range(0, world.horizon, world.chunk_size):
+            if not any(gather_objects(bool(running))):
+                break
+            if running:
+                batch = _batch([one.observe() for one in running], world.task_text(task))
+            chunks = postprocessor(act(preprocessor(batch))).cpu().numpy()
+            steps = min(world.chunk_size, world.horizon - start)
+            for one, chunk in zip(running, chunks[: len(running), :steps], strict=True):
+                _run(one, chunk)
+            running = [one for one in running if not one.success]
+        succeeded = len(own) - len(running) if own else 0
+        success[task] = sum(gather_objects(succeeded)) / episodes
+    return success
+
+
+@torch.no_grad()
+def demonstration_loss(
+    policy: PreTrainedPolicy,
+    preprocessor: PolicyProcessorPipeline,
+    root: str | Path,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """Return the mean loss a token on the demonstrations in ``root``, by task text.
+
+    Args:
+        policy: The policy; it is put into evaluation mode.
+        preprocessor: From data set samples to the policy's input.
+        root: A LeRobot data set.
+        batch_size: Samples a forward pass.
+    """
+    policy.eval()
+    data_set = open_demonstrations(root, policy.config.chunk_size)
+    frames = defaultdict(list)
+    for index, task in enumerate(data_set.hf_dataset["task_index"]):
+        frames[int(task)].append(index)
+    losses = {}
+    for indices in frames.values():
+        total, count, text = 0.0, 0.0, ""
+        for sample in DataLoader(Subset(data_set, indices), batch_size=batch_size):
+            text = sample["task"][0]
+            loss = token_loss(policy, preprocessor(sample))
+            total, count = total + float(loss.total), count + float(loss.count)
+        losses[text] = total / count
+    return losses
+
+
+def _batch(observations: list[Observation], text: str) -> dict[str, torch.Tensor | list[str]]:
+    images = torch.from_numpy(np.stack([observation.image for observation in observations]))
+    return {
+        CAMERA: images.permute(0, 3, 1, 2).float() / 255,
+        STATE: torch.from_numpy(np.stack([observation.state for observation in observations])),
+        "task": [text] * len(observations),
+    }
+
+
+def _run(world: World, chunk: np.ndarray) -> None:
+    for action in chunk:
+        world.step(action)
+        if world.success:
+            return

@@ -1,0 +1,71 @@
+from collections import Counter
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from craft_ds.anchors.selection import draw_anchors, spread
+
+
+def frames(lengths_by_task):
+    """Task and episode of each frame of a data set whose episodes of the tasks follow one another."""
+    task, episode = [], []
+    number = 0
+    for one_task, lengths in enumerate(lengths_by_task):
+        for length in lengths:
+            task += [one_task] * length
+            episode += [number] * length
+            number += 1
+    return np.array(task), np.array(episode)
+
+
+data_sets = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+def test_equal_tasks_and_episodes_get_equal_shares():
+    task, episode = frames([[20] * 3, [20] * 3])
+    draw = draw_anchors(task, episode, 24, 0.2, seed=0)
+    assert Counter(task[draw.rows]) == {0: 12, 1: 12}
+    assert set(Counter(episode[draw.rows]).values()) == {4}
+    assert len(draw.heldout_episodes) == 2
+    assert set(task[np.isin(episode, draw.heldout_episodes)]) == {0, 1}
+    assert draw.heldout.sum() == 8
+
+
+def test_a_short_task_gives_all_it_has():
+    task, episode = frames([[3, 2], [50, 50]])
+    draw = draw_anchors(task, episode, 40, 0.0, seed=0)
+    assert Counter(task[draw.rows]) == {0: 5, 1: 35}
+    assert draw.heldout_episodes == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(data_sets, st.floats(0, 1), st.floats(0, 0.9), st.integers(0, 100))
+def test_draw(lengths, part, fraction, seed):
+    task, episode = frames(lengths)
+    count = max(1, int(part * len(task)))
+    draw = draw_anchors(task, episode, count, fraction, seed)
+    assert len(set(draw.rows.tolist())) == count
+    again = draw_anchors(task, episode, count, fraction, seed)
+    assert again.rows.tolist() == draw.rows.tolist()
+    assert again.heldout_episodes == draw.heldout_episodes
+    assert np.array_equal(draw.heldout, np.isin(episode[draw.rows], draw.heldout_episodes))
+    keys = list(zip(draw.heldout, task[draw.rows], episode[draw.rows], draw.rows, strict=True))
+    assert keys == sorted(keys)
+    for one_task, episodes in enumerate(lengths):
+        heldout = set(episode[task == one_task]) & set(draw.heldout_episodes)
+        assert len(heldout) < len(episodes)
+        if fraction > 0 and len(episodes) > 1:
+            assert heldout
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.floats(0, 1))
+def test_spread_is_as_equal_as_the_capacities_permit(capacities, part):
+    capacities = np.array(capacities)
+    total = int(part * capacities.sum())
+    shares = spread(total, capacities, np.random.default_rng(0))
+    assert shares.sum() == total
+    assert (shares <= capacities).all()
+    unfilled = shares[shares < capacities]
+    assert not len(unfilled) or shares.max() - unfilled.min() <= 1

@@ -1,0 +1,134 @@
+import pytest
+
+from craft_ds.config.configs import CraftConfig, EngineConfig, FsdpConfig
+from craft_ds.errors import UserError
+
+# The guide's table of parameters.
+GUIDE = {
+    "enabled": False,
+    "anchor_cache_dir": "",
+    "anchor_batch_size": 16,
+    "retention_freq": 5,
+    "initial_lambda": 1.0,
+    "lambda_lr": 0.01,
+    "lambda_max": 10.0,
+    "epsilon_start": 1.0,
+    "epsilon_end": 0.1,
+    "epsilon_decay_steps": 0,
+    "use_grad_projection": True,
+    "conflict_threshold": -0.1,
+    "projection_mode": "weighted",
+}
+
+
+def craft(**changes) -> CraftConfig:
+    return CraftConfig(**{"enabled": True, "anchor_cache_dir": "anchors", **changes})
+
+
+def test_defaults_are_the_guides():
+    config = CraftConfig()
+    assert {name: getattr(config, name) for name in GUIDE} == GUIDE
+
+
+@pytest.mark.parametrize("mode", ["weighted", "equal", "task_priority"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential"])
+@pytest.mark.parametrize("split", ["heldout", "train"])
+def test_every_choice_is_valid(mode, schedule, split):
+    craft(projection_mode=mode, epsilon_schedule=schedule, constraint_split=split).validate()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epsilon_start": 0.1},
+        {"epsilon_start": 0.0, "epsilon_end": 0.0},
+        {"initial_lambda": 10.0},
+        {"lambda_lr": 0.0},
+        {"conflict_threshold": -1.0},
+        {"conflict_threshold": 1.0},
+        {"retention_freq": 1, "anchor_batch_size": 1},
+    ],
+)
+def test_bounds_are_valid(changes):
+    craft(**changes).validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"anchor_cache_dir": ""}, ["--craft.anchor_cache_dir", "build_anchor_cache.py"]),
+        ({"anchor_batch_size": 0}, ["--craft.anchor_batch_size=0"]),
+        ({"retention_freq": 0}, ["--craft.retention_freq=0"]),
+        ({"retention_freq": -5}, ["--craft.retention_freq=-5"]),
+        ({"initial_lambda": -1.0}, ["--craft.initial_lambda=-1.0"]),
+        ({"initial_lambda": 11.0}, ["--craft.initial_lambda=11.0", "--craft.lambda_max=10.0"]),
+        ({"lambda_lr": -0.1}, ["--craft.lambda_lr=-0.1"]),
+        ({"lambda_lr": float("nan")}, ["--craft.lambda_lr=nan"]),
+        ({"lambda_max": -1.0}, ["--craft.lambda_max=-1.0"]),
+        ({"epsilon_start": 0.05}, ["--craft.epsilon_start=0.05", "--craft.epsilon_end=0.1"]),
+        ({"epsilon_start": float("nan")}, ["--craft.epsilon_start=nan"]),
+        ({"epsilon_end": -0.1}, ["--craft.epsilon_end=-0.1"]),
+        ({"epsilon_decay_steps": -1}, ["--craft.epsilon_decay_steps=-1"]),
+        ({"conflict_threshold": -1.1}, ["--craft.conflict_threshold=-1.1"]),
+        ({"conflict_threshold": float("nan")}, ["--craft.conflict_threshold=nan"]),
+        ({"projection_mode": "sum"}, ["--craft.projection_mode=sum", "task_priority"]),
+        ({"epsilon_schedule": "step"}, ["--craft.epsilon_schedule=step", "cosine"]),
+        ({"constraint_split": "test"}, ["--craft.constraint_split=test", "heldout"]),
+        ({"epsilon_schedule": "exponential", "epsilon_end": 0.0}, ["--craft.epsilon_end"]),
+    ],
+)
+def test_a_bad_value_is_named(changes, names):
+    with pytest.raises(UserError) as raised:
+        craft(**changes).validate()
+    message = str(raised.value)
+    assert "\n" not in message
+    assert all(name in message for name in names), message
+    # The baseline reads none of these.
+    CraftConfig(**{**changes, "enabled": False}).validate()
+
+
+@pytest.mark.parametrize(
+    ("given", "resolved"),
+    [
+        ({}, "single"),
+        ({"ds_config": "zero3.json"}, "zero"),
+        ({"name": "zero", "ds_config": "zero3.json"}, "zero"),
+        ({"name": "single"}, "single"),
+        ({"name": "fsdp"}, "fsdp"),
+        ({"name": "fsdp", "fsdp": FsdpConfig(dp_replicate=2)}, "fsdp"),
+    ],
+)
+def test_the_engine_follows_from_ds_config(given, resolved):
+    engine = EngineConfig(**given)
+    engine.validate()
+    assert engine.name == resolved
+    engine.validate()
+    assert engine.name == resolved
+
+
+def test_several_processes_without_a_ds_config_mean_fsdp(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    engine = EngineConfig()
+    engine.validate()
+    assert engine.name == "fsdp"
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"name": "ddp"}, ["--engine=ddp", "auto, single, zero, fsdp"]),
+        ({"name": "fsdp", "ds_config": "a.json"}, ["--ds_config=a.json", "--engine=fsdp"]),
+        ({"fsdp": FsdpConfig(dp_replicate=2)}, ["--engine.fsdp", "--engine=single"]),
+        ({"name": "fsdp", "fsdp": FsdpConfig(dp_replicate=0)}, ["--engine.fsdp.dp_replicate=0"]),
+        ({"name": "fsdp", "fsdp": FsdpConfig(dp_shard=0)}, ["--engine.fsdp.dp_shard=0", "-1"]),
+        ({"name": "fsdp", "fsdp": FsdpConfig(reduce_dtype="fp16")}, ["--engine.fsdp.reduce_dtype=fp16"]),
+        ({"name": "fsdp", "fsdp": FsdpConfig(param_dtype="fp16")}, ["--engine.fsdp.param_dtype=fp16"]),
+        ({"name": "zero"}, ["--engine=zero", "--ds_config"]),
+        ({"name": "single", "ds_config": "a.json"}, ["--ds_config=a.json", "--engine=single"]),
+        ({"dtype": "float16"}, ["--engine.dtype=float16", "bfloat16"]),
+    ],
+)
+def test_contradicting_engine_flags_are_named(given, names):
+    with pytest.raises(UserError) as raised:
+        EngineConfig(**given).validate()
+    assert all(name in str(raised.value) for name in names), raised.value

@@ -1,0 +1,152 @@
+import sys
+
+import pytest
+import yaml
+
+from craft_ds.config.parser import normalise_arguments, parse_arguments
+from craft_ds.errors import UserError, exits_as_user_error
+
+
+@pytest.fixture(autouse=True)
+def own_argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_craft.py"])
+
+
+@pytest.mark.parametrize(
+    ("given", "understood"),
+    [
+        (["--steps", "3"], ["--steps=3"]),
+        (["--engine=zero"], ["--engine.name=zero"]),
+        (["--engine", "zero"], ["--engine.name=zero"]),
+        (["--ds_config", "a.json"], ["--engine.ds_config=a.json"]),
+        (["--engine.dtype=bfloat16"], ["--engine.dtype=bfloat16"]),
+        (["--local_rank=1", "--steps=3"], ["--steps=3"]),
+        (["--local-rank", "1", "--steps=3"], ["--steps=3"]),
+        (["--craft.conflict_threshold", "-0.1"], ["--craft.conflict_threshold=-0.1"]),
+        (["--rename_map={'a=b': 1}"], ["--rename_map={'a=b': 1}"]),
+        (["-h", "--policy.type=act"], ["-h", "--policy.type=act"]),
+        (["stray", "--steps=3"], ["stray", "--steps=3"]),
+        # The last one counts, for the flag that LeRobot reads by itself too.
+        (["--policy.path=a", "--steps=1", "--policy.path", "b"], ["--steps=1", "--policy.path=b"]),
+        (["--engine=zero", "--engine.name=single"], ["--engine.name=single"]),
+    ],
+)
+def test_arguments_are_brought_into_one_form(given, understood):
+    assert normalise_arguments(given) == understood
+    assert normalise_arguments(understood) == understood
+
+
+def test_a_checkpoint_directory_stands_for_its_config(tmp_path):
+    assert normalise_arguments([f"--config_path={tmp_path}"]) == [
+        f"--config_path={tmp_path}/train_config.json"
+    ]
+
+
+def test_flags_reach_their_fields():
+    config = parse_arguments(
+        [
+            "--dataset.repo_id=a/b",
+            "--steps",
+            "7",
+            "--craft.retention_freq=3",
+            "--ds_config",
+            "x.json",
+            "--seed=null",
+        ]
+    )
+    assert (config.dataset.repo_id, config.steps, config.seed) == ("a/b", 7, None)
+    assert config.craft.retention_freq == 3
+    assert config.engine.ds_config == "x.json"
+    # LeRobot reads these again at validation.
+    assert "--engine.ds_config=x.json" in sys.argv
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nonsense=1"], r"unrecognized arguments: --nonsense=1 \(see --help\)"),
+        (["--craft.nonsense=1"], r"unrecognized arguments: --craft.nonsense=1 \(see --help\)"),
+        (["--craft.enable=true"], r"unrecognized arguments: --craft.enable=true \(see --help\)"),
+        (["nonsense"], r"unrecognized arguments: nonsense \(see --help\)"),
+        (["--steps=abc"], r"--steps: Couldn't parse 'abc' into an int \(see --help\)"),
+        (["--craft.enabled=maybe"], r"--craft.enabled: Couldn't parse 'maybe' into a bool \(see --help\)"),
+        (["--steps"], r"argument --steps: expected one argument \(see --help\)"),
+        (["--dataset.eval_split=2"], r"eval_split must be in \[0.0, 1.0\), got 2.0 \(see --help\)"),
+        (["--policy.path=a", "--policy.type=act"], r"Cannot specify both --policy.path and --policy.type .*"),
+        (["--config_path=none.json"], r"--config_path=none.json: no such file"),
+        (["--config_path=none"], r"--config_path=none: must be a .json or .yaml file, .*"),
+    ],
+)
+def test_a_complaint_is_one_line(arguments, message, capfd):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        parse_arguments(["--dataset.repo_id=a/b", *arguments])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_data_set_is_needed():
+    with pytest.raises(UserError, match=r"Missing required field.*`dataset`"):
+        parse_arguments(["--steps=1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("broken.json", "{", "not readable"),
+        ("broken.yaml", "a: [1\nb: {", "not readable"),
+        ("text.yaml", "steps", "must hold a mapping"),
+        ("unknown.yaml", "craft: {nonsense: 1}", "`nonsense`"),
+        ("value.yaml", "steps: many", "--steps: Couldn't parse 'many' into an int"),
+    ],
+)
+def test_a_bad_config_file_is_named(tmp_path, name, text, reason):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        parse_arguments([f"--config_path={path}", "--dataset.repo_id=a/b"])
+    message = str(raised.value)
+    assert "\n" not in message
+    assert reason in message
+    assert f"--config_path={path}" in message
+
+
+def test_flags_win_over_the_config_file_and_nothing_is_kept_for_the_next_call(tmp_path):
+    path = tmp_path / "run.yaml"
+    content = {"steps": 5, "seed": 3, "policy": {"path": "teacher", "optimizer_lr": 0.1}}
+    path.write_text(yaml.dump({**content, "dataset": {"repo_id": "a/b"}, "craft": {"lambda_lr": 0.5}}))
+    config = parse_arguments([f"--config_path={path}", "--steps=6", "--craft.lambda_max=2"])
+    assert (config.steps, config.seed, config.dataset.repo_id) == (6, 3, "a/b")
+    assert (config.craft.lambda_lr, config.craft.lambda_max) == (0.5, 2.0)
+
+    from lerobot.configs import parser
+
+    assert parser.get_path_arg("policy") == "teacher"
+    parse_arguments(["--dataset.repo_id=a/b"])
+    assert parser.get_path_arg("policy") is None
+    assert parser.get_yaml_overrides("policy") == []
+
+
+def test_help_shows_the_craft_flags(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_arguments(["--help"])
+    assert left.value.code in (0, None)
+    shown = capsys.readouterr().out
+    for flag in ("--craft.enabled", "--craft.epsilon_schedule", "--engine.name", "--eval_freq", "--steps"):
+        assert flag in shown
+
+
+def test_an_exit_is_an_error_and_other_output_is_kept(capsys):
+    with exits_as_user_error():
+        print("warning: kept", file=sys.stderr)
+    assert capsys.readouterr().err == "warning: kept\n"
+
+    def leave() -> None:
+        with exits_as_user_error():
+            print("usage: a\n  b\nprog: error: one\nmore line", file=sys.stderr)
+            sys.exit(2)
+
+    with pytest.raises(UserError, match=r"^one more line$"):
+        leave()
+    assert capsys.readouterr().err == ""
+
+    with pytest.raises(SystemExit), exits_as_user_error():
+        sys.exit(0)

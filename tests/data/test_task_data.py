@@ -1,0 +1,266 @@
+import copy
+import itertools
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lerobot.configs.default import DatasetConfig
+
+from craft_ds.data import task_data
+from craft_ds.testing.datasets import make_test_dataset
+from craft_ds.data.task_data import (
+    StepSampler,
+    check_processors,
+    heldout_batches,
+    images_to_float,
+    load_datasets,
+    training_batches,
+)
+from craft_ds.errors import UserError
+from craft_ds.policies.loading import load_policy_config, load_processors, policy_cameras
+from craft_ds.data.batch_partition import share_step
+from craft_ds.config.train_config import TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def own_argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_craft.py"])
+
+
+@pytest.fixture
+def config(inputs):
+    policy = load_policy_config(inputs.policy)
+    policy.pretrained_path = inputs.policy
+    dataset = DatasetConfig("craft-ds/test", root=str(inputs.new), video_backend="pyav")
+    return TrainConfig(dataset=dataset, policy=policy, batch_size=2, num_workers=0, seed=3)
+
+
+def load(config):
+    config.validate()
+    return load_datasets(config, policy_cameras(config.policy))
+
+
+# --- the draw -------------------------------------------------------------------------------------------
+
+sizes = st.integers(1, 40)
+small = st.integers(1, 4)
+
+
+def take(sampler: StepSampler, count: int) -> list[list[int]]:
+    return list(itertools.islice(sampler, count))
+
+
+def sampler_of(size, batch, accumulation, rank, world, seed, start=0) -> StepSampler:
+    share = share_step(batch * accumulation * world, world, batch, "samples")
+    return StepSampler(size, share, rank, seed, start * share.total)
+
+
+def steps_of(size, batch, accumulation, world, seed, steps, start=0) -> list[list[int]]:
+    """All samples of each step, over all ranks and micro-batches, in the order of the stream."""
+    ranks = [
+        take(sampler_of(size, batch, accumulation, rank, world, seed, start), steps * accumulation)
+        for rank in range(world)
+    ]
+    micro_batches = [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
+    return [
+        list(itertools.chain(*micro_batches[step * accumulation : (step + 1) * accumulation]))
+        for step in range(steps)
+    ]
+
+
+@given(sizes, small, small, small, st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_every_epoch_takes_each_sample_once(size, batch, accumulation, world, seed):
+    steps = -(-2 * size // (batch * accumulation * world))
+    stream = list(itertools.chain(*steps_of(size, batch, accumulation, world, seed, steps)))
+    assert sorted(stream[:size]) == sorted(stream[size : 2 * size]) == list(range(size))
+
+
+@given(sizes, small, small, small, st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_within_a_step_nothing_repeats_but_at_an_epochs_end(size, batch, accumulation, world, seed):
+    """Ranks draw other samples: so many of one step as fit into an epoch are different ones."""
+    for number, step in enumerate(steps_of(size, batch, accumulation, world, seed, 4)):
+        first = number * len(step)
+        into_epoch = [first // size == position // size for position in range(first, first + len(step))]
+        same_epoch = [sample for sample, same in zip(step, into_epoch, strict=True) if same]
+        assert len(set(same_epoch)) == len(same_epoch)
+
+
+@given(sizes, small, small, small, st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_a_step_depends_on_the_global_batch_alone(size, batch, accumulation, world, seed):
+    divided = steps_of(size, batch, accumulation, world, seed, 3)
+    alone = steps_of(size, batch * accumulation * world, 1, 1, seed, 3)
+    assert divided == alone
+
+
+@given(sizes, small, small, small, st.integers(0, 5), st.integers(0, 30))
+@settings(max_examples=60, deadline=None)
+def test_a_later_start_continues_the_stream(size, batch, accumulation, world, seed, start):
+    for rank in range(world):
+        unbroken = take(sampler_of(size, batch, accumulation, rank, world, seed), (start + 3) * accumulation)
+        resumed = take(sampler_of(size, batch, accumulation, rank, world, seed, start), 3 * accumulation)
+        assert resumed == unbroken[start * accumulation :]
+
+
+def test_epochs_and_seeds_have_other_orders():
+    stream = steps_of(50, 50, 1, 1, 0, 2)
+    assert stream[0] != stream[1]
+    assert steps_of(50, 50, 1, 1, 1, 1) != stream[:1]
+
+
+def test_iterating_again_begins_again():
+    sampler = sampler_of(7, 2, 1, 0, 1, 0)
+    assert take(sampler, 9) == take(sampler, 9)
+
+
+# --- LeRobot data sets ----------------------------------------------------------------------------------
+
+
+def test_the_loader_gives_the_samplers_frames(config):
+    train, heldout = load(config)
+    assert heldout is None
+    assert len(train) == 80
+    for rank in range(2):
+        sampler = sampler_of(80, 2, 1, rank, 2, 3, start=3)
+        batches = training_batches(config, train, sampler)
+        found = [next(batches)["index"].tolist() for _ in range(3)]
+        assert found == take(sampler, 3)
+
+
+def test_workers_change_nothing(config):
+    train, _ = load(config)
+    sampler = sampler_of(80, 2, 1, 0, 1, 3)
+    plain = training_batches(config, train, sampler)
+    config.num_workers, config.dataloader_multiprocessing_context = 1, "fork"
+    with_worker = training_batches(config, train, sampler)
+    for _ in range(3):
+        expected, found = next(plain), next(with_worker)
+        assert torch.equal(found["index"], expected["index"])
+        assert torch.equal(found["observation.images.top"], expected["observation.images.top"])
+
+
+def test_more_ranks_than_samples_are_refused(config):
+    config.validate()
+    cameras = policy_cameras(config.policy)
+    load_datasets(config, cameras, world_size=80)
+    with pytest.raises(UserError, match=r"80 training samples for 81 ranks"):
+        load_datasets(config, cameras, world_size=81)
+
+
+def test_the_held_out_part_shares_no_episode(config):
+    config.eval_freq, config.dataset.eval_split = 1, 0.25
+    train, heldout = load(config)
+    episodes = [set(part.hf_dataset["episode_index"]) for part in (train, heldout)]
+    episodes = [{int(episode) for episode in part} for part in episodes]
+    assert [len(part) for part in episodes] == [3, 1]
+    assert not episodes[0] & episodes[1]
+
+
+def test_without_evaluation_nothing_is_held_out(config):
+    config.dataset.eval_split = 0.25
+    train, heldout = load(config)
+    assert (len(train), heldout) == (80, None)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("limit", [0, 1, 7, 100])
+def test_every_held_out_sample_counts_once(config, monkeypatch, world, limit):
+    monkeypatch.setattr(task_data, "_loader", lambda config, dataset, batches: batches)
+    config.max_eval_samples = limit
+    for size in (1, 5, 13):
+        ranks = [list(heldout_batches(config, range(size), rank, world)) for rank in range(world)]
+        assert len({len(batches) for batches in ranks}) == 1
+        assert all(batch and len(batch) <= 2 for batches in ranks for batch, _ in batches)
+        counted = Counter(
+            index for batches in ranks for batch, counts in batches if counts for index in batch
+        )
+        assert set(counted.values()) == {1}
+        if limit == 0 or limit >= size:
+            assert sorted(counted) == list(range(size))
+        else:
+            assert 1 <= len(counted) <= limit
+
+
+def test_held_out_batches_are_read(config):
+    config.eval_freq, config.dataset.eval_split = 1, 0.25
+    _, heldout = load(config)
+    seen = [int(i) for batch, _ in heldout_batches(config, heldout, 0, 1) for i in batch["frame_index"]]
+    assert sorted(seen) == list(range(20))
+
+
+def test_uint8_images_become_fractions():
+    batch = {"image": torch.tensor([0, 51, 255], dtype=torch.uint8), "x": torch.ones(2), "task": ["a"]}
+    converted = images_to_float(batch)
+    assert torch.equal(converted["image"], torch.tensor([0.0, 0.2, 1.0]))
+    assert converted["x"] is batch["x"]
+    assert converted["task"] == ["a"]
+
+
+# --- what does not fit ----------------------------------------------------------------------------------
+
+
+def test_a_missing_root_is_named(config, tmp_path):
+    config.dataset.root = str(tmp_path / "none")
+    with pytest.raises(UserError, match=r"--dataset.root=.*none holds no LeRobot data set"):
+        load(config)
+
+
+def test_a_data_set_that_was_not_finalised_is_named(config, inputs, tmp_path):
+    import shutil
+
+    root = tmp_path / "cut"
+    shutil.copytree(inputs.new, root)
+    for file in (root / "meta" / "episodes").rglob("*.parquet"):
+        file.unlink()
+    config.dataset.root = str(root)
+    with pytest.raises(UserError, match=r"--dataset.root=.* was not finalised .*finalize\(\)"):
+        load(config)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(config, tmp_path, monkeypatch):
+    def unreachable(*_: object) -> None:
+        raise ConnectionError("name not known\nsecond line")
+
+    monkeypatch.setattr(task_data, "make_train_eval_datasets", unreachable)
+    monkeypatch.setattr(task_data, "HF_LEROBOT_HOME", tmp_path)
+    config.dataset.root = None
+    with pytest.raises(UserError, match=r"^--dataset.repo_id=craft-ds/test cannot be opened: name not known"):
+        load(config)
+
+
+def test_a_missing_camera_is_named_with_what_there_is(config):
+    config.validate()
+    with pytest.raises(UserError, match=r"lacks the policy's camera observation.images.wrist .*images.top"):
+        load_datasets(config, ["observation.images.top", "observation.images.wrist"])
+
+
+def test_the_rename_map_finds_the_camera(config):
+    config.rename_map = {"observation.images.top": "observation.images.wrist"}
+    config.validate()
+    train, _ = load_datasets(config, ["observation.images.wrist"])
+    assert len(train) == 80
+
+
+def test_an_episode_that_is_not_there_is_one_line(config):
+    config.dataset.episodes = [99]
+    with pytest.raises(UserError, match=r"--dataset.repo_id=craft-ds/test cannot be opened") as raised:
+        load(config)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("entries", [{"state_dim": 6}, {"action_dim": 6}])
+def test_another_robots_data_is_refused_before_training(config, tmp_path, entries):
+    root = make_test_dataset(tmp_path / "six", tasks=1, episodes_per_task=1, frames=3, **entries)
+    preprocessor, _ = load_processors(config.policy, config.policy.pretrained_path)
+    fits, _ = load(copy.deepcopy(config))
+    check_processors(config, fits, preprocessor)
+    config.dataset.root = str(root)
+    other, _ = load(config)
+    with pytest.raises(UserError, match=r"does not fit the policy's processors .*state and action") as raised:
+        check_processors(config, other, preprocessor)
+    assert "\n" not in str(raised.value)

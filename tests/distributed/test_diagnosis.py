@@ -1,0 +1,158 @@
+"""Who is blamed, given what the ranks show of themselves."""
+
+import re
+import threading
+import time
+
+import pytest
+
+from craft_ds.distributed.collectives import all_ranks
+from craft_ds.distributed.diagnosis import Place, Sight, hanging_ranks, place_of, silent_ranks
+
+GONE = Sight(moved=False)
+LEFT = Sight(moved=False, closed=True)
+
+
+def alive(where="craft_ds/training/run.py:1 in f", waits=False, collectives=None):
+    return Sight(moved=True, place=Place(where, waits, collectives))
+
+
+def waiting(collectives=None):
+    return alive("distributed/distributed_c10d.py:9 in all_reduce", True, collectives)
+
+
+def test_a_heartbeat_that_stands_still_is_blamed():
+    verdict = silent_ranks([alive(), GONE, alive()], 6.0)
+    assert verdict.ranks == (1,)
+    assert verdict.line == (
+        "rank 1 has stopped or its machine is gone: no sign of life for 6 s; "
+        "resume from the last checkpoint (--resume=true)"
+    )
+
+
+def test_several_are_blamed_together():
+    verdict = silent_ranks([GONE, alive(), GONE], 6.0)
+    assert verdict.ranks == (0, 2)
+    assert verdict.line.startswith("ranks 0, 2 have stopped or their machines are gone: no sign")
+
+
+def test_who_has_left_is_not_missed():
+    assert silent_ranks([alive(), LEFT, alive()], 6.0) is None
+
+
+@pytest.mark.parametrize("late", range(3))
+def test_who_is_outside_a_collective_keeps_the_others_waiting(late):
+    sights = [waiting() for _ in range(3)]
+    sights[late] = alive("data/dataset.py:123 in __getitem__")
+    verdict = hanging_ranks(sights, 600.0)
+    assert verdict.ranks == (late,)
+    assert verdict.line == (
+        f"rank {late} hangs in data/dataset.py:123 in __getitem__ while the others wait for it: "
+        "no progress for 600 s; resume from the last checkpoint (--resume=true), or raise --rank_timeout "
+        "if a step may take that long"
+    )
+
+
+def test_on_a_gpu_where_nobody_waits_in_a_collective_the_fewest_collectives_tell():
+    sights = [
+        alive(collectives=12),
+        alive("data/dataset.py:123 in get", collectives=9),
+        alive(collectives=13),
+    ]
+    verdict = hanging_ranks(sights, 600.0)
+    assert verdict.ranks == (1,)
+    assert "rank 1 hangs in data/dataset.py:123 in get while" in verdict.line
+
+
+def test_a_rank_that_waits_in_an_earlier_collective_than_the_others_is_blamed():
+    assert hanging_ranks([waiting(8), waiting(7), waiting(8)], 600.0).ranks == (1,)
+
+
+def test_who_has_begun_as_many_collectives_as_the_others_is_not_awaited_wherever_it_is():
+    assert hanging_ranks([waiting(7), alive(collectives=7), waiting(7)], 600.0).ranks == ()
+
+
+def test_counts_that_one_rank_does_not_know_are_not_used():
+    assert hanging_ranks([waiting(8), waiting(7), alive(collectives=None)], 600.0).ranks == (2,)
+
+
+def test_several_late_ranks_are_blamed_together_with_their_places():
+    verdict = hanging_ranks([waiting(), alive("a.py:1 in f"), alive("b.py:2 in g")], 600.0)
+    assert verdict.ranks == (1, 2)
+    assert verdict.line.startswith(
+        "ranks 1, 2 hang while the others wait for them (rank 1 in a.py:1 in f; rank 2 in b.py:2 in g): "
+    )
+
+
+@pytest.mark.parametrize("sight", [waiting(7), alive(collectives=7)])
+def test_nobody_is_blamed_where_all_do_the_same(sight):
+    verdict = hanging_ranks([sight] * 6, 600.0)
+    assert verdict.ranks == ()
+    assert verdict.line.startswith("all ranks hang, and none keeps the others waiting (rank 0 is in ")
+    assert "rank 3 is in" in verdict.line
+    assert "rank 4 is in" not in verdict.line
+
+
+def test_who_has_left_does_not_hang():
+    assert hanging_ranks([LEFT, waiting(), waiting()], 600.0).ranks == ()
+
+
+def test_a_rank_that_does_not_say_where_it_is_is_named():
+    verdict = hanging_ranks([waiting(), Sight(moved=True), waiting()], 600.0)
+    assert "; rank 1 did not say where)" in verdict.line
+
+
+def place_while(wait, **given):
+    """The place of a thread in `wait(inside, leave)`, which calls `inside` and loops while not `leave`."""
+    entered, leave = threading.Event(), []
+    thread = threading.Thread(target=wait, args=(entered.set, leave))
+    thread.start()
+    assert entered.wait(10)
+    time.sleep(0.1)
+    place = place_of(thread.ident, **given)
+    leave.append(True)
+    thread.join()
+    return place
+
+
+def spin(inside, leave):
+    inside()
+    while not leave:
+        pass
+
+
+def test_a_place_is_the_innermost_frame():
+    place = place_while(spin, collectives=4)
+    assert re.fullmatch(r"distributed/test_diagnosis.py:\d+ in spin", place.where)
+    assert not place.waits
+    assert place.collectives == 4
+
+
+def test_the_frame_of_the_package_that_led_there_is_named_too():
+    place = place_while(lambda inside, leave: all_ranks(lambda: spin(inside, leave)), collectives=None)
+    assert ", called from craft_ds/distributed/collectives.py:" in place.where
+    assert place.where.endswith(" in all_ranks")
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "waits"),
+    [
+        ("/site-packages/torch/distributed/distributed_c10d.py", "all_reduce", True),
+        ("/site-packages/deepspeed/comm/torch.py", "all_reduce", True),
+        ("/site-packages/deepspeed/runtime/zero/partition_parameters.py", "wait", True),
+        ("/site-packages/deepspeed/runtime/engine.py", "forward", False),
+        ("/site-packages/torch/nn/modules/linear.py", "forward", False),
+    ],
+)
+def test_which_frames_wait_for_the_others(file, function, waits):
+    namespace = {}
+    source = f"def {function}(inside, leave):\n    inside()\n    while not leave: pass\n"
+    exec(compile(source, file, "exec"), namespace)
+    assert place_while(namespace[function], collectives=None).waits is waits
+
+
+def test_a_thread_that_has_ended_has_a_place():
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+    assert place_of(thread.ident, None).where == "a thread that has ended"

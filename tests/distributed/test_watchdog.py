@@ -1,0 +1,50 @@
+"""The parts of the watch that need no second rank; `tests/distributed/test_lost_ranks.py` has the others."""
+
+import threading
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from craft_ds.distributed.watchdog import Peers, _may_come_from_others, group_timeout
+
+OF_OTHERS = [
+    RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:11931"),
+    RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv"),
+    RuntimeError("NCCL error: remote process exited or there was a network error"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated."),
+    dist.DistBackendError("ncclRemoteError"),
+    dist.DistNetworkError("Failed to recv, got 0 bytes"),
+]
+OWN = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+    KeyError("gloo"),
+    ConnectionResetError("Connection reset by peer"),
+    KeyboardInterrupt(),
+]
+
+
+@pytest.mark.parametrize("error", OF_OTHERS)
+def test_errors_behind_which_another_rank_may_be(error):
+    assert _may_come_from_others(error)
+
+
+@pytest.mark.parametrize("error", OWN)
+def test_errors_of_the_rank_itself(error):
+    assert not _may_come_from_others(error)
+
+
+def test_a_run_of_one_rank_starts_no_thread_and_explains_nothing():
+    before = threading.active_count()
+    peers = Peers(timeout=0.01, interval=0.01)
+    peers.progress()
+    assert threading.active_count() == before
+    assert peers.explain(OF_OTHERS[0]) is None
+    peers.close()
+    peers.close(OWN[0])
+
+
+@pytest.mark.parametrize(("rank_timeout", "minutes"), [(600, 30), (900, 30), (3600, 120)])
+def test_the_group_waits_longer_than_the_watch_and_not_for_ever(rank_timeout, minutes):
+    assert group_timeout(rank_timeout) == timedelta(minutes=minutes)

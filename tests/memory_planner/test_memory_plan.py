@@ -1,0 +1,120 @@
+"""Plans add up, scale as sharding does, and meet a measured step."""
+
+import pytest
+import torch
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
+from small_policies import WORKLOAD, full_batch, read, small_config
+
+from craft_ds.config.configs import CraftConfig, LoraConfig
+from craft_ds.engines.single import SingleEngine
+from craft_ds.lora.adapters import add_adapters
+from craft_ds.lora.peft_config import to_peft
+from craft_ds.memory_planner import ENGINES
+from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.plan import plan_memory
+from craft_ds.memory_planner.shapes import Workload, skeleton_without_tokenizers
+from craft_ds.memory_planner.simulate import simulate_pass
+from craft_ds.memory_planner.tensor_memory import MemoryCounter
+from craft_ds.policies.token_loss import PolicyWithLoss
+from craft_ds.training.train_step import retention_step
+
+BUCKET = 10_000
+LORA = LoraConfig(enabled=True, rank=2)
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return simulate_pass(small_config(), WORKLOAD)
+
+
+def setting(engine, ranks, **options):
+    return Setting(engine, ranks, reduce_bucket=BUCKET, persistence=0, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_plan_of_one_process_is_what_a_retention_step_takes(lora, dtype):
+    config = small_config()
+    policy = skeleton_without_tokenizers(config)
+    if lora:
+        add_adapters(policy, to_peft(lora, config, base_path=""))
+    task, anchors = full_batch(config, 1), full_batch(config, 2)
+    with MemoryCounter() as counter:
+        engine = SingleEngine(
+            PolicyWithLoss(policy),
+            read,
+            lambda: torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-4),
+            torch.device("cpu"),
+            dtype,
+        )
+        for _ in range(2):
+            counter.peak = 0
+            retention_step(engine, [task], [anchors], None, 1.0, CraftConfig(enabled=True), 1.0)
+    trace = simulate_pass(config, WORKLOAD, dtype=dtype, autocast=True, lora=lora)
+    options = {"compute": dtype.itemsize, "foreach_optimizer": False}
+    planned = plan_memory(trace, WORKLOAD, setting("single", 1, **options))
+    assert planned.total == pytest.approx(counter.peak, rel=0.02)
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_more_ranks_take_less_each(trace, engine):
+    totals = [
+        (plan.total, plan.host)
+        for plan in (plan_memory(trace, WORKLOAD, setting(engine, ranks)) for ranks in (2, 4, 8))
+    ]
+    assert totals == sorted(totals, reverse=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lora_and_checkpointing_take_less(trace, engine):
+    full = plan_memory(trace, WORKLOAD, setting(engine, 2)).total
+    lora = simulate_pass(small_config(), WORKLOAD, lora=LORA)
+    assert plan_memory(lora, WORKLOAD, setting(engine, 2)).total < full
+    checkpointed = simulate_pass(small_config(), WORKLOAD, checkpointing=True)
+    assert plan_memory(checkpointed, WORKLOAD, setting(engine, 2)).total < full
+
+
+def test_optimizer_state_is_sharded(trace):
+    shard = -(-trace.trainable // 4)
+    assert plan_memory(trace, WORKLOAD, setting("fsdp", 4)).optimizer == 8 * shard
+    for engine in ("zero2", "zero3"):  # and fp32 masters
+        assert plan_memory(trace, WORKLOAD, setting(engine, 4)).optimizer == 12 * shard
+    assert plan_memory(trace, WORKLOAD, setting("fsdp_offload", 4)).optimizer == 0
+
+
+def test_second_gradient_costs_a_shard_and_nothing_where_the_host_has_room(trace):
+    shard = -(-trace.trainable // 4)
+    assert plan_memory(trace, WORKLOAD, setting("fsdp", 4)).second_gradient == 4 * shard
+    assert plan_memory(trace, WORKLOAD, setting("zero3", 4)).second_gradient == 4 * shard
+    assert plan_memory(trace, WORKLOAD, setting("zero3_offload", 4)).second_gradient == 0
+
+
+def test_at_full_size_a_second_gradient_of_adapters_is_under_a_hundredth_of_the_model():
+    workload = Workload(batch_size=1, prompt_length=32, action_length=16, cameras=1)
+    trace = simulate_pass(
+        PI0FastConfig(), workload, dtype=torch.bfloat16, checkpointing=True, lora=LoraConfig(enabled=True)
+    )
+    # Rank 8 times both sides of q, k, v, o (8 heads of 256, one of keys and values), gate, up and down.
+    width, heads, head, mlp = 2048, 2048, 256, 16_384
+    sides = 2 * (width + heads) + 2 * (width + head) + 3 * (width + mlp)
+    assert trace.trainable == 18 * 8 * sides == 9_805_824
+    model = 2 * (trace.trainable + trace.frozen)
+    for engine in ("zero2", "zero3", "fsdp"):
+        plan = plan_memory(trace, workload, Setting(engine, 2, compute=2))
+        assert plan.second_gradient == 4 * trace.trainable // 2
+        assert 100 * 2 * plan.second_gradient < model  # of both ranks together
+
+
+def test_logits_are_named_where_they_are_the_peak():
+    workload = Workload(batch_size=4, prompt_length=1, action_length=2000)
+    config = small_config()
+    trace = simulate_pass(config, workload, checkpointing=True)
+    plan = plan_memory(trace, workload, setting("single", 1))
+    assert plan.logits == workload.supervised * config.vocab_size * 8
+
+
+def test_offload_moves_everything_that_is_kept_to_the_host(trace):
+    plan = plan_memory(trace, WORKLOAD, setting("fsdp_offload", 4))
+    assert (plan.parameters, plan.optimizer, plan.gradient, plan.second_gradient) == (0, 0, 0, 0)
+    # Parameters, both moments, g_t and the gradient.
+    assert plan.host == 20 * -(-trace.trainable // 4)

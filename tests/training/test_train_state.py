@@ -1,0 +1,62 @@
+"""Counters of a run, and what a changed number of ranks does to its steps."""
+
+import math
+
+import pytest
+
+from craft_ds.training.train_state import Progress
+from craft_ds.training.train_step import StepResult
+
+
+def applied(loss):
+    return StepResult(loss, 1.0, applied=True, leave=False)
+
+
+SKIPPED = StepResult(math.nan, math.nan, applied=False, leave=False)
+
+
+@pytest.fixture
+def progress():
+    progress = Progress()
+    progress.share(3, 2, 4, world_size=2)
+    return progress
+
+
+def test_a_step_moves_both_places(progress):
+    assert (progress.samples_per_step, progress.anchors_per_step) == (12, 8)
+    progress.advance(applied(2.0), retention=True)
+    progress.advance(applied(4.0), retention=False)
+    assert (progress.step, progress.samples_seen, progress.anchors_seen) == (2, 24, 8)
+    assert progress.take_mean_loss() == 3.0
+    assert math.isnan(progress.take_mean_loss())
+
+
+def test_a_skipped_step_is_counted_and_has_no_loss(progress):
+    for result in (SKIPPED, SKIPPED, applied(1.0), SKIPPED):
+        progress.advance(result, retention=True)
+    assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (4, 3, 1)
+    assert progress.samples_seen == 48
+    assert progress.take_mean_loss() == 1.0
+
+
+def test_another_number_of_ranks_changes_no_step_but_other_flags_do(progress):
+    progress.share(3, 2, 4, world_size=5)
+    assert (progress.samples_per_step, progress.anchors_per_step) == (12, 8)
+    progress.share(4, 2, 4, world_size=5)
+    assert (progress.samples_per_step, progress.anchors_per_step) == (40, 20)
+
+
+def test_the_state_goes_through(progress):
+    progress.advance(applied(2.0), retention=True)
+    progress.latest["craft/lambda"] = 0.5
+    assert Progress.from_state_dict(progress.state_dict()) == progress
+
+
+@pytest.mark.parametrize(
+    "odd", [{"step": -1}, {"step": True}, {"samples_seen": 1.5}, {"losses": None}, {"latest": []}]
+)
+def test_a_state_of_another_kind_is_refused(progress, odd):
+    with pytest.raises(ValueError, match=next(iter(odd))):
+        Progress.from_state_dict(progress.state_dict() | odd)
+    with pytest.raises(TypeError):
+        Progress.from_state_dict({"nonsense": 1})

@@ -1,0 +1,195 @@
+"""The two kinds of step on one process, by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from craft_ds.config.configs import CraftConfig
+from craft_ds.engines.single import SingleEngine
+from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
+from craft_ds.testing.policies import read_from
+from craft_ds.training.train_step import retention_step, task_step
+
+START = (1.0, 2.0)
+LR = 0.1
+
+
+class LinearPolicy(nn.Module):
+    """Loss of a token with slope c is c·w: its gradient is c, whatever w is."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(START))
+
+
+@token_loss.register
+def _(policy: LinearPolicy, batch) -> TokenLoss:
+    slopes = batch["slopes"]
+    return TokenLoss((slopes @ policy.w).sum(), torch.tensor(float(len(slopes))))
+
+
+def tokens(*slopes):
+    return {"slopes": torch.tensor(slopes).reshape(-1, 2)}
+
+
+def engine(optimizer=torch.optim.SGD):
+    policy = LinearPolicy()
+    return SingleEngine(
+        PolicyWithLoss(policy),
+        read_from(policy),
+        lambda: optimizer(policy.parameters(), lr=LR),
+        torch.device("cpu"),
+    )
+
+
+def weights(engine):
+    return engine.module.policy.w.tolist()
+
+
+def craft(**fields):
+    return CraftConfig(enabled=True, **fields)
+
+
+def moved(g_0, g_1):
+    return pytest.approx([START[0] - LR * g_0, START[1] - LR * g_1], rel=1e-6)
+
+
+def test_a_task_step_follows_the_mean_over_tokens():
+    """Two micro-batches of one and three tokens: slopes (4, 0) once and (0, 8) three times."""
+    one = engine()
+    result = task_step(one, [tokens((4.0, 0.0)), tokens(*[(0.0, 8.0)] * 3)], max_norm=0.0)
+    assert result.loss == pytest.approx((4 * 1 + 3 * 8 * 2) / 4)
+    assert result.grad_norm == pytest.approx(math.hypot(1.0, 6.0))
+    assert result.applied
+    assert weights(one) == moved(1.0, 6.0)
+
+
+@pytest.mark.parametrize(("max_norm", "factor"), [(2.5, 0.5), (5.1, 1.0), (0.0, 1.0), (-1.0, 1.0)])
+def test_a_task_step_clips(max_norm, factor):
+    one = engine()
+    result = task_step(one, [tokens((3.0, 4.0))], max_norm)
+    assert result.grad_norm == pytest.approx(5.0)  # before clipping
+    assert weights(one) == moved(3.0 * factor, 4.0 * factor)
+
+
+@pytest.mark.parametrize(
+    ("mode", "merged"),
+    [("weighted", (1.0 + 3.0 * 2.0, 1.0)), ("equal", (1.5, 0.5)), ("task_priority", (3.0, 1.0))],
+)
+def test_a_retention_step_without_conflict(mode, merged):
+    """g_t = (1, 1), g_r = (2, 0), λ = 3."""
+    one = engine()
+    result, seen = retention_step(
+        one, [tokens((1.0, 1.0))], [tokens((2.0, 0.0))], None, 3.0, craft(projection_mode=mode), 0.0
+    )
+    assert seen.triple == pytest.approx((2.0, 2.0, 4.0))
+    assert not seen.merge.conflict
+    assert seen.merge.cosine == pytest.approx(math.sqrt(0.5))
+    assert (result.loss, seen.loss) == pytest.approx((3.0, 2.0))
+    assert result.grad_norm == pytest.approx(math.hypot(*merged))
+    assert weights(one) == moved(*merged)
+
+
+@pytest.mark.parametrize(
+    ("mode", "merged"),
+    [("weighted", (6.0, 1.0)), ("equal", (1.0, 0.5)), ("task_priority", (2.0, 1.0))],
+)
+def test_a_retention_step_with_conflict(mode, merged):
+    """g_t = (-1, 1) loses its part along g_r = (2, 0): (0, 1) is left."""
+    one = engine()
+    _, seen = retention_step(
+        one, [tokens((-1.0, 1.0))], [tokens((2.0, 0.0))], None, 3.0, craft(projection_mode=mode), 0.0
+    )
+    assert seen.merge.conflict
+    assert weights(one) == moved(*merged)
+
+
+def test_a_retention_step_clips_the_merged_gradient():
+    one = engine()
+    result, _ = retention_step(one, [tokens((3.0, 0.0))], [tokens((0.0, 4.0))], None, 1.0, craft(), 1.0)
+    assert result.grad_norm == pytest.approx(5.0)
+    assert weights(one) == moved(0.6, 0.8)
+
+
+def test_each_pass_is_a_mean_over_its_own_tokens():
+    """Four task tokens in one micro-batch, anchors of one and two tokens in two."""
+    one = engine()
+    _, seen = retention_step(
+        one,
+        [tokens(*[(1.0, 0.0)] * 4)],
+        [tokens((0.0, 3.0)), tokens((0.0, 3.0), (0.0, 0.0))],
+        None,
+        1.0,
+        craft(),
+        0.0,
+    )
+    assert seen.triple == pytest.approx((1.0, 0.0, 4.0))
+    assert weights(one) == moved(1.0, 2.0)
+
+
+def test_the_constraint_is_measured_where_no_gradient_is_followed():
+    one = engine()
+    _, seen = retention_step(
+        one,
+        [tokens((1.0, 0.0))],
+        [tokens((0.0, 1.0))],
+        [tokens((5.0, 0.0)), tokens((0.0, 1.0), (0.0, 1.0))],
+        1.0,
+        craft(),
+        0.0,
+    )
+    assert seen.loss == pytest.approx((5.0 + 2.0 + 2.0) / 3)
+    assert weights(one) == moved(1.0, 1.0)
+
+
+def assert_nothing_happened(one, applied):
+    assert not applied
+    assert weights(one) == list(START)
+    assert not one.optimizer.state
+    # And nothing is left over for the next step.
+    assert task_step(one, [tokens((1.0, 0.0))], 0.0).grad_norm == 1.0
+    assert weights(one)[1] == START[1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_task_step_that_is_not_finite_changes_nothing(bad):
+    one = engine(torch.optim.Adam)
+    assert_nothing_happened(one, task_step(one, [tokens((1.0, 1.0)), tokens((1.0, bad))], 1.0).applied)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["task", "anchors", "constraint"])
+def test_a_retention_step_that_is_not_finite_changes_nothing(bad, where):
+    one = engine(torch.optim.Adam)
+    batches = {name: [tokens((1.0, 1.0))] for name in ("task", "anchors", "constraint")}
+    batches[where] = [tokens((1.0, bad))]
+    result, _ = retention_step(one, *batches.values(), 1.0, craft(), 1.0)
+    assert_nothing_happened(one, result.applied)
+
+
+def test_no_supervised_token_anywhere_is_a_step_of_length_zero():
+    one = engine()
+    result = task_step(one, [tokens()], 1.0)
+    assert result == (0.0, 0.0, True, False)
+    result, seen = retention_step(one, [tokens()], [tokens()], [tokens()], 1.0, craft(), 1.0)
+    assert result == (0.0, 0.0, True, False)
+    assert seen.loss == 0.0
+    assert seen.merge.cosine == 0.0
+    assert weights(one) == list(START)
+
+
+def test_anchors_without_tokens_leave_the_task_gradient():
+    one = engine()
+    _, seen = retention_step(one, [tokens((1.0, 1.0))], [tokens()], None, 3.0, craft(), 0.0)
+    assert not seen.merge.conflict
+    assert weights(one) == moved(1.0, 1.0)
+
+
+def test_lambda_zero_and_no_conflict_is_a_task_step():
+    one, other = engine(torch.optim.Adam), engine(torch.optim.Adam)
+    for _ in range(3):
+        task_step(one, [tokens((1.0, 2.0))], 0.5)
+        retention_step(other, [tokens((1.0, 2.0))], [tokens((1.0, 0.0))], None, 0.0, craft(), 0.5)
+    assert weights(one) == pytest.approx(weights(other), rel=1e-6)
