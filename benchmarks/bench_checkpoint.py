@@ -57,10 +57,10 @@ from harness import (
 from lerobot.policies.pretrained import PreTrainedPolicy
 
 from craft_ds.cli import run_main
-from craft_ds.distributed.collectives import gather_objects, on_main
+from craft_ds.distributed.collectives import gather_objects, rank0_only
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
-from craft_ds.memory_planner.shapes import skeleton_without_tokenizers
+from craft_ds.memory_planner.shapes import meta_policy_without_tokenizers
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastConfig
 from craft_ds.policies.weights import WeightReader
 from craft_ds.tensor_io.filesystem import fsync
@@ -124,7 +124,7 @@ def save_once(engine: Engine, method: Method, directory: Path) -> dict[str, floa
         Seconds of the slowest rank, and the bytes of the rank that took the most.
     """
     gc.collect()
-    on_main(os.sync)  # else what others wrote before would be waited for in here
+    rank0_only(os.sync)  # else what others wrote before would be waited for in here
     engine.barrier()
     reset_peak()
     before, began = memory_bytes("VmRSS"), time.perf_counter()
@@ -136,7 +136,7 @@ def save_once(engine: Engine, method: Method, directory: Path) -> dict[str, floa
         engine.barrier()
     done = time.perf_counter() - began
     extra = memory_bytes("VmHWM") - before
-    on_main(lambda: sync_all(directory))
+    rank0_only(lambda: sync_all(directory))
     on_disk = time.perf_counter() - began
     worst = [max(values) for values in zip(*gather_objects((held_up, done, on_disk, extra)), strict=True)]
     return dict(zip(("held_up", "done", "on_disk", "extra"), worst, strict=True))
@@ -167,7 +167,7 @@ def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
     """Save by each method in turn; one row a save, the same on all ranks."""
     join_ranks(case["engine"])
     source, scratch = Path(case["source"]), Path(case["scratch"])
-    policy = skeleton_without_tokenizers(policy_config(case["parameters"]))
+    policy = meta_policy_without_tokenizers(policy_config(case["parameters"]))
     if case["frozen"]:
         freeze(policy)
     with WeightReader(source, policy) as weights:
@@ -188,7 +188,7 @@ def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
             row["one_file"] = is_consolidated(directory, policy)
             check(engine, known[name], directory, saved)
             engine.barrier()
-            on_main(partial(shutil.rmtree, directory))
+            rank0_only(partial(shutil.rmtree, directory))
             if repeat >= 0:
                 rows.append(row)
     engine.close()
@@ -222,7 +222,7 @@ def measure_case(args: argparse.Namespace, source: Path, **case: Any) -> list[di
 
 def write_policy(parameters: float, directory: Path) -> int:
     """Write a policy directory of about so many parameters, and return how many."""
-    policy = skeleton_without_tokenizers(policy_config(parameters))
+    policy = meta_policy_without_tokenizers(policy_config(parameters))
     write_random_weights(policy, directory, torch.float32)
     policy.config._save_pretrained(directory)
     return sum(p.numel() for p in policy.parameters())

@@ -47,9 +47,9 @@ from craft_ds.engines.base import Batch
 from craft_ds.lora.adapters import AdapterPlan
 from craft_ds.lora.peft_config import to_peft
 from craft_ds.lora.weights import open_weights
-from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import Plan, plan_memory
-from craft_ds.memory_planner.shapes import Workload, skeleton_without_tokenizers
+from craft_ds.memory_planner.shapes import Workload, meta_policy_without_tokenizers
 from craft_ds.memory_planner.simulate import PassTrace, simulate_pass
 from craft_ds.training.train_step import retention_step, task_step
 
@@ -121,7 +121,7 @@ def prepare(policy: PreTrainedPolicy, case: dict[str, Any]) -> None:
 
 def skeleton(case: dict[str, Any]) -> PreTrainedPolicy:
     """The base policy without weights and without tokenizers, which no loss needs."""
-    policy = skeleton_without_tokenizers(config())
+    policy = meta_policy_without_tokenizers(config())
     prepare(policy, case)
     return policy
 
@@ -166,7 +166,7 @@ def plan(case: dict[str, Any]) -> tuple[PassTrace, Plan]:
         lora=LORA if case["lora"] else None,
         prepare=lambda policy: prepare(policy, case),
     )
-    setting = Setting(
+    setting = EngineOptions(
         case["engine"],
         case["ranks"],
         compute=2,

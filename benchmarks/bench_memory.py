@@ -40,7 +40,7 @@ from harness import (
 
 from craft_ds.cli import run_main
 from craft_ds.errors import UserError
-from craft_ds.memory_planner.shapes import skeleton_without_tokenizers
+from craft_ds.memory_planner.shapes import meta_policy_without_tokenizers
 from craft_ds.memory_planner.tensor_memory import MemoryCounter
 from craft_ds.policies.weights import WeightReader
 from craft_ds.training.train_step import retention_step, task_step
@@ -110,7 +110,7 @@ class AnonymousPeak:
 def measure_loading(case: dict[str, Any]) -> dict[str, float]:
     """Anonymous memory of this rank, in bytes."""
     join_ranks(case["engine"])
-    policy = skeleton_without_tokenizers(mid_size_config())
+    policy = meta_policy_without_tokenizers(mid_size_config())
     shard = 4 * sum(p.numel() for p in policy.parameters()) / case["world_size"]
     # Libraries import parts of themselves when they are first used.
     _import_what_engines_import()
@@ -145,7 +145,9 @@ def loading(kinds: list[str]) -> list[dict[str, Any]]:
     rows = []
     print(f"\n{'engine':<10}{'ranks':>6}{'shard MB':>10}{'ready':>8}{'making':>8}{'loading':>9}   in shards")
     with tempfile.TemporaryDirectory() as directory:
-        write_random_weights(skeleton_without_tokenizers(mid_size_config()), Path(directory), torch.float32)
+        write_random_weights(
+            meta_policy_without_tokenizers(mid_size_config()), Path(directory), torch.float32
+        )
         for kind in kinds:
             for world_size in (2, 3):
                 case = {"engine": kind, "world_size": world_size, "directory": directory}

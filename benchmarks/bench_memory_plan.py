@@ -39,9 +39,9 @@ from craft_ds.errors import UserError
 from craft_ds.lora.adapters import add_adapters
 from craft_ds.lora.peft_config import to_peft
 from craft_ds.memory_planner import ENGINES
-from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import Plan, plan_memory
-from craft_ds.memory_planner.shapes import Workload, skeleton_without_tokenizers
+from craft_ds.memory_planner.shapes import Workload, meta_policy_without_tokenizers
 from craft_ds.memory_planner.simulate import simulate_pass
 from craft_ds.memory_planner.tensor_memory import MemoryCounter
 from craft_ds.policies.loading import load_policy_config
@@ -129,7 +129,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     dtype = getattr(torch, case["dtype"])
     join_ranks(kind)
     workload = Workload(case["batch_size"], config.tokenizer_max_length, config.max_action_tokens)
-    policy: PreTrainedPolicy = skeleton_without_tokenizers(config)
+    policy: PreTrainedPolicy = meta_policy_without_tokenizers(config)
     if case["lora"]:
         add_adapters(policy, to_peft(lora_flags(case), config, base_path=""))
     if case["checkpointing"] == "full":
@@ -166,7 +166,7 @@ def plan(case: dict[str, Any]) -> Plan:
         zero3=kind.startswith("zero3"),
         lora=lora_flags(case) if case["lora"] else None,
     )
-    setting = Setting(
+    setting = EngineOptions(
         kind,
         1 if kind == "single" else case["world_size"],
         dtype.itemsize,

@@ -30,7 +30,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 
 from craft_ds.cli import run_main
 from craft_ds.engines.base import Batch
-from craft_ds.memory_planner.shapes import skeleton_without_tokenizers
+from craft_ds.memory_planner.shapes import meta_policy_without_tokenizers
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.vision import vision_features, vision_tower
 from craft_ds.policies.weights import unique_tensors
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def whole_policy() -> PreTrainedPolicy:
     """The policy with its random weights."""
-    policy = skeleton_without_tokenizers(mid_size_config())
+    policy = meta_policy_without_tokenizers(mid_size_config())
     materialize_(policy, "cpu")
     with torch.no_grad():
         for name, tensor in unique_tensors(policy).items():
@@ -88,7 +88,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         passes["features"] = [with_features(whole, batch) for batch in passes["images"]]
     else:
         passes = {"trainable": passes["images"]}
-    policy = skeleton_without_tokenizers(mid_size_config())
+    policy = meta_policy_without_tokenizers(mid_size_config())
     vision_tower(policy).requires_grad_(not case["frozen"])
     engine = make_engine(case["engine"], policy, read_from(whole))
     del whole

@@ -19,7 +19,7 @@ import torch
 from harness import ROOT, hardware, write_result
 
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
-from craft_ds.cli import end_process, run_main, train_main
+from craft_ds.cli import exit_without_teardown, run_main, train_main
 from craft_ds.engines.deepspeed import init_distributed
 from craft_ds.errors import UserError
 from craft_ds.testing.datasets import make_test_dataset
@@ -120,7 +120,7 @@ def largest_difference(found: list[float], expected: list[float]) -> float:
 def main() -> None:
     args = parse_arguments()
     if _ROOT in os.environ:
-        end_process(lambda: train_on_these_ranks(Path(os.environ[_ROOT]), args))
+        exit_without_teardown(lambda: train_on_these_ranks(Path(os.environ[_ROOT]), args))
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         make_inputs(root)

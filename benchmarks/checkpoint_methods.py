@@ -11,11 +11,11 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from safetensors.torch import save_file
 
-from craft_ds.checkpoints import BackgroundSaver, load_optimizer, prepare_save
-from craft_ds.checkpoints.save import Save
+from craft_ds.checkpoints import BackgroundSaver, load_optimizer, prepare_checkpoint
+from craft_ds.checkpoints.save import PendingCheckpoint
 from craft_ds.config.configs import CheckpointConfig
 from craft_ds.config.train_config import TrainConfig
-from craft_ds.distributed.collectives import on_main
+from craft_ds.distributed.collectives import rank0_only
 from craft_ds.engines.base import Engine
 from craft_ds.policies.directory import WEIGHTS
 from craft_ds.tensor_io.per_rank_file import open_tensors
@@ -58,8 +58,8 @@ def methods(engine: Engine, policy: PreTrainedPolicy, policy_dir: Path) -> dict[
 def _craft(engine: Engine, policy: PreTrainedPolicy, policy_dir: Path) -> dict[str, Method]:
     saver = BackgroundSaver()
 
-    def prepare(directory: Path, layout: str) -> Save:
-        return prepare_save(
+    def prepare(directory: Path, layout: str) -> PendingCheckpoint:
+        return prepare_checkpoint(
             directory,
             engine=engine,
             config=TrainConfig(
@@ -115,7 +115,7 @@ def _dcp(engine: Engine, policy: PreTrainedPolicy) -> dict[str, Method]:
         # What PyTorch offers for one file: every rank gathers, the first gets it all.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         gathered: dict[str, Any] = get_model_state_dict(policy, options=options)
-        on_main(lambda: save_file(gathered, directory / WEIGHTS, metadata={"format": "pt"}))
+        rank0_only(lambda: save_file(gathered, directory / WEIGHTS, metadata={"format": "pt"}))
 
     def load(directory: Path) -> None:
         values = state()
@@ -145,7 +145,7 @@ def _deepspeed(engine: Engine) -> dict[str, Method]:
     def save_and_convert(directory: Path) -> None:
         save(directory)
         dist.barrier()
-        on_main(
+        rank0_only(
             lambda: convert_zero_checkpoint_to_state_dict(
                 str(directory), str(directory), max_shard_size=None, safe_serialization=True, tag=TAG
             )

@@ -17,16 +17,16 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
-from craft_ds.cli import end_process
+from craft_ds.cli import exit_without_teardown
 from craft_ds.config.configs import CraftConfig, FsdpConfig
-from craft_ds.distributed.collectives import join_process_group
+from craft_ds.distributed.collectives import init_process_group
 from craft_ds.engines.base import Batch, Engine, ReadRange
 from craft_ds.engines.deepspeed_config import read_ds_config, resolve_ds_config
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
 from craft_ds.policies.directory import WEIGHTS
 from craft_ds.policies.loading import load_policy_config
-from craft_ds.policies.meta_init import build_skeleton
+from craft_ds.policies.meta_init import build_on_meta
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastConfig
 from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import WeightReader, unique_tensors
@@ -81,7 +81,7 @@ def serve_case(measure: Callable[[dict[str, Any]], Any]) -> None:
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     case, result = json.loads(os.environ[_CASE]), Path(os.environ[_RESULT], f"{os.environ['RANK']}.json")
-    end_process(lambda: result.write_text(json.dumps(measure(case))))
+    exit_without_teardown(lambda: result.write_text(json.dumps(measure(case))))
 
 
 def run_case(case: dict[str, Any], world_size: int, timeout: float = 600) -> list[Any]:
@@ -169,7 +169,7 @@ def join_ranks(kind: str) -> None:
 
         init_distributed()
     elif kind.startswith("fsdp"):
-        join_process_group()
+        init_process_group()
 
 
 def make_engine(
@@ -184,7 +184,7 @@ def make_engine(
 
     Args:
         kind: `single`, `fsdp`, `fsdp_offload`, or the name of a file in `ds_configs/`.
-        policy: From `build_skeleton`.
+        policy: From `build_on_meta`.
         read: Reads its weights.
         dtype: Of forward and backward.
         build_optimizer: By default AdamW on all parameters that train.
@@ -224,7 +224,7 @@ def build_engine() -> Engine:
     """The shipped teacher in fp32 on the launched number of ranks: one process, or ZeRO-3. Collective."""
     kind = "single" if int(os.environ["WORLD_SIZE"]) == 1 else "zero3"
     join_ranks(kind)
-    policy = build_skeleton(load_policy_config(TEACHER))
+    policy = build_on_meta(load_policy_config(TEACHER))
     with WeightReader(TEACHER, policy) as weights:
         return make_engine(kind, policy, weights.read)
 

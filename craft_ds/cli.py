@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from craft_ds.distributed.env import is_node_main, launched_rank
+from craft_ds.distributed.env import is_local_rank0, launched_rank
 from craft_ds.errors import LOST_RANK_STATUS, Preempted, RankLost, TrainingDiverged, UserError
 
 PREEMPTED_STATUS = 75
@@ -27,19 +27,19 @@ def run_main(action: Callable[[], object]) -> None:
     try:
         action()
     except UserError as error:
-        _leave(f"error: {error}", 2)
+        _exit(f"error: {error}", 2)
     except TrainingDiverged as error:
-        _leave(f"error: {error}", 1)
+        _exit(f"error: {error}", 1)
     except Preempted as notice:
-        _leave(str(notice), PREEMPTED_STATUS)
+        _exit(str(notice), PREEMPTED_STATUS)
     except RankLost as error:
-        _leave(f"error: {error}", LOST_RANK_STATUS, speaks=error.speaks)
+        _exit(f"error: {error}", LOST_RANK_STATUS, speaks=error.speaks)
     except KeyboardInterrupt:
-        _leave("interrupted", 130)
+        _exit("interrupted", 130)
 
 
-def _leave(line: str, status: int, *, speaks: bool | None = None) -> NoReturn:
-    if is_node_main() if speaks is None else speaks:
+def _exit(line: str, status: int, *, speaks: bool | None = None) -> NoReturn:
+    if is_local_rank0() if speaks is None else speaks:
         print(line, file=sys.stderr, flush=True)
     raise SystemExit(status) from None
 
@@ -49,33 +49,33 @@ def train_main() -> None:
 
     def action() -> None:
         # Imported here, inside what turns errors into one line: LeRobot and torch take seconds.
-        from craft_ds.checkpoints.run_directory import mend_last
+        from craft_ds.checkpoints.run_directory import repair_last_link
         from craft_ds.config.parser import normalise_arguments, parse_arguments
-        from craft_ds.distributed.collectives import in_process_group, leave_process_group
+        from craft_ds.distributed.collectives import destroy_process_group, process_group_is_initialized
         from craft_ds.training.resume import choose_checkpoint
         from craft_ds.training.trainer import train_craft
 
-        formed_by_caller = in_process_group()
+        formed_by_caller = process_group_is_initialized()
         chosen = choose_checkpoint(normalise_arguments(sys.argv[1:]))
-        for line in chosen.said if is_node_main() else ():
+        for line in chosen.said if is_local_rank0() else ():
             print(line, flush=True)
         config = parse_arguments(chosen.arguments)
         config.verified_checkpoint = chosen.checkpoint
         if chosen.checkpoint is not None and chosen.is_finished(config.steps):
             if launched_rank() == 0:
-                mend_last(chosen.checkpoint)
+                repair_last_link(chosen.checkpoint)
                 print(
                     f"{chosen.checkpoint} has done all of --steps={config.steps}: there is nothing left to do"
                 )
         else:
             train_craft(config)
         if not formed_by_caller:
-            leave_process_group()
+            destroy_process_group()
 
     run_main(action)
 
 
-def end_process(command: Callable[[], None]) -> NoReturn:
+def exit_without_teardown(command: Callable[[], None]) -> NoReturn:
     """Run a command and end the process with its status, without the interpreter's own leave-taking.
 
     Everything is written and closed by then. Threads of gloo and of the autograd engine still hold tensors;

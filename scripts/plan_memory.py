@@ -92,11 +92,11 @@ def question(args: argparse.Namespace) -> Any:
     import torch
 
     from craft_ds.config.configs import LoraConfig
-    from craft_ds.memory_planner.report import Question
+    from craft_ds.memory_planner.report import PlanRequest
     from craft_ds.memory_planner.shapes import Workload
 
     lora = LoraConfig(enabled=True, preset=args.lora_preset, rank=args.lora_rank)
-    return Question(
+    return PlanRequest(
         workload=Workload(args.batch_size, args.prompt_length, args.action_length, args.cameras),
         engines=tuple(args.engine),
         world_size=args.world_size,

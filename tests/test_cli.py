@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import atexit, sys, threading, time
-from craft_ds.cli import end_process, run_main
+from craft_ds.cli import exit_without_teardown, run_main
 from craft_ds.errors import Preempted, RankLost, TrainingDiverged, UserError
 atexit.register(lambda: print("the interpreter took its leave"))
 threading.Thread(target=time.sleep, args=(60,)).start()  # nobody waits for it
@@ -16,7 +16,7 @@ def command():
     print("done, and not flushed", end="")
     {action}
 
-end_process({how})
+exit_without_teardown({how})
 """
 ENDS = {
     "pass": (0, ""),

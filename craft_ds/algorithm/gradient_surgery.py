@@ -51,7 +51,7 @@ class GramTriple(NamedTuple):
         return math.sqrt(max(a * a * self.tt + 2.0 * a * b * self.tr + b * b * self.rr, 0.0))
 
 
-class Merge(NamedTuple):
+class MergedGradient(NamedTuple):
     """The merged gradient a·g_t + b·g_r and what was seen on the way.
 
     Attributes:
@@ -69,7 +69,7 @@ class Merge(NamedTuple):
     norm: float
 
 
-def merge(triple: GramTriple, multiplier: float, config: CraftConfig) -> Merge:
+def merge(triple: GramTriple, multiplier: float, config: CraftConfig) -> MergedGradient:
     """Weights of the merged gradient.
 
     With a conflict (cos < `conflict_threshold`) and `use_grad_projection`, g_t is replaced by
@@ -97,7 +97,7 @@ def merge(triple: GramTriple, multiplier: float, config: CraftConfig) -> Merge:
             a, b = 1.0, min(multiplier, 1.0) - removed
         case mode:
             raise ValueError(f"unknown projection_mode {mode!r}")
-    return Merge(a, b, conflict, cosine, triple.norm(a, b))
+    return MergedGradient(a, b, conflict, cosine, triple.norm(a, b))
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

@@ -37,7 +37,7 @@ from craft_ds.anchors.cache import (
 )
 from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.anchors.schema import ORIGIN_FIELDS, TOKEN_FIELDS
-from craft_ds.anchors.selection import Draw, draw_anchors
+from craft_ds.anchors.selection import AnchorSelection, select_anchors
 from craft_ds.anchors.vision import half_features, read_tower
 from craft_ds.data.lerobot_dataset import camera_keys, open_dataset
 from craft_ds.errors import UserError
@@ -124,7 +124,7 @@ def build_anchor_cache(options: BuildOptions) -> bool:
     return True
 
 
-def _draw(options: BuildOptions, dataset: LeRobotDataset) -> tuple[Draw, np.ndarray]:
+def _draw(options: BuildOptions, dataset: LeRobotDataset) -> tuple[AnchorSelection, np.ndarray]:
     """The draw, and the task of every drawn frame."""
     columns = dataset.hf_dataset.data
     task, episode = columns.column("task_index").to_numpy(), columns.column("episode_index").to_numpy()
@@ -133,7 +133,7 @@ def _draw(options: BuildOptions, dataset: LeRobotDataset) -> tuple[Draw, np.ndar
             f"--num_samples={options.num_samples} is more than the {len(task)} frames of "
             f"{options.dataset_repo_id}"
         )
-    draw = draw_anchors(task, episode, options.num_samples, options.heldout_fraction, options.seed)
+    draw = select_anchors(task, episode, options.num_samples, options.heldout_fraction, options.seed)
     return draw, task[draw.rows]
 
 
@@ -164,7 +164,7 @@ def _write_shards(
     options: BuildOptions,
     partial: Path,
     dataset: LeRobotDataset,
-    draw: Draw,
+    draw: AnchorSelection,
     task: np.ndarray,
     encoder: Encoder,
     policy: PreTrainedPolicy,
@@ -206,7 +206,9 @@ def _write_shards(
             _write_shard(partial, number, shard, losses)
 
 
-def _uniform_batches(draw: Draw, task: np.ndarray, start: int, options: BuildOptions) -> Iterator[np.ndarray]:
+def _uniform_batches(
+    draw: AnchorSelection, task: np.ndarray, start: int, options: BuildOptions
+) -> Iterator[np.ndarray]:
     """Positions of one shard in batches that do not mix splits or tasks, so that each has its own loss."""
     positions = np.arange(start, min(start + options.shard_size, len(draw.rows)))
     kind = 2 * task[positions] + draw.heldout[positions]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from craft_ds.anchors.cache import FORMAT, VERSION, file_sha256
 from craft_ds.anchors.schema import DTYPES
-from craft_ds.anchors.selection import Draw
+from craft_ds.anchors.selection import AnchorSelection
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import ADAPTER_WEIGHTS, weights_directory
 from craft_ds.policies.directory import CONFIG
@@ -79,7 +79,7 @@ def make_plan(
     teacher: Path,
     config: PreTrainedConfig,
     dataset: LeRobotDataset,
-    draw: Draw,
+    draw: AnchorSelection,
     example: dict[str, Tensor],
     vision_fingerprint: str | None = None,
 ) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.schema import ORIGIN_FIELDS
-from craft_ds.anchors.selection import spread
-from craft_ds.data.batch_partition import StepShare
+from craft_ds.anchors.selection import allocate_evenly
+from craft_ds.data.batch_partition import StepPartition
 from craft_ds.errors import UserError
 
 
@@ -38,7 +38,7 @@ class AnchorSampler:
         UserError: The split has fewer anchors than there are ranks.
     """
 
-    def __init__(self, cache: AnchorCache, split: str, share: StepShare, seed: int) -> None:
+    def __init__(self, cache: AnchorCache, split: str, share: StepPartition, seed: int) -> None:
         members = cache.splits[split]
         _check_enough(cache, split, share.world_size)
         self.seed = seed
@@ -70,7 +70,7 @@ class AnchorSampler:
         return order
 
 
-def sweep(
+def iter_split(
     cache: AnchorCache,
     split: str,
     batch_size: int,
@@ -95,7 +95,9 @@ def sweep(
     """
     strata = _strata(cache, cache.splits[split])
     if limit is not None and limit < len(cache.splits[split]):
-        shares = spread(limit, np.array([len(stratum) for stratum in strata]), np.random.default_rng(0))
+        shares = allocate_evenly(
+            limit, np.array([len(stratum) for stratum in strata]), np.random.default_rng(0)
+        )
         strata = [
             [stratum[i * len(stratum) // share] for i in range(share)]
             for stratum, share in zip(strata, shares, strict=True)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Draw(NamedTuple):
+class AnchorSelection(NamedTuple):
     """Frames drawn from a data set, ordered by split (train first), task, episode and frame.
 
     Attributes:
@@ -19,9 +19,9 @@ class Draw(NamedTuple):
     heldout_episodes: list[int]
 
 
-def draw_anchors(
+def select_anchors(
     task: np.ndarray, episode: np.ndarray, num_samples: int, heldout_fraction: float, seed: int
-) -> Draw:
+) -> AnchorSelection:
     """Draw frames without replacement.
 
     Tasks get equal shares of ``num_samples``, and the episodes of a task equal shares of the task's; what a
@@ -39,20 +39,20 @@ def draw_anchors(
     rng = np.random.default_rng((seed, 1))
     tasks, frames_of_task = np.unique(task, return_counts=True)
     rows = []
-    for one_task, share in zip(tasks, spread(num_samples, frames_of_task, rng), strict=True):
+    for one_task, share in zip(tasks, allocate_evenly(num_samples, frames_of_task, rng), strict=True):
         members = np.flatnonzero(task == one_task)
         members = members[np.argsort(episode[members], kind="stable")]
         _, lengths = np.unique(episode[members], return_counts=True)
         by_episode = np.split(members, np.cumsum(lengths)[:-1])
-        for frames, count in zip(by_episode, spread(int(share), lengths, rng), strict=True):
+        for frames, count in zip(by_episode, allocate_evenly(int(share), lengths, rng), strict=True):
             rows.append(rng.choice(frames, size=count, replace=False))
     drawn = np.concatenate(rows)
     heldout = np.isin(episode[drawn], heldout_episodes)
     order = np.lexsort((drawn, episode[drawn], task[drawn], heldout))
-    return Draw(drawn[order], heldout[order], heldout_episodes)
+    return AnchorSelection(drawn[order], heldout[order], heldout_episodes)
 
 
-def spread(total: int, capacities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def allocate_evenly(total: int, capacities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Share ``total`` as equally as the capacities permit; leftovers go to random ones.
 
     Args:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 
 from craft_ds.anchors.cache import AnchorCache
-from craft_ds.anchors.sampler import AnchorSampler, sweep, to_policy_batch
+from craft_ds.anchors.sampler import AnchorSampler, iter_split, to_policy_batch
 from craft_ds.config.configs import CraftConfig
-from craft_ds.data.batch_partition import StepShare
+from craft_ds.data.batch_partition import StepPartition
 from craft_ds.engines.base import Batch
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class AnchorStream:
         self,
         cache: AnchorCache,
         craft: CraftConfig,
-        share: StepShare,
+        share: StepPartition,
         *,
         device: torch.device,
         rank: int,
@@ -88,7 +88,7 @@ class AnchorStream:
     def heldout_batches(self, micro_batch_size: int, limit: int) -> Iterator[tuple[Batch, bool]]:
         """Every held-out anchor once over all ranks (`limit` of them if above 0), and whether it counts."""
         world_size = self.share.world_size
-        chunks = sweep(self._cache, "heldout", micro_batch_size, self._rank, world_size, limit or None)
+        chunks = iter_split(self._cache, "heldout", micro_batch_size, self._rank, world_size, limit or None)
         for indices, counts in chunks:
             yield self._read(indices), counts
 

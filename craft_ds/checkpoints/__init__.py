@@ -8,17 +8,17 @@ so it resumes at any world size and in any engine. With LoRA it holds PEFT's two
 
 from craft_ds.checkpoints.load import load_optimizer, read_states
 from craft_ds.checkpoints.manifest import read_manifest, verify_checkpoint
-from craft_ds.checkpoints.run_directory import step_directory, whole_checkpoints
-from craft_ds.checkpoints.save import BackgroundSaver, prepare_save, save_checkpoint
+from craft_ds.checkpoints.run_directory import complete_checkpoints, step_directory
+from craft_ds.checkpoints.save import BackgroundSaver, prepare_checkpoint, save_checkpoint
 
 __all__ = [
     "BackgroundSaver",
+    "complete_checkpoints",
     "load_optimizer",
-    "prepare_save",
+    "prepare_checkpoint",
     "read_manifest",
     "read_states",
     "save_checkpoint",
     "step_directory",
     "verify_checkpoint",
-    "whole_checkpoints",
 ]

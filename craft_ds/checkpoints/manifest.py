@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 import xxhash
 
-from craft_ds.distributed.collectives import all_ranks, gather_objects
+from craft_ds.distributed.collectives import fail_together, gather_objects
 from craft_ds.errors import UserError
 from craft_ds.tensor_io.safe_json import is_count, path_inside, read_object
 
@@ -81,7 +81,7 @@ def hash_files(
         UserError: On all ranks: a file cannot be read.
     """
 
-    def hash_mine() -> tuple[dict[Path, int], dict[tuple[str, int], str]]:
+    def hash_own_files() -> tuple[dict[Path, int], dict[tuple[str, int], str]]:
         try:
             return hash_some()
         except OSError as error:
@@ -97,7 +97,7 @@ def hash_files(
         }
         return sizes, mine
 
-    sizes, mine = all_ranks(hash_mine, group)
+    sizes, mine = fail_together(hash_own_files, group)
     # From here on the main rank may give the directory its final name: no other rank looks into it again.
     found = {key: value for part in gather_objects(mine, group) for key, value in part.items()}
     return {
@@ -199,7 +199,7 @@ def verify_checkpoint(directory: Path, rank: int, world_size: int) -> dict[str, 
     Raises:
         UserError: On all ranks, naming the damaged file.
     """
-    manifest = all_ranks(lambda: read_manifest(directory))
+    manifest = fail_together(lambda: read_manifest(directory))
     length = manifest["segment_bytes"]
     segments = [
         (name, index) for name, entry in manifest["files"].items() for index in range(len(entry[CHECKSUMS]))
@@ -215,5 +215,5 @@ def verify_checkpoint(directory: Path, rank: int, world_size: int) -> dict[str, 
             if found != manifest["files"][name][CHECKSUMS][index]:
                 raise UserError(f"{path} is damaged (checksum): resume from an older checkpoint")
 
-    all_ranks(check)
+    fail_together(check)
     return manifest

@@ -30,7 +30,7 @@ def checkpoint_directories(output_dir: Path) -> list[Path]:
     return [path for path in (*found, output_dir / FINAL) if path.is_dir() and not path.is_symlink()]
 
 
-def whole_checkpoints(output_dir: Path) -> tuple[list[tuple[int, Path]], dict[Path, str]]:
+def complete_checkpoints(output_dir: Path) -> tuple[list[tuple[int, Path]], dict[Path, str]]:
     """The checkpoints of a run whose manifest fits their files by name and size.
 
     Returns:
@@ -64,7 +64,7 @@ def point_last_at(directory: Path) -> None:
     fsync(directory.parent)
 
 
-def mend_last(directory: Path) -> None:
+def repair_last_link(directory: Path) -> None:
     """Let `last` mean a run's final checkpoint: the run may have died between the two renames.
 
     Where the disk cannot be written nothing happens.
@@ -90,7 +90,7 @@ def prune(output_dir: Path, save_total_limit: int, keep_period: int) -> list[Pat
     """
     if not save_total_limit:
         return []
-    whole, _ = whole_checkpoints(output_dir)
+    whole, _ = complete_checkpoints(output_dir)
     periodic = [(step, path) for step, path in whole if path.name != FINAL]
     gone = [
         path for step, path in periodic[save_total_limit:] if not (keep_period and step % keep_period == 0)

@@ -22,14 +22,14 @@ from torch import Tensor
 from craft_ds.checkpoints.manifest import hash_files, write_manifest
 from craft_ds.checkpoints.run_directory import (
     UNFINISHED,
+    complete_checkpoints,
     point_last_at,
     prune,
     remove_unfinished,
-    whole_checkpoints,
 )
-from craft_ds.checkpoints.shard_plan import Contents, contents_of
+from craft_ds.checkpoints.shard_plan import ShardPlan, plan_shards
 from craft_ds.config.train_config import TrainConfig
-from craft_ds.distributed.collectives import all_ranks, on_main
+from craft_ds.distributed.collectives import fail_together, rank0_only
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import ADAPTER_WEIGHTS, Adapters
@@ -46,7 +46,7 @@ CRAFT_STATE = "craft_state.pt"
 
 
 @dataclass(frozen=True)
-class Save:
+class PendingCheckpoint:
     """All that one rank needs to write its part of one checkpoint.
 
     Attributes:
@@ -63,7 +63,7 @@ class Save:
     """
 
     directory: Path
-    contents: Contents
+    contents: ShardPlan
     config: TrainConfig
     policy_dir: Path
     states: dict[str, bytes]
@@ -88,14 +88,14 @@ class Save:
             UserError: On all ranks: the directory exists, the disk is full or not writable.
         """
         try:
-            on_main(lambda: self._told(self._prepare), group)
-            all_ranks(lambda: self._told(self._write_shards), group)
+            rank0_only(lambda: self._told(self._prepare), group)
+            fail_together(lambda: self._told(self._write_shards), group)
             # One waits for the disk and the other for the processor: together they take as long as one.
             with ThreadPoolExecutor(max_workers=1) as beside:
                 synced = beside.submit(self._sync_shards)
                 files = hash_files(self.temporary, self.rank, self.world_size, group)
-                all_ranks(lambda: self._told(synced.result), group)
-            on_main(lambda: self._told(lambda: self._commit(files)), group)
+                fail_together(lambda: self._told(synced.result), group)
+            rank0_only(lambda: self._told(lambda: self._commit(files)), group)
         except UserError:
             if self.rank == 0:  # a full disk needs the room
                 shutil.rmtree(self.temporary, ignore_errors=True)
@@ -123,7 +123,7 @@ class Save:
         for name, content in self.states.items():
             (self.temporary / name).write_bytes(content)
         if self.config.checkpoint.layout == "consolidated":
-            self._create_whole_files()
+            self._create_consolidated_files()
         if self.extra is not None:
             self.extra(self.temporary)
 
@@ -131,7 +131,7 @@ class Save:
         """Where the policy's files are: a run may have deleted the checkpoint that it was resumed from."""
         if self.policy_dir.is_dir():
             return self.policy_dir
-        whole, _ = whole_checkpoints(self.directory.parent)
+        whole, _ = complete_checkpoints(self.directory.parent)
         return whole[0][1] if whole else self.policy_dir
 
     @property
@@ -147,7 +147,7 @@ class Save:
     def _optimizer_metadata(self) -> dict[str, str]:
         return {"steps": str(self.contents.steps)}
 
-    def _create_whole_files(self) -> None:
+    def _create_consolidated_files(self) -> None:
         stored = self.contents.layout.values()
         moments = [spec for parameter in stored for spec in parameter.moments]
         create_tensor_file(self.temporary / OPTIMIZER, moments, self._optimizer_metadata)
@@ -226,7 +226,7 @@ def _as_bytes(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def prepare_save(
+def prepare_checkpoint(
     directory: Path,
     *,
     engine: Engine,
@@ -238,7 +238,7 @@ def prepare_save(
     adapters: Adapters | None = None,
     extra: Callable[[Path], None] | None = None,
     progress: Callable[[], None] = lambda: None,
-) -> Save:
+) -> PendingCheckpoint:
     """Gather what a checkpoint will hold; tensors are views of the engine's. Collective: call on all ranks.
 
     Args:
@@ -253,9 +253,9 @@ def prepare_save(
         extra: Writes further files into the directory that it is given (main rank only).
         progress: Called after each piece of work, by the thread that does it.
     """
-    return Save(
+    return PendingCheckpoint(
         directory=directory,
-        contents=contents_of(engine, adapters),
+        contents=plan_shards(engine, adapters),
         config=config,
         policy_dir=policy_dir,
         states={SCHEDULER: _as_bytes(scheduler_state), CRAFT_STATE: _as_bytes(craft_state)},
@@ -268,12 +268,14 @@ def prepare_save(
 
 
 def save_checkpoint(directory: Path, **kept: Any) -> None:
-    """Write one checkpoint and wait for it; arguments as for `prepare_save`. Collective: call on all ranks.
+    """Write one checkpoint and wait for it. Collective: call on all ranks.
+
+    Takes the arguments of `prepare_checkpoint`.
 
     Raises:
         UserError: On all ranks: the directory exists, the disk is full or not writable.
     """
-    prepare_save(directory, **kept).write()
+    prepare_checkpoint(directory, **kept).write()
 
 
 class BackgroundSaver:
@@ -292,7 +294,7 @@ class BackgroundSaver:
         self._directory: Path | None = None
         self._error: BaseException | None = None
 
-    def start(self, save: Save) -> None:
+    def start(self, save: PendingCheckpoint) -> None:
         """Copy what is to be saved and write it in the background, once the save before was waited for."""
         assert self._thread is None, "call `wait` first"
         self._directory = save.directory
@@ -300,7 +302,7 @@ class BackgroundSaver:
         self._thread = threading.Thread(target=self._write, args=(save,), name="save", daemon=True)
         self._thread.start()
 
-    def _write(self, save: Save) -> None:
+    def _write(self, save: PendingCheckpoint) -> None:
         try:
             save.write(self._group)
         except BaseException as error:

@@ -34,7 +34,7 @@ class StoredParameter(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Contents:
+class ShardPlan:
     """Parameters and optimizer state of one rank, to be written with those of the others.
 
     Attributes:
@@ -51,7 +51,7 @@ class Contents:
     steps: int
     adapters: Adapters | None
 
-    def on_host(self, memory: dict[str, Tensor]) -> "Contents":
+    def on_host(self, memory: dict[str, Tensor]) -> "ShardPlan":
         """The same in host memory of its own, which training does not change.
 
         Args:
@@ -76,7 +76,7 @@ class Contents:
         return replace(self, shards=lambda: copies, buffers=buffers)
 
 
-def contents_of(engine: Engine, adapters: Adapters | None) -> Contents:
+def plan_shards(engine: Engine, adapters: Adapters | None) -> ShardPlan:
     """Views of all that is written. Collective: call on all ranks.
 
     Args:
@@ -121,4 +121,4 @@ def contents_of(engine: Engine, adapters: Adapters | None) -> Contents:
         tensors = unique_tensors(policy).items()
         rest = {name: tensor.detach().cpu() for name, tensor in tensors if name not in layout}
     steps = [int(state["step"]) for state in engine.optimizer.state.values() if "step" in state]
-    return Contents(shards, layout, rest, max(steps, default=0), adapters)
+    return ShardPlan(shards, layout, rest, max(steps, default=0), adapters)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from craft_ds.errors import UserError
 
 
-class StepShare(NamedTuple):
+class StepPartition(NamedTuple):
     """The parts of a step: one for each rank and micro-batch, which differ by one sample at most.
 
     Attributes:
@@ -29,7 +29,7 @@ class StepShare(NamedTuple):
         return range(first + self.total * part // parts, first + self.total * (part + 1) // parts)
 
 
-def share_step(total: int, world_size: int, micro_batch_size: int, what: str) -> StepShare:
+def partition_step(total: int, world_size: int, micro_batch_size: int, what: str) -> StepPartition:
     """Deal a step out in micro-batches of about `micro_batch_size` samples, none of them empty.
 
     Args:
@@ -48,4 +48,4 @@ def share_step(total: int, world_size: int, micro_batch_size: int, what: str) ->
             "or raise --batch_size and --craft.anchor_batch_size"
         )
     wanted = -(-total // (world_size * micro_batch_size))
-    return StepShare(total, world_size, min(wanted, total // world_size))
+    return StepPartition(total, world_size, min(wanted, total // world_size))

@@ -33,7 +33,7 @@ def check_dataset_root(root: str | Path, flag: str = "--dataset_root") -> None:
         raise UserError(f"{flag}={root} holds no LeRobot data set: {root / 'meta' / 'info.json'} is missing")
     for folder in (root / "meta" / "episodes", root / "data"):
         files = sorted(folder.glob("*/*.parquet"))
-        broken = [file for file in files if not _parquet_is_whole(file)]
+        broken = [file for file in files if not _parquet_is_complete(file)]
         if broken or not files:
             what = f"{broken[0]} is cut off" if broken else f"{folder} holds no parquet file"
             raise UserError(
@@ -105,7 +105,7 @@ def _check_features(
             raise UserError(f"data set {meta.repo_id} has no {key}, which the policy needs")
 
 
-def _parquet_is_whole(file: Path) -> bool:
+def _parquet_is_complete(file: Path) -> bool:
     """A parquet file ends with a magic word that is written last."""
     with open(file, "rb") as stream:
         stream.seek(0, 2)

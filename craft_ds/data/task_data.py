@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from craft_ds.data.lerobot_dataset import check_dataset_root
 from craft_ds.errors import UserError
 from craft_ds.distributed.preemption import ignore_in_worker
-from craft_ds.data.batch_partition import StepShare
+from craft_ds.data.batch_partition import StepPartition
 from craft_ds.config.train_config import TrainConfig
 
 
@@ -36,7 +36,7 @@ class StepSampler(Sampler[list[int]]):
         first: Place in the stream of the first sample to draw.
     """
 
-    def __init__(self, size: int, share: StepShare, rank: int, seed: int, first: int = 0):
+    def __init__(self, size: int, share: StepPartition, rank: int, seed: int, first: int = 0):
         self.size, self._share, self._rank = size, share, rank
         self._seed, self._first = seed, first
         self._order = (-1, torch.empty(0, dtype=torch.int64))

@@ -12,7 +12,7 @@ from torch.distributed.constants import default_pg_timeout
 from craft_ds.errors import UserError
 
 
-def join_process_group(timeout: timedelta | None = None) -> None:
+def init_process_group(timeout: timedelta | None = None) -> None:
     """Join the process group that the launcher described, or form one of a single process.
 
     Every rank takes its own accelerator first: what is exchanged before a model is built would otherwise go
@@ -38,12 +38,12 @@ def join_process_group(timeout: timedelta | None = None) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def in_process_group() -> bool:
+def process_group_is_initialized() -> bool:
     """Whether this process has joined a process group."""
     return dist.is_initialized()
 
 
-def leave_process_group() -> None:
+def destroy_process_group() -> None:
     """Leave the process group, if there is one. Collective: call on all ranks."""
     if dist.is_initialized():
         dist.barrier()  # gloo fails the last to leave if the first has left
@@ -64,7 +64,7 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return values
 
 
-def all_ranks(action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
+def fail_together(action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
     """Run an action on every rank; if it fails on one, it fails on all, so that no rank waits for ever.
 
     Collective: call on all ranks.
@@ -90,18 +90,18 @@ def all_ranks(action: Callable[[], Any], group: dist.ProcessGroup | None = None)
     return result
 
 
-def main_first(action: Callable[[], Any]) -> Any:
+def rank0_first(action: Callable[[], Any]) -> Any:
     """Run an action on rank 0 first (it may download), then on the others. Collective."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    result = all_ranks(lambda: action() if is_main else None)
-    return all_ranks(lambda: result if is_main else action())
+    result = fail_together(lambda: action() if is_main else None)
+    return fail_together(lambda: result if is_main else action())
 
 
-def on_main(action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
+def rank0_only(action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
     """Run an action on rank 0 alone while the others wait. Collective: call on all ranks.
 
     Returns:
         What it returned there, on all ranks.
     """
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    return gather_objects(all_ranks(action if is_main else lambda: None, group), group)[0]
+    return gather_objects(fail_together(action if is_main else lambda: None, group), group)[0]

@@ -26,7 +26,7 @@ class Place(NamedTuple):
     collectives: int | None
 
 
-class Sight(NamedTuple):
+class RankStatus(NamedTuple):
     """One rank, as its heartbeat at two moments shows it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Sight(NamedTuple):
     place: Place | None = None
 
 
-class Verdict(NamedTuple):
+class Diagnosis(NamedTuple):
     """A line without line breaks that says what is the matter and the mend, and the ranks that it blames."""
 
     line: str
@@ -81,27 +81,27 @@ def _waits(frame: FrameType) -> bool:
     return "/deepspeed/" in file and frame.f_code.co_name == "wait"
 
 
-def silent_ranks(sights: Sequence[Sight], watched: float) -> Verdict | None:
+def silent_ranks(statuses: Sequence[RankStatus], watched: float) -> Diagnosis | None:
     """Blame the ranks without a sign of life.
 
     Args:
-        sights: One a rank, in rank order.
+        statuses: One a rank, in rank order.
         watched: Seconds between the two moments.
 
     Returns:
         None where every rank lives or has left of its own accord.
     """
-    silent = tuple(rank for rank, sight in enumerate(sights) if not (sight.moved or sight.closed))
+    silent = tuple(rank for rank, status in enumerate(statuses) if not (status.moved or status.closed))
     if not silent:
         return None
     stopped = "has stopped or its machine is" if len(silent) == 1 else "have stopped or their machines are"
-    return Verdict(
+    return Diagnosis(
         f"{_names(silent)} {stopped} gone: no sign of life for {watched:.0f} s; {RESUME}",
         silent,
     )
 
 
-def hanging_ranks(sights: Sequence[Sight], stalled: float) -> Verdict:
+def hanging_ranks(statuses: Sequence[RankStatus], stalled: float) -> Diagnosis:
     """Blame the ranks that live, but do not come to where the others wait.
 
     All ranks begin the same collectives in the same order, so those that have begun fewest are awaited by the
@@ -109,11 +109,13 @@ def hanging_ranks(sights: Sequence[Sight], stalled: float) -> Verdict:
     result is read. Only where torch does not tell the counts, those outside a collective are blamed.
 
     Args:
-        sights: One a rank, in rank order; all are alive or have left.
+        statuses: One a rank, in rank order; all are alive or have left.
         stalled: Seconds without progress.
     """
-    places = {rank: sight.place for rank, sight in enumerate(sights) if not sight.closed and sight.place}
-    unheard = [rank for rank, sight in enumerate(sights) if not sight.closed and not sight.place]
+    places = {
+        rank: status.place for rank, status in enumerate(statuses) if not status.closed and status.place
+    }
+    unheard = [rank for rank, status in enumerate(statuses) if not status.closed and not status.place]
     late = _late(places)
     mend = f"no progress for {stalled:.0f} s; {RESUME}, or raise --rank_timeout if a step may take that long"
     if late and len(late) < len(places):
@@ -122,13 +124,13 @@ def hanging_ranks(sights: Sequence[Sight], stalled: float) -> Verdict:
             line = f"rank {late[0]} hangs in {places[late[0]].where} while the others wait for it: {mend}"
         else:
             line = f"{_names(late)} hang while the others wait for them ({where}): {mend}"
-        return Verdict(line, late)
+        return Diagnosis(line, late)
     where = "; ".join(f"rank {rank} is in {place.where}" for rank, place in [*places.items()][:_MOST_PLACES])
     if len(places) > _MOST_PLACES:
         where += "; …"
     if unheard:
         where += f"; {_names(unheard)} did not say where"
-    return Verdict(f"all ranks hang, and none keeps the others waiting ({where}): {mend}", ())
+    return Diagnosis(f"all ranks hang, and none keeps the others waiting ({where}): {mend}", ())
 
 
 def _late(places: dict[int, Place]) -> tuple[int, ...]:

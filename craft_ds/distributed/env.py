@@ -13,6 +13,6 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def is_node_main() -> bool:
+def is_local_rank0() -> bool:
     """Whether this process speaks for its node before the process group exists."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from craft_ds.distributed.diagnosis import Place, Sight, Verdict
+from craft_ds.distributed.diagnosis import Diagnosis, Place, RankStatus
 
 
-class News(NamedTuple):
+class Heartbeat(NamedTuple):
     """What a rank hears at each of its heartbeats.
 
     Attributes:
@@ -25,12 +25,12 @@ class News(NamedTuple):
 
     progress: int
     asked: bool
-    told: Verdict | None
+    told: Diagnosis | None
     next_beat: int
     host_closed: bool
 
 
-class PeerBoard:
+class HeartbeatStore:
     """The store, through a connection of its own, since one that waits keeps its other users waiting.
 
     Any of its methods takes for ever where the host of the store hangs, whatever timeout the store has: they
@@ -50,14 +50,14 @@ class PeerBoard:
         # An elastic launcher's agent hosts it; otherwise the first rank does, and takes it along.
         self.host_rank = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
 
-    def beat(self, progress: int) -> News:
+    def beat(self, progress: int) -> Heartbeat:
         """Show a sign of life, and hear the news.
 
         Args:
             progress: What this rank has done since its last beat.
         """
         self._store.add(f"beat/{self._rank}", 1)
-        return News(
+        return Heartbeat(
             progress=self._store.add("progress", progress),
             asked=self._store.check(["asked"]),
             told=_verdict(self._read("told")),
@@ -77,20 +77,20 @@ class PeerBoard:
         """Every rank's heartbeats; 0 for one that has not begun."""
         return [self._store.add(f"beat/{rank}", 0) for rank in range(self._world_size)]
 
-    def sights(self, before: list[int]) -> list[Sight]:
+    def statuses(self, before: list[int]) -> list[RankStatus]:
         """What is to be seen of every rank, compared with its heartbeats at an earlier moment."""
-        sights = []
+        statuses = []
         for rank, (beats, earlier) in enumerate(zip(self.beats(), before, strict=True)):
-            sights.append(
-                Sight(
+            statuses.append(
+                RankStatus(
                     moved=beats != earlier or rank == self._rank,
                     closed=self._store.check([f"closed/{rank}"]),
                     place=_place(self._read(f"place/{rank}")),
                 )
             )
-        return sights
+        return statuses
 
-    def tell(self, why: Verdict) -> None:
+    def tell(self, why: Diagnosis) -> None:
         """Say why the run ends, unless another rank has."""
         if self._store.add("tellers", 1) == 1:
             self._store.set("told", json.dumps(why))
@@ -116,8 +116,8 @@ def _place(said: Any) -> Place | None:
     return said and Place(*said)
 
 
-def _verdict(said: Any) -> Verdict | None:
-    return said and Verdict(said[0], tuple(said[1]))
+def _verdict(said: Any) -> Diagnosis | None:
+    return said and Diagnosis(said[0], tuple(said[1]))
 
 
 def count_collectives() -> int | None:

@@ -18,9 +18,16 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from craft_ds.distributed.collectives import gather_objects
-from craft_ds.distributed.diagnosis import RESUME, Sight, Verdict, hanging_ranks, place_of, silent_ranks
-from craft_ds.distributed.env import is_node_main
-from craft_ds.distributed.heartbeat_store import News, PeerBoard, count_collectives
+from craft_ds.distributed.diagnosis import (
+    RESUME,
+    Diagnosis,
+    RankStatus,
+    hanging_ranks,
+    place_of,
+    silent_ranks,
+)
+from craft_ds.distributed.env import is_local_rank0
+from craft_ds.distributed.heartbeat_store import Heartbeat, HeartbeatStore, count_collectives
 from craft_ds.errors import LOST_RANK_STATUS, RankLost, one_line
 
 # The last is what a launcher brings about that ends all processes after one has died.
@@ -30,7 +37,7 @@ _OF_OTHERS = re.compile(
 )
 
 
-class Peers:
+class RankWatchdog:
     """What a rank shows the others of itself, and what it knows of them. Does nothing in a run of one rank.
 
     Two threads: one writes a heartbeat to the store every `interval` seconds and hears what the others have
@@ -73,8 +80,8 @@ class Peers:
         self._rank = dist.get_rank()
         # Several runs of one process share a store, and so do the attempts of an elastic launcher.
         run = gather_objects(secrets.token_hex(8))[0]
-        self._board = PeerBoard(self._rank, dist.get_world_size(), run)
-        self._news = News(0, False, None, 0, False)
+        self._board = HeartbeatStore(self._rank, dist.get_world_size(), run)
+        self._news = Heartbeat(0, False, None, 0, False)
         self._questions: queue.Queue[tuple[Callable[[], Any], Future] | None] = queue.Queue()
         self._threads = [
             threading.Thread(target=target, name=f"peers-{target.__name__.strip('_')}", daemon=True)
@@ -112,14 +119,14 @@ class Peers:
         if not self._judging.acquire(timeout=14 * self._interval):
             return None
         try:
-            verdict = self._silent()
+            diagnosis = self._silent()
         except Exception:
-            verdict = self._without_store()
-        if verdict is None:
+            diagnosis = self._without_store()
+        if diagnosis is None:
             self._judging.release()
             return None
-        self._tell(verdict)
-        return RankLost(verdict.line, speaks=self._speaks())
+        self._tell(diagnosis)
+        return RankLost(diagnosis.line, speaks=self._speaks())
 
     def close(self, error: BaseException | None = None) -> None:
         """Say goodbye, so that nobody misses this rank, and end the threads. Calling it again does nothing.
@@ -134,8 +141,8 @@ class Peers:
             return
         if error is not None:
             line = f"rank {self._rank} failed: {type(error).__name__}: {one_line(error)}"
-            self._tell(Verdict(line, (self._rank,)))
-        self._say_goodbye()
+            self._tell(Diagnosis(line, (self._rank,)))
+        self._announce_exit()
         self._leaving.set()
         self._questions.put(None)
         for thread in self._threads:
@@ -160,7 +167,11 @@ class Peers:
                 if self._news.asked:
                     self._board.write_place(place_of(self._main, count_collectives()))
                 # Before the store may go: who is to repeat what was told? The main rank has the first chance.
-                if self._news.told and self._rank not in self._news.told.ranks and (heard or is_node_main()):
+                if (
+                    self._news.told
+                    and self._rank not in self._news.told.ranks
+                    and (heard or is_local_rank0())
+                ):
                     self._claim()
                 if question is not None:
                     question[1].set_result(question[0]())
@@ -228,55 +239,55 @@ class Peers:
         last_resort.daemon = True
         last_resort.start()
         try:
-            verdict = self._silent() if stalled is None else self._hanging(stalled)
+            diagnosis = self._silent() if stalled is None else self._hanging(stalled)
         except Exception:
-            verdict = self._without_store(stalled)
-        if verdict is None:
+            diagnosis = self._without_store(stalled)
+        if diagnosis is None:
             last_resort.cancel()
             return
         try:
-            self._tell(verdict)
+            self._tell(diagnosis)
             speaks = self._speaks()
-            if speaks or self._rank in verdict.ranks:
+            if speaks or self._rank in diagnosis.ranks:
                 faulthandler.dump_traceback(file=2)
             if speaks:
                 # Not by sys.stderr: the main thread may hang with its lock.
-                os.write(2, f"error: {verdict.line}\n".encode())
-            self._say_goodbye()
+                os.write(2, f"error: {diagnosis.line}\n".encode())
+            self._announce_exit()
         finally:
             os._exit(LOST_RANK_STATUS)
 
     # Verdicts.
 
-    def _silent(self) -> Verdict | None:
+    def _silent(self) -> Diagnosis | None:
         return self._news.told or self._compare(intervals=2)[0]
 
-    def _hanging(self, stalled: float) -> Verdict | None:
+    def _hanging(self, stalled: float) -> Diagnosis | None:
         if self._news.told:
             return self._news.told
         self._ask(self._board.ask)
         done = (self._progress, self._news.progress)
-        verdict, sights = self._compare(intervals=4)
-        if verdict or self._leaving.is_set():
-            return verdict
+        diagnosis, statuses = self._compare(intervals=4)
+        if diagnosis or self._leaving.is_set():
+            return diagnosis
         if done != (self._progress, self._news.progress):
             return None
-        return hanging_ranks(sights, stalled)
+        return hanging_ranks(statuses, stalled)
 
-    def _compare(self, intervals: int) -> tuple[Verdict | None, list[Sight]]:
+    def _compare(self, intervals: int) -> tuple[Diagnosis | None, list[RankStatus]]:
         """Look at the others at two moments. What one of them tells meanwhile is the verdict."""
         before = self._ask(self._board.beats)
         for _ in range(2 * intervals):
             if self._news.told or self._leaving.wait(self._interval / 2):
                 return self._news.told, []
-        sights = self._ask(lambda: self._board.sights(before))
+        statuses = self._ask(lambda: self._board.statuses(before))
         if self._news.told:
-            return self._news.told, sights
-        verdict = silent_ranks(sights, intervals * self._interval)
-        self._missing = verdict.ranks if verdict else ()
-        return verdict, sights
+            return self._news.told, statuses
+        diagnosis = silent_ranks(statuses, intervals * self._interval)
+        self._missing = diagnosis.ranks if diagnosis else ()
+        return diagnosis, statuses
 
-    def _without_store(self, stalled: float | None = None) -> Verdict | None:
+    def _without_store(self, stalled: float | None = None) -> Diagnosis | None:
         """Blame the host of the store, unless it has said what is the matter or has left in good order."""
         if self._news.told:
             return self._news.told
@@ -284,17 +295,19 @@ class Peers:
             if stalled is None:
                 return None
             where = place_of(self._main, None).where
-            return Verdict(f"rank {self._rank} hangs in {where} for {stalled:.0f} s; {RESUME}", (self._rank,))
+            return Diagnosis(
+                f"rank {self._rank} hangs in {where} for {stalled:.0f} s; {RESUME}", (self._rank,)
+            )
         if self._board.host_rank is None:
             line = "the launcher's agent on the machine of rank 0 has stopped or the machine is gone"
-            return Verdict(f"{line}: the store that it hosts does not answer; {RESUME}", ())
+            return Diagnosis(f"{line}: the store that it hosts does not answer; {RESUME}", ())
         host = self._board.host_rank
         line = f"rank {host} has stopped or its machine is gone: the store that it hosts does not answer"
-        return Verdict(f"{line}; {RESUME}", (host,))
+        return Diagnosis(f"{line}; {RESUME}", (host,))
 
     # Words to the others and to the user.
 
-    def _tell(self, why: Verdict) -> None:
+    def _tell(self, why: Diagnosis) -> None:
         self._try(lambda: self._board.tell(why))
 
     def _claim(self) -> None:
@@ -304,13 +317,13 @@ class Peers:
 
     def _speaks(self) -> bool:
         """Whether this rank is the one of its machine to speak: the main one, if it does so in time."""
-        if not is_node_main():
+        if not is_local_rank0():
             self._leaving.wait(self._interval)
         if self._speaker is None:
             self._try(self._claim)
         return self._speaker is not False
 
-    def _say_goodbye(self) -> None:
+    def _announce_exit(self) -> None:
         self._try(self._board.close)
         deadline = time.monotonic() + 4 * self._interval
         while self._board.host_rank == self._rank and time.monotonic() < deadline:
@@ -320,7 +333,7 @@ class Peers:
 
 
 def group_timeout(rank_timeout: float) -> timedelta:
-    """The process group's own timeout: torch's for gloo, and longer than `Peers` take to speak."""
+    """The process group's own timeout: torch's for gloo, and longer than `RankWatchdog` take to speak."""
     return max(timedelta(minutes=30), timedelta(seconds=2 * rank_timeout))
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from craft_ds.config.train_config import TrainConfig
-from craft_ds.distributed.collectives import join_process_group
+from craft_ds.distributed.collectives import init_process_group
 from craft_ds.distributed.watchdog import group_timeout
 from craft_ds.engines.base import Engine, ReadRange
 from craft_ds.engines.deepspeed_config import check_step_size, read_ds_config, resolve_ds_config
@@ -71,7 +71,7 @@ def check_step(config: TrainConfig, samples_per_step: int) -> None:
     )
 
 
-def join_group(config: TrainConfig) -> bool:
+def init_engine_process_group(config: TrainConfig) -> bool:
     """Form the process group that the engine needs. Collective: call on all ranks.
 
     Returns:
@@ -82,7 +82,7 @@ def join_group(config: TrainConfig) -> bool:
     """
     formed_by_caller = dist.is_initialized()
     if config.engine.name == "fsdp":
-        join_process_group(group_timeout(config.rank_timeout))
+        init_process_group(group_timeout(config.rank_timeout))
     if config.engine.name == "zero":
         try:
             # Imported here: the other engines run without DeepSpeed.

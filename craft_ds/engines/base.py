@@ -93,7 +93,7 @@ class Engine(Protocol):
         """Update the parameters with `gradient()` as it stands, then empty it. Collective."""
         ...
 
-    def drop_gradient(self) -> None:
+    def zero_grad(self) -> None:
         """Empty the accumulated gradient without a step."""
         ...
 

@@ -12,23 +12,23 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from craft_ds.distributed.collectives import join_process_group
+from craft_ds.distributed.collectives import init_process_group
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
 from craft_ds.engines.deepspeed_cpu_adam import cpu_adam
-from craft_ds.engines.zero2_shards import Zero2Layout, without_broadcast
-from craft_ds.engines.zero3_shards import Zero3Layout, partition_parameters_
-from craft_ds.engines.zero_shards import ZeroLayout
+from craft_ds.engines.zero2_shards import Zero2Shards, without_broadcast
+from craft_ds.engines.zero3_shards import Zero3Shards, partition_parameters_
+from craft_ds.engines.zero_shards import ZeroShards
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
 from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss
 
 
 def init_distributed(timeout: timedelta | None = None) -> None:
-    """Join the process group and tell DeepSpeed of it; arguments as `join_process_group`. Collective."""
+    """Join the process group and tell DeepSpeed of it; arguments as `init_process_group`. Collective."""
     if not torch.cuda.is_available():
         # Without it DeepSpeed compiles a shared-memory collective for 70 s; gloo gives the same numbers.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    join_process_group(timeout)
+    init_process_group(timeout)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it also where no launcher has set it
     deepspeed.init_distributed(verbose=False)
 
@@ -89,11 +89,11 @@ class ZeroEngine:
         with without_broadcast() if stage == 2 else nullcontext():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.device = self._engine.device
-        self._layout: ZeroLayout
+        self._layout: ZeroShards
         if stage == 3:
-            self._layout = Zero3Layout(self._engine.optimizer, module.policy)
+            self._layout = Zero3Shards(self._engine.optimizer, module.policy)
         else:
-            self._layout = Zero2Layout(self._engine.optimizer, module.policy, self.rank, self.world_size)
+            self._layout = Zero2Shards(self._engine.optimizer, module.policy, self.rank, self.world_size)
         self.optimizer = self._layout.optimizer
         # DeepSpeed casts buffers too: rotary frequencies rounded to bf16 are a radian off at position 500.
         for name, buffer in module.named_buffers():
@@ -137,9 +137,9 @@ class ZeroEngine:
         self._engine.step()
         if not self._engine.was_step_applied():
             raise RuntimeError("DeepSpeed skipped a step whose gradient norm was found finite")
-        self.drop_gradient()
+        self.zero_grad()
 
-    def drop_gradient(self) -> None:
+    def zero_grad(self) -> None:
         """Empty the accumulator."""
         self._layout.clear_gradient()
 
@@ -161,7 +161,7 @@ class ZeroEngine:
         """Set this rank's part of every parameter. Collective: call on all ranks."""
         self._layout.load_frozen(read)
         self._layout.load_masters(read)
-        self._layout.publish_masters()
+        self._layout.copy_masters_to_params()
 
     @torch.no_grad()
     def load_optimizer(self, read: ReadRange, keys: Sequence[str], steps: int) -> None:

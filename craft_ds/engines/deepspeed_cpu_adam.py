@@ -10,7 +10,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
-from craft_ds.distributed.env import is_node_main
+from craft_ds.distributed.env import is_local_rank0
 from craft_ds.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def wait_for_other_builders(directory: Path) -> None:
     """
     mark = directory / "lock"
     began = time.monotonic()
-    said = not is_node_main()
+    said = not is_local_rank0()
     while (age := _age_s(mark)) is not None:
         if age > LONGEST_BUILD_S:
             _remove_old(mark)

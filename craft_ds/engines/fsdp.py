@@ -110,15 +110,15 @@ class FsdpEngine:
     def take_gradient(self) -> Sequence[Tensor]:
         """Hand over the local rows of every `.grad` themselves: no copy."""
         gradients = self.gradient()
-        self.drop_gradient()
+        self.zero_grad()
         return gradients
 
     def step(self) -> None:
         """One optimizer step on the shards; nothing is communicated."""
         self.optimizer.step()
-        self.drop_gradient()
+        self.zero_grad()
 
-    def drop_gradient(self) -> None:
+    def zero_grad(self) -> None:
         """Set every `.grad` to None."""
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -91,15 +91,15 @@ class SingleEngine:
     def take_gradient(self) -> Sequence[Tensor]:
         """Hand over the `.grad` tensors themselves: no copy."""
         gradients = self.gradient()
-        self.drop_gradient()
+        self.zero_grad()
         return gradients
 
     def step(self) -> None:
         """One optimizer step."""
         self.optimizer.step()
-        self.drop_gradient()
+        self.zero_grad()
 
-    def drop_gradient(self) -> None:
+    def zero_grad(self) -> None:
         """Set every `.grad` to None."""
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from craft_ds.engines.zero_shards import FrozenPart, Partition, ZeroLayout
+from craft_ds.engines.zero_shards import FrozenPart, Partition, ZeroShards
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
 
@@ -18,7 +18,7 @@ def without_broadcast() -> AbstractContextManager:
     return patch.object(DeepSpeedEngine, "_broadcast_model", lambda engine: None)
 
 
-class Zero2Layout(ZeroLayout):
+class Zero2Shards(ZeroShards):
     """Access to a `DeepSpeedZeroOptimizer` of stage 2 by shard.
 
     All parameters of a group lie one after the other in a flat tensor that is cut into equal ranges, one a
@@ -135,7 +135,7 @@ class Zero2Layout(ZeroLayout):
         if self.offloaded:
             self._into_masters()
 
-    def publish_masters(self) -> None:
+    def copy_masters_to_params(self) -> None:
         """Copy the masters into the parameters and gather those of all ranks. Collective."""
         self._zero.update_lp_params()
 

@@ -7,7 +7,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from craft_ds.engines.zero_shards import FrozenPart, Partition, ZeroLayout
+from craft_ds.engines.zero_shards import FrozenPart, Partition, ZeroShards
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
 
@@ -48,7 +48,7 @@ def partition_parameters_(module: nn.Module, config: dict[str, Any], dtype: torc
             setattr(owner, name, partitioned[old])
 
 
-class Zero3Layout(ZeroLayout):
+class Zero3Shards(ZeroShards):
     """Access to a `DeepSpeedZeroOptimizer_Stage3` by shard.
 
     Gradients of all micro-batches add up in one flat buffer. With offload DeepSpeed copies it into the
@@ -119,7 +119,7 @@ class Zero3Layout(ZeroLayout):
         if self.offloaded:
             self._into_masters()
 
-    def publish_masters(self) -> None:
+    def copy_masters_to_params(self) -> None:
         """Copy the masters into the partitions and gather the persistent ones. Collective."""
         for group in range(len(self._groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)

@@ -63,7 +63,7 @@ class FrozenPart:
     values: Tensor
 
 
-class ZeroLayout(ABC):
+class ZeroShards(ABC):
     """Access to a ZeRO optimizer by shard.
 
     Args:
@@ -141,7 +141,7 @@ class ZeroLayout(ABC):
         """Put `gradient` where DeepSpeed's step reads it."""
 
     @abstractmethod
-    def publish_masters(self) -> None:
+    def copy_masters_to_params(self) -> None:
         """Copy the masters into the parameters that forward uses. Collective: call on all ranks."""
 
     @abstractmethod
@@ -153,7 +153,7 @@ class ZeroLayout(ABC):
         """Set what this rank keeps of the frozen parameters."""
 
     def load_masters(self, read: ReadRange) -> None:
-        """Set this rank's masters; `publish_masters` makes them seen."""
+        """Set this rank's masters; `copy_masters_to_params` makes them seen."""
         for part in self.partitions:
             fill_(part.of(self.masters), read, part.name, part.start)
 

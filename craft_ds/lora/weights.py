@@ -24,7 +24,7 @@ from craft_ds.lora.adapters import (
 )
 from craft_ds.policies.loading import build_policy, fill_policy_, resolve_policy_path
 from craft_ds.policies.weights import WeightReader, weights_sha256
-from craft_ds.tensor_io.per_rank_file import ScatteredFile, open_tensors
+from craft_ds.tensor_io.per_rank_file import PerRankFile, open_tensors
 from craft_ds.tensor_io.tensor_file import TensorFile
 
 BASE_SHA256 = "base_weights_sha256"
@@ -60,7 +60,7 @@ class AdaptedWeights:
             self.adapters: Adapters = replace(add_adapters(policy, plan.config), base_sha256=base_sha256)
             self._shapes = {name: tuple(p.shape) for name, p in policy.named_parameters()}
             self._seed = seed
-            self._stored: TensorFile | ScatteredFile | None = None
+            self._stored: TensorFile | PerRankFile | None = None
             if plan.stored is not None:
                 self._stored = self._open(plan.stored / ADAPTER_WEIGHTS, base_sha256, plan.base)
         except BaseException:
@@ -86,7 +86,7 @@ class AdaptedWeights:
             return self._row_norms(name.split(".lora_magnitude_vector.")[0], start, stop)
         return self._initial(name).reshape(-1)[start:stop]
 
-    def _open(self, path: Path, base_sha256: str, base: Path) -> TensorFile | ScatteredFile:
+    def _open(self, path: Path, base_sha256: str, base: Path) -> TensorFile | PerRankFile:
         try:
             file = open_tensors(path)
             self._files.enter_context(file)

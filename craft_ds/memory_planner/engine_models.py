@@ -6,12 +6,12 @@ and from then until the next event.
 
 from typing import Protocol
 
-from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.simulate import Event, PassTrace
-from craft_ds.memory_planner.zero3_prefetch import Zero3Gather
+from craft_ds.memory_planner.zero3_prefetch import Zero3Prefetch
 
 
-class Rhythm(Protocol):
+class EngineMemoryModel(Protocol):
     """An engine during one pass.
 
     Attributes:
@@ -25,16 +25,16 @@ class Rhythm(Protocol):
         ...
 
 
-def make_rhythm(trace: PassTrace, setting: Setting) -> Rhythm:
+def make_memory_model(trace: PassTrace, setting: EngineOptions) -> EngineMemoryModel:
     """The rhythm of an engine at the beginning of a pass."""
     if setting.engine == "single":
-        return SingleRhythm()
+        return SingleMemoryModel()
     if setting.engine.startswith("fsdp"):
-        return FsdpRhythm(trace, setting)
-    return ZeroRhythm(trace, setting)
+        return FsdpMemoryModel(trace, setting)
+    return ZeroMemoryModel(trace, setting)
 
 
-class SingleRhythm:
+class SingleMemoryModel:
     """Gradients grow as backward goes on; nothing moves."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class SingleRhythm:
         return 0, 0
 
 
-class FsdpRhythm:
+class FsdpMemoryModel:
     """FSDP2 (torch/distributed/fsdp/_fully_shard: `_fsdp_param_group.py`, `_fsdp_collectives.py`).
 
     Gathering allocates one flat buffer and then a tensor a parameter; backward gathers the next unit's flat
@@ -54,7 +54,7 @@ class FsdpRhythm:
     into one flat fp32 buffer, which lives until the next unit's, and reduced into shards.
     """
 
-    def __init__(self, trace: PassTrace, setting: Setting):
+    def __init__(self, trace: PassTrace, setting: EngineOptions):
         self.gradient = 0
         self._units, self._s = trace.units, setting
         forward = dict.fromkeys(e.unit for e in trace.events if e.kind == "forward")
@@ -115,16 +115,16 @@ class FsdpRhythm:
         return self._s.compute * (parameters + sum(self._pending)) + self._reducing
 
 
-class ZeroRhythm:
-    """DeepSpeed ZeRO (`runtime/zero/stage3.py`, `stage_1_and_2.py`); `Zero3Gather` gathers for stage 3.
+class ZeroMemoryModel:
+    """DeepSpeed ZeRO (`runtime/zero/stage3.py`, `stage_1_and_2.py`); `Zero3Prefetch` gathers for stage 3.
 
     Gradients are copied into the bucket as they come; a full bucket is flattened once more and reduced.
     """
 
-    def __init__(self, trace: PassTrace, setting: Setting):
+    def __init__(self, trace: PassTrace, setting: EngineOptions):
         self.gradient = 0
         self._units, self._s = trace.units, setting
-        self._parameters = Zero3Gather(trace, setting) if setting.engine != "zero2" else None
+        self._parameters = Zero3Prefetch(trace, setting) if setting.engine != "zero2" else None
         self._bucket = 0
         self._frozen: int | None = None
         self._done = [0] * len(trace.units)
@@ -147,7 +147,7 @@ class ZeroRhythm:
         steady = self._held()
         return max(momentary, steady), steady
 
-    def _move(self, parameters: Zero3Gather, event: Event) -> int:
+    def _move(self, parameters: Zero3Prefetch, event: Event) -> int:
         if event.kind == "forward_end":
             parameters.leave(event.unit)
         if event.kind == "backward" and self._frozen is not None:

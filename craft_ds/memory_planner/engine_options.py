@@ -6,7 +6,7 @@ from craft_ds.engines.deepspeed_config import SUB_GROUP
 
 
 @dataclass(frozen=True)
-class Setting:
+class EngineOptions:
     """An engine, its ranks and its options; the defaults are those of the project.
 
     Attributes:

@@ -22,8 +22,8 @@ zero2          c (T + F)     4 T/n                   8 T/n       4 T/n          
 
 from dataclasses import dataclass, replace
 
-from craft_ds.memory_planner.engine_models import make_rhythm
-from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.engine_models import make_memory_model
+from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.shapes import Workload
 from craft_ds.memory_planner.simulate import PassTrace
 
@@ -71,7 +71,7 @@ class Plan:
         )
 
 
-def plan_memory(trace: PassTrace, workload: Workload, setting: Setting) -> Plan:
+def plan_memory(trace: PassTrace, workload: Workload, setting: EngineOptions) -> Plan:
     """What a retention step takes on one rank.
 
     Args:
@@ -85,7 +85,7 @@ def plan_memory(trace: PassTrace, workload: Workload, setting: Setting) -> Plan:
     return replace(max(in_pass, in_step, key=lambda plan: plan.total), host=max(in_pass.host, in_step.host))
 
 
-def _kept(trace: PassTrace, s: Setting) -> Plan:
+def _kept(trace: PassTrace, s: EngineOptions) -> Plan:
     """What does not change during a step."""
     trainable, frozen = trace.trainable, trace.frozen
     shard, frozen_shard = -(-trainable // s.ranks), -(-frozen // s.ranks)
@@ -132,9 +132,9 @@ def _kept(trace: PassTrace, s: Setting) -> Plan:
     )
 
 
-def _in_pass(trace: PassTrace, workload: Workload, s: Setting, kept: Plan) -> Plan:
+def _in_pass(trace: PassTrace, workload: Workload, s: EngineOptions, kept: Plan) -> Plan:
     """The peak of the second pass."""
-    rhythm = make_rhythm(trace, s)
+    rhythm = make_memory_model(trace, s)
     # lm_head's output, in fp32 too where that is another tensor, and its logarithmic softmax.
     logits = workload.supervised * trace.vocabulary * (8 if s.compute == 4 else 10)
     peak, alive = kept, False
@@ -158,7 +158,7 @@ def _in_pass(trace: PassTrace, workload: Workload, s: Setting, kept: Plan) -> Pl
     return peak
 
 
-def _in_step(trace: PassTrace, s: Setting, kept: Plan) -> Plan:
+def _in_step(trace: PassTrace, s: EngineOptions, kept: Plan) -> Plan:
     """The optimizer's step, when the pass's own memory is free again."""
     shard = -(-trace.trainable // s.ranks)
     if s.offloads:

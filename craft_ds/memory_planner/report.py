@@ -10,7 +10,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 
 from craft_ds.config.configs import LoraConfig
-from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import Plan, plan_memory
 from craft_ds.memory_planner.shapes import Workload
 from craft_ds.memory_planner.simulate import PassTrace, simulate_pass
@@ -29,7 +29,7 @@ _COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """What is to be planned.
 
     Attributes:
@@ -71,7 +71,7 @@ class Row(NamedTuple):
     checkpointed: Plan
 
 
-def plan_all(config: PreTrainedConfig, question: Question) -> Iterator[Row]:
+def plan_all(config: PreTrainedConfig, question: PlanRequest) -> Iterator[Row]:
     """A row for every engine: full training first, then LoRA.
 
     Raises:
@@ -95,7 +95,7 @@ def plan_all(config: PreTrainedConfig, question: Question) -> Iterator[Row]:
         if engine.startswith("fsdp"):
             ranks //= question.dp_replicate
         bucket = question.reduce_bucket or (50_000_000 if engine == "zero2" else 100_000_000)
-        setting = Setting(engine, ranks, compute=question.dtype.itemsize, reduce_bucket=bucket)
+        setting = EngineOptions(engine, ranks, compute=question.dtype.itemsize, reduce_bucket=bucket)
         # Without frozen weights every layer keeps its input anyway.
         linear = lora is not None and engine.startswith("zero3")
         traces = [trace(engine == "single", linear, full, lora is not None) for full in (False, True)]
@@ -103,7 +103,7 @@ def plan_all(config: PreTrainedConfig, question: Question) -> Iterator[Row]:
         yield Row(engine, lora, traces[0].trainable, traces[0].frozen, plain, checkpointed)
 
 
-def table(rows: Iterable[Row], question: Question) -> Iterator[str]:
+def table(rows: Iterable[Row], question: PlanRequest) -> Iterator[str]:
     """The rows as lines of text, as they become known."""
     rows = iter(rows)
     first = next(rows)
@@ -136,7 +136,7 @@ def _trained(row: Row) -> str:
     )
 
 
-def as_json(row: Row, question: Question) -> dict[str, Any]:
+def as_json(row: Row, question: PlanRequest) -> dict[str, Any]:
     """A row, in bytes."""
     plans = {"none": row.plain, "full": row.checkpointed}
     return {

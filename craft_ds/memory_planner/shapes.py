@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoProcessor, AutoTokenizer
 
 from craft_ds.errors import UserError
-from craft_ds.policies.meta_init import build_skeleton
+from craft_ds.policies.meta_init import build_on_meta
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,15 @@ class Unit:
         return self.trainable_sizes + self.frozen_sizes
 
 
-def skeleton_without_tokenizers(config: PreTrainedConfig) -> PreTrainedPolicy:
-    """`build_skeleton` where no tokenizer is at hand: the policy can compute its loss, but not act.
+def meta_policy_without_tokenizers(config: PreTrainedConfig) -> PreTrainedPolicy:
+    """`build_on_meta` where no tokenizer is at hand: the policy can compute its loss, but not act.
 
     Raises:
         UserError: The policy cannot be built, for example because it fetches a part from the hub.
     """
     if not isinstance(config, PI0FastConfig):
         try:
-            return build_skeleton(config)
+            return build_on_meta(config)
         except Exception as error:
             raise UserError(
                 f"cannot build a policy of type {config.type} without weights: {error}"
@@ -99,7 +99,7 @@ def skeleton_without_tokenizers(config: PreTrainedConfig) -> PreTrainedPolicy:
         patch.object(AutoTokenizer, "from_pretrained", return_value=NoTokenizer()),
         patch.object(AutoProcessor, "from_pretrained", return_value=NoTokenizer()),
     ):
-        return build_skeleton(config)
+        return build_on_meta(config)
 
 
 def describe(policy: nn.Module, units: list[nn.Module]) -> tuple[Unit, ...]:

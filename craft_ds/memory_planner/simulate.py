@@ -29,7 +29,7 @@ from craft_ds.memory_planner.shapes import (
     Workload,
     describe,
     fake_batch,
-    skeleton_without_tokenizers,
+    meta_policy_without_tokenizers,
     to_fake_,
     with_cameras,
 )
@@ -125,7 +125,7 @@ def simulate_pass(
     if not isinstance(config, PI0FastConfig):
         raise UserError(f"policy type {config.type}: activations can be planned for pi0_fast only")
     config = with_cameras(config, workload.cameras)
-    policy = skeleton_without_tokenizers(config)
+    policy = meta_policy_without_tokenizers(config)
     assert isinstance(policy, PI0FastPolicy)
     if prepare is not None:
         prepare(policy)
@@ -174,13 +174,13 @@ class _Recorder:
         for index, unit in enumerate(units):
             owner |= {id(parameter): index for parameter in unit.parameters()}
             unit.register_forward_pre_hook(lambda *_, index=index: self.note("forward", index))
-            unit.register_forward_hook(lambda *_, index=index: self._leave(index, _[-1]))
+            unit.register_forward_hook(lambda *_, index=index: self._exit(index, _[-1]))
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 index = owner.get(id(parameter), len(units))
                 parameter.register_post_accumulate_grad_hook(partial(self._gradient, index))
 
-    def _leave(self, index: int, output: Any) -> None:
+    def _exit(self, index: int, output: Any) -> None:
         self.note("forward_end", index)
         if isinstance(output, Tensor) and output.requires_grad:
             # The gradient of a unit's output is there: its backward pass begins.

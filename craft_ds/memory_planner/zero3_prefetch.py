@@ -9,7 +9,7 @@ is asked for alone is gathered where it stays.
 from dataclasses import dataclass
 from math import inf
 
-from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.simulate import PassTrace
 
 
@@ -22,7 +22,7 @@ class _Flat:
     copied: bool = False
 
 
-class Zero3Gather:
+class Zero3Prefetch:
     """The gathered parameters during one pass.
 
     What the recorded order of modules uses again within `stage3_max_reuse_distance` elements is kept from
@@ -30,7 +30,7 @@ class Zero3Gather:
     flows. So is what was looked at ahead for its backward pass while it was still there.
     """
 
-    def __init__(self, trace: PassTrace, setting: Setting):
+    def __init__(self, trace: PassTrace, setting: EngineOptions):
         self._s = setting
         self._sizes = [
             tuple(size for size in unit.sizes if size > setting.persistence) for unit in trace.units

@@ -28,10 +28,10 @@ from craft_ds.policies.directory import (
     read_config,
     read_pipeline,
 )
-from craft_ds.policies.meta_init import build_skeleton, materialize_
+from craft_ds.policies.meta_init import build_on_meta, materialize_
 from craft_ds.policies.remote_code import check_step, check_tokenizer
 from craft_ds.policies.tiny_pi0_fast.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
-from craft_ds.policies.weights import WEIGHTS_INDEX, WeightReader, is_scattered, unique_tensors, weight_files
+from craft_ds.policies.weights import WEIGHTS_INDEX, WeightReader, is_per_rank, unique_tensors, weight_files
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
 # No size of a policy is above this, and none has more layers.
@@ -151,17 +151,17 @@ def fill_policy_(policy: PreTrainedPolicy, read: ReadRange, device: str) -> None
 
 
 def build_policy(config: PreTrainedConfig, directory: Path) -> PreTrainedPolicy:
-    """A policy without weights, as `build_skeleton`, where its weights are there to be read.
+    """A policy without weights, as `build_on_meta`, where its weights are there to be read.
 
     Raises:
         UserError: A weight file is missing, or the policy cannot be built (a tokenizer cannot be loaded).
     """
-    if not is_scattered(directory):
+    if not is_per_rank(directory):
         weight_files(directory)
     _check_sizes(config, directory)
     _check_tokenizers(config)
     try:
-        return build_skeleton(config)
+        return build_on_meta(config)
     except Exception as error:  # whatever constructors and tokenizers say to values that they did not expect
         raise UserError(
             f"cannot build the policy of '{directory}': {one_line(error.__cause__ or error)}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 
-def build_skeleton(config: PreTrainedConfig) -> PreTrainedPolicy:
+def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
     """Build a policy whose parameters take no memory, in evaluation mode.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from craft_ds.errors import UserError, one_line
 from craft_ds.policies.directory import WEIGHTS
-from craft_ds.tensor_io.per_rank_file import ScatteredFile, pieces_of
+from craft_ds.tensor_io.per_rank_file import PerRankFile, pieces_of
 from craft_ds.tensor_io.safe_json import path_inside, read_object
 from craft_ds.tensor_io.tensor_file import TensorFile
 
@@ -33,10 +33,10 @@ class WeightReader:
 
     def __init__(self, directory: Path, policy: nn.Module):
         self._files = ExitStack()
-        self._places: dict[str, tuple[TensorFile | ScatteredFile, str]] = {}
+        self._places: dict[str, tuple[TensorFile | PerRankFile, str]] = {}
         opened: dict[Path, TensorFile] = {}
         shapes = {name: tuple(tensor.shape) for name, tensor in unique_tensors(policy).items()}
-        if is_scattered(directory):
+        if is_per_rank(directory):
             self._open_pieces(directory / WEIGHTS, shapes)
             return
         for name, (path, key) in locate_weights(directory, shapes, tied_names(policy)).items():
@@ -50,7 +50,7 @@ class WeightReader:
 
     def _open_pieces(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         try:
-            file = self._files.enter_context(ScatteredFile(path))
+            file = self._files.enter_context(PerRankFile(path))
             _check_names(path, shapes, {name: shape for name, shape, _ in file.specs()})
         except ValueError as error:
             self._files.close()
@@ -89,7 +89,7 @@ def tied_names(policy: nn.Module) -> dict[str, str]:
     return {name: known for name, known in names.items() if name != known}
 
 
-def is_scattered(directory: Path) -> bool:
+def is_per_rank(directory: Path) -> bool:
     """Whether the weights lie in pieces, as a checkpoint of `--checkpoint.layout=per_rank` has them."""
     return not (directory / WEIGHTS).is_file() and bool(pieces_of(directory / WEIGHTS))
 
@@ -102,7 +102,7 @@ def weight_files(directory: Path) -> list[Path]:
     """
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
-    if is_scattered(directory):
+    if is_per_rank(directory):
         raise UserError(
             f"{directory / WEIGHTS} lies in pieces, one a rank: join them by scripts/export_checkpoint.py"
         )

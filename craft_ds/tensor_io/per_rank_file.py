@@ -55,7 +55,7 @@ def create_piece(path: Path, parts: Iterable[Part], metadata: dict[str, str] | N
     create_tensor_file(path, specs, {**(metadata or {}), _PARTS: json.dumps(places)})
 
 
-class ScatteredFile:
+class PerRankFile:
     """The pieces of a file, read as `TensorFile` reads the whole.
 
     Args:
@@ -126,11 +126,11 @@ class ScatteredFile:
         return torch.cat(found) if found else torch.empty(0, dtype=self._specs[name].dtype)
 
 
-def open_tensors(path: Path) -> TensorFile | ScatteredFile:
+def open_tensors(path: Path) -> TensorFile | PerRankFile:
     """A tensor file, whole or in pieces.
 
     Raises:
         ValueError: It is damaged.
         OSError: It is not there.
     """
-    return ScatteredFile(path) if not path.exists() and pieces_of(path) else TensorFile(path)
+    return PerRankFile(path) if not path.exists() and pieces_of(path) else TensorFile(path)

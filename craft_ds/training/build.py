@@ -19,16 +19,16 @@ from craft_ds.anchors.stream import AnchorStream
 from craft_ds.anchors.vision import check_frozen_tower
 from craft_ds.checkpoints import BackgroundSaver, load_optimizer, read_states, verify_checkpoint
 from craft_ds.checkpoints.load import damaged_state
-from craft_ds.checkpoints.run_directory import move_aside, whole_checkpoints
+from craft_ds.checkpoints.run_directory import complete_checkpoints, move_aside
 from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
 from craft_ds.config.train_config import TrainConfig
-from craft_ds.data.batch_partition import share_step
+from craft_ds.data.batch_partition import partition_step
 from craft_ds.data.task_data import StepSampler, check_processors, load_datasets, training_batches
-from craft_ds.distributed.collectives import all_ranks, main_first, on_main
+from craft_ds.distributed.collectives import fail_together, rank0_first, rank0_only
 from craft_ds.distributed.env import launched_rank, launched_world_size
 from craft_ds.distributed.preemption import Preemption, parse_duration
-from craft_ds.distributed.watchdog import Peers
-from craft_ds.engines import build_engine, check_engine, check_step, join_group
+from craft_ds.distributed.watchdog import RankWatchdog
+from craft_ds.engines import build_engine, check_engine, check_step, init_engine_process_group
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Engine
 from craft_ds.engines.fsdp_wrapping import gathered_dtype
@@ -61,10 +61,10 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cudnn.benchmark = not config.cudnn_deterministic
     ds_config = check_engine(config, launched_world_size())
-    owns_group = join_group(config)
+    owns_process_group = init_engine_process_group(config)
     # A launcher that has lost a rank signals the others, which are to say first who it was.
-    with preemption.listening(), Peers(config.rank_timeout) as peers:
-        run = _build(config, ds_config, preemption, peers, owns_group)
+    with preemption.listening(), RankWatchdog(config.rank_timeout) as watchdog:
+        run = _build(config, ds_config, preemption, watchdog, owns_process_group)
         try:
             yield run
         except Preempted:
@@ -81,27 +81,27 @@ def _build(
     config: TrainConfig,
     ds_config: dict[str, Any] | None,
     preemption: Preemption,
-    peers: Peers,
-    owns_group: bool,
+    watchdog: RankWatchdog,
+    owns_process_group: bool,
 ) -> Run:
     """In the order in which it can fail."""
     world_size = launched_world_size()
     if config.resume and config.verified_checkpoint != config.checkpoint_path:
         verify_checkpoint(config.checkpoint_path, launched_rank(), world_size)
-    kept = all_ranks(lambda: _read_kept(config))
-    inputs = all_ranks(lambda: check_inputs(config))
+    kept = fail_together(lambda: _read_kept(config))
+    inputs = fail_together(lambda: check_inputs(config))
     cameras = policy_cameras(config.policy)
-    train, heldout = main_first(lambda: load_datasets(config, cameras, world_size))
-    progress = all_ranks(lambda: _settle_progress(config, kept, len(train), world_size))
+    train, heldout = rank0_first(lambda: load_datasets(config, cameras, world_size))
+    progress = fail_together(lambda: _settle_progress(config, kept, len(train), world_size))
 
-    policy = all_ranks(lambda: build_fp32_policy(config.policy, inputs.weights_dir))
-    base_sha256 = on_main(lambda: weights_sha256(inputs.weights_dir)) if inputs.plan else ""
-    weights = all_ranks(
+    policy = fail_together(lambda: build_fp32_policy(config.policy, inputs.weights_dir))
+    base_sha256 = rank0_only(lambda: weights_sha256(inputs.weights_dir)) if inputs.plan else ""
+    weights = fail_together(
         lambda: open_weights(policy, inputs.policy_dir, inputs.plan, base_sha256, config.seed or 0)
     )
     adapters = weights.adapters if isinstance(weights, AdaptedWeights) else None
     if config.craft.enabled and config.craft.vision_features:
-        all_ranks(lambda: check_frozen_tower(policy))
+        fail_together(lambda: check_frozen_tower(policy))
     size = _describe_size(policy, adapters)
     warning = _wrapping_warning(config, policy)
     if config.activation_checkpointing == "full":
@@ -114,26 +114,26 @@ def _build(
             lambda: config.optimizer.build(policy.get_optim_params()),
             ds_config,
         )
-    preprocessor, postprocessor = all_ranks(
+    preprocessor, postprocessor = fail_together(
         lambda: load_processors(config.policy, inputs.policy_dir, str(engine.device))
     )
     for processor in preprocessor.steps:
         if config.rename_map and isinstance(processor, RenameObservationsProcessorStep):
             processor.rename_map = config.rename_map
-    all_ranks(lambda: check_processors(config, train, preprocessor))
+    fail_together(lambda: check_processors(config, train, preprocessor))
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
-    anchors = all_ranks(lambda: _open_anchors(config, inputs.cache, engine, progress))
+    anchors = fail_together(lambda: _open_anchors(config, inputs.cache, engine, progress))
     dual = DualState(config.craft)
     if config.resume:
-        all_ranks(lambda: load_optimizer(config.checkpoint_path, engine, adapters))
-        all_ranks(lambda: _restore(config.checkpoint_path, kept, dual, scheduler))
-    share = share_step(progress.samples_per_step, engine.world_size, config.batch_size, "task samples")
+        fail_together(lambda: load_optimizer(config.checkpoint_path, engine, adapters))
+        fail_together(lambda: _restore(config.checkpoint_path, kept, dual, scheduler))
+    share = partition_step(progress.samples_per_step, engine.world_size, config.batch_size, "task samples")
     sampler = StepSampler(len(train), share, engine.rank, config.seed or 0, progress.samples_seen)
-    batches = all_ranks(lambda: training_batches(config, train, sampler))
+    batches = fail_together(lambda: training_batches(config, train, sampler))
     saver = BackgroundSaver() if config.checkpoint.background and config.save_checkpoint else None
     engine.barrier()  # nobody makes the output directory before everybody has seen that it is free
-    moved = on_main(lambda: _clear_the_way(config))
-    logger = all_ranks(lambda: _open_logger(config, engine, progress.step))
+    moved = rank0_only(lambda: _move_incomplete_aside(config))
+    logger = fail_together(lambda: _open_logger(config, engine, progress.step))
     logger.say(f"✓ data set: {train.num_episodes} episodes, {len(train)} samples")
     logger.say(f"✓ policy: {config.policy.type}, {size}, {_describe(engine, config)}")
     for line in (*kept.get("changed", ()), *moved, *([f"warning: {warning}"] if warning else [])):
@@ -145,9 +145,9 @@ def _build(
         anchors=anchors,
         progress=progress,
         preemption=preemption,
-        peers=peers,
+        watchdog=watchdog,
         output_dir=Path(config.output_dir),
-        owns_group=owns_group,
+        owns_process_group=owns_process_group,
         adapters=adapters,
         policy_dir=inputs.policy_dir,
         preprocessor=preprocessor,
@@ -233,11 +233,11 @@ def _restore(directory: Path, kept: dict[str, Any], dual: DualState, scheduler: 
         raise damaged_state(directory / SCHEDULER, error) from error
 
 
-def _clear_the_way(config: TrainConfig) -> list[str]:
+def _move_incomplete_aside(config: TrainConfig) -> list[str]:
     """Move what is no whole checkpoint from where this run will write one."""
     if not (config.resume and config.save_checkpoint):
         return []
-    _, broken = whole_checkpoints(Path(config.output_dir))
+    _, broken = complete_checkpoints(Path(config.output_dir))
     return [f"{reason}: {path} is {move_aside(path)} now" for path, reason in broken.items()]
 
 
@@ -261,7 +261,7 @@ def _open_anchors(
 ) -> AnchorStream | None:
     if cache is None:
         return None
-    share = share_step(progress.anchors_per_step, engine.world_size, config.batch_size, "anchors")
+    share = partition_step(progress.anchors_per_step, engine.world_size, config.batch_size, "anchors")
     return AnchorStream(
         cache, config.craft, share, device=engine.device, rank=engine.rank, seed=config.seed or 0
     )

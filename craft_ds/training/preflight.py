@@ -5,17 +5,17 @@ from typing import NamedTuple
 
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.vision import check_vision_features
-from craft_ds.checkpoints import read_manifest, whole_checkpoints
+from craft_ds.checkpoints import complete_checkpoints, read_manifest
 from craft_ds.checkpoints.run_directory import FINAL
 from craft_ds.config.train_config import TrainConfig
-from craft_ds.distributed.env import is_node_main
+from craft_ds.distributed.env import is_local_rank0
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import AdapterPlan, has_adapters, plan_adapters
 from craft_ds.policies.loading import resolve_policy_path
 from craft_ds.training.world_eval import check_world
 
 
-class Inputs(NamedTuple):
+class PreflightResult(NamedTuple):
     """What is there for a run.
 
     Attributes:
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
         return self.plan.base if self.plan else self.policy_dir
 
 
-def check_inputs(config: TrainConfig) -> Inputs:
+def check_inputs(config: TrainConfig) -> PreflightResult:
     """Find what the flags name and check that it fits together. Checksums are read once a node.
 
     Args:
@@ -49,12 +49,12 @@ def check_inputs(config: TrainConfig) -> Inputs:
     check_world(config.world, config.policy)
     if config.resume:
         _check_resumable(config)
-    inputs = Inputs(None, policy_dir, plan_adapters(config.lora, config.policy, policy_dir))
+    inputs = PreflightResult(None, policy_dir, plan_adapters(config.lora, config.policy, policy_dir))
     if not config.craft.enabled:
         return inputs
-    cache = AnchorCache.open(config.craft.anchor_cache_dir, verify=is_node_main())
+    cache = AnchorCache.open(config.craft.anchor_cache_dir, verify=is_local_rank0())
     cache.check_policy(config.policy)
-    if config.craft.vision_features and is_node_main():
+    if config.craft.vision_features and is_local_rank0():
         check_vision_features(cache, inputs.weights_dir, config.policy)
     return inputs._replace(cache=cache)
 
@@ -70,7 +70,7 @@ def _check_resumable(config: TrainConfig) -> None:
         raise UserError(
             f"{config.checkpoint_path} has done {step} of --steps={config.steps}: raise --steps to go on"
         )
-    whole, _ = whole_checkpoints(Path(config.output_dir))
+    whole, _ = complete_checkpoints(Path(config.output_dir))
     later = [path for number, path in whole if number > step or path.name == FINAL]
     if later:
         raise UserError(

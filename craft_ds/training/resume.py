@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import yaml
 from lerobot.configs.train import TRAIN_CONFIG_NAME
 
-from craft_ds.checkpoints import verify_checkpoint, whole_checkpoints
+from craft_ds.checkpoints import complete_checkpoints, verify_checkpoint
 from craft_ds.checkpoints.run_directory import LAST, checkpoint_directories, move_aside
-from craft_ds.distributed.collectives import join_process_group, on_main
+from craft_ds.distributed.collectives import init_process_group, rank0_only
 from craft_ds.distributed.env import launched_rank, launched_world_size
 from craft_ds.errors import UserError
 
@@ -43,7 +43,7 @@ _NOT_LISTED = (
 )
 
 
-class Chosen(NamedTuple):
+class ResumeChoice(NamedTuple):
     """What a command line came down to.
 
     Attributes:
@@ -65,7 +65,7 @@ class Chosen(NamedTuple):
         return self.begins_if_new and self.checkpoint is not None and self.step >= steps
 
 
-def choose_checkpoint(arguments: Sequence[str]) -> Chosen:
+def choose_checkpoint(arguments: Sequence[str]) -> ResumeChoice:
     """Find and verify what `--resume` goes on from. Collective under a launcher: call on all ranks.
 
     `--resume=true` goes on from the checkpoint whose directory or `train_config.json` is `--config_path`, or
@@ -82,9 +82,9 @@ def choose_checkpoint(arguments: Sequence[str]) -> Chosen:
     flags = dict(argument.partition("=")[::2] for argument in arguments)
     mode = flags.get("--resume", "false").lower()
     if mode not in ("true", "auto"):
-        return Chosen(list(arguments))
+        return ResumeChoice(list(arguments))
     if launched_world_size() > 1:
-        join_process_group()
+        init_process_group()
     config_path = Path(flags["--config_path"]) if flags.get("--config_path") else None
     output_dir = flags.get("--output_dir") or _output_dir_of(config_path)
     if mode == "auto":
@@ -98,17 +98,17 @@ def choose_checkpoint(arguments: Sequence[str]) -> Chosen:
         if run is None:
             assert config_path is not None
             manifest = verify_checkpoint(config_path.parent, launched_rank(), launched_world_size())
-            return Chosen(list(arguments), config_path.parent, manifest["step"])
+            return ResumeChoice(list(arguments), config_path.parent, manifest["step"])
     assert run is not None
     found, skipped = _newest(run)
     if found is None:
         if mode == "true":
             reasons = "".join(f"; {reason}" for reason in skipped.values())
             raise UserError(f"--resume=true: {run} holds no whole checkpoint{reasons}")
-        moved = on_main(lambda: move_aside(run) if run.exists() else None)
+        moved = rank0_only(lambda: move_aside(run) if run.exists() else None)
         said = [f"warning: {reason}" for reason in skipped.values()]
         said += [f"no whole checkpoint in {run}, which is {moved} now: the run begins anew"] if moved else []
-        return Chosen([a for a in arguments if not a.startswith("--resume=")], said=tuple(said))
+        return ResumeChoice([a for a in arguments if not a.startswith("--resume=")], said=tuple(said))
     step, checkpoint = found
     # The same command begins a run and goes on with it: what the run began with has done its part.
     replaced = ("--resume", "--config_path", *(("--policy.path",) if mode == "auto" else ()))
@@ -118,8 +118,8 @@ def choose_checkpoint(arguments: Sequence[str]) -> Chosen:
     kept += [f"--config_path={checkpoint / TRAIN_CONFIG_NAME}", "--resume=true"]
     said = [f"warning: skipped: {reason}" for reason in skipped.values()]
     if Path(flags.get("--output_dir") or run).resolve() == run.resolve():
-        said += on_main(lambda: [f"{path} is {move_aside(path)} now" for path in skipped])
-    return Chosen(kept, checkpoint, step, (*said, f"going on from {checkpoint}"), mode == "auto")
+        said += rank0_only(lambda: [f"{path} is {move_aside(path)} now" for path in skipped])
+    return ResumeChoice(kept, checkpoint, step, (*said, f"going on from {checkpoint}"), mode == "auto")
 
 
 def _named_run(config_path: Path | None, output_dir: str | None) -> Path | None:
@@ -151,7 +151,7 @@ def _output_dir_of(config_path: Path | None) -> str | None:
 
 def _newest(run: Path) -> tuple[tuple[int, Path] | None, dict[Path, str]]:
     """The newest checkpoint of which every byte is right, and why others were passed over. Collective."""
-    whole, skipped = on_main(lambda: whole_checkpoints(run))
+    whole, skipped = rank0_only(lambda: complete_checkpoints(run))
     for step, path in whole:
         try:
             verify_checkpoint(path, launched_rank(), launched_world_size())

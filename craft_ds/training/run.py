@@ -15,15 +15,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord
 from craft_ds.anchors.stream import AnchorStream
-from craft_ds.checkpoints import BackgroundSaver, prepare_save, step_directory
+from craft_ds.checkpoints import BackgroundSaver, prepare_checkpoint, step_directory
 from craft_ds.checkpoints.run_directory import FINAL
-from craft_ds.checkpoints.save import Save
+from craft_ds.checkpoints.save import PendingCheckpoint
 from craft_ds.config.train_config import TrainConfig
-from craft_ds.data.batch_partition import StepShare
+from craft_ds.data.batch_partition import StepPartition
 from craft_ds.data.task_data import StepSampler, heldout_batches, images_to_float
-from craft_ds.distributed.collectives import gather_objects, leave_process_group
+from craft_ds.distributed.collectives import destroy_process_group, gather_objects
 from craft_ds.distributed.preemption import Preemption
-from craft_ds.distributed.watchdog import Peers
+from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines.base import Batch, Engine
 from craft_ds.errors import Preempted, TrainingDiverged, UserError
 from craft_ds.lora.adapters import Adapters
@@ -56,7 +56,7 @@ class Run:
         preemption: Whether this rank was asked to leave.
         peers: The other ranks, which must not wait for this one for ever.
         output_dir: Directory of the run.
-        owns_group: Whether the process group is the run's own, to be left at its end.
+        owns_process_group: Whether the process group is the run's own, to be left at its end.
         adapters: What trains, if not the policy's own weights.
     """
 
@@ -66,9 +66,9 @@ class Run:
     anchors: AnchorStream | None
     progress: Progress
     preemption: Preemption
-    peers: Peers
+    watchdog: RankWatchdog
     output_dir: Path
-    owns_group: bool
+    owns_process_group: bool
     adapters: Adapters | None
     policy_dir: Path
     preprocessor: PolicyProcessorPipeline
@@ -77,7 +77,7 @@ class Run:
     scheduler: LRScheduler | None
     logger: MetricsLogger
     batches: Iterator[dict[str, Any]]
-    share: StepShare
+    share: StepPartition
     sampler: StepSampler
     saver: BackgroundSaver | None
     _greeted: bool = False
@@ -101,7 +101,7 @@ class Run:
         Raises:
             TrainingDiverged: It was one skipped step in a row too many.
         """
-        self.peers.progress()
+        self.watchdog.progress()
         progress = self.progress
         place = (progress.samples_seen, progress.anchors_seen)
         progress.advance(result, retention=retention is not None)
@@ -191,16 +191,16 @@ class Run:
             UserError: With `leave`, if it cannot be saved.
         """
         config, step = self.config, self.progress.step
-        self._hear_of_saves()
+        self._report_finished_saves()
         if config.eval_freq and step % config.eval_freq == 0:
             self.logger.log(step, self.evaluate())
         due = config.save_freq > 0 and step % config.save_freq == 0
         if config.save_checkpoint and step < config.steps and (due or leave):
             self._save_periodic(needed=leave)
         if leave and step < config.steps:
-            self._leave()
+            self._exit()
 
-    def _leave(self) -> NoReturn:
+    def _exit(self) -> NoReturn:
         directory = step_directory(self.output_dir, self.progress.step)
         saved = f"saved {directory}; " if self.config.save_checkpoint else ""
         raise Preempted(
@@ -229,13 +229,13 @@ class Run:
         )
 
     def _act(self, batch: Batch) -> Tensor:
-        self.peers.progress()
+        self.watchdog.progress()
         return self.engine.act(batch)
 
     def _mean_loss(self, batches: Iterator[tuple[Batch, bool]]) -> float:
         total = PassSums(*torch.zeros(2, dtype=torch.float64, device=self.engine.device))
         for batch, counts in batches:
-            self.peers.progress()
+            self.watchdog.progress()
             sums = measure(self.engine, [batch])
             if counts:
                 total = PassSums(total.loss + sums.loss, total.tokens + sums.tokens)
@@ -249,14 +249,14 @@ class Run:
             if self.saver is None or needed:
                 self._save(directory)
             else:
-                self._hear_of_saves(wait=True)
+                self._report_finished_saves(wait=True)
                 self.saver.start(self._prepare(directory))
         except UserError as error:
             if needed:
                 raise
             self._say_not_saved(error)
 
-    def _hear_of_saves(self, *, wait: bool = False) -> None:
+    def _report_finished_saves(self, *, wait: bool = False) -> None:
         """Say how a save in the background has ended, if it has."""
         if self.saver is not None and (wait or self.saver.idle):
             try:
@@ -269,12 +269,12 @@ class Run:
         self.logger.say(f"error: {error}; training goes on, earlier checkpoints are as they were")
 
     def _save(self, directory: Path, *, final: bool = False) -> None:
-        self._hear_of_saves(wait=True)
+        self._report_finished_saves(wait=True)
         self._prepare(directory, final=final).write()
         self.logger.say(f"saved {directory}")
 
-    def _prepare(self, directory: Path, *, final: bool = False) -> Save:
-        return prepare_save(
+    def _prepare(self, directory: Path, *, final: bool = False) -> PendingCheckpoint:
+        return prepare_checkpoint(
             directory,
             engine=self.engine,
             config=self.config,
@@ -289,7 +289,7 @@ class Run:
             step=self.progress.step,
             adapters=self.adapters,
             extra=self._write_history if final and self.anchors is not None else None,
-            progress=self.peers.progress,
+            progress=self.watchdog.progress,
         )
 
     def _write_history(self, directory: Path) -> None:
@@ -314,7 +314,7 @@ class Run:
     def close(self) -> None:
         """Let go of the log and of the other ranks. Collective: call on all ranks."""
         self.logger.close()
-        self.peers.close()
+        self.watchdog.close()
         self.engine.close()
-        if self.owns_group:
-            leave_process_group()
+        if self.owns_process_group:
+            destroy_process_group()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from craft_ds.algorithm.gradient_surgery import GramTriple, Merge, clip_factor, merge
+from craft_ds.algorithm.gradient_surgery import GramTriple, MergedGradient, clip_factor, merge
 from craft_ds.algorithm.gram import gram, merge_, scale_, squared_norm
 from craft_ds.config.configs import CraftConfig
 from craft_ds.engines.base import Batch, Engine
@@ -57,7 +57,7 @@ class RetentionResult(NamedTuple):
 
     loss: float
     triple: GramTriple
-    merge: Merge
+    merge: MergedGradient
 
 
 def accumulate(engine: Engine, batches: Iterable[Batch]) -> PassSums:
@@ -96,7 +96,7 @@ def task_step(engine: Engine, batches: Iterable[Batch], max_norm: float, leave: 
     to_mean = engine.world_size / max(tokens, 1.0)
     loss, norm = loss_sum / max(tokens, 1.0), to_mean * math.sqrt(max(tt, 0.0))
     if not math.isfinite(loss + norm):
-        engine.drop_gradient()
+        engine.zero_grad()
         return StepResult(loss, norm, applied=False, leave=leaving > 0)
     scale_(engine.gradient(), to_mean * clip_factor(norm, max_norm))
     engine.step()
@@ -144,7 +144,7 @@ def retention_step(
     loss, retention_loss = loss_sum / max(tokens, 1.0), c_loss_sum / max(c_tokens, 1.0)
     seen = RetentionResult(retention_loss, triple, merged)
     if not (triple.is_finite and math.isfinite(loss + retention_loss)):
-        engine.drop_gradient()
+        engine.zero_grad()
         return StepResult(loss, merged.norm, applied=False, leave=leaving > 0), seen
     clip = clip_factor(merged.norm, max_norm)
     merge_(g_r, g_t, clip * merged.a * task_mean, clip * merged.b * retention_mean)

@@ -37,7 +37,7 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
     if craft_config is not None:
         config.craft = craft_config
     with open_run(config) as run:
-        run.peers.progress()
+        run.watchdog.progress()
         for step in range(run.progress.step, config.steps):
             began = time.perf_counter()
             seed_step(config.seed or 0, step, run.engine.rank)

@@ -5,7 +5,7 @@ from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.random_utils import get_rng_state, set_rng_state
 
 from craft_ds.config.configs import WorldEvalConfig
-from craft_ds.distributed.env import is_node_main
+from craft_ds.distributed.env import is_local_rank0
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import policy_cameras
 from craft_ds.worlds import gl_problem, make_world
@@ -43,7 +43,7 @@ def check_world(config: WorldEvalConfig, policy: PreTrainedConfig) -> None:
                 f"{list(features[key].shape)}: leave --world.name out"
             )
     # A frame is rendered on trial, which takes seconds: once a node.
-    if config.name == "metaworld" and is_node_main() and (problem := gl_problem()):
+    if config.name == "metaworld" and is_local_rank0() and (problem := gl_problem()):
         raise UserError(f"--world.name=metaworld: {problem}")
 
 

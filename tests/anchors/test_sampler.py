@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lerobot.utils.constants import ACTION_TOKENS
 
 from craft_ds.anchors.cache import AnchorCache
-from craft_ds.anchors.sampler import AnchorSampler, sweep, to_policy_batch
-from craft_ds.data.batch_partition import share_step
+from craft_ds.anchors.sampler import AnchorSampler, iter_split, to_policy_batch
+from craft_ds.data.batch_partition import partition_step
 from craft_ds.errors import UserError
 from craft_ds.testing.datasets import write_test_cache
 
@@ -27,7 +27,7 @@ class Tasks:
 
 def draw(cache, batch_size, world_size, steps, seed=0):
     """What all ranks together draw, by step."""
-    share = share_step(batch_size * world_size, world_size, batch_size, "anchors")
+    share = partition_step(batch_size * world_size, world_size, batch_size, "anchors")
     sampler = AnchorSampler(cache, "train", share, seed)
     return [
         [i for rank in range(world_size) for i in sampler.draw(share.positions(step * share.total, rank, 0))]
@@ -96,7 +96,7 @@ def test_epochs_and_seeds_differ():
 
 def test_order_of_the_calls_does_not_matter():
     cache = Tasks([7, 11, 3])
-    sampler = AnchorSampler(cache, "train", share_step(8, 2, 4, "anchors"), seed=3)
+    sampler = AnchorSampler(cache, "train", partition_step(8, 2, 4, "anchors"), seed=3)
     forward = [sampler.draw(range(8 * step, 8 * step + 8)) for step in range(50)]
     backward = [sampler.draw(range(8 * step, 8 * step + 8)) for step in reversed(range(50))]
     assert forward == backward[::-1]
@@ -104,16 +104,18 @@ def test_order_of_the_calls_does_not_matter():
 
 def test_more_ranks_than_anchors():
     with pytest.raises(UserError, match="2 train anchors for 3 ranks"):
-        AnchorSampler(Tasks([1, 1]), "train", share_step(3, 3, 1, "anchors"), seed=0)
+        AnchorSampler(Tasks([1, 1]), "train", partition_step(3, 3, 1, "anchors"), seed=0)
     with pytest.raises(UserError, match="0 heldout anchors"):
-        AnchorSampler(Tasks([4]), "heldout", share_step(1, 1, 1, "anchors"), seed=0)
+        AnchorSampler(Tasks([4]), "heldout", partition_step(1, 1, 1, "anchors"), seed=0)
 
 
 @settings(max_examples=50, deadline=None)
 @given(counts, batch_sizes, world_sizes, st.none() | st.integers(1, 60))
 def test_sweep_visits_everything_once_in_equal_batches(counts, batch_size, world_size, limit):
     cache = Tasks(counts)
-    ranks = [list(sweep(cache, "train", batch_size, rank, world_size, limit)) for rank in range(world_size)]
+    ranks = [
+        list(iter_split(cache, "train", batch_size, rank, world_size, limit)) for rank in range(world_size)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     assert all(1 <= len(indices) <= batch_size for batches in ranks for indices, _ in batches)
     visited = [i for batches in ranks for indices, counts_too in batches if counts_too for i in indices]
@@ -133,7 +135,7 @@ def test_policy_batch():
         path = Path(folder) / "cache"
         anchors = write_test_cache(path, [0, 1, 0, 1], [0, 1, 2, 3])
         cache = AnchorCache.open(path)
-        sampler = AnchorSampler(cache, "train", share_step(2, 1, 2, "anchors"), seed=0)
+        sampler = AnchorSampler(cache, "train", partition_step(2, 1, 2, "anchors"), seed=0)
         read = cache.read(sampler.draw(range(2)))
         batch = to_policy_batch(read, "cpu")
     assert not {"task", "episode", "frame"} & batch.keys()

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from craft_ds.anchors.selection import draw_anchors, spread
+from craft_ds.anchors.selection import allocate_evenly, select_anchors
 
 
 def frames(lengths_by_task):
@@ -24,7 +24,7 @@ data_sets = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_s
 
 def test_equal_tasks_and_episodes_get_equal_shares():
     task, episode = frames([[20] * 3, [20] * 3])
-    draw = draw_anchors(task, episode, 24, 0.2, seed=0)
+    draw = select_anchors(task, episode, 24, 0.2, seed=0)
     assert Counter(task[draw.rows]) == {0: 12, 1: 12}
     assert set(Counter(episode[draw.rows]).values()) == {4}
     assert len(draw.heldout_episodes) == 2
@@ -34,7 +34,7 @@ def test_equal_tasks_and_episodes_get_equal_shares():
 
 def test_a_short_task_gives_all_it_has():
     task, episode = frames([[3, 2], [50, 50]])
-    draw = draw_anchors(task, episode, 40, 0.0, seed=0)
+    draw = select_anchors(task, episode, 40, 0.0, seed=0)
     assert Counter(task[draw.rows]) == {0: 5, 1: 35}
     assert draw.heldout_episodes == []
 
@@ -44,9 +44,9 @@ def test_a_short_task_gives_all_it_has():
 def test_draw(lengths, part, fraction, seed):
     task, episode = frames(lengths)
     count = max(1, int(part * len(task)))
-    draw = draw_anchors(task, episode, count, fraction, seed)
+    draw = select_anchors(task, episode, count, fraction, seed)
     assert len(set(draw.rows.tolist())) == count
-    again = draw_anchors(task, episode, count, fraction, seed)
+    again = select_anchors(task, episode, count, fraction, seed)
     assert again.rows.tolist() == draw.rows.tolist()
     assert again.heldout_episodes == draw.heldout_episodes
     assert np.array_equal(draw.heldout, np.isin(episode[draw.rows], draw.heldout_episodes))
@@ -64,7 +64,7 @@ def test_draw(lengths, part, fraction, seed):
 def test_spread_is_as_equal_as_the_capacities_permit(capacities, part):
     capacities = np.array(capacities)
     total = int(part * capacities.sum())
-    shares = spread(total, capacities, np.random.default_rng(0))
+    shares = allocate_evenly(total, capacities, np.random.default_rng(0))
     assert shares.sum() == total
     assert (shares <= capacities).all()
     unfilled = shares[shares < capacities]

@@ -4,7 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from craft_ds.cli import end_process, train_main
+from craft_ds.cli import exit_without_teardown, train_main
 from craft_ds.training import trainer
 
 one_step = trainer._one_step
@@ -20,4 +20,4 @@ def dies_once(run, step):
 
 if __name__ == "__main__":
     trainer._one_step = dies_once
-    end_process(train_main)
+    exit_without_teardown(train_main)

@@ -11,7 +11,7 @@ import torch
 from runs import assert_same_bits, losses, metrics, trained, untimed
 
 from craft_ds.checkpoints import verify_checkpoint
-from craft_ds.checkpoints.save import Save
+from craft_ds.checkpoints.save import PendingCheckpoint
 from craft_ds.testing.checkpoints import renew_manifest
 from craft_ds.training.trainer import _one_step
 
@@ -86,7 +86,7 @@ def test_without_a_whole_checkpoint_resuming_is_refused(refuses, begun):
 def test_auto_begins_goes_on_and_ends(train, saving, unbroken, tmp_path, monkeypatch):
     run = tmp_path / "run"
     again = ["--resume=auto", *saving]
-    writes = Save._commit
+    writes = PendingCheckpoint._commit
 
     def die(save, files):
         if save.step == 4:
@@ -94,7 +94,7 @@ def test_auto_begins_goes_on_and_ends(train, saving, unbroken, tmp_path, monkeyp
         writes(save, files)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Save, "_commit", die)
+        patched.setattr(PendingCheckpoint, "_commit", die)
         assert train(run, *again).status == 130
     assert (run / "step_000004.tmp").is_dir()
     ended = train(run, *again)

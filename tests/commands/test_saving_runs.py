@@ -11,20 +11,20 @@ from safetensors.torch import load_file
 
 from craft_ds.checkpoints import manifest as manifest_module
 from craft_ds.checkpoints import verify_checkpoint
-from craft_ds.checkpoints.save import Save
+from craft_ds.checkpoints.save import PendingCheckpoint
 from craft_ds.export.export import export_checkpoint
 
 
 @pytest.fixture
 def disk_full_at_step_2(monkeypatch):
-    writes = Save._write_shards
+    writes = PendingCheckpoint._write_shards
 
     def fail(save):
         if save.step == 2:
             raise OSError(28, "No space left on device")
         writes(save)
 
-    monkeypatch.setattr(Save, "_write_shards", fail)
+    monkeypatch.setattr(PendingCheckpoint, "_write_shards", fail)
 
 
 def test_the_oldest_are_deleted_and_the_periodic_ones_kept(train, inputs, tmp_path):
@@ -57,14 +57,14 @@ def test_nothing_is_deleted_before_the_newer_one_is_whole(train, saving, tmp_pat
 
 
 def test_a_background_save_is_the_same_save(train, saving, unbroken, tmp_path, monkeypatch):
-    run, writes, seen = tmp_path / "run", Save._write_shards, []
+    run, writes, seen = tmp_path / "run", PendingCheckpoint._write_shards, []
 
     def slow(save):
         seen.append(threading.current_thread().name)
         time.sleep(0.3)  # training goes on, and changes what is being saved
         writes(save)
 
-    monkeypatch.setattr(Save, "_write_shards", slow)
+    monkeypatch.setattr(PendingCheckpoint, "_write_shards", slow)
     ended = train(run, *saving, "--checkpoint.background=true")
     assert ended.status == 0, ended.errors
     assert seen == ["save", "save", "MainThread"]
@@ -127,7 +127,7 @@ def test_a_final_save_that_fails_is_an_error(train, tmp_path, monkeypatch):
     def fail(save):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Save, "_write_shards", fail)
+    monkeypatch.setattr(PendingCheckpoint, "_write_shards", fail)
     ended = train(tmp_path / "run", "--steps=1")
     assert ended.status == 2
     assert "run/final cannot be written: [Errno 28] No space left on device" in ended.errors

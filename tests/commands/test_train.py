@@ -279,10 +279,10 @@ class Stopped(KeyboardInterrupt):
 
 
 def test_ctrl_c_in_a_save_keeps_the_last_checkpoint(train, inputs, whole_run, tmp_path, monkeypatch):
-    from craft_ds.checkpoints.save import Save
+    from craft_ds.checkpoints.save import PendingCheckpoint
 
     run = tmp_path / "run"
-    writes = Save._write_shards
+    writes = PendingCheckpoint._write_shards
 
     def stop_at_the_second(save) -> None:
         writes(save)
@@ -290,7 +290,7 @@ def test_ctrl_c_in_a_save_keeps_the_last_checkpoint(train, inputs, whole_run, tm
             raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(Save, "_write_shards", stop_at_the_second)
+        patched.setattr(PendingCheckpoint, "_write_shards", stop_at_the_second)
         ended = train(run, *inputs.craft_flags(), "--save_freq=1")
     assert (ended.status, ended.errors) == (130, "interrupted\n")
     assert (run / "last").resolve() == run / "step_000001"

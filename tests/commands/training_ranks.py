@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from craft_ds.cli import end_process, train_main
+from craft_ds.cli import exit_without_teardown, train_main
 
 
 def main() -> None:
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end_process(main)
+    exit_without_teardown(main)

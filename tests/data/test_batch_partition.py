@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from craft_ds.errors import UserError
-from craft_ds.data.batch_partition import share_step
+from craft_ds.data.batch_partition import partition_step
 
 totals, world_sizes, sizes = st.integers(1, 200), st.integers(1, 16), st.integers(1, 20)
 
@@ -14,7 +14,7 @@ totals, world_sizes, sizes = st.integers(1, 200), st.integers(1, 16), st.integer
 def test_every_sample_is_dealt_once_and_no_part_is_empty(total, world_size, size, first):
     if total < world_size:
         return
-    share = share_step(total, world_size, size, "samples")
+    share = partition_step(total, world_size, size, "samples")
     parts = [
         share.positions(first, rank, micro_batch)
         for micro_batch in range(share.micro_batches)
@@ -30,18 +30,18 @@ def test_every_sample_is_dealt_once_and_no_part_is_empty(total, world_size, size
 def test_micro_batches_are_no_larger_than_asked_where_that_can_be(total, world_size, size):
     if total < world_size:
         return
-    share = share_step(total, world_size, size, "samples")
+    share = partition_step(total, world_size, size, "samples")
     largest = -(-total // (world_size * share.micro_batches))
     assert largest <= size or share.micro_batches == total // world_size
 
 
 @pytest.mark.parametrize(("batch", "accumulation", "world_size"), [(2, 1, 1), (3, 2, 2), (4, 3, 3)])
 def test_flags_that_divide_are_taken_as_they_are(batch, accumulation, world_size):
-    share = share_step(batch * accumulation * world_size, world_size, batch, "samples")
+    share = partition_step(batch * accumulation * world_size, world_size, batch, "samples")
     assert share.micro_batches == accumulation
     assert len(share.positions(0, world_size - 1, accumulation - 1)) == batch
 
 
 def test_more_ranks_than_samples():
     with pytest.raises(UserError, match="a step takes 2 anchors over all ranks, too few for 3 ranks"):
-        share_step(2, 3, 4, "anchors")
+        partition_step(2, 3, 4, "anchors")

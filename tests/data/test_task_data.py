@@ -21,7 +21,7 @@ from craft_ds.data.task_data import (
 )
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy_config, load_processors, policy_cameras
-from craft_ds.data.batch_partition import share_step
+from craft_ds.data.batch_partition import partition_step
 from craft_ds.config.train_config import TrainConfig
 
 
@@ -54,7 +54,7 @@ def take(sampler: StepSampler, count: int) -> list[list[int]]:
 
 
 def sampler_of(size, batch, accumulation, rank, world, seed, start=0) -> StepSampler:
-    share = share_step(batch * accumulation * world, world, batch, "samples")
+    share = partition_step(batch * accumulation * world, world, batch, "samples")
     return StepSampler(size, share, rank, seed, start * share.total)
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from craft_ds.cli import end_process, run_main
-from craft_ds.distributed.watchdog import Peers
+from craft_ds.cli import exit_without_teardown, run_main
+from craft_ds.distributed.watchdog import RankWatchdog
 
 STEPS = 12
 
@@ -35,7 +35,7 @@ def fail():
 
 
 def leave():
-    peers.close()
+    watchdog.close()
     sys.exit()
 
 
@@ -43,7 +43,7 @@ def get_on_alone():
     """Be busy for longer than a rank may hang, with progress more often than that, but seldom."""
     for _ in range(2):
         time.sleep(0.75 * float(timeout))
-        peers.progress()
+        watchdog.progress()
 
 
 def be_stopped_for_a_while():
@@ -77,12 +77,12 @@ def add_numbers():
         if happens == "slow" and step == 6:
             be_stopped_for_a_while()
         dist.all_reduce(torch.ones(1))
-        peers.progress()
+        watchdog.progress()
     time.sleep(rank * float(interval))
 
 
 def run():
-    with peers:
+    with watchdog:
         add_numbers()
     print("finished")
 
@@ -91,5 +91,5 @@ if __name__ == "__main__":
     faulthandler.register(signal.SIGUSR1)
     happens, victim, timeout, interval = sys.argv[1:]
     dist.init_process_group("gloo")
-    peers = Peers(float(timeout), float(interval))
-    end_process(lambda: run_main(run))
+    watchdog = RankWatchdog(float(timeout), float(interval))
+    exit_without_teardown(lambda: run_main(run))

@@ -13,7 +13,7 @@ from toy import TiedPolicy, ToyPolicy
 
 import craft_ds.training.train_step
 from craft_ds.checkpoints import load_optimizer, read_states, save_checkpoint, verify_checkpoint
-from craft_ds.distributed.collectives import all_ranks, on_main
+from craft_ds.distributed.collectives import fail_together, rank0_only
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
 from craft_ds.memory_planner.tensor_memory import MemoryCounter
@@ -45,7 +45,7 @@ def operate(engine: Engine, task: list, anchors: list, mode: str, threshold: flo
             for name, parameter in engine.module.policy.named_parameters()
             if not parameter.requires_grad and parameter.grad is not None
         ]
-        engine.drop_gradient()
+        engine.zero_grad()
 
     engine.step = record  # type: ignore[method-assign]
     _, seen = retention_step(
@@ -149,7 +149,7 @@ def untouched(lab: Lab, *, zeroing: bool = True) -> Output:
     engine.take_gradient()
     accumulate(engine, lab.toy_batches(0, 1))
     output.add("again", gradients(engine))
-    engine.drop_gradient()
+    engine.zero_grad()
     engine.close()
     return output
 
@@ -179,7 +179,7 @@ def collectives(lab: Lab) -> Output:
 
     def passes_of_retention() -> None:
         accumulate(engine, task)
-        engine.drop_gradient()
+        engine.zero_grad()
         accumulate(engine, anchors)
         measure(engine, anchors)
         engine.step()
@@ -364,14 +364,14 @@ def failing_rank(lab: Lab) -> Output:
 
     heard = {}
     for name, call in {
-        "bad_input": lambda: all_ranks(bad_input),
-        "bug": lambda: all_ranks(bug),
-        "full_disk": lambda: on_main(full_disk),
+        "bad_input": lambda: fail_together(bad_input),
+        "bug": lambda: fail_together(bug),
+        "full_disk": lambda: rank0_only(full_disk),
     }.items():
         try:
             call()
             heard[name] = None
         except Exception as error:
             heard[name] = [type(error).__name__, str(error)]
-    heard["after"] = all_ranks(lambda: lab.rank)
+    heard["after"] = fail_together(lambda: lab.rank)
     return Output(values=heard)

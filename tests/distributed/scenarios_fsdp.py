@@ -222,12 +222,12 @@ CHECKS: dict[str, Callable[[Lab], None]] = {
 
 
 def main() -> None:
-    from craft_ds.distributed.collectives import join_process_group
+    from craft_ds.distributed.collectives import init_process_group
     from craft_ds.engines.deepspeed import init_distributed as init_deepspeed
 
     results, policy_dir = map(Path, sys.argv[1:3])
     init_deepspeed()
-    join_process_group()  # the group is there already
+    init_process_group()  # the group is there already
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for name, check in CHECKS.items():
         try:

@@ -163,7 +163,7 @@ def lora_costs(lab: Lab) -> Output:
         output.values[name] = counter.peak
     with CollectiveCounter() as collectives:
         accumulate(engine, task)
-        engine.drop_gradient()
+        engine.zero_grad()
     parameters = list(engine.module.parameters())
     sizes = {
         "model": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),

@@ -8,7 +8,7 @@ from pathlib import Path
 from lab import Lab, Output, masters, moments
 from scenarios import _continue, _train_config, load_checkpoint
 
-from craft_ds.checkpoints import BackgroundSaver, prepare_save, save_checkpoint, verify_checkpoint
+from craft_ds.checkpoints import BackgroundSaver, prepare_checkpoint, save_checkpoint, verify_checkpoint
 from craft_ds.config.configs import CheckpointConfig
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
@@ -40,7 +40,7 @@ def saving(lab: Lab) -> Output:
     output.add("saved", moments(engine))
 
     saver = BackgroundSaver()
-    saver.start(prepare_save(root / "background" / "step_000002", **_kept(lab, engine)))
+    saver.start(prepare_checkpoint(root / "background" / "step_000002", **_kept(lab, engine)))
     _continue(lab, engine, output, "TT", 2)  # changes what is being saved
     output.values["background"] = str(saver.wait())
     output.values["idle"] = str(saver.wait())

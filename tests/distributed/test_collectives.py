@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from craft_ds.distributed.collectives import join_process_group
+from craft_ds.distributed.collectives import init_process_group
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def calls(monkeypatch):
 
 def test_every_rank_takes_its_own_gpu_before_anything_is_exchanged(calls, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    join_process_group(timedelta(minutes=40))
+    init_process_group(timedelta(minutes=40))
     given = ("rank", "store", "world_size")
     assert calls == [3, ("cpu:gloo,cuda:nccl", timedelta(minutes=40), *given)]
 
@@ -35,11 +35,11 @@ def test_every_rank_takes_its_own_gpu_before_anything_is_exchanged(calls, monkey
 def test_without_a_launcher_there_is_a_group_of_one(calls, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    join_process_group()
+    init_process_group()
     assert calls == [("gloo", "torch's own", "rank", "store", "world_size")]
 
 
 def test_a_group_that_is_there_is_kept(calls, monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    join_process_group()
+    init_process_group()
     assert calls == []

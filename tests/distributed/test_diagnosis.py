@@ -6,15 +6,15 @@ import time
 
 import pytest
 
-from craft_ds.distributed.collectives import all_ranks
-from craft_ds.distributed.diagnosis import Place, Sight, hanging_ranks, place_of, silent_ranks
+from craft_ds.distributed.collectives import fail_together
+from craft_ds.distributed.diagnosis import Place, RankStatus, hanging_ranks, place_of, silent_ranks
 
-GONE = Sight(moved=False)
-LEFT = Sight(moved=False, closed=True)
+GONE = RankStatus(moved=False)
+LEFT = RankStatus(moved=False, closed=True)
 
 
 def alive(where="craft_ds/training/run.py:1 in f", waits=False, collectives=None):
-    return Sight(moved=True, place=Place(where, waits, collectives))
+    return RankStatus(moved=True, place=Place(where, waits, collectives))
 
 
 def waiting(collectives=None):
@@ -22,18 +22,18 @@ def waiting(collectives=None):
 
 
 def test_a_heartbeat_that_stands_still_is_blamed():
-    verdict = silent_ranks([alive(), GONE, alive()], 6.0)
-    assert verdict.ranks == (1,)
-    assert verdict.line == (
+    diagnosis = silent_ranks([alive(), GONE, alive()], 6.0)
+    assert diagnosis.ranks == (1,)
+    assert diagnosis.line == (
         "rank 1 has stopped or its machine is gone: no sign of life for 6 s; "
         "resume from the last checkpoint (--resume=true)"
     )
 
 
 def test_several_are_blamed_together():
-    verdict = silent_ranks([GONE, alive(), GONE], 6.0)
-    assert verdict.ranks == (0, 2)
-    assert verdict.line.startswith("ranks 0, 2 have stopped or their machines are gone: no sign")
+    diagnosis = silent_ranks([GONE, alive(), GONE], 6.0)
+    assert diagnosis.ranks == (0, 2)
+    assert diagnosis.line.startswith("ranks 0, 2 have stopped or their machines are gone: no sign")
 
 
 def test_who_has_left_is_not_missed():
@@ -42,11 +42,11 @@ def test_who_has_left_is_not_missed():
 
 @pytest.mark.parametrize("late", range(3))
 def test_who_is_outside_a_collective_keeps_the_others_waiting(late):
-    sights = [waiting() for _ in range(3)]
-    sights[late] = alive("data/dataset.py:123 in __getitem__")
-    verdict = hanging_ranks(sights, 600.0)
-    assert verdict.ranks == (late,)
-    assert verdict.line == (
+    statuses = [waiting() for _ in range(3)]
+    statuses[late] = alive("data/dataset.py:123 in __getitem__")
+    diagnosis = hanging_ranks(statuses, 600.0)
+    assert diagnosis.ranks == (late,)
+    assert diagnosis.line == (
         f"rank {late} hangs in data/dataset.py:123 in __getitem__ while the others wait for it: "
         "no progress for 600 s; resume from the last checkpoint (--resume=true), or raise --rank_timeout "
         "if a step may take that long"
@@ -54,14 +54,14 @@ def test_who_is_outside_a_collective_keeps_the_others_waiting(late):
 
 
 def test_on_a_gpu_where_nobody_waits_in_a_collective_the_fewest_collectives_tell():
-    sights = [
+    statuses = [
         alive(collectives=12),
         alive("data/dataset.py:123 in get", collectives=9),
         alive(collectives=13),
     ]
-    verdict = hanging_ranks(sights, 600.0)
-    assert verdict.ranks == (1,)
-    assert "rank 1 hangs in data/dataset.py:123 in get while" in verdict.line
+    diagnosis = hanging_ranks(statuses, 600.0)
+    assert diagnosis.ranks == (1,)
+    assert "rank 1 hangs in data/dataset.py:123 in get while" in diagnosis.line
 
 
 def test_a_rank_that_waits_in_an_earlier_collective_than_the_others_is_blamed():
@@ -77,20 +77,20 @@ def test_counts_that_one_rank_does_not_know_are_not_used():
 
 
 def test_several_late_ranks_are_blamed_together_with_their_places():
-    verdict = hanging_ranks([waiting(), alive("a.py:1 in f"), alive("b.py:2 in g")], 600.0)
-    assert verdict.ranks == (1, 2)
-    assert verdict.line.startswith(
+    diagnosis = hanging_ranks([waiting(), alive("a.py:1 in f"), alive("b.py:2 in g")], 600.0)
+    assert diagnosis.ranks == (1, 2)
+    assert diagnosis.line.startswith(
         "ranks 1, 2 hang while the others wait for them (rank 1 in a.py:1 in f; rank 2 in b.py:2 in g): "
     )
 
 
-@pytest.mark.parametrize("sight", [waiting(7), alive(collectives=7)])
-def test_nobody_is_blamed_where_all_do_the_same(sight):
-    verdict = hanging_ranks([sight] * 6, 600.0)
-    assert verdict.ranks == ()
-    assert verdict.line.startswith("all ranks hang, and none keeps the others waiting (rank 0 is in ")
-    assert "rank 3 is in" in verdict.line
-    assert "rank 4 is in" not in verdict.line
+@pytest.mark.parametrize("status", [waiting(7), alive(collectives=7)])
+def test_nobody_is_blamed_where_all_do_the_same(status):
+    diagnosis = hanging_ranks([status] * 6, 600.0)
+    assert diagnosis.ranks == ()
+    assert diagnosis.line.startswith("all ranks hang, and none keeps the others waiting (rank 0 is in ")
+    assert "rank 3 is in" in diagnosis.line
+    assert "rank 4 is in" not in diagnosis.line
 
 
 def test_who_has_left_does_not_hang():
@@ -98,8 +98,8 @@ def test_who_has_left_does_not_hang():
 
 
 def test_a_rank_that_does_not_say_where_it_is_is_named():
-    verdict = hanging_ranks([waiting(), Sight(moved=True), waiting()], 600.0)
-    assert "; rank 1 did not say where)" in verdict.line
+    diagnosis = hanging_ranks([waiting(), RankStatus(moved=True), waiting()], 600.0)
+    assert "; rank 1 did not say where)" in diagnosis.line
 
 
 def place_while(wait, **given):
@@ -129,9 +129,9 @@ def test_a_place_is_the_innermost_frame():
 
 
 def test_the_frame_of_the_package_that_led_there_is_named_too():
-    place = place_while(lambda inside, leave: all_ranks(lambda: spin(inside, leave)), collectives=None)
+    place = place_while(lambda inside, leave: fail_together(lambda: spin(inside, leave)), collectives=None)
     assert ", called from craft_ds/distributed/collectives.py:" in place.where
-    assert place.where.endswith(" in all_ranks")
+    assert place.where.endswith(" in fail_together")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ ALONE = """
 import torch
 from torch import nn
 from craft_ds.config.configs import FsdpConfig
-from craft_ds.distributed.collectives import join_process_group
+from craft_ds.distributed.collectives import init_process_group
 from craft_ds.engines.fsdp import FsdpEngine
 from craft_ds.engines.single import SingleEngine
 from craft_ds.policies.token_loss import PolicyWithLoss
@@ -26,7 +26,7 @@ from craft_ds.testing.policies import read_from
 from craft_ds.training.train_step import task_step
 from toy import ToyPolicy, samples
 
-join_process_group()
+init_process_group()
 batch, norms = samples(0, retention=False), []
 for build in (
     lambda *parts: FsdpEngine(*parts, FsdpConfig(), torch.float32),

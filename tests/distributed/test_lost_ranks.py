@@ -11,7 +11,7 @@ from craft_ds.testing.launch_ranks import run_ranks
 
 TIMEOUT_S = 2.5
 INTERVAL_S = 0.8
-# What `Peers` promises, and the seconds that a busy machine takes to end a process.
+# What `RankWatchdog` promises, and the seconds that a busy machine takes to end a process.
 OF_A_DEATH_S = 10 * INTERVAL_S + 4
 OF_AN_UNSEEN_DEATH_S = 25 * INTERVAL_S + 4
 OF_A_HANG_S = TIMEOUT_S + 10 * INTERVAL_S + 4

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from craft_ds.distributed.watchdog import Peers, _may_come_from_others, group_timeout
+from craft_ds.distributed.watchdog import RankWatchdog, _may_come_from_others, group_timeout
 
 OF_OTHERS = [
     RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:11931"),
@@ -37,12 +37,12 @@ def test_errors_of_the_rank_itself(error):
 
 def test_a_run_of_one_rank_starts_no_thread_and_explains_nothing():
     before = threading.active_count()
-    peers = Peers(timeout=0.01, interval=0.01)
-    peers.progress()
+    watchdog = RankWatchdog(timeout=0.01, interval=0.01)
+    watchdog.progress()
     assert threading.active_count() == before
-    assert peers.explain(OF_OTHERS[0]) is None
-    peers.close()
-    peers.close(OWN[0])
+    assert watchdog.explain(OF_OTHERS[0]) is None
+    watchdog.close()
+    watchdog.close(OWN[0])
 
 
 @pytest.mark.parametrize(("rank_timeout", "minutes"), [(600, 30), (900, 30), (3600, 120)])

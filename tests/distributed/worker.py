@@ -27,7 +27,7 @@ def main() -> None:
     if family.startswith("zero"):
         from craft_ds.engines.deepspeed import init_distributed
     else:
-        from craft_ds.distributed.collectives import join_process_group as init_distributed
+        from craft_ds.distributed.collectives import init_process_group as init_distributed
 
     results, policy_dir, scratch = map(Path, sys.argv[2:5])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -53,7 +53,7 @@ def train(ranks: lab.Lab) -> lab.Output:
     task_step(engine, mixed(0), 0.0)
     # A gradient that nobody takes must leave no trace.
     accumulate(engine, mixed(5))
-    engine.drop_gradient()
+    engine.zero_grad()
     config = lab.craft_config("weighted", threshold=0.0)
     _, seen = retention_step(
         engine, mixed(1), ranks.toy_batches(1, 2, retention=True), None, 0.7, config, 0.05

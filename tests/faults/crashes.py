@@ -44,7 +44,7 @@ _RUN = [f"--steps={STEPS}", "--save_freq=2", "--craft.retention_freq=3"]
 WORLD_SIZE = 2
 
 
-def whole_checkpoints(run: Path) -> dict[int, Path]:
+def complete_checkpoints(run: Path) -> dict[int, Path]:
     """The checkpoints of a run by their step: a name of its own, a manifest, and every byte as it says.
 
     Raises:
@@ -235,7 +235,7 @@ class CrashLab:
             before: Names of those that were whole before it: they must still be.
         """
         try:
-            whole = whole_checkpoints(run)
+            whole = complete_checkpoints(run)
         except UserError as error:
             raise AssertionError(f"a checkpoint was damaged: {error}") from error
         names = {directory.name for directory in whole.values()}

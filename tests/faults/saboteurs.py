@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from craft_ds.data.task_data import StepSampler
-from craft_ds.distributed.watchdog import Peers
+from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.tensor_io import tensor_file
 from craft_ds.training import build
 
@@ -137,7 +137,7 @@ def die_while_the_model_is_built() -> None:
 
 def show_heartbeats_often() -> None:
     """Every half second, so that a test waits for a verdict seconds and not minutes."""
-    Peers.__init__.__defaults__ = (0.5,)  # type: ignore[misc]
+    RankWatchdog.__init__.__defaults__ = (0.5,)  # type: ignore[misc]
 
 
 def note_samples(log: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from faulty_disk import FaultyDisk
 from lerobot.configs.default import DatasetConfig
 
-from craft_ds.checkpoints import save_checkpoint, verify_checkpoint, whole_checkpoints
+from craft_ds.checkpoints import complete_checkpoints, save_checkpoint, verify_checkpoint
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
@@ -92,7 +92,7 @@ def test_each_call_of_a_save_may_fail(kept, layout, asked, cases, fault_table, t
             older = save_onto(FaultyDisk(at, fault), kept, tmp_path, 3 + number, older)
     series.check()
     save_checkpoint(tmp_path / "step_999999", step=999999, **kept)
-    assert whole_checkpoints(tmp_path)[0][0] == (999999, tmp_path / "step_999999")
+    assert complete_checkpoints(tmp_path)[0][0] == (999999, tmp_path / "step_999999")
 
 
 def save_onto(disk, kept, run, step, older):

@@ -215,7 +215,7 @@ def test_a_pickle_in_an_anchor_cache(refuses, inputs, marker, tmp_path, form, ve
     shards = json.loads((anchors / "metadata.json").read_text())["shards"]
     shards[0] |= {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
     edit_metadata(anchors, shards=shards)
-    monkeypatch.setattr("craft_ds.training.preflight.is_node_main", lambda: verify)
+    monkeypatch.setattr("craft_ds.training.preflight.is_local_rank0", lambda: verify)
     line = refuses(tmp_path / "run", *inputs.craft_flags(), f"--craft.anchor_cache_dir={anchors}")
     assert not marker.exists()
     assert str(shard) in line

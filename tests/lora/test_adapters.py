@@ -63,12 +63,12 @@ def test_the_real_pi0_fast_has_the_layers():
     """The full-size model on the meta device: 18 layers of language, 27 of vision."""
     from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
-    from craft_ds.memory_planner.shapes import skeleton_without_tokenizers
+    from craft_ds.memory_planner.shapes import meta_policy_without_tokenizers
 
     counts = {}
     for preset in ("attention", "attention_mlp", "attention_mlp_vision"):
         config = PI0FastConfig(device="cpu", dtype="float32")
-        policy = skeleton_without_tokenizers(config)
+        policy = meta_policy_without_tokenizers(config)
         add_adapters(policy, to_peft(LoraConfig(enabled=True, preset=preset), config, "base"))
         counts[preset] = len([name for name, p in policy.named_parameters() if p.requires_grad])
     assert counts == {

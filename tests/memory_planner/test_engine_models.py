@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from craft_ds.memory_planner.engine_models import make_rhythm
-from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.engine_models import make_memory_model
+from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.shapes import Unit
 from craft_ds.memory_planner.simulate import Event, PassTrace
 
@@ -33,7 +33,7 @@ def trace():
 
 def held(trace, **options):
     """Elements in hand after each event, and the most at one, of a pass in fp32."""
-    rhythm = make_rhythm(trace, Setting(**options))
+    rhythm = make_memory_model(trace, EngineOptions(**options))
     answers = [rhythm.on(event) for event in trace.events]
     return [steady // 4 for _, steady in answers], max(most for most, _ in answers) // 4, rhythm.gradient // 4
 

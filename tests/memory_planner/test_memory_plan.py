@@ -10,9 +10,9 @@ from craft_ds.engines.single import SingleEngine
 from craft_ds.lora.adapters import add_adapters
 from craft_ds.lora.peft_config import to_peft
 from craft_ds.memory_planner import ENGINES
-from craft_ds.memory_planner.engine_options import Setting
+from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import plan_memory
-from craft_ds.memory_planner.shapes import Workload, skeleton_without_tokenizers
+from craft_ds.memory_planner.shapes import Workload, meta_policy_without_tokenizers
 from craft_ds.memory_planner.simulate import simulate_pass
 from craft_ds.memory_planner.tensor_memory import MemoryCounter
 from craft_ds.policies.token_loss import PolicyWithLoss
@@ -28,14 +28,14 @@ def trace():
 
 
 def setting(engine, ranks, **options):
-    return Setting(engine, ranks, reduce_bucket=BUCKET, persistence=0, **options)
+    return EngineOptions(engine, ranks, reduce_bucket=BUCKET, persistence=0, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_the_plan_of_one_process_is_what_a_retention_step_takes(lora, dtype):
     config = small_config()
-    policy = skeleton_without_tokenizers(config)
+    policy = meta_policy_without_tokenizers(config)
     if lora:
         add_adapters(policy, to_peft(lora, config, base_path=""))
     task, anchors = full_batch(config, 1), full_batch(config, 2)
@@ -100,7 +100,7 @@ def test_at_full_size_a_second_gradient_of_adapters_is_under_a_hundredth_of_the_
     assert trace.trainable == 18 * 8 * sides == 9_805_824
     model = 2 * (trace.trainable + trace.frozen)
     for engine in ("zero2", "zero3", "fsdp"):
-        plan = plan_memory(trace, workload, Setting(engine, 2, compute=2))
+        plan = plan_memory(trace, workload, EngineOptions(engine, 2, compute=2))
         assert plan.second_gradient == 4 * trace.trainable // 2
         assert 100 * 2 * plan.second_gradient < model  # of both ranks together
 

@@ -12,8 +12,8 @@ from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import add_adapters
 from craft_ds.lora.peft_config import to_peft
-from craft_ds.memory_planner.engine_models import SingleRhythm
-from craft_ds.memory_planner.shapes import Workload, skeleton_without_tokenizers
+from craft_ds.memory_planner.engine_models import SingleMemoryModel
+from craft_ds.memory_planner.shapes import Workload, meta_policy_without_tokenizers
 from craft_ds.memory_planner.simulate import simulate_pass
 from craft_ds.memory_planner.tensor_memory import MemoryCounter
 from craft_ds.policies.meta_init import materialize_
@@ -24,7 +24,7 @@ from craft_ds.tensor_io.tensor_file import fill_
 
 def real_peak(config, *, autocast=False, checkpointing=False, lora=None):
     """The most bytes that a real pass has alive, gradients included."""
-    policy = skeleton_without_tokenizers(config)
+    policy = meta_policy_without_tokenizers(config)
     if lora:
         add_adapters(policy, to_peft(lora, config, base_path=""))
         for parameter in policy.parameters():
@@ -47,7 +47,7 @@ def real_peak(config, *, autocast=False, checkpointing=False, lora=None):
 
 def simulated_peak(trace):
     """The same of a simulated pass: gradients grow beside it."""
-    rhythm, peak = SingleRhythm(), 0
+    rhythm, peak = SingleMemoryModel(), 0
     for event in trace.events:
         rhythm.on(event)
         peak = max(peak, event.peak + rhythm.gradient)

@@ -7,7 +7,7 @@ from torch import nn
 
 from craft_ds.policies import meta_init
 from craft_ds.policies.loading import load_policy, load_policy_config
-from craft_ds.policies.meta_init import build_skeleton, materialize_
+from craft_ds.policies.meta_init import build_on_meta, materialize_
 from craft_ds.policies.weights import tied_names, unique_tensors
 from craft_ds.testing.policies import make_test_policy_dir
 
@@ -19,7 +19,7 @@ def policy_dir(tmp_path_factory):
 
 def test_parameters_are_on_meta_and_buffers_are_what_lerobot_computes(policy_dir):
     config = load_policy_config(policy_dir)
-    policy = build_skeleton(config)
+    policy = build_on_meta(config)
     whole = type(policy)(config)
     assert all(parameter.is_meta for parameter in policy.parameters())
     assert {name: p.shape for name, p in policy.named_parameters()} == {
@@ -35,7 +35,7 @@ def test_parameters_are_on_meta_and_buffers_are_what_lerobot_computes(policy_dir
 def test_the_configuration_is_left_alone(policy_dir):
     config = load_policy_config(policy_dir)
     before = repr(config)
-    build_skeleton(config)
+    build_on_meta(config)
     assert repr(config) == before
     assert load_policy(config, policy_dir).config.device == "cpu"
 
@@ -58,7 +58,7 @@ class Tied(nn.Module):
 def tied(monkeypatch, policy_dir):
     monkeypatch.setattr(meta_init, "get_policy_class", lambda name: Tied)
     config: PreTrainedConfig = load_policy_config(policy_dir)
-    return build_skeleton(config)
+    return build_on_meta(config)
 
 
 def test_ties_survive_the_skeleton_and_its_materialisation(tied):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from craft_ds.tensor_io.per_rank_file import Part, ScatteredFile, create_piece, open_tensors, piece_path
+from craft_ds.tensor_io.per_rank_file import Part, PerRankFile, create_piece, open_tensors, piece_path
 from craft_ds.tensor_io.tensor_file import TensorFile, TensorSpec, write_tensor_file
 
 TENSORS = {"a": torch.arange(35.0).reshape(5, 7), "b": torch.arange(3.0), "c": torch.empty(0, 4)}
@@ -38,7 +38,7 @@ def test_any_range_over_any_pieces(tmp_path_factory, inner, start, stop):
     ranks = len(inner) + 1
     write(path, {"a": [0, *inner, 35], "b": [0] * ranks + [3], "c": [0] * (ranks + 1)})
     with open_tensors(path) as file:
-        assert isinstance(file, ScatteredFile)
+        assert isinstance(file, PerRankFile)
         assert {spec.name: spec.shape for spec in file.specs()} == {"a": (5, 7), "b": (3,), "c": (0, 4)}
         assert file.metadata == {"format": "pt"}
         start, stop = min(start, stop), max(start, stop)
@@ -60,13 +60,13 @@ def pieces(tmp_path):
 def test_a_missing_piece_is_an_error_and_no_zeros(pieces, rank):
     piece_path(pieces, rank).unlink()
     with pytest.raises(ValueError, match="do not make up a: one is missing"):
-        ScatteredFile(pieces)
+        PerRankFile(pieces)
 
 
 def test_a_piece_twice_is_an_error(pieces):
     piece_path(pieces, 3).write_bytes(piece_path(pieces, 1).read_bytes())
     with pytest.raises(ValueError, match="do not make up"):
-        ScatteredFile(pieces)
+        PerRankFile(pieces)
 
 
 @pytest.mark.parametrize("parts", ["{", "[]", "{}", json.dumps({"a": 3, "c": [0, [1]]})])
@@ -74,14 +74,14 @@ def test_damaged_metadata_is_an_error(pieces, parts):
     spec = TensorSpec("a", (10,), torch.float32)
     write_tensor_file(piece_path(pieces, 0), [spec], lambda *_: torch.zeros(10), {"parts": parts})
     with pytest.raises(ValueError, match=r"damaged|disagree|make up"):
-        ScatteredFile(pieces)
+        PerRankFile(pieces)
 
 
 def test_pieces_of_another_run_are_an_error(pieces):
     spec = TensorSpec("a", (7, 5), torch.float32)
     create_piece(piece_path(pieces, 0), [Part(spec, 0, 10)])
     with pytest.raises(ValueError, match="disagree on shape"):
-        ScatteredFile(pieces)
+        PerRankFile(pieces)
 
 
 def test_a_whole_file_is_preferred(pieces):
