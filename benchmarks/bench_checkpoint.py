@@ -35,7 +35,6 @@ import tempfile
 import time
 import zlib
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def save_once(engine: Engine, method: Method, directory: Path) -> dict[str, floa
         Seconds of the slowest rank, and the bytes of the rank that took the most.
     """
     gc.collect()
-    rank0_only(os.sync)  # else what others wrote before would be waited for in here
+    rank0_only(os.sync)()  # else what others wrote before would be waited for in here
     engine.barrier()
     reset_peak()
     before, began = memory_bytes("VmRSS"), time.perf_counter()
@@ -136,7 +135,7 @@ def save_once(engine: Engine, method: Method, directory: Path) -> dict[str, floa
         engine.barrier()
     done = time.perf_counter() - began
     extra = memory_bytes("VmHWM") - before
-    rank0_only(lambda: sync_all(directory))
+    rank0_only(sync_all)(directory)
     on_disk = time.perf_counter() - began
     worst = [max(values) for values in zip(*gather_objects((held_up, done, on_disk, extra)), strict=True)]
     return dict(zip(("held_up", "done", "on_disk", "extra"), worst, strict=True))
@@ -188,7 +187,7 @@ def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
             row["one_file"] = is_consolidated(directory, policy)
             check(engine, known[name], directory, saved)
             engine.barrier()
-            rank0_only(partial(shutil.rmtree, directory))
+            rank0_only(shutil.rmtree)(directory)
             if repeat >= 0:
                 rows.append(row)
     engine.close()

@@ -19,7 +19,7 @@ import torch
 from harness import ROOT, hardware, write_result
 
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
-from craft_ds.cli import exit_without_teardown, run_main, train_main
+from craft_ds.cli import exit_without_teardown, run_command, run_main
 from craft_ds.engines.deepspeed import init_distributed
 from craft_ds.errors import UserError
 from craft_ds.testing.datasets import make_test_dataset
@@ -95,7 +95,7 @@ def train_on_these_ranks(root: Path, args: argparse.Namespace) -> None:
             f"--craft.anchor_batch_size={args.global_batch // world_size}",
             "--craft.retention_freq=3",
         ]
-        train_main()
+        run_command("train", sys.argv[1:])
     torch.distributed.destroy_process_group()
 
 

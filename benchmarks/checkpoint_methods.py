@@ -115,7 +115,7 @@ def _dcp(engine: Engine, policy: PreTrainedPolicy) -> dict[str, Method]:
         # What PyTorch offers for one file: every rank gathers, the first gets it all.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         gathered: dict[str, Any] = get_model_state_dict(policy, options=options)
-        rank0_only(lambda: save_file(gathered, directory / WEIGHTS, metadata={"format": "pt"}))
+        rank0_only(save_file)(gathered, directory / WEIGHTS, metadata={"format": "pt"})
 
     def load(directory: Path) -> None:
         values = state()
@@ -145,10 +145,8 @@ def _deepspeed(engine: Engine) -> dict[str, Method]:
     def save_and_convert(directory: Path) -> None:
         save(directory)
         dist.barrier()
-        rank0_only(
-            lambda: convert_zero_checkpoint_to_state_dict(
-                str(directory), str(directory), max_shard_size=None, safe_serialization=True, tag=TAG
-            )
+        rank0_only(convert_zero_checkpoint_to_state_dict)(
+            str(directory), str(directory), max_shard_size=None, safe_serialization=True, tag=TAG
         )
 
     def load(directory: Path) -> None:

@@ -1,18 +1,28 @@
-"""What the thin scripts share: errors become one line, once a node, and a status on every rank."""
+"""`craft-ds`: dispatch to the subcommands; errors become one line per node and an exit code on every rank."""
 
-import argparse
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
-from craft_ds.distributed.env import is_local_rank0, launched_rank
+from craft_ds.distributed.env import is_local_rank0
 from craft_ds.errors import LOST_RANK_STATUS, Preempted, RankLost, TrainingDiverged, UserError
 
 PREEMPTED_STATUS = 75
+
+COMMANDS = {
+    "train": ("train", "fine-tune a policy, with or without the retention constraint"),
+    "anchors": ("anchors", "build the anchor cache: samples of the old tasks"),
+    "export": ("export", "turn a checkpoint into a policy directory that stock LeRobot loads"),
+    "plan": ("plan", "plan the memory of a run per rank, without allocating anything"),
+    "eval": ("evaluate", "measure a policy in an embedded world"),
+    "demo": ("demo", "fine-tune the embedded policy with and without CRaFT, and measure both"),
+    "worlds": ("worlds", "record demonstrations of an embedded world, or pretrain its teacher"),
+}
+"""Name of each subcommand, its module in `craft_ds.commands`, and its line in `craft-ds --help`."""
 
 
 def run_main(action: Callable[[], object]) -> None:
@@ -44,37 +54,6 @@ def _exit(line: str, status: int, *, speaks: bool | None = None) -> NoReturn:
     raise SystemExit(status) from None
 
 
-def train_main() -> None:
-    """`scripts/train_craft.py`."""
-
-    def action() -> None:
-        # Imported here, inside what turns errors into one line: LeRobot and torch take seconds.
-        from craft_ds.checkpoints.run_directory import repair_last_link
-        from craft_ds.config.parser import normalise_arguments, parse_arguments
-        from craft_ds.distributed.collectives import destroy_process_group, process_group_is_initialized
-        from craft_ds.training.resume import choose_checkpoint
-        from craft_ds.training.trainer import train_craft
-
-        formed_by_caller = process_group_is_initialized()
-        chosen = choose_checkpoint(normalise_arguments(sys.argv[1:]))
-        for line in chosen.said if is_local_rank0() else ():
-            print(line, flush=True)
-        config = parse_arguments(chosen.arguments)
-        config.verified_checkpoint = chosen.checkpoint
-        if chosen.checkpoint is not None and chosen.is_finished(config.steps):
-            if launched_rank() == 0:
-                repair_last_link(chosen.checkpoint)
-                print(
-                    f"{chosen.checkpoint} has done all of --steps={config.steps}: there is nothing left to do"
-                )
-        else:
-            train_craft(config)
-        if not formed_by_caller:
-            destroy_process_group()
-
-    run_main(action)
-
-
 def exit_without_teardown(command: Callable[[], None]) -> NoReturn:
     """Run a command and end the process with its status, without the interpreter's own leave-taking.
 
@@ -95,42 +74,29 @@ def exit_without_teardown(command: Callable[[], None]) -> NoReturn:
     os._exit(status if isinstance(status, int) else bool(status))
 
 
-def export_main() -> None:
-    """`scripts/export_checkpoint.py`."""
-    parser = argparse.ArgumentParser(
-        prog="export_checkpoint.py",
-        description="Export a checkpoint as a policy directory that stock LeRobot loads.",
-    )
-    parser.add_argument("checkpoint", type=Path, help="outputs/run/step_001000 or outputs/run/final")
-    parser.add_argument("--output", type=Path, required=True, help="directory to make; must not exist")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="dtype of the weights in the file (default: float32, as trained)",
-    )
-    parser.add_argument(
-        "--merge_lora",
-        action="store_true",
-        help="make a whole policy of LoRA adapters and their base, and compare it with them",
-    )
-    parser.add_argument(
-        "--base_path", default="", help="where the adapters' base policy lies, if it was moved"
-    )
-    parser.add_argument(
-        "--max_token_difference",
-        type=float,
-        metavar="SHARE",
-        help="of action tokens that a merged policy may choose differently (default: 0 in float32, 0.1 in "
-        "bfloat16, 0.05 in float16)",
-    )
-    parser.add_argument("--device", default="cpu", help="where a merged policy is compared (default: cpu)")
-    arguments = parser.parse_args()
+def run_command(name: str, arguments: Sequence[str]) -> None:
+    """Run a subcommand in this process; raises `SystemExit` as `run_main` does."""
+    module, _ = COMMANDS[name]
+    run_main(lambda: import_module(f"craft_ds.commands.{module}").main(list(arguments)))
 
-    def action() -> None:
-        from craft_ds.export.export import export_checkpoint
 
-        said = export_checkpoint(**vars(arguments))
-        print(f"exported {arguments.checkpoint} to {arguments.output} ({arguments.dtype}): {said}")
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run `craft-ds` with these arguments (default: those of the process), then end the process."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    exit_without_teardown(lambda: _dispatch(arguments))
 
-    run_main(action)
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    name = arguments[0] if arguments else "--help"
+    if name in ("--help", "-h", "help"):
+        print("usage: craft-ds COMMAND ...\n\ncommands:")
+        for command, (_, line) in COMMANDS.items():
+            print(f"  {command:<10}{line}")
+    elif name in COMMANDS:
+        run_command(name, arguments[1:])
+    else:
+        run_main(lambda: _refuse(name))
+
+
+def _refuse(name: str) -> NoReturn:
+    raise UserError(f"craft-ds {name}: no such command; choose one of {', '.join(COMMANDS)}")

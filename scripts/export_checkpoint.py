@@ -1,6 +1,8 @@
-"""Export a checkpoint as a policy directory that stock LeRobot loads. See --help."""
+"""The same as `craft-ds export`."""
 
-from craft_ds.cli import export_main
+import sys
+
+from craft_ds.cli import main
 
 if __name__ == "__main__":
-    export_main()
+    main(["export", *sys.argv[1:]])

@@ -1,33 +1,8 @@
-"""Write the demonstrations of an embedded world as LeRobot data sets: OUTPUT_DIR/old and OUTPUT_DIR/new.
+"""The same as `craft-ds worlds record`."""
 
-python scripts/make_world.py --world metaworld --output_dir outputs/world
-"""
+import sys
 
-import argparse
-from pathlib import Path
-
-from craft_ds.cli import run_main
-from craft_ds.errors import UserError
-from craft_ds.worlds import WORLDS
-from craft_ds.worlds.demonstrations import Recipe, write_demonstrations
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--world", choices=WORLDS, required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--episodes_per_task", type=int, default=Recipe.episodes_per_task)
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--processes", type=int, default=2, help="processes that simulate and render")
-    args = parser.parse_args()
-    if args.episodes_per_task < 1 or args.processes < 1:
-        raise UserError("--episodes_per_task and --processes must be at least 1")
-    recipe = Recipe(args.world, args.episodes_per_task, args.seed)
-    for path in write_demonstrations(recipe, args.output_dir, args.processes):
-        print(path)
-
+from craft_ds.cli import main
 
 if __name__ == "__main__":
-    run_main(main)
+    main(["worlds", "record", *sys.argv[1:]])

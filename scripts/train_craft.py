@@ -1,6 +1,8 @@
-"""Fine-tune a policy under a retention constraint. See the README, or --help."""
+"""The same as `craft-ds train`."""
 
-from craft_ds.cli import exit_without_teardown, train_main
+import sys
+
+from craft_ds.cli import main
 
 if __name__ == "__main__":
-    exit_without_teardown(train_main)
+    main(["train", *sys.argv[1:]])

@@ -166,7 +166,7 @@ class Ended:
 @pytest.fixture
 def train(inputs, monkeypatch, capsys) -> Callable[..., Ended]:
     """Run `scripts/train_craft.py` in this process: flags of a plain run, then those given, which win."""
-    from craft_ds.cli import train_main
+    from craft_ds.cli import run_command
 
     def run(output: Path | None, *flags: str) -> Ended:
         defaults = [] if output is None else inputs.flags(output)
@@ -176,7 +176,7 @@ def train(inputs, monkeypatch, capsys) -> Callable[..., Ended]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            train_main()
+            run_command("train", sys.argv[1:])
         except SystemExit as leaving:
             status = leaving.code
         finally:

@@ -97,7 +97,7 @@ def hash_files(
         }
         return sizes, mine
 
-    sizes, mine = fail_together(hash_own_files, group)
+    sizes, mine = fail_together(hash_own_files, group)()
     # From here on the main rank may give the directory its final name: no other rank looks into it again.
     found = {key: value for part in gather_objects(mine, group) for key, value in part.items()}
     return {
@@ -199,7 +199,7 @@ def verify_checkpoint(directory: Path, rank: int, world_size: int) -> dict[str, 
     Raises:
         UserError: On all ranks, naming the damaged file.
     """
-    manifest = fail_together(lambda: read_manifest(directory))
+    manifest = fail_together(read_manifest)(directory)
     length = manifest["segment_bytes"]
     segments = [
         (name, index) for name, entry in manifest["files"].items() for index in range(len(entry[CHECKSUMS]))
@@ -215,5 +215,5 @@ def verify_checkpoint(directory: Path, rank: int, world_size: int) -> dict[str, 
             if found != manifest["files"][name][CHECKSUMS][index]:
                 raise UserError(f"{path} is damaged (checksum): resume from an older checkpoint")
 
-    fail_together(check)
+    fail_together(check)()
     return manifest

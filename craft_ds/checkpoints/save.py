@@ -88,14 +88,14 @@ class PendingCheckpoint:
             UserError: On all ranks: the directory exists, the disk is full or not writable.
         """
         try:
-            rank0_only(lambda: self._told(self._prepare), group)
-            fail_together(lambda: self._told(self._write_shards), group)
+            rank0_only(self._told, group)(self._prepare)
+            fail_together(self._told, group)(self._write_shards)
             # One waits for the disk and the other for the processor: together they take as long as one.
             with ThreadPoolExecutor(max_workers=1) as beside:
                 synced = beside.submit(self._sync_shards)
                 files = hash_files(self.temporary, self.rank, self.world_size, group)
-                fail_together(lambda: self._told(synced.result), group)
-            rank0_only(lambda: self._told(lambda: self._commit(files)), group)
+                fail_together(self._told, group)(synced.result)
+            rank0_only(self._told, group)(lambda: self._commit(files))
         except UserError:
             if self.rank == 0:  # a full disk needs the room
                 shutil.rmtree(self.temporary, ignore_errors=True)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import wraps
 from typing import Any
 
 import torch
@@ -64,44 +65,74 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return values
 
 
-def fail_together(action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
-    """Run an action on every rank; if it fails on one, it fails on all, so that no rank waits for ever.
+def fail_together[**P, R](function: Callable[P, R], group: dist.ProcessGroup | None = None) -> Callable[P, R]:
+    """Make a function collective: if it raises on one rank, it raises on all, so that no rank waits forever.
 
-    Collective: call on all ranks.
+    The result is collective: call it on all ranks. Each rank gets its own return value.
+
+    Args:
+        function: The function that each rank runs.
+        group: A group of all ranks, for calls outside the main thread; None: the default group.
 
     Raises:
-        UserError: What the first failing rank raised.
-        RuntimeError: Another rank raised anything else; that rank raises the error itself.
+        UserError: By the result: what the first failing rank raised.
+        RuntimeError: By the result: another rank raised anything else; that rank raises the error itself.
     """
-    result: Any = None
-    error: Exception | None = None
-    try:
-        result = action()
-    except Exception as caught:
-        error = caught
-    failure = error and (isinstance(error, UserError), type(error).__name__, str(error))
-    failures = gather_objects(failure, group)
-    if error is not None and not isinstance(error, UserError):
-        raise error
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            bad_input, kind, message = failure
-            raise UserError(message) if bad_input else RuntimeError(f"rank {rank} failed: {kind}: {message}")
-    return result
+
+    @wraps(function)
+    def collective(*args: P.args, **kwargs: P.kwargs) -> R:
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = function(*args, **kwargs)
+        except Exception as caught:
+            error = caught
+        failure = error and (isinstance(error, UserError), type(error).__name__, str(error))
+        failures = gather_objects(failure, group)
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                bad_input, kind, message = failure
+                if bad_input:
+                    raise UserError(message)
+                raise RuntimeError(f"rank {rank} failed: {kind}: {message}")
+        return result
+
+    return collective
 
 
-def rank0_first(action: Callable[[], Any]) -> Any:
-    """Run an action on rank 0 first (it may download), then on the others. Collective."""
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    result = fail_together(lambda: action() if is_main else None)
-    return fail_together(lambda: result if is_main else action())
+def rank0_first[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function collective: rank 0 runs it first (it may download), then the others do."""
+
+    @wraps(function)
+    def collective(*args: P.args, **kwargs: P.kwargs) -> R:
+        def run() -> R:
+            return function(*args, **kwargs)
+
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        result: Any = fail_together(run if is_main else _nothing)()
+        return fail_together((lambda: result) if is_main else run)()
+
+    return collective
 
 
-def rank0_only(action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
-    """Run an action on rank 0 alone while the others wait. Collective: call on all ranks.
+def rank0_only[**P, R](function: Callable[P, R], group: dist.ProcessGroup | None = None) -> Callable[P, R]:
+    """Make a function collective: rank 0 runs it while the others wait, and all get its return value.
 
-    Returns:
-        What it returned there, on all ranks.
+    Args:
+        function: The function; its return value must pickle.
+        group: A group of all ranks, for calls outside the main thread; None: the default group.
     """
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    return gather_objects(fail_together(action if is_main else lambda: None, group), group)[0]
+
+    @wraps(function)
+    def collective(*args: P.args, **kwargs: P.kwargs) -> R:
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        action: Callable[[], Any] = (lambda: function(*args, **kwargs)) if is_main else _nothing
+        return gather_objects(fail_together(action, group)(), group)[0]
+
+    return collective
+
+
+def _nothing() -> None:
+    pass

@@ -88,20 +88,20 @@ def _build(
     world_size = launched_world_size()
     if config.resume and config.verified_checkpoint != config.checkpoint_path:
         verify_checkpoint(config.checkpoint_path, launched_rank(), world_size)
-    kept = fail_together(lambda: _read_kept(config))
-    inputs = fail_together(lambda: check_inputs(config))
+    kept = fail_together(_read_kept)(config)
+    inputs = fail_together(check_inputs)(config)
     cameras = policy_cameras(config.policy)
-    train, heldout = rank0_first(lambda: load_datasets(config, cameras, world_size))
-    progress = fail_together(lambda: _settle_progress(config, kept, len(train), world_size))
+    train, heldout = rank0_first(load_datasets)(config, cameras, world_size)
+    progress = fail_together(_settle_progress)(config, kept, len(train), world_size)
 
-    policy = fail_together(lambda: build_fp32_policy(config.policy, inputs.weights_dir))
-    base_sha256 = rank0_only(lambda: weights_sha256(inputs.weights_dir)) if inputs.plan else ""
-    weights = fail_together(
-        lambda: open_weights(policy, inputs.policy_dir, inputs.plan, base_sha256, config.seed or 0)
+    policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
+    base_sha256 = rank0_only(weights_sha256)(inputs.weights_dir) if inputs.plan else ""
+    weights = fail_together(open_weights)(
+        policy, inputs.policy_dir, inputs.plan, base_sha256, config.seed or 0
     )
     adapters = weights.adapters if isinstance(weights, AdaptedWeights) else None
     if config.craft.enabled and config.craft.vision_features:
-        fail_together(lambda: check_frozen_tower(policy))
+        fail_together(check_frozen_tower)(policy)
     size = _describe_size(policy, adapters)
     warning = _wrapping_warning(config, policy)
     if config.activation_checkpointing == "full":
@@ -114,26 +114,26 @@ def _build(
             lambda: config.optimizer.build(policy.get_optim_params()),
             ds_config,
         )
-    preprocessor, postprocessor = fail_together(
-        lambda: load_processors(config.policy, inputs.policy_dir, str(engine.device))
+    preprocessor, postprocessor = fail_together(load_processors)(
+        config.policy, inputs.policy_dir, str(engine.device)
     )
     for processor in preprocessor.steps:
         if config.rename_map and isinstance(processor, RenameObservationsProcessorStep):
             processor.rename_map = config.rename_map
-    fail_together(lambda: check_processors(config, train, preprocessor))
+    fail_together(check_processors)(config, train, preprocessor)
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
-    anchors = fail_together(lambda: _open_anchors(config, inputs.cache, engine, progress))
+    anchors = fail_together(_open_anchors)(config, inputs.cache, engine, progress)
     dual = DualState(config.craft)
     if config.resume:
-        fail_together(lambda: load_optimizer(config.checkpoint_path, engine, adapters))
-        fail_together(lambda: _restore(config.checkpoint_path, kept, dual, scheduler))
+        fail_together(load_optimizer)(config.checkpoint_path, engine, adapters)
+        fail_together(_restore)(config.checkpoint_path, kept, dual, scheduler)
     share = partition_step(progress.samples_per_step, engine.world_size, config.batch_size, "task samples")
     sampler = StepSampler(len(train), share, engine.rank, config.seed or 0, progress.samples_seen)
-    batches = fail_together(lambda: training_batches(config, train, sampler))
+    batches = fail_together(training_batches)(config, train, sampler)
     saver = BackgroundSaver() if config.checkpoint.background and config.save_checkpoint else None
     engine.barrier()  # nobody makes the output directory before everybody has seen that it is free
-    moved = rank0_only(lambda: _move_incomplete_aside(config))
-    logger = fail_together(lambda: _open_logger(config, engine, progress.step))
+    moved = rank0_only(_move_incomplete_aside)(config)
+    logger = fail_together(_open_logger)(config, engine, progress.step)
     logger.say(f"✓ data set: {train.num_episodes} episodes, {len(train)} samples")
     logger.say(f"✓ policy: {config.policy.type}, {size}, {_describe(engine, config)}")
     for line in (*kept.get("changed", ()), *moved, *([f"warning: {warning}"] if warning else [])):

@@ -105,7 +105,7 @@ def choose_checkpoint(arguments: Sequence[str]) -> ResumeChoice:
         if mode == "true":
             reasons = "".join(f"; {reason}" for reason in skipped.values())
             raise UserError(f"--resume=true: {run} holds no whole checkpoint{reasons}")
-        moved = rank0_only(lambda: move_aside(run) if run.exists() else None)
+        moved = rank0_only(lambda: move_aside(run) if run.exists() else None)()
         said = [f"warning: {reason}" for reason in skipped.values()]
         said += [f"no whole checkpoint in {run}, which is {moved} now: the run begins anew"] if moved else []
         return ResumeChoice([a for a in arguments if not a.startswith("--resume=")], said=tuple(said))
@@ -118,7 +118,7 @@ def choose_checkpoint(arguments: Sequence[str]) -> ResumeChoice:
     kept += [f"--config_path={checkpoint / TRAIN_CONFIG_NAME}", "--resume=true"]
     said = [f"warning: skipped: {reason}" for reason in skipped.values()]
     if Path(flags.get("--output_dir") or run).resolve() == run.resolve():
-        said += rank0_only(lambda: [f"{path} is {move_aside(path)} now" for path in skipped])
+        said += rank0_only(lambda: [f"{path} is {move_aside(path)} now" for path in skipped])()
     return ResumeChoice(kept, checkpoint, step, (*said, f"going on from {checkpoint}"), mode == "auto")
 
 
@@ -151,7 +151,7 @@ def _output_dir_of(config_path: Path | None) -> str | None:
 
 def _newest(run: Path) -> tuple[tuple[int, Path] | None, dict[Path, str]]:
     """The newest checkpoint of which every byte is right, and why others were passed over. Collective."""
-    whole, skipped = rank0_only(lambda: complete_checkpoints(run))
+    whole, skipped = rank0_only(complete_checkpoints)(run)
     for step, path in whole:
         try:
             verify_checkpoint(path, launched_rank(), launched_world_size())

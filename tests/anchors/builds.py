@@ -1,13 +1,11 @@
 """What tests of building anchor caches share beside their fixtures."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 
 from craft_ds.anchors.build import build_anchor_cache
-from craft_ds.cli import run_main
+from craft_ds.cli import run_command
 from craft_ds.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "build_anchor_cache.py"
@@ -31,14 +29,10 @@ def refuses(options, *words):
 
 
 def run_script(monkeypatch, *arguments):
-    """Run the script's `main` as the script does; return its exit status."""
-    spec = importlib.util.spec_from_file_location("build_anchor_cache", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    """Run `craft-ds anchors` in this process; return its exit code."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     try:
-        run_main(script.main)
-    except SystemExit as leaving:
-        return leaving.code
+        run_command("anchors", arguments)
+    except SystemExit as ended:
+        return ended.code
     return 0

@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
-from craft_ds.cli import exit_without_teardown, train_main
+from craft_ds.cli import exit_without_teardown, run_command
 from craft_ds.training import trainer
 
 one_step = trainer._one_step
@@ -20,4 +21,4 @@ def dies_once(run, step):
 
 if __name__ == "__main__":
     trainer._one_step = dies_once
-    exit_without_teardown(train_main)
+    exit_without_teardown(lambda: run_command("train", sys.argv[1:]))

@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from craft_ds.cli import exit_without_teardown, train_main
+from craft_ds.cli import exit_without_teardown, run_command
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         status, output, errors = 0, io.StringIO(), io.StringIO()
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-                train_main()
+                run_command("train", sys.argv[1:])
         except SystemExit as leaving:
             status = leaving.code
         ended[name] = {"status": status, "output": output.getvalue(), "errors": errors.getvalue()}

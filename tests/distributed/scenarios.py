@@ -364,14 +364,14 @@ def failing_rank(lab: Lab) -> Output:
 
     heard = {}
     for name, call in {
-        "bad_input": lambda: fail_together(bad_input),
-        "bug": lambda: fail_together(bug),
-        "full_disk": lambda: rank0_only(full_disk),
+        "bad_input": fail_together(bad_input),
+        "bug": fail_together(bug),
+        "full_disk": rank0_only(full_disk),
     }.items():
         try:
             call()
             heard[name] = None
         except Exception as error:
             heard[name] = [type(error).__name__, str(error)]
-    heard["after"] = fail_together(lambda: lab.rank)
+    heard["after"] = fail_together(lambda: lab.rank)()
     return Output(values=heard)

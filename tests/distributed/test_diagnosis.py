@@ -129,9 +129,9 @@ def test_a_place_is_the_innermost_frame():
 
 
 def test_the_frame_of_the_package_that_led_there_is_named_too():
-    place = place_while(lambda inside, leave: fail_together(lambda: spin(inside, leave)), collectives=None)
+    place = place_while(lambda inside, leave: fail_together(spin)(inside, leave), collectives=None)
     assert ", called from craft_ds/distributed/collectives.py:" in place.where
-    assert place.where.endswith(" in fail_together")
+    assert place.where.endswith(" in collective")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from craft_ds.cli import export_main
+from craft_ds.cli import run_command
 from craft_ds.errors import UserError
 from craft_ds.export import lora_merge, verify_merge
 from craft_ds.export.export import export_checkpoint
@@ -393,12 +393,11 @@ def test_a_disk_that_cannot_be_written_is_one_line(adapted, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_merges_and_says_what_it_compared(adapted, tmp_path, monkeypatch, capsys):
+def test_the_command_merges_and_says_what_it_compared(adapted, tmp_path, capsys):
     output = tmp_path / "policy"
-    command = ["export_checkpoint.py", str(adapted("rslora")), "--output", str(output), "--merge_lora"]
-    monkeypatch.setattr("sys.argv", command)
+    command = [str(adapted("rslora")), "--output", str(output), "--merge_lora"]
     capsys.readouterr()
-    export_main()
+    run_command("export", command)
     printed = capsys.readouterr().out
     assert printed.startswith(
         f"exported {adapted('rslora')} to {output} (float32): merged, and compared with"
@@ -406,14 +405,13 @@ def test_the_command_merges_and_says_what_it_compared(adapted, tmp_path, monkeyp
     assert "largest logit difference" in printed
     assert printed.count("\n") == 1
     with pytest.raises(SystemExit) as leaving:
-        export_main()
+        run_command("export", command)
     assert leaving.value.code == 2
     assert "exists already" in capsys.readouterr().err
 
 
-def test_the_help_states_the_bounds(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["export_checkpoint.py", "--help"])
+def test_the_help_states_the_bounds(capsys):
     with pytest.raises(SystemExit):
-        export_main()
+        run_command("export", ["--help"])
     stated = ", ".join(f"{share:g} in {dtype}" for dtype, share in verify_merge.MAX_TOKEN_DIFFERENCE.items())
     assert stated in " ".join(capsys.readouterr().out.split())

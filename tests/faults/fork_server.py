@@ -30,7 +30,7 @@ import torch.distributed as dist
 from draccus.wrappers import docstring
 
 import craft_ds
-from craft_ds.cli import train_main
+from craft_ds.cli import run_command
 
 # What a run imports on its way. A name that another version does not have costs time, nothing else.
 _LATE = (
@@ -97,7 +97,7 @@ def run_rank(request: dict[str, Any]) -> int:
     try:
         for module, function, arguments in request["saboteurs"]:
             getattr(importlib.import_module(module), function)(**arguments)
-        train_main()
+        run_command("train", sys.argv[1:])
     except SystemExit as leaving:
         return int(leaving.code or 0)
     except BaseException:

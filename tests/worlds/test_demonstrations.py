@@ -1,12 +1,9 @@
-import runpy
-import sys
-from pathlib import Path
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from craft_ds.cli import run_command
 from craft_ds.errors import UserError
 from craft_ds.worlds import make_world
 from craft_ds.worlds.base import ACTION, CAMERA, STATE, scene_seed
@@ -14,7 +11,6 @@ from craft_ds.worlds.demonstrations import Recipe, open_demonstrations, read_rec
 from craft_ds.worlds.recording import record_episode
 
 RECIPE = Recipe("blocks", episodes_per_task=2)
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_world.py"
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +81,8 @@ def test_what_is_no_data_set_is_named(tmp_path):
     [["--world", "blocks", "--episodes_per_task", "0"], ["--world", "moon"]],
 )
 def test_bad_flags_end_with_one_line_and_status_2(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags, "--output_dir", str(tmp_path / "data")])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        run_command("worlds", ["record", *flags, "--output_dir", str(tmp_path / "data")])
     assert ended.value.code == 2
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "data").exists()

@@ -1,21 +1,17 @@
 import json
 import math
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from craft_ds.cli import run_command
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.worlds import make_world
 from craft_ds.worlds.base import ACTION, STATE
 from craft_ds.worlds.demonstrations import Recipe, write_demonstrations
 from craft_ds.worlds.evaluation import demonstration_loss
 from craft_ds.worlds.pretraining import pretrain, robot_bounds
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +54,7 @@ def test_the_bounds_are_the_robots():
 def test_eval_world_writes_success_and_loss_by_task(made, monkeypatch, capsys):
     flags = ["--world", "blocks", "--episodes", "1", "--data_root", str(made / "data")]
     output = made / "eval" / "result.json"
-    script = str(SCRIPTS / "eval_world.py")
-    monkeypatch.setattr(
-        sys, "argv", [script, f"--policy.path={made / 'teacher'}", *flags, "--output", str(output)]
-    )
-    runpy.run_path(script, run_name="__main__")
+    run_command("eval", [f"--policy.path={made / 'teacher'}", *flags, "--output", str(output)])
     result = json.loads(output.read_text())
     assert set(result["success"]) == set(result["loss"]) == set(make_world("blocks").tasks("all"))
     printed = capsys.readouterr().out
@@ -78,9 +70,7 @@ def test_eval_world_writes_success_and_loss_by_task(made, monkeypatch, capsys):
     ],
 )
 def test_eval_world_names_what_is_wrong(flags, named, monkeypatch, capsys):
-    script = str(SCRIPTS / "eval_world.py")
-    monkeypatch.setattr(sys, "argv", [script, "--world=blocks", *flags])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(script, run_name="__main__")
+        run_command("eval", ["--world=blocks", *flags])
     assert ended.value.code == 2
     assert named in capsys.readouterr().err

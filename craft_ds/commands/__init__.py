@@ -1,0 +1,1 @@
+"""The subcommands of `craft-ds`: one module each, with `main(arguments)`. None imports torch for `--help`."""

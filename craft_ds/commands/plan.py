@@ -1,0 +1,130 @@
+"""How much memory a run will take on each rank, and which GPU holds it; nothing is allocated.
+
+    python scripts/plan_memory.py --policy.path=outputs/run/final --world_size=8
+    python scripts/plan_memory.py --policy.type=pi0_fast --world_size=8 --engine=zero3 --batch_size=16
+    python scripts/plan_memory.py --policy.type=tiny_pi0_fast --policy.text_width=768 --lora_rank=0
+
+One line an engine: the peak of a retention step, the dearest there is, at the lengths given. Other
+`--policy.*` flags set fields of the policy's configuration.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from craft_ds.errors import UserError, exits_as_user_error, one_line
+from craft_ds.memory_planner import ENGINES
+
+# Those of pi0_fast in `craft_ds.lora.targets`, which is too dear to import for --help.
+PRESETS = ("default", "attention", "attention_mlp", "attention_mlp_vision")
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="craft-ds plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--policy.path", dest="path", help="policy directory or hub id; only its config.json is read")
+    add("--policy.type", dest="type", help="policy type, where there is no path, e.g. pi0_fast")
+    add("--world_size", type=int, default=1, help="ranks (default: 1)")
+    add("--dp_replicate", type=int, default=1, help="replicas of an HSDP run: they divide the sharding ranks")
+    add("--engine", choices=ENGINES, nargs="+", default=list(ENGINES), help="default: all of them")
+    add("--engine.dtype", dest="dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    add("--batch_size", type=int, default=8, help="samples a rank and micro-batch (default: 8)")
+    add("--prompt_length", type=int, default=80, help="prompt tokens, the state included (default: 80)")
+    add("--action_length", type=int, default=100, help="action tokens (default: 100)")
+    add("--cameras", type=int, help="images a sample (default: the policy's)")
+    add(
+        "--lora_rank",
+        type=int,
+        default=8,
+        help="plan LoRA of this rank too; 0: full training only (default: 8)",
+    )
+    add("--lora_preset", choices=PRESETS, default=PRESETS[0], help="layers with adapters, as --lora.preset")
+    add("--gpu_gb", default="24,48,80", help="sizes of GPUs to try, in GiB (default: 24,48,80)")
+    add("--headroom", type=float, default=0.08, help="share of a GPU for context and fragments (0.08)")
+    add("--reduce_bucket_size", type=int, help="of your own DeepSpeed file, in elements")
+    add("--json", action="store_true", help="print bytes as JSON instead of the table")
+    args, rest = parser.parse_known_args(arguments)
+    unknown = [flag for flag in rest if not (flag.startswith("--policy.") and "=" in flag)]
+    if unknown:
+        raise UserError(
+            f"unknown argument {unknown[0]} (see --help; a policy's fields as --policy.NAME=VALUE)"
+        )
+    if bool(args.path) == bool(args.type):
+        raise UserError("give either --policy.path or --policy.type")
+    for name in ("world_size", "dp_replicate", "batch_size", "prompt_length", "action_length"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+    if args.lora_rank < 0:
+        raise UserError(f"--lora_rank={args.lora_rank} must not be negative")
+    if args.world_size % args.dp_replicate:
+        raise UserError(f"--dp_replicate={args.dp_replicate} must divide --world_size={args.world_size}")
+    try:
+        args.gpus = tuple(float(size) for size in args.gpu_gb.split(","))
+    except ValueError:
+        raise UserError(f"--gpu_gb={args.gpu_gb}: sizes in GiB, separated by commas") from None
+    return args, [flag.removeprefix("--policy.") for flag in rest]
+
+
+def policy_config(args: argparse.Namespace, fields: list[str]) -> Any:
+    """The policy's configuration, from its directory or from its type and fields."""
+    # Imported late: what is wrong with the flags, and --help, need no torch.
+    import draccus
+    from lerobot.configs import PreTrainedConfig
+
+    import craft_ds.policies.tiny_pi0_fast.policy  # noqa: F401 - makes the type tiny_pi0_fast known
+
+    overrides = ["--device=cpu", *(f"--{field}" for field in fields)]
+    try:
+        with exits_as_user_error():
+            if args.path:
+                return PreTrainedConfig.from_pretrained(args.path, cli_overrides=overrides)
+            kind = PreTrainedConfig.get_choice_class(args.type)
+            return draccus.parse(kind, args=overrides)
+    except Exception as error:
+        raise UserError(f"no policy configuration from these --policy.* flags: {one_line(error)}") from error
+
+
+def question(args: argparse.Namespace) -> Any:
+    """The flags as the planner wants them."""
+    import torch
+
+    from craft_ds.config.configs import LoraConfig
+    from craft_ds.memory_planner.report import PlanRequest
+    from craft_ds.memory_planner.shapes import Workload
+
+    lora = LoraConfig(enabled=True, preset=args.lora_preset, rank=args.lora_rank)
+    return PlanRequest(
+        workload=Workload(args.batch_size, args.prompt_length, args.action_length, args.cameras),
+        engines=tuple(args.engine),
+        world_size=args.world_size,
+        dp_replicate=args.dp_replicate,
+        dtype=getattr(torch, args.dtype),
+        lora=lora if args.lora_rank else None,
+        reduce_bucket=args.reduce_bucket_size,
+        gpus=args.gpus,
+        headroom=args.headroom,
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    args, fields = parse_arguments(arguments)
+    config, asked = policy_config(args, fields), question(args)
+
+    from craft_ds.memory_planner.report import as_json, plan_all, table
+
+    rows = plan_all(config, asked)
+    if args.json:
+        print(json.dumps([as_json(row, asked) for row in rows], indent=1))
+        return
+    print(
+        f"{config.type} in {args.dtype} on {args.world_size} ranks; {args.batch_size} samples a rank, "
+        f"{args.prompt_length} + {args.action_length} tokens"
+    )
+    for line in table(rows, asked):
+        print(line, flush=True)
