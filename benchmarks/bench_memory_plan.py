@@ -166,14 +166,14 @@ def plan(case: dict[str, Any]) -> Plan:
         zero3=kind.startswith("zero3"),
         lora=lora_flags(case) if case["lora"] else None,
     )
-    setting = EngineOptions(
+    options = EngineOptions(
         kind,
         1 if kind == "single" else case["world_size"],
         dtype.itemsize,
         foreach_optimizer=False,
         reduce_bucket=case["reduce_bucket"],
     )
-    return plan_memory(trace, workload, setting)
+    return plan_memory(trace, workload, options)
 
 
 def main() -> None:

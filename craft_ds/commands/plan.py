@@ -90,7 +90,7 @@ def policy_config(args: argparse.Namespace, fields: list[str]) -> Any:
         raise UserError(f"no policy configuration from these --policy.* flags: {one_line(error)}") from error
 
 
-def question(args: argparse.Namespace) -> Any:
+def plan_request(args: argparse.Namespace) -> Any:
     """The flags as the planner wants them."""
     import torch
 
@@ -114,7 +114,7 @@ def question(args: argparse.Namespace) -> Any:
 
 def main(arguments: Sequence[str]) -> None:
     args, fields = parse_arguments(arguments)
-    config, asked = policy_config(args, fields), question(args)
+    config, asked = policy_config(args, fields), plan_request(args)
 
     from craft_ds.memory_planner.report import as_json, plan_all, table
 

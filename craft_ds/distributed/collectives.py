@@ -1,4 +1,4 @@
-"""What the ranks do together beside training: exchange values, and fail all at once."""
+"""Collective helpers: set up the process group, exchange objects, fail on all ranks at once."""
 
 import os
 from collections.abc import Callable
@@ -14,11 +14,10 @@ from craft_ds.errors import UserError
 
 
 def init_process_group(timeout: timedelta | None = None) -> None:
-    """Join the process group that the launcher described, or form one of a single process.
+    """Create the process group that the launcher describes, or one of a single process.
 
-    Every rank takes its own accelerator first: what is exchanged before a model is built would otherwise go
-    through the first one of them. Does nothing where there is a process group already. Collective: call on
-    all ranks.
+    Selects this rank's accelerator first: objects exchanged before the model is built would otherwise all go
+    through the first accelerator. Does nothing if a process group exists. Collective: call on all ranks.
 
     Args:
         timeout: How long a collective may wait for a rank; torch's default is 30 minutes.
@@ -28,11 +27,11 @@ def init_process_group(timeout: timedelta | None = None) -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        # Gradients and masters that are kept on the CPU, and exchanged objects, go by gloo.
+        # gloo carries CPU gradients, CPU master weights and exchanged objects.
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout or default_pg_timeout))
-        # torchrun's static rendezvous keeps one store over all restarts, with the addresses of dead ranks.
+        # torchrun's static rendezvous keeps one store across restarts, with the addresses of dead ranks.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
@@ -40,23 +39,23 @@ def init_process_group(timeout: timedelta | None = None) -> None:
 
 
 def process_group_is_initialized() -> bool:
-    """Whether this process has joined a process group."""
+    """Return True if this process is in a process group."""
     return dist.is_initialized()
 
 
 def destroy_process_group() -> None:
-    """Leave the process group, if there is one. Collective: call on all ranks."""
+    """Destroy the process group, if there is one. Collective: call on all ranks."""
     if dist.is_initialized():
-        dist.barrier()  # gloo fails the last to leave if the first has left
+        dist.barrier()  # with gloo, the last rank fails if the first has already destroyed its group
         dist.destroy_process_group()
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, in rank order. Collective: call on all ranks.
+    """Return every rank's value, in rank order. Collective: call on all ranks.
 
     Args:
         value: Anything that pickles.
-        group: A group of all ranks, for calls beside the main thread; None: the default group.
+        group: A group of all ranks, for calls outside the main thread; None: the default group.
     """
     if not dist.is_initialized():
         return [value]

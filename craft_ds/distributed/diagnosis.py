@@ -1,4 +1,4 @@
-"""Which rank the others wait for: a verdict from what the ranks show of themselves. Touches no store."""
+"""Diagnosis of a stalled run: which rank the others wait for. Pure functions of the ranks' statuses."""
 
 import os
 import sys
@@ -13,12 +13,12 @@ _MOST_PLACES = 4
 
 
 class Place(NamedTuple):
-    """Where a rank's main thread is.
+    """Position of a rank's main thread.
 
     Attributes:
-        where: The innermost frame, ``file:line in function``, and the one of this package that led there.
-        waits: Whether that frame belongs to what the ranks do together.
-        collectives: How many collectives the rank has begun; None where torch does not tell.
+        where: The innermost frame as `file:line in function`, and the frame of this package that called it.
+        waits: True if that frame is inside a collective.
+        collectives: Number of collectives that the rank has started; None if torch does not report it.
     """
 
     where: str
@@ -27,12 +27,12 @@ class Place(NamedTuple):
 
 
 class RankStatus(NamedTuple):
-    """One rank, as its heartbeat at two moments shows it.
+    """One rank as seen by comparing its heartbeat at two moments.
 
     Attributes:
-        moved: Whether its heartbeat went on between them.
-        closed: Whether it has left of its own accord.
-        place: What it said of its main thread; None if nothing.
+        moved: True if its heartbeat advanced between them.
+        closed: True if it has exited on its own.
+        place: The reported position of its main thread; None if it reported nothing.
     """
 
     moved: bool
@@ -41,17 +41,17 @@ class RankStatus(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """A line without line breaks that says what is the matter and the mend, and the ranks that it blames."""
+    """One line that states the problem and the fix, and the ranks that caused it."""
 
     line: str
     ranks: tuple[int, ...]
 
 
 def place_of(thread: int, collectives: int | None) -> Place:
-    """The place of a thread of this process.
+    """Return the position of a thread of this process.
 
     Args:
-        thread: Its identifier.
+        thread: The thread's identifier.
         collectives: See `Place`.
     """
     innermost = sys._current_frames().get(thread)
@@ -74,7 +74,7 @@ def _describe(frame: FrameType) -> str:
 
 
 def _waits(frame: FrameType) -> bool:
-    """DeepSpeed waits for what it began earlier outside its communication modules, in functions `wait`."""
+    """Return True inside a collective. DeepSpeed also waits in functions named `wait` of other modules."""
     file = frame.f_code.co_filename.replace("\\", "/")
     if "/torch/distributed/" in file or "/deepspeed/comm/" in file:
         return True
@@ -82,34 +82,34 @@ def _waits(frame: FrameType) -> bool:
 
 
 def silent_ranks(statuses: Sequence[RankStatus], watched: float) -> Diagnosis | None:
-    """Blame the ranks without a sign of life.
+    """Report the ranks whose heartbeat has stopped.
 
     Args:
-        statuses: One a rank, in rank order.
-        watched: Seconds between the two moments.
+        statuses: One per rank, in rank order.
+        watched: Seconds between the two observations.
 
     Returns:
-        None where every rank lives or has left of its own accord.
+        None if every rank is alive or has exited on its own.
     """
     silent = tuple(rank for rank, status in enumerate(statuses) if not (status.moved or status.closed))
     if not silent:
         return None
     stopped = "has stopped or its machine is" if len(silent) == 1 else "have stopped or their machines are"
     return Diagnosis(
-        f"{_names(silent)} {stopped} gone: no sign of life for {watched:.0f} s; {RESUME}",
+        f"{_names(silent)} {stopped} gone: no heartbeat for {watched:.0f} s; {RESUME}",
         silent,
     )
 
 
 def hanging_ranks(statuses: Sequence[RankStatus], stalled: float) -> Diagnosis:
-    """Blame the ranks that live, but do not come to where the others wait.
+    """Report live ranks that have not reached the collective the others are waiting in.
 
-    All ranks begin the same collectives in the same order, so those that have begun fewest are awaited by the
-    others. That holds on GPUs too, where a rank does not wait inside a collective, but later, wherever a
-    result is read. Only where torch does not tell the counts, those outside a collective are blamed.
+    All ranks start the same collectives in the same order, so the others wait for those that have started
+    fewest. This also holds on GPUs, where a rank does not wait inside a collective but later, when a result
+    is read. If torch does not report the counts, the ranks outside a collective are reported instead.
 
     Args:
-        statuses: One a rank, in rank order; all are alive or have left.
+        statuses: One per rank, in rank order; all are alive or have exited.
         stalled: Seconds without progress.
     """
     places = {
@@ -117,20 +117,20 @@ def hanging_ranks(statuses: Sequence[RankStatus], stalled: float) -> Diagnosis:
     }
     unheard = [rank for rank, status in enumerate(statuses) if not status.closed and not status.place]
     late = _late(places)
-    mend = f"no progress for {stalled:.0f} s; {RESUME}, or raise --rank_timeout if a step may take that long"
+    fix = f"no progress for {stalled:.0f} s; {RESUME}, or raise --rank_timeout if a step may take that long"
     if late and len(late) < len(places):
         where = "; ".join(f"rank {rank} in {places[rank].where}" for rank in late[:_MOST_PLACES])
         if len(late) == 1:
-            line = f"rank {late[0]} hangs in {places[late[0]].where} while the others wait for it: {mend}"
+            line = f"rank {late[0]} hangs in {places[late[0]].where} while the others wait for it: {fix}"
         else:
-            line = f"{_names(late)} hang while the others wait for them ({where}): {mend}"
+            line = f"{_names(late)} hang while the others wait for them ({where}): {fix}"
         return Diagnosis(line, late)
     where = "; ".join(f"rank {rank} is in {place.where}" for rank, place in [*places.items()][:_MOST_PLACES])
     if len(places) > _MOST_PLACES:
         where += "; …"
     if unheard:
-        where += f"; {_names(unheard)} did not say where"
-    return Diagnosis(f"all ranks hang, and none keeps the others waiting ({where}): {mend}", ())
+        where += f"; {_names(unheard)} did not report where"
+    return Diagnosis(f"all ranks hang, and none is behind the others ({where}): {fix}", ())
 
 
 def _late(places: dict[int, Place]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What the ranks of a run write for one another into the process group's store."""
+"""Heartbeats and messages that the ranks of a run exchange through the process group's store."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from craft_ds.distributed.diagnosis import Diagnosis, Place, RankStatus
 
 
 class Heartbeat(NamedTuple):
-    """What a rank hears at each of its heartbeats.
+    """What a rank reads at each of its heartbeats.
 
     Attributes:
-        progress: Of all ranks together.
-        asked: Whether somebody wants to know where everybody is.
-        told: Why the run ends, in the words of the first rank that said so; None while it goes on.
-        next_beat: The heartbeat of the next rank, the one that this rank keeps an eye on.
-        host_closed: Whether the rank that hosts the store leaves of its own accord, and takes it along.
+        progress: Progress counter, summed over all ranks.
+        asked: True if a rank has asked all ranks for their positions.
+        told: Why the run ends, from the first rank that reported it; None while it continues.
+        next_beat: The heartbeat of the next rank, which this rank watches.
+        host_closed: True if the rank that hosts the store exits on its own, which ends the store.
     """
 
     progress: int
@@ -31,54 +31,54 @@ class Heartbeat(NamedTuple):
 
 
 class HeartbeatStore:
-    """The store, through a connection of its own, since one that waits keeps its other users waiting.
+    """The store over a separate connection: a call that waits blocks all users of its connection.
 
-    Any of its methods takes for ever where the host of the store hangs, whatever timeout the store has: they
-    belong into a thread on which nobody depends. `check` comes before each `get`, which would wait.
+    Every method blocks forever if the host of the store hangs, whatever the store's timeout: call them only
+    from a thread that nothing else depends on. Each `get`, which would wait, is preceded by `check`.
 
     Args:
         rank: This rank.
         world_size: Number of ranks.
-        run: A name that no other run on this store has had.
+        run: A name that no other run uses on this store.
     """
 
     def __init__(self, rank: int, world_size: int, run: str):
         shared: Any = distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"peers/{run}", shared.clone())
+        self._store = dist.PrefixStore(f"watchdog/{run}", shared.clone())
         self._rank = rank
         self._world_size = world_size
-        # An elastic launcher's agent hosts it; otherwise the first rank does, and takes it along.
+        # An elastic launcher's agent hosts the store; otherwise rank 0 does, and the store ends with it.
         self.host_rank = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
 
     def beat(self, progress: int) -> Heartbeat:
-        """Show a sign of life, and hear the news.
+        """Publish a heartbeat and read the others' messages.
 
         Args:
-            progress: What this rank has done since its last beat.
+            progress: This rank's progress since its last heartbeat.
         """
         self._store.add(f"beat/{self._rank}", 1)
         return Heartbeat(
             progress=self._store.add("progress", progress),
             asked=self._store.check(["asked"]),
-            told=_verdict(self._read("told")),
+            told=_diagnosis(self._read("told")),
             next_beat=self._store.add(f"beat/{(self._rank + 1) % self._world_size}", 0),
             host_closed=self.host_rank is not None and self._store.check([f"closed/{self.host_rank}"]),
         )
 
     def ask(self) -> None:
-        """Want to know of every rank where it is."""
+        """Ask every rank for its position."""
         self._store.set("asked", "1")
 
     def write_place(self, place: Place) -> None:
-        """Say where this rank's main thread is."""
+        """Publish the position of this rank's main thread."""
         self._store.set(f"place/{self._rank}", json.dumps(place))
 
     def beats(self) -> list[int]:
-        """Every rank's heartbeats; 0 for one that has not begun."""
+        """Return every rank's heartbeat count; 0 for a rank that has not started."""
         return [self._store.add(f"beat/{rank}", 0) for rank in range(self._world_size)]
 
     def statuses(self, before: list[int]) -> list[RankStatus]:
-        """What is to be seen of every rank, compared with its heartbeats at an earlier moment."""
+        """Return every rank's status, given its heartbeat count at an earlier moment."""
         statuses = []
         for rank, (beats, earlier) in enumerate(zip(self.beats(), before, strict=True)):
             statuses.append(
@@ -91,20 +91,20 @@ class HeartbeatStore:
         return statuses
 
     def tell(self, why: Diagnosis) -> None:
-        """Say why the run ends, unless another rank has."""
+        """Publish why the run ends, unless another rank already has."""
         if self._store.add("tellers", 1) == 1:
             self._store.set("told", json.dumps(why))
 
     def claim(self) -> bool:
-        """Whether this rank is the first of its machine to claim the right to speak."""
+        """Return True for the first rank of each machine that calls this: it prints the message."""
         return self._store.add(f"speakers/{socket.gethostname()}", 1) == 1
 
     def close(self) -> None:
-        """Say that this rank leaves of its own accord, and will be missed by nobody."""
+        """Publish that this rank exits on its own, so that the others do not report it."""
         self._store.set(f"closed/{self._rank}", "1")
 
     def all_closed(self, but: Sequence[int]) -> bool:
-        """Whether every rank, but those given, has left of its own accord."""
+        """Return True if every rank except those given has exited on its own."""
         awaited = [rank for rank in range(self._world_size) if rank not in but]
         return self._store.check([f"closed/{rank}" for rank in awaited])
 
@@ -116,12 +116,15 @@ def _place(said: Any) -> Place | None:
     return said and Place(*said)
 
 
-def _verdict(said: Any) -> Diagnosis | None:
+def _diagnosis(said: Any) -> Diagnosis | None:
     return said and Diagnosis(said[0], tuple(said[1]))
 
 
 def count_collectives() -> int | None:
-    """Collectives that this rank has begun, over all its groups; None where torch does not tell."""
+    """Return the number of collectives this rank has started in all groups; None if torch does not report it.
+
+    Uses private names of torch: where they are missing, diagnosis continues without the counts.
+    """
     try:
         groups: list[Any] = list(distributed_c10d._world.pg_map)
         return sum(

@@ -1,7 +1,7 @@
-"""When an engine gathers a unit's parameters, and what it does with a gradient that is ready.
+"""Models of the engines: the bytes each holds for gathered parameters and gradients during a pass.
 
-A rhythm is told every event of a simulated pass and answers with the bytes it holds: at that very moment,
-and from then until the next event.
+A model receives every event of a simulated pass and returns the bytes it holds: at the event itself, and from
+then until the next event.
 """
 
 from typing import Protocol
@@ -12,7 +12,7 @@ from craft_ds.memory_planner.zero3_prefetch import Zero3Prefetch
 
 
 class EngineMemoryModel(Protocol):
-    """An engine during one pass.
+    """Memory model of an engine during one pass.
 
     Attributes:
         gradient: Bytes of the accumulated gradient, on the device or, with offload, on the host.
@@ -21,27 +21,27 @@ class EngineMemoryModel(Protocol):
     gradient: int
 
     def on(self, event: Event) -> tuple[int, int]:
-        """Bytes that the engine works with at the event, and from then on."""
+        """Return the engine's bytes at the event, and from then until the next event."""
         ...
 
 
-def make_memory_model(trace: PassTrace, setting: EngineOptions) -> EngineMemoryModel:
-    """The rhythm of an engine at the beginning of a pass."""
-    if setting.engine == "single":
+def make_memory_model(trace: PassTrace, options: EngineOptions) -> EngineMemoryModel:
+    """Create the memory model of an engine at the start of a pass."""
+    if options.engine == "single":
         return SingleMemoryModel()
-    if setting.engine.startswith("fsdp"):
-        return FsdpMemoryModel(trace, setting)
-    return ZeroMemoryModel(trace, setting)
+    if options.engine.startswith("fsdp"):
+        return FsdpMemoryModel(trace, options)
+    return ZeroMemoryModel(trace, options)
 
 
 class SingleMemoryModel:
-    """Gradients grow as backward goes on; nothing moves."""
+    """One process: gradients grow during backward; nothing is gathered."""
 
     def __init__(self) -> None:
         self.gradient = 0
 
     def on(self, event: Event) -> tuple[int, int]:
-        """Keep the gradient."""
+        """Add the gradient to the accumulated one."""
         self.gradient += 4 * event.numel
         return 0, 0
 
@@ -49,14 +49,14 @@ class SingleMemoryModel:
 class FsdpMemoryModel:
     """FSDP2 (torch/distributed/fsdp/_fully_shard: `_fsdp_param_group.py`, `_fsdp_collectives.py`).
 
-    Gathering allocates one flat buffer and then a tensor a parameter; backward gathers the next unit's flat
-    buffer ahead. When the gradients of a unit are complete its parameters are freed, the gradients copied
-    into one flat fp32 buffer, which lives until the next unit's, and reduced into shards.
+    Gathering allocates one flat buffer and then one tensor per parameter; backward prefetches the next
+    unit's flat buffer. When the gradients of a unit are complete, its parameters are freed and the gradients
+    are copied into one flat fp32 buffer, which lives until the next unit's is made, and reduced into shards.
     """
 
-    def __init__(self, trace: PassTrace, setting: EngineOptions):
+    def __init__(self, trace: PassTrace, options: EngineOptions):
         self.gradient = 0
-        self._units, self._s = trace.units, setting
+        self._units, self._s = trace.units, options
         forward = dict.fromkeys(e.unit for e in trace.events if e.kind == "forward")
         self._before = dict(zip(list(forward)[1:], forward, strict=False))
         self._gathered: set[int] = set()
@@ -75,7 +75,7 @@ class FsdpMemoryModel:
         elif event.kind == "forward_end" and unit not in self._backward and self._s.reshard_after_forward:
             self._gathered.discard(unit)
         elif event.kind == "backward":
-            # A frozen unit ends without a gradient: when the next begins.
+            # A frozen unit has no gradient event: it ends when the next unit starts.
             self._gathered -= {done for done in self._backward if not self._units[done].trainable}
             self._backward.add(unit)
             momentary = self._gather(unit)
@@ -118,13 +118,13 @@ class FsdpMemoryModel:
 class ZeroMemoryModel:
     """DeepSpeed ZeRO (`runtime/zero/stage3.py`, `stage_1_and_2.py`); `Zero3Prefetch` gathers for stage 3.
 
-    Gradients are copied into the bucket as they come; a full bucket is flattened once more and reduced.
+    Each gradient is copied into the bucket; a full bucket is flattened once more and reduced.
     """
 
-    def __init__(self, trace: PassTrace, setting: EngineOptions):
+    def __init__(self, trace: PassTrace, options: EngineOptions):
         self.gradient = 0
-        self._units, self._s = trace.units, setting
-        self._parameters = Zero3Prefetch(trace, setting) if setting.engine != "zero2" else None
+        self._units, self._s = trace.units, options
+        self._parameters = Zero3Prefetch(trace, options) if options.engine != "zero2" else None
         self._bucket = 0
         self._frozen: int | None = None
         self._done = [0] * len(trace.units)
@@ -136,12 +136,12 @@ class ZeroMemoryModel:
             momentary = self._move(self._parameters, event)
         if event.kind == "gradient":
             if self._parameters is None:
-                # ZeRO-2 makes its shard of the gradient in each pass, when it first needs it.
+                # ZeRO-2 allocates its gradient shard in each pass, at the first gradient.
                 self.gradient = 4 * -(-sum(each.trainable for each in self._units) // self._s.ranks)
             momentary = self._held() + self._reduce(event.numel)
             self._done[event.unit] += event.numel
             if self._parameters and self._done[event.unit] == self._units[event.unit].trainable:
-                self._parameters.finish(event.unit)
+                self._parameters.end_backward(event.unit)
         elif event.kind == "end":
             momentary = self._held() + self._flush()
         steady = self._held()
@@ -149,10 +149,10 @@ class ZeroMemoryModel:
 
     def _move(self, parameters: Zero3Prefetch, event: Event) -> int:
         if event.kind == "forward_end":
-            parameters.leave(event.unit)
+            parameters.end_forward(event.unit)
         if event.kind == "backward" and self._frozen is not None:
-            # A frozen unit ends without a gradient: when the next begins.
-            parameters.finish(self._frozen)
+            # A frozen unit has no gradient event: it ends when the next unit starts.
+            parameters.end_backward(self._frozen)
         if event.kind == "backward":
             self._frozen = None if self._units[event.unit].trainable else event.unit
         copying = parameters.use(event.unit) if event.kind in ("forward", "backward") else 0
@@ -161,7 +161,7 @@ class ZeroMemoryModel:
     def _reduce(self, numel: int) -> int:
         flushed = self._flush() if self._bucket + numel > self._s.reduce_bucket else 0
         self._bucket += numel
-        # A gradient that is larger than the bucket waits where it is.
+        # A gradient larger than the bucket stays in its own tensor.
         own = self._s.compute * numel if numel > self._s.reduce_bucket else 0
         return flushed + own
 

@@ -1,4 +1,4 @@
-"""What decides an engine's memory beside the pass itself."""
+"""Engine options that determine its memory use."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,20 @@ from craft_ds.engines.deepspeed_config import SUB_GROUP
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """An engine, its ranks and its options; the defaults are those of the project.
+    """An engine, its number of ranks and its options; the defaults are those of the shipped configurations.
 
     Attributes:
         engine: One of `craft_ds.memory_planner.ENGINES`.
-        ranks: That share a copy of the model.
-        compute: Bytes of an element in forward: 4, or 2 in bfloat16.
-        foreach_optimizer: AdamW on all tensors at once, as PyTorch does on an accelerator; else one by one.
+        ranks: Ranks that share one copy of the model.
+        compute: Bytes per element in forward: 4, or 2 in bfloat16.
+        foreach_optimizer: AdamW updates all tensors at once, as on an accelerator; otherwise one by one.
         reshard_after_forward: FSDP2 frees a unit after its forward pass.
         reduce_bucket: ZeRO: `reduce_bucket_size`, in elements.
         prefetch: ZeRO-3: `stage3_prefetch_bucket_size`, in elements.
-        max_live: ZeRO-3: `stage3_max_live_parameters`; nothing is asked for ahead beyond so many.
+        max_live: ZeRO-3: `stage3_max_live_parameters`; no prefetch beyond this number of elements.
         persistence: ZeRO-3: `stage3_param_persistence_threshold`; parameters up to it stay gathered.
-        max_reuse: ZeRO-3: `stage3_max_reuse_distance`; what is used again within so many stays gathered.
-        sub_group: ZeRO-3: `sub_group_size`; elements that are stepped at once.
+        max_reuse: ZeRO-3: `stage3_max_reuse_distance`; parameters used again within it stay gathered.
+        sub_group: ZeRO-3: `sub_group_size`; elements that the optimizer updates at once.
     """
 
     engine: str
@@ -37,5 +37,5 @@ class EngineOptions:
 
     @property
     def offloads(self) -> bool:
-        """Whether optimizer state lives in the host's memory."""
+        """True if the optimizer state is in host memory."""
         return self.engine.endswith("_offload")

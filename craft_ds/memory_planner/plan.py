@@ -1,11 +1,11 @@
-"""Bytes a rank by engine: arithmetic on a simulated pass.
+"""Bytes per rank by engine: arithmetic on a simulated pass.
 
-Every engine keeps parameters, gradients and optimizer state in its own way. What each does was read in the
-sources (torch 2.11, DeepSpeed 0.19.8); `benchmarks/bench_memory_plan.py` holds it against measured peaks.
+Each engine stores parameters, gradients and optimizer state differently, as read from the sources (torch
+2.11, DeepSpeed 0.19.8); `benchmarks/bench_memory_plan.py` compares the plan with measured peaks.
 
-T trainable and F frozen elements, n ranks that share a copy of the model, c bytes of an element in forward
-(4, or 2 in bfloat16); AdamW with fp32 masters and moments. The step that is planned is the dearest: a
-retention step, whose first gradient g_t waits aside while the second is computed.
+T trainable and F frozen elements, n ranks that share one copy of the model, c bytes per element in forward
+(4, or 2 in bfloat16); AdamW with fp32 masters and moments. The planned step is the most expensive one: a
+retention step, which stores the first gradient g_t while the second is computed.
 
 =============  ============  ======================  ==========  =================  =====================
 bytes          parameters    masters                 moments     gradient           g_t
@@ -30,18 +30,18 @@ from craft_ds.memory_planner.simulate import PassTrace
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on one rank's device at the peak of a retention step, and beside it on its host.
+    """Bytes on one rank's device at the peak of a retention step, and in its host's memory.
 
     Attributes:
-        moment: Where the peak lies: in the second `pass`, or in the optimizer's `step`.
+        moment: Position of the peak: in the second `pass` or in the optimizer's `step`.
         parameters: As stored between steps.
         optimizer: Masters and moments.
         second_gradient: g_t.
-        gradient: What has been accumulated at the peak.
-        buffers: What the engine holds for communication all the time.
-        gathered: Parameters and gradients of the units at work, and the buffers that move them.
-        activations: Of the pass, without logits; in the `step`, the optimizer's temporaries.
-        logits: Of the supervised tokens, where they are alive at the peak.
+        gradient: Accumulated gradient at the peak.
+        buffers: Permanent communication buffers of the engine.
+        gathered: Parameters and gradients of the units in use, and the buffers that move them.
+        activations: Activations of the pass without logits; in the `step`, the optimizer's temporaries.
+        logits: Logits of the supervised tokens, if alive at the peak.
         host: The same rank's bytes in the host's memory.
     """
 
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """The peak on the device."""
+        """Peak on the device, in bytes."""
         return (
             self.parameters
             + self.optimizer
@@ -71,22 +71,22 @@ class Plan:
         )
 
 
-def plan_memory(trace: PassTrace, workload: Workload, setting: EngineOptions) -> Plan:
-    """What a retention step takes on one rank.
+def plan_memory(trace: PassTrace, workload: Workload, options: EngineOptions) -> Plan:
+    """Return the memory of a retention step on one rank.
 
     Args:
         trace: A pass simulated with the engine's own dtypes.
-        workload: What was simulated.
-        setting: The engine.
+        workload: The simulated micro-batch.
+        options: The engine.
     """
-    kept = _kept(trace, setting)
-    in_pass, in_step = _in_pass(trace, workload, setting, kept), _in_step(trace, setting, kept)
-    # The device decides which moment is the peak; the host must hold both.
+    kept = _kept(trace, options)
+    in_pass, in_step = _in_pass(trace, workload, options, kept), _in_step(trace, options, kept)
+    # The device determines the peak moment; the host must hold both.
     return replace(max(in_pass, in_step, key=lambda plan: plan.total), host=max(in_pass.host, in_step.host))
 
 
 def _kept(trace: PassTrace, s: EngineOptions) -> Plan:
-    """What does not change during a step."""
+    """Return the memory that does not change during a step."""
     trainable, frozen = trace.trainable, trace.frozen
     shard, frozen_shard = -(-trainable // s.ranks), -(-frozen // s.ranks)
     plan = Plan("", 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -115,9 +115,9 @@ def _kept(trace: PassTrace, s: EngineOptions) -> Plan:
             parameters=s.compute * (trainable + frozen),
             optimizer=masters + 8 * shard,
             second_gradient=4 * shard,
-            buffers=2 * bucket,  # one is reduced while the other fills
+            buffers=2 * bucket,  # one is reduced while the other is filled
         )
-    # Small parameters are gathered once and stay.
+    # Small parameters are gathered once and stay gathered.
     persistent = sum(size for unit in trace.units for size in unit.sizes if size <= s.persistence)
     stored = s.compute * (shard + frozen_shard + persistent)
     if s.engine == "zero3_offload":
@@ -127,28 +127,28 @@ def _kept(trace: PassTrace, s: EngineOptions) -> Plan:
         parameters=stored,
         optimizer=masters + 8 * shard,
         second_gradient=4 * shard,
-        gradient=4 * shard,  # one buffer, made with the engine
+        gradient=4 * shard,  # one buffer, allocated with the engine
         buffers=bucket,
     )
 
 
 def _in_pass(trace: PassTrace, workload: Workload, s: EngineOptions, kept: Plan) -> Plan:
-    """The peak of the second pass."""
-    rhythm = make_memory_model(trace, s)
-    # lm_head's output, in fp32 too where that is another tensor, and its logarithmic softmax.
+    """Return the peak of the second pass."""
+    model = make_memory_model(trace, s)
+    # lm_head's output, its fp32 copy where that is another tensor, and its log-softmax.
     logits = workload.supervised * trace.vocabulary * (8 if s.compute == 4 else 10)
     peak, alive = kept, False
     for event in trace.events:
         head = event.unit >= 0 and trace.units[event.unit].name.endswith("lm_head")
         alive = alive or (head and event.kind == "forward")
-        momentary, steady = rhythm.on(event)
+        momentary, steady = model.on(event)
         for own, working in ((event.live, momentary), (event.peak, steady)):
             in_logits = min(logits, own) if alive else 0
             now = replace(
                 kept,
                 moment="pass",
-                gradient=kept.gradient + rhythm.gradient * (not s.offloads),
-                host=kept.host + rhythm.gradient * s.offloads,
+                gradient=kept.gradient + model.gradient * (not s.offloads),
+                host=kept.host + model.gradient * s.offloads,
                 gathered=working,
                 activations=own - in_logits,
                 logits=in_logits,
@@ -159,7 +159,7 @@ def _in_pass(trace: PassTrace, workload: Workload, s: EngineOptions, kept: Plan)
 
 
 def _in_step(trace: PassTrace, s: EngineOptions, kept: Plan) -> Plan:
-    """The optimizer's step, when the pass's own memory is free again."""
+    """Return the memory of the optimizer's step, after the pass's own memory is freed."""
     shard = -(-trace.trainable // s.ranks)
     if s.offloads:
         return replace(kept, moment="step", host=kept.host + 4 * shard * (s.engine == "fsdp_offload"))
@@ -167,8 +167,8 @@ def _in_step(trace: PassTrace, s: EngineOptions, kept: Plan) -> Plan:
     at_once = min(shard, s.sub_group) if s.engine == "zero3" else shard
     if not s.foreach_optimizer and not flat:
         at_once = min(shard, -(-trace.largest // s.ranks))
-    # PyTorch's AdamW: the root of the second moment, and on the CPU its quotient before the root is freed.
+    # PyTorch's AdamW: the square root of the second moment, and on the CPU the quotient before it is freed.
     temporaries = (4 if s.foreach_optimizer else 8) * at_once
-    # ZeRO steps on a flat copy of the gradient.
+    # ZeRO updates from a flat copy of the gradient.
     copy = 4 * at_once if flat else 0
     return replace(kept, moment="step", gradient=4 * shard, gathered=copy, activations=temporaries)

@@ -1,4 +1,4 @@
-"""The planner's answer: a row an engine, as a table of one screen or as JSON."""
+"""Report of the memory planner: one row per engine, as a table or as JSON."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,18 +30,18 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to be planned.
+    """Input of the memory planner.
 
     Attributes:
         workload: The micro-batch.
         engines: Names from `ENGINES`.
-        world_size: Ranks.
+        world_size: Number of ranks.
         dp_replicate: Replicas of an HSDP run.
-        dtype: Of forward and backward.
-        lora: Adapters to plan beside full training; None: full training only.
-        reduce_bucket: ZeRO: `reduce_bucket_size`, in elements; None: as the project's own files.
-        gpus: Sizes of GPUs to try, in GiB.
-        headroom: Share of a GPU that is kept free, for context and fragmentation.
+        dtype: Dtype of forward and backward.
+        lora: Adapters to plan besides full training; None: full training only.
+        reduce_bucket: ZeRO: `reduce_bucket_size`, in elements; None: as in the shipped configurations.
+        gpus: GPU memory sizes to try, in GiB.
+        headroom: Share of GPU memory kept free for context and fragmentation.
     """
 
     workload: Workload
@@ -55,7 +55,7 @@ class PlanRequest:
     headroom: float
 
     def smallest_gpu(self, plan: Plan) -> str:
-        """The smallest GPU that holds a plan, or `none`."""
+        """Return the smallest GPU that holds a plan, or `none`."""
         fitting = [size for size in self.gpus if plan.total <= size * GIB * (1 - self.headroom)]
         return f"{min(fitting):g}" if fitting else "none"
 
@@ -71,8 +71,8 @@ class Row(NamedTuple):
     checkpointed: Plan
 
 
-def plan_all(config: PreTrainedConfig, question: PlanRequest) -> Iterator[Row]:
-    """A row for every engine: full training first, then LoRA.
+def plan_all(config: PreTrainedConfig, request: PlanRequest) -> Iterator[Row]:
+    """Yield one row per engine: full training first, then LoRA.
 
     Raises:
         UserError: As `simulate_pass`.
@@ -82,48 +82,48 @@ def plan_all(config: PreTrainedConfig, question: PlanRequest) -> Iterator[Row]:
     def trace(autocast: bool, zero3: bool, checkpointing: bool, adapted: bool) -> PassTrace:
         return simulate_pass(
             config,
-            question.workload,
-            dtype=question.dtype,
+            request.workload,
+            dtype=request.dtype,
             autocast=autocast,
             checkpointing=checkpointing,
             zero3=zero3,
-            lora=question.lora if adapted else None,
+            lora=request.lora if adapted else None,
         )
 
-    for lora, engine in product((None, question.lora) if question.lora else (None,), question.engines):
-        ranks = 1 if engine == "single" else question.world_size
+    for lora, engine in product((None, request.lora) if request.lora else (None,), request.engines):
+        ranks = 1 if engine == "single" else request.world_size
         if engine.startswith("fsdp"):
-            ranks //= question.dp_replicate
-        bucket = question.reduce_bucket or (50_000_000 if engine == "zero2" else 100_000_000)
-        setting = EngineOptions(engine, ranks, compute=question.dtype.itemsize, reduce_bucket=bucket)
-        # Without frozen weights every layer keeps its input anyway.
+            ranks //= request.dp_replicate
+        bucket = request.reduce_bucket or (50_000_000 if engine == "zero2" else 100_000_000)
+        options = EngineOptions(engine, ranks, compute=request.dtype.itemsize, reduce_bucket=bucket)
+        # Without frozen weights every layer keeps its input in any case.
         linear = lora is not None and engine.startswith("zero3")
         traces = [trace(engine == "single", linear, full, lora is not None) for full in (False, True)]
-        plain, checkpointed = (plan_memory(each, question.workload, setting) for each in traces)
+        plain, checkpointed = (plan_memory(each, request.workload, options) for each in traces)
         yield Row(engine, lora, traces[0].trainable, traces[0].frozen, plain, checkpointed)
 
 
-def table(rows: Iterable[Row], question: PlanRequest) -> Iterator[str]:
-    """The rows as lines of text, as they become known."""
+def table(rows: Iterable[Row], request: PlanRequest) -> Iterator[str]:
+    """Yield the rows as lines of text as they are computed."""
     rows = iter(rows)
     first = next(rows)
     unit, scale = ("GiB", GIB) if first.plain.total >= GIB else ("MiB", 1 << 20)
-    gpus = ", ".join(f"{size:g}" for size in question.gpus)
+    gpus = ", ".join(f"{size:g}" for size in request.gpus)
     yield (
-        f"{unit} a rank at the peak of a retention step; after the bar, --activation_checkpointing=full\n"
-        f"fits: the smallest of {gpus} GiB, {question.headroom:.0%} of it kept free\n"
+        f"{unit} per rank at the peak of a retention step; after the bar: --activation_checkpointing=full\n"
+        f"fits: the smallest GPU of {gpus} GiB with {request.headroom:.0%} kept free\n"
     )
     heading = "".join(f"{name:>9}" for name in _COLUMNS.values())
     yield f"{'':14}{heading}{'total':>9}{'host':>7}{'fits':>6} |{'activ':>8}{'total':>8}{'fits':>6}"
     for row in chain([first], rows):
-        if row.engine == question.engines[0]:
+        if row.engine == request.engines[0]:
             yield _trained(row)
         plain, full = row.plain, row.checkpointed
         columns = "".join(f"{getattr(plain, name) / scale:9.1f}" for name in _COLUMNS)
         yield (
             f"  {row.engine:<14}{columns[2:]}{plain.total / scale:9.1f}{plain.host / scale:7.1f}"
-            f"{question.smallest_gpu(plain):>6} |{full.activations / scale:8.1f}{full.total / scale:8.1f}"
-            f"{question.smallest_gpu(full):>6}"
+            f"{request.smallest_gpu(plain):>6} |{full.activations / scale:8.1f}{full.total / scale:8.1f}"
+            f"{request.smallest_gpu(full):>6}"
         )
 
 
@@ -132,12 +132,12 @@ def _trained(row: Row) -> str:
         return f"full training: {row.trainable / 1e6:,.1f} M parameters"
     return (
         f"LoRA, preset {row.lora.preset}, rank {row.lora.rank}: {row.trainable / 1e6:,.1f} M parameters "
-        "train, the base is frozen"
+        "trainable, base frozen"
     )
 
 
-def as_json(row: Row, question: PlanRequest) -> dict[str, Any]:
-    """A row, in bytes."""
+def as_json(row: Row, request: PlanRequest) -> dict[str, Any]:
+    """Return a row as JSON values, in bytes."""
     plans = {"none": row.plain, "full": row.checkpointed}
     return {
         "engine": row.engine,
@@ -146,7 +146,7 @@ def as_json(row: Row, question: PlanRequest) -> dict[str, Any]:
         "trainable": row.trainable,
         "frozen": row.frozen,
         "activation_checkpointing": {
-            name: vars(plan) | {"total": plan.total, "fits_gib": question.smallest_gpu(plan)}
+            name: vars(plan) | {"total": plan.total, "fits_gib": request.smallest_gpu(plan)}
             for name, plan in plans.items()
         },
     }

@@ -1,4 +1,4 @@
-"""What a planned run is made of: the policy without weights, what trains, and its batches without values."""
+"""Inputs of a simulated pass: the policy without weights, its units, and batches without values."""
 
 from dataclasses import dataclass, replace
 from unittest.mock import patch
@@ -23,13 +23,13 @@ from craft_ds.policies.meta_init import build_on_meta
 
 @dataclass(frozen=True)
 class Workload:
-    """What one micro-batch looks like.
+    """Sizes of one micro-batch.
 
     Attributes:
-        batch_size: Samples.
+        batch_size: Number of samples.
         prompt_length: Prompt tokens of the longest sample, the state included.
         action_length: Action tokens of the longest sample; all but the first are supervised.
-        cameras: Images a sample; None: as many as the policy has.
+        cameras: Images per sample; None: as many as the policy has.
     """
 
     batch_size: int = 8
@@ -39,7 +39,7 @@ class Workload:
 
     @property
     def supervised(self) -> int:
-        """Tokens that `lm_head` predicts."""
+        """Number of tokens that `lm_head` predicts."""
         return self.batch_size * max(self.action_length - 1, 0)
 
 
@@ -48,9 +48,9 @@ class Unit:
     """Parameters that are gathered and reduced together.
 
     Attributes:
-        name: Of the module; empty for what belongs to no unit.
-        trainable_sizes: Elements of each of its trainable parameters.
-        frozen_sizes: Elements of each of its frozen parameters.
+        name: Name of the module; empty for parameters that belong to no unit.
+        trainable_sizes: Number of elements of each trainable parameter.
+        frozen_sizes: Number of elements of each frozen parameter.
     """
 
     name: str
@@ -59,27 +59,27 @@ class Unit:
 
     @property
     def trainable(self) -> int:
-        """Elements that train."""
+        """Number of trainable elements."""
         return sum(self.trainable_sizes)
 
     @property
     def frozen(self) -> int:
-        """Elements that do not."""
+        """Number of frozen elements."""
         return sum(self.frozen_sizes)
 
     @property
     def numel(self) -> int:
-        """All its elements."""
+        """Number of elements."""
         return self.trainable + self.frozen
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Elements of each of its parameters."""
+        """Number of elements of each parameter."""
         return self.trainable_sizes + self.frozen_sizes
 
 
 def meta_policy_without_tokenizers(config: PreTrainedConfig) -> PreTrainedPolicy:
-    """`build_on_meta` where no tokenizer is at hand: the policy can compute its loss, but not act.
+    """Build a policy on the meta device without tokenizers: it can compute its loss but not act.
 
     Raises:
         UserError: The policy cannot be built, for example because it fetches a part from the hub.
@@ -103,7 +103,7 @@ def meta_policy_without_tokenizers(config: PreTrainedConfig) -> PreTrainedPolicy
 
 
 def describe(policy: nn.Module, units: list[nn.Module]) -> tuple[Unit, ...]:
-    """The policy's parameters by unit; the last entry holds those of no unit."""
+    """Return the policy's parameters by unit; the last entry holds those that belong to no unit."""
     names = {id(module): name for name, module in policy.named_modules()}
     seen: set[int] = set()
 
@@ -120,7 +120,7 @@ def describe(policy: nn.Module, units: list[nn.Module]) -> tuple[Unit, ...]:
 
 
 def to_fake_(policy: nn.Module, trainable: torch.dtype, frozen: torch.dtype) -> None:
-    """Replace parameters and buffers by fake ones, in the dtypes in which forward meets them."""
+    """Replace parameters and buffers by fake tensors, in the dtypes that forward uses."""
     for module in policy.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -133,7 +133,7 @@ def to_fake_(policy: nn.Module, trainable: torch.dtype, frozen: torch.dtype) -> 
 
 
 def with_cameras(config: PI0FastConfig, cameras: int | None) -> PI0FastConfig:
-    """The configuration with so many cameras, on the CPU, without what would change the pass."""
+    """Return the configuration with this number of cameras, on the CPU, uncompiled and not checkpointed."""
     others = {k: v for k, v in (config.input_features or {}).items() if v.type is not FeatureType.VISUAL}
     count = cameras if cameras is not None else max(len(config.image_features), 1)
     image = PolicyFeature(FeatureType.VISUAL, (3, *config.image_resolution))
@@ -146,7 +146,7 @@ def with_cameras(config: PI0FastConfig, cameras: int | None) -> PI0FastConfig:
 
 
 def fake_batch(config: PI0FastConfig, workload: Workload, fake: FakeTensorMode) -> dict[str, Tensor]:
-    """Fake images and tokens. Masks decide shapes and are therefore real."""
+    """Create a batch of fake images and tokens. Masks determine shapes and are therefore real."""
     count, prompt, action = workload.batch_size, workload.prompt_length, workload.action_length
     with fake:
         batch = {

@@ -1,8 +1,8 @@
-"""One pass of a policy's loss on tensors without storage: the bytes it keeps alive, event by event.
+"""Simulation of one pass of a policy's loss on tensors without storage: bytes alive, event by event.
 
-Nothing about attention, normalisation or checkpointing is modelled: PyTorch's own operators run and its
-autograd saves what it saves, on `FakeTensor`s. What engines add depends on when a unit's parameters are
-gathered and when a gradient is ready, so the trace has one entry between any two such events.
+Attention, normalisation and checkpointing are not modelled: PyTorch's own operators run on `FakeTensor`s and
+its autograd saves what it always saves. What engines add depends on when a unit's parameters are gathered
+and when a gradient is ready, so the trace has one entry between any two such events.
 """
 
 from collections.abc import Callable
@@ -43,16 +43,16 @@ EventKind = Literal["start", "end", "forward", "forward_end", "backward", "gradi
 
 @dataclass(frozen=True)
 class Event:
-    """Something that engines react to, and the pass's own memory until the next event.
+    """An event that engines react to, and the pass's own memory until the next event.
 
     Attributes:
-        kind: `forward` and `forward_end` of a unit; `backward`: the gradient of its output is there;
-            `gradient`: that of one of its parameters is.
+        kind: `forward` and `forward_end` of a unit; `backward`: the gradient of its output is ready;
+            `gradient`: the gradient of one of its parameters is ready.
         unit: Index of the unit.
-        numel: Elements of the gradient that is ready.
-        live: Bytes alive at this event: activations and temporaries, without parameters and without the
-            gradients that are already there.
-        peak: The most that are alive from this event to the next.
+        numel: Number of elements of the gradient that is ready.
+        live: Bytes alive at this event: activations and temporaries, without parameters and
+            accumulated gradients.
+        peak: Largest number of bytes alive from this event to the next.
     """
 
     kind: EventKind
@@ -64,13 +64,13 @@ class Event:
 
 @dataclass(frozen=True)
 class PassTrace:
-    """A simulated pass.
+    """Result of a simulated pass.
 
     Attributes:
-        units: The last one holds what belongs to no unit.
-        events: In the order of time.
+        units: Parameters by unit; the last entry holds those that belong to no unit.
+        events: Events in order of time.
         kept: Bytes alive at the end of the forward pass.
-        vocabulary: Width of the logits; 0 where the policy has none.
+        vocabulary: Width of the logits; 0 if the policy has none.
     """
 
     units: tuple[Unit, ...]
@@ -80,17 +80,17 @@ class PassTrace:
 
     @property
     def trainable(self) -> int:
-        """Elements of all trainable parameters."""
+        """Number of elements of all trainable parameters."""
         return sum(unit.trainable for unit in self.units)
 
     @property
     def frozen(self) -> int:
-        """Elements of all frozen parameters."""
+        """Number of elements of all frozen parameters."""
         return sum(unit.frozen for unit in self.units)
 
     @property
     def largest(self) -> int:
-        """Elements of the largest parameter that trains."""
+        """Number of elements of the largest trainable parameter."""
         return max((size for unit in self.units for size in unit.trainable_sizes), default=0)
 
 
@@ -108,19 +108,19 @@ def simulate_pass(
     """Run one forward and backward pass of a pi0_fast without allocating anything.
 
     Args:
-        config: Of a pi0_fast of any size; not changed.
+        config: Configuration of a pi0_fast of any size; not changed.
         workload: The micro-batch.
-        dtype: Of the forward pass.
-        autocast: Parameters stay fp32 and are cast as they are used (the single-process engine), instead of
-            being gathered in `dtype`.
+        dtype: Dtype of the forward pass.
+        autocast: Parameters stay fp32 and are cast on use (the single-process engine), instead of being
+            gathered in `dtype`.
         checkpointing: As `--activation_checkpointing=full`.
-        zero3: Linear layers are DeepSpeed's own, which ZeRO-3 puts in the place of PyTorch's.
+        zero3: Linear layers are DeepSpeed's, which ZeRO-3 substitutes for PyTorch's.
         lora: Flags of the adapters; None: none. Frozen parameters are kept in `dtype`.
-        prepare: Changes the policy without weights, before it gets adapters: what trains, how many layers.
+        prepare: Changes the policy (what trains, number of layers) before adapters are added.
 
     Raises:
-        UserError: The policy is not a pi0_fast: the shape of its batches is not known here; its type has no
-            such preset of adapters.
+        UserError: The policy is not a pi0_fast, whose batch shapes are known here, or its type has no such
+            preset of adapters.
     """
     if not isinstance(config, PI0FastConfig):
         raise UserError(f"policy type {config.type}: activations can be planned for pi0_fast only")
@@ -156,20 +156,20 @@ def simulate_pass(
 
 
 class _Recorder:
-    """Cuts the memory of a pass into the stretches between events."""
+    """Splits the memory trace of a pass at its events."""
 
     def __init__(self) -> None:
         self.counter = MemoryCounter()
         self.events: list[Event] = [Event("start", -1, 0, 0, 0)]
 
     def note(self, kind: EventKind, unit: int, numel: int = 0) -> None:
-        """End the current stretch and begin another."""
+        """End the current interval and start the next."""
         self.events[-1] = replace(self.events[-1], peak=self.counter.peak)
         self.counter.peak = self.counter.live
         self.events.append(Event(kind, unit, numel, self.counter.live, self.counter.live))
 
     def watch(self, policy: nn.Module, units: list[nn.Module]) -> None:
-        """Note when units run and when gradients are ready. Gradients are dropped: engines keep their own."""
+        """Record when units run and gradients are ready. Gradients are discarded: engines keep their own."""
         owner: dict[int, int] = {}
         for index, unit in enumerate(units):
             owner |= {id(parameter): index for parameter in unit.parameters()}
@@ -183,7 +183,7 @@ class _Recorder:
     def _exit(self, index: int, output: Any) -> None:
         self.note("forward_end", index)
         if isinstance(output, Tensor) and output.requires_grad:
-            # The gradient of a unit's output is there: its backward pass begins.
+            # The gradient of the unit's output is ready: its backward pass starts.
             output.register_hook(lambda _: self.note("backward", index))
 
     def _gradient(self, index: int, parameter: Tensor) -> None:

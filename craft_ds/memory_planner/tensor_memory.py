@@ -1,6 +1,6 @@
-"""Memory of tensors, counted at the dispatcher: exact, the same on every machine, blind to allocators.
+"""Tensor memory, counted at the dispatcher: exact and machine-independent; excludes allocator overhead.
 
-Resident memory of a process says little about a small model. This counts what tensors ask for.
+The resident memory of a process says little about a small model; this counts the bytes of its tensors.
 """
 
 import weakref
@@ -20,15 +20,15 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 class MemoryCounter(TorchDispatchMode):
-    """Counts the bytes of the tensors born inside the context. Counters may be nested.
+    """Counts the bytes of the tensors created inside the context. Counters may be nested.
 
-    A storage counts from the operator that makes it until nothing refers to it. What an operator uses
-    internally is not seen, nor is a storage that is resized later.
+    A storage counts from the operator that creates it until it is freed. Memory that an operator uses
+    internally is not counted, nor is a later resize of a storage.
 
     Attributes:
-        live: Bytes alive now of what was born inside.
-        peak: The largest that `live` has been.
-        largest: Bytes of the largest single tensor born inside.
+        live: Bytes alive now of tensors created inside.
+        peak: Maximum of `live`.
+        largest: Bytes of the largest tensor created inside.
 
     Example:
         >>> with MemoryCounter() as memory:
@@ -53,17 +53,17 @@ class MemoryCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         for storage in _storages(result):
             if storage._cdata not in known and storage._cdata not in self._alive:
-                self._born(storage)
+                self._add(storage)
         return result
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
 
-        def died(_: weakref.ref) -> None:
+        def freed(_: weakref.ref) -> None:
             del self._alive[key]
             self.live -= size
 
-        self._alive[key] = weakref.ref(storage, died)
+        self._alive[key] = weakref.ref(storage, freed)
         self.live += size
         self.peak = max(self.peak, self.live)
         self.largest = max(self.largest, size)

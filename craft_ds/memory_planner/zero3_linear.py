@@ -1,7 +1,7 @@
-"""DeepSpeed's linear layer under ZeRO-3, as far as it decides what the backward pass keeps.
+"""DeepSpeed's linear layer under ZeRO-3, reduced to what the backward pass keeps.
 
-ZeRO-3 replaces `torch.nn.functional.linear` in the whole process (`runtime/zero/linear.py`). Its own version
-keeps the input of every layer, though a frozen weight has no gradient to compute from it.
+ZeRO-3 replaces `torch.nn.functional.linear` in the process (`runtime/zero/linear.py`). Its version keeps the
+input of every layer, although a frozen weight has no gradient to compute from it.
 """
 
 from contextlib import AbstractContextManager
@@ -32,7 +32,7 @@ class _Zero3Linear(torch.autograd.Function):
 
 
 def zero3_linear() -> AbstractContextManager:
-    """Let every linear layer compute as under ZeRO-3."""
+    """Make every linear layer compute as under ZeRO-3."""
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _Zero3Linear.apply(x, weight, bias)

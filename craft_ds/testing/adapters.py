@@ -1,4 +1,4 @@
-"""Adapters that do something, for tests: new ones have B = 0 and change nothing."""
+"""Adapters with an effect, for tests: newly initialised ones have B = 0 and change nothing."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,7 @@ from craft_ds.tensor_io.tensor_file import TensorFile, TensorSpec, create_tensor
 
 
 def make_test_adapters(base: Path, path: Path, lora: LoraConfig | None = None, seed: int = 0) -> Path:
-    """Write a policy directory with random adapters, far from their beginnings.
+    """Write a policy directory with random adapters, far from their initial values.
 
     Args:
         base: The base policy's directory.

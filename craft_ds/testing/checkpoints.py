@@ -1,4 +1,4 @@
-"""Checkpoints that tests have changed on purpose."""
+"""Checkpoints that tests modify on purpose."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from craft_ds.checkpoints.manifest import MANIFEST, hash_files, write_manifest
 
 
 def renew_manifest(directory: Path, **changes: object) -> None:
-    """Let the manifest of a checkpoint fit the files as they are now.
+    """Rewrite the manifest of a checkpoint to match its files.
 
     Args:
         directory: The checkpoint.
-        changes: Other values of `step`, `world_size` or `engine`.
+        changes: New values of `step`, `world_size` or `engine`.
     """
     old = json.loads((directory / MANIFEST).read_text())
     kept = {name: old[name] for name in ("step", "world_size", "engine")} | changes

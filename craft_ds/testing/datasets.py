@@ -47,7 +47,7 @@ def make_test_dataset(
     state_dim: int = 4,
     action_dim: int = 4,
 ) -> Path:
-    """Write a data set of ``tasks * episodes_per_task`` episodes and return its root.
+    """Write a data set of `tasks * episodes_per_task` episodes and return its root.
 
     Episodes of the tasks alternate. States and actions are sine waves in [-1, 1] whose frequency depends
     on the task, so a policy can learn something from them.
@@ -158,7 +158,7 @@ def write_test_cache(
 
 
 def edit_metadata(path: Path, **changes: Any) -> None:
-    """Change entries of a cache's metadata and make its checksum right again."""
+    """Change entries of a cache's metadata and update its checksum."""
     metadata = {**json.loads((path / METADATA_FILE).read_text()), **changes}
     metadata.pop("sha256", None)
     (path / METADATA_FILE).write_text(json.dumps({**metadata, "sha256": metadata_sha256(metadata)}))

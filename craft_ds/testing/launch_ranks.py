@@ -1,7 +1,6 @@
-"""Start a few ranks of one program on this machine and see them end: for tests and benchmarks.
+"""Start several ranks of a program on this machine and wait for them: for tests and benchmarks.
 
-Training runs start with `deepspeed` or `torchrun`; this adds what they lack, a deadline that shows
-where each rank hangs.
+Unlike `deepspeed` and `torchrun`, it has a deadline, after which it prints where each rank hangs.
 """
 
 import os
@@ -17,7 +16,7 @@ import torch
 
 
 class RankEnd(NamedTuple):
-    """How one rank ended: its exit status (negative: the signal that ended it) and what it printed."""
+    """Exit status of one rank (negative: the signal that ended it) and its output."""
 
     status: int
     output: str
@@ -35,14 +34,14 @@ def run_ranks(
 
     Args:
         command: Program and arguments. It should call `faulthandler.register(signal.SIGUSR1)`: ranks that
-            are late are asked for their stacks before they are ended.
-        world_size: Number of ranks. Accelerators are hidden where there are fewer of them.
-        timeout: Seconds after which ranks are ended.
-        grace: Seconds that the other ranks get to end by themselves after one has failed.
-        environment: Further variables.
+            exceed the deadline print their stacks before they are killed.
+        world_size: Number of ranks. Accelerators are hidden if there are fewer of them.
+        timeout: Seconds after which ranks are killed.
+        grace: Seconds that the other ranks have to exit after one has failed.
+        environment: Additional environment variables.
 
     Returns:
-        One entry a rank.
+        One entry per rank.
     """
     shared = {
         **os.environ,
@@ -58,7 +57,7 @@ def run_ranks(
     ranks: list[tuple[subprocess.Popen, IO[str]]] = []
     try:
         for rank in range(world_size):
-            # A file, not a pipe: a rank that prints much must never wait for its reader.
+            # A file, not a pipe: a rank that prints a lot must not block on its reader.
             output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the rank
             process = subprocess.Popen(
                 command,

@@ -28,13 +28,13 @@ _BOS, _EOS = 2, 1
 
 
 def smooth_chunks(count: int, seed: int, chunk: int = 8, action_dim: int = 4) -> np.ndarray:
-    """Random walks in [-1, 1], shape (count, chunk, action_dim): chunks that look like a robot's."""
+    """Return random walks in [-1, 1], shape (count, chunk, action_dim), like a robot's action chunks."""
     steps = np.random.default_rng(seed).normal(scale=0.2, size=(count, chunk, action_dim))
     return np.clip(steps.cumsum(axis=1), -1.0, 1.0).astype(np.float32)
 
 
 def features(cameras: int = 1) -> dict[str, dict]:
-    """The ``features`` of a LeRobot data set with 64x64 cameras, state and action of 4 entries."""
+    """Return the `features` of a LeRobot data set with 64x64 cameras, state and action of 4 entries."""
     names = ["top", *(f"side{i}" for i in range(1, cameras))]
     vector = {"dtype": "float32", "shape": (4,), "names": None}
     image = {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
@@ -46,7 +46,7 @@ def features(cameras: int = 1) -> dict[str, dict]:
 
 
 def make_test_policy_dir(path: str | Path, seed: int = 0, cameras: int = 1) -> Path:
-    """Write a whole policy directory: about 90 thousand random weights, processors, tokenizers.
+    """Write a complete policy directory: about 90 thousand random weights, processors, tokenizers.
 
     Args:
         path: The folder to write.
@@ -80,15 +80,15 @@ def make_test_policy_dir(path: str | Path, seed: int = 0, cameras: int = 1) -> P
 
 
 def read_from(policy: nn.Module) -> ReadRange:
-    """Reads a copy of a policy's own tensors, for engines over policies that lie in no directory."""
+    """Return a reader of a copy of a policy's tensors, for policies that are not in a directory."""
     values = {name: tensor.detach().clone() for name, tensor in unique_tensors(policy).items()}
     return lambda name, start, stop: values[name].reshape(-1)[start:stop]
 
 
 def random_batch(config: TinyPI0FastConfig, batch_size: int, seed: int) -> dict[str, torch.Tensor]:
-    """A policy batch of random images and tokens, as the preprocessor would give it.
+    """Return a policy batch of random images and tokens, as the preprocessor makes it.
 
-    Prompts and actions have other lengths in every sample, from short to the configured maximum.
+    Prompt and action lengths differ between samples, from short to the configured maximum.
 
     Args:
         config: The policy's configuration.

@@ -1,4 +1,4 @@
-"""How ranks find one another."""
+"""Initialisation of the process group."""
 
 from datetime import timedelta
 
@@ -11,7 +11,7 @@ from craft_ds.distributed.collectives import init_process_group
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What is asked of torch, in order."""
+    """Record the calls of torch, in order."""
     seen = []
     monkeypatch.setattr(
         dist,
@@ -25,21 +25,21 @@ def calls(monkeypatch):
     return seen
 
 
-def test_every_rank_takes_its_own_gpu_before_anything_is_exchanged(calls, monkeypatch):
+def test_every_rank_selects_its_gpu_first(calls, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     init_process_group(timedelta(minutes=40))
     given = ("rank", "store", "world_size")
     assert calls == [3, ("cpu:gloo,cuda:nccl", timedelta(minutes=40), *given)]
 
 
-def test_without_a_launcher_there_is_a_group_of_one(calls, monkeypatch):
+def test_without_a_launcher_the_group_has_one_rank(calls, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     init_process_group()
     assert calls == [("gloo", "torch's own", "rank", "store", "world_size")]
 
 
-def test_a_group_that_is_there_is_kept(calls, monkeypatch):
+def test_an_existing_group_is_kept(calls, monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     init_process_group()
     assert calls == []

@@ -1,4 +1,4 @@
-"""Who is blamed, given what the ranks show of themselves."""
+"""Diagnosis of stalled runs, given the statuses of the ranks."""
 
 import re
 import threading
@@ -21,27 +21,27 @@ def waiting(collectives=None):
     return alive("distributed/distributed_c10d.py:9 in all_reduce", True, collectives)
 
 
-def test_a_heartbeat_that_stands_still_is_blamed():
+def test_a_stopped_heartbeat_is_reported():
     diagnosis = silent_ranks([alive(), GONE, alive()], 6.0)
     assert diagnosis.ranks == (1,)
     assert diagnosis.line == (
-        "rank 1 has stopped or its machine is gone: no sign of life for 6 s; "
+        "rank 1 has stopped or its machine is gone: no heartbeat for 6 s; "
         "resume from the last checkpoint (--resume=true)"
     )
 
 
-def test_several_are_blamed_together():
+def test_several_silent_ranks_are_reported_together():
     diagnosis = silent_ranks([GONE, alive(), GONE], 6.0)
     assert diagnosis.ranks == (0, 2)
-    assert diagnosis.line.startswith("ranks 0, 2 have stopped or their machines are gone: no sign")
+    assert diagnosis.line.startswith("ranks 0, 2 have stopped or their machines are gone: no heartbeat")
 
 
-def test_who_has_left_is_not_missed():
+def test_an_exited_rank_is_not_reported_as_silent():
     assert silent_ranks([alive(), LEFT, alive()], 6.0) is None
 
 
 @pytest.mark.parametrize("late", range(3))
-def test_who_is_outside_a_collective_keeps_the_others_waiting(late):
+def test_a_rank_outside_a_collective_is_reported(late):
     statuses = [waiting() for _ in range(3)]
     statuses[late] = alive("data/dataset.py:123 in __getitem__")
     diagnosis = hanging_ranks(statuses, 600.0)
@@ -53,7 +53,7 @@ def test_who_is_outside_a_collective_keeps_the_others_waiting(late):
     )
 
 
-def test_on_a_gpu_where_nobody_waits_in_a_collective_the_fewest_collectives_tell():
+def test_the_rank_with_the_fewest_collectives_is_reported_on_gpus():
     statuses = [
         alive(collectives=12),
         alive("data/dataset.py:123 in get", collectives=9),
@@ -64,19 +64,19 @@ def test_on_a_gpu_where_nobody_waits_in_a_collective_the_fewest_collectives_tell
     assert "rank 1 hangs in data/dataset.py:123 in get while" in diagnosis.line
 
 
-def test_a_rank_that_waits_in_an_earlier_collective_than_the_others_is_blamed():
+def test_a_rank_in_an_earlier_collective_is_reported():
     assert hanging_ranks([waiting(8), waiting(7), waiting(8)], 600.0).ranks == (1,)
 
 
-def test_who_has_begun_as_many_collectives_as_the_others_is_not_awaited_wherever_it_is():
+def test_equal_collective_counts_report_no_rank():
     assert hanging_ranks([waiting(7), alive(collectives=7), waiting(7)], 600.0).ranks == ()
 
 
-def test_counts_that_one_rank_does_not_know_are_not_used():
+def test_counts_unknown_on_one_rank_are_ignored():
     assert hanging_ranks([waiting(8), waiting(7), alive(collectives=None)], 600.0).ranks == (2,)
 
 
-def test_several_late_ranks_are_blamed_together_with_their_places():
+def test_several_late_ranks_are_reported_with_positions():
     diagnosis = hanging_ranks([waiting(), alive("a.py:1 in f"), alive("b.py:2 in g")], 600.0)
     assert diagnosis.ranks == (1, 2)
     assert diagnosis.line.startswith(
@@ -85,25 +85,25 @@ def test_several_late_ranks_are_blamed_together_with_their_places():
 
 
 @pytest.mark.parametrize("status", [waiting(7), alive(collectives=7)])
-def test_nobody_is_blamed_where_all_do_the_same(status):
+def test_no_rank_is_reported_if_all_are_equal(status):
     diagnosis = hanging_ranks([status] * 6, 600.0)
     assert diagnosis.ranks == ()
-    assert diagnosis.line.startswith("all ranks hang, and none keeps the others waiting (rank 0 is in ")
+    assert diagnosis.line.startswith("all ranks hang, and none is behind the others (rank 0 is in ")
     assert "rank 3 is in" in diagnosis.line
     assert "rank 4 is in" not in diagnosis.line
 
 
-def test_who_has_left_does_not_hang():
+def test_an_exited_rank_does_not_hang():
     assert hanging_ranks([LEFT, waiting(), waiting()], 600.0).ranks == ()
 
 
-def test_a_rank_that_does_not_say_where_it_is_is_named():
+def test_a_rank_without_a_position_is_named():
     diagnosis = hanging_ranks([waiting(), RankStatus(moved=True), waiting()], 600.0)
-    assert "; rank 1 did not say where)" in diagnosis.line
+    assert "; rank 1 did not report where)" in diagnosis.line
 
 
 def place_while(wait, **given):
-    """The place of a thread in `wait(inside, leave)`, which calls `inside` and loops while not `leave`."""
+    """Return the position of a thread in `wait(inside, leave)`, which calls `inside` and loops until `leave`."""
     entered, leave = threading.Event(), []
     thread = threading.Thread(target=wait, args=(entered.set, leave))
     thread.start()
@@ -121,14 +121,14 @@ def spin(inside, leave):
         pass
 
 
-def test_a_place_is_the_innermost_frame():
+def test_a_position_is_the_innermost_frame():
     place = place_while(spin, collectives=4)
     assert re.fullmatch(r"distributed/test_diagnosis.py:\d+ in spin", place.where)
     assert not place.waits
     assert place.collectives == 4
 
 
-def test_the_frame_of_the_package_that_led_there_is_named_too():
+def test_the_calling_frame_of_the_package_is_named_too():
     place = place_while(lambda inside, leave: fail_together(spin)(inside, leave), collectives=None)
     assert ", called from craft_ds/distributed/collectives.py:" in place.where
     assert place.where.endswith(" in collective")
@@ -144,14 +144,14 @@ def test_the_frame_of_the_package_that_led_there_is_named_too():
         ("/site-packages/torch/nn/modules/linear.py", "forward", False),
     ],
 )
-def test_which_frames_wait_for_the_others(file, function, waits):
+def test_which_frames_are_inside_a_collective(file, function, waits):
     namespace = {}
     source = f"def {function}(inside, leave):\n    inside()\n    while not leave: pass\n"
     exec(compile(source, file, "exec"), namespace)
     assert place_while(namespace[function], collectives=None).waits is waits
 
 
-def test_a_thread_that_has_ended_has_a_place():
+def test_a_finished_thread_has_a_position():
     thread = threading.Thread(target=lambda: None)
     thread.start()
     thread.join()

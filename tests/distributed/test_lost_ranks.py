@@ -1,4 +1,4 @@
-"""A rank that dies or hangs is named, and the others end in time; who is slow or has finished is let be."""
+"""A rank that dies or hangs is named and the others exit in time; slow and finished ranks are not reported."""
 
 import re
 import sys
@@ -23,14 +23,14 @@ HOST_GONE = (
 
 
 class Ended(NamedTuple):
-    """How a run ended, and how many seconds after something happened."""
+    """Result of a run, and the seconds it took after the fault."""
 
     statuses: list[int]
     outputs: list[str]
     seconds: float
 
     def named(self) -> list[str]:
-        """The lines that name a rank."""
+        """Return the lines that name a rank."""
         return re.findall(r"^error: (.*)$", "\n".join(self.outputs), re.MULTILINE)
 
 
@@ -43,7 +43,7 @@ def run(
     interval: float = INTERVAL_S,
     grace: float = 10.0,
 ) -> Ended:
-    script = Path(__file__).with_name("peer_ranks.py")
+    script = Path(__file__).with_name("watchdog_ranks.py")
     command = [sys.executable, script, happens, victim, timeout, interval]
     ends = run_ranks([str(part) for part in command], world_size, timeout=120, grace=grace)
     ended = time.monotonic()
@@ -57,22 +57,22 @@ def test_a_killed_rank_is_named():
     ended = run("dies", 1, world_size=3)
     assert ended.statuses == [LOST_RANK_STATUS, -9, LOST_RANK_STATUS]
     [line] = ended.named()
-    assert line.startswith("rank 1 has stopped or its machine is gone: no sign of life for 2 s; resume from")
+    assert line.startswith("rank 1 has stopped or its machine is gone: no heartbeat for 2 s; resume from")
     assert ended.seconds < OF_A_DEATH_S
 
 
-def test_a_killed_rank_that_hosts_the_store_is_named_by_every_rank_that_cannot_ask_the_others():
+def test_a_killed_store_host_is_named_by_every_rank():
     ended = run("dies", 0, world_size=3)
     assert ended.statuses == [-9, LOST_RANK_STATUS, LOST_RANK_STATUS]
     assert ended.named() == 2 * [HOST_GONE]
     assert ended.seconds < OF_A_DEATH_S
 
 
-def test_a_killed_rank_is_named_though_the_others_wait_where_torch_does_not_tell():
+def test_a_killed_rank_is_named_where_torch_raises_nothing():
     ended = run("dies unseen", 1, world_size=3, timeout=1000.0, grace=30.0)
     assert ended.statuses == [LOST_RANK_STATUS, -9, LOST_RANK_STATUS]
     [line] = ended.named()
-    assert line.startswith("rank 1 has stopped or its machine is gone: no sign of life for ")
+    assert line.startswith("rank 1 has stopped or its machine is gone: no heartbeat for ")
     assert ended.seconds < OF_AN_UNSEEN_DEATH_S
 
 
@@ -80,11 +80,11 @@ def test_a_stopped_rank_is_named():
     ended = run("stops", 1, world_size=2, grace=0.0)
     assert ended.statuses == [LOST_RANK_STATUS, -9]
     [line] = ended.named()
-    assert line.startswith("rank 1 has stopped or its machine is gone: no sign of life for 3 s; resume from")
+    assert line.startswith("rank 1 has stopped or its machine is gone: no heartbeat for 3 s; resume from")
     assert ended.seconds < OF_A_HANG_S
 
 
-def test_a_stopped_rank_whose_store_hangs_is_named():
+def test_a_stopped_store_host_is_named():
     ended = run("stops", 0, world_size=2, grace=0.0)
     assert ended.statuses == [-9, LOST_RANK_STATUS]
     [line] = ended.named()
@@ -92,11 +92,11 @@ def test_a_stopped_rank_whose_store_hangs_is_named():
     assert ended.seconds < OF_A_HANG_S
 
 
-def test_a_rank_that_hangs_outside_a_collective_is_named_with_its_place():
+def test_a_hanging_rank_is_named_with_its_position():
     ended = run("sleeps", 1, world_size=3)
     assert ended.statuses == [LOST_RANK_STATUS] * 3
     [line] = ended.named()
-    assert re.match(r"rank 1 hangs in distributed/peer_ranks\.py:\d+ in sleep_for_ever", line)
+    assert re.match(r"rank 1 hangs in distributed/watchdog_ranks\.py:\d+ in sleep_for_ever", line)
     assert " while the others wait for it: no progress for " in line
     assert "--rank_timeout" in line
     # The stack of the one that is named.
@@ -104,7 +104,7 @@ def test_a_rank_that_hangs_outside_a_collective_is_named_with_its_place():
     assert ended.seconds < OF_A_HANG_S
 
 
-def test_a_hanging_rank_that_hosts_the_store_leaves_it_to_the_others_until_they_know():
+def test_a_hanging_store_host_waits_for_the_others():
     ended = run("sleeps", 0, world_size=2)
     assert ended.statuses == [LOST_RANK_STATUS] * 2
     [line] = ended.named()
@@ -112,7 +112,7 @@ def test_a_hanging_rank_that_hosts_the_store_leaves_it_to_the_others_until_they_
     assert ended.seconds < OF_A_HANG_S
 
 
-def test_the_error_of_a_rank_is_told_to_the_others():
+def test_the_error_of_a_rank_reaches_the_others():
     ended = run("fails", 0, world_size=2)
     assert ended.statuses == [1, LOST_RANK_STATUS]
     assert ended.named() == ["rank 0 failed: KeyError: 'weight'"]
@@ -121,7 +121,7 @@ def test_the_error_of_a_rank_is_told_to_the_others():
     assert ended.seconds < OF_A_DEATH_S
 
 
-def test_a_rank_that_left_in_good_order_is_not_named():
+def test_a_rank_that_exited_normally_is_not_named():
     ended = run("leaves", 1, world_size=2)
     assert ended.statuses[1] == 0
     assert ended.statuses[0] not in (0, LOST_RANK_STATUS)
@@ -129,7 +129,7 @@ def test_a_rank_that_left_in_good_order_is_not_named():
     assert re.search("RuntimeError: .*(closed|reset) by peer", ended.outputs[0])
 
 
-def test_ranks_that_are_busy_suspended_or_finish_one_after_another_are_let_be():
+def test_busy_or_suspended_ranks_are_not_reported():
     ended = run("slow", 1, world_size=3, timeout=5.0, interval=0.35)
     assert ended.statuses == [0, 0, 0]
     assert [output.split()[-1:] for output in ended.outputs] == [["finished"]] * 3

@@ -1,4 +1,4 @@
-"""The parts of the watch that need no second rank; `tests/distributed/test_lost_ranks.py` has the others."""
+"""Parts of the watchdog that need one rank; `tests/distributed/test_lost_ranks.py` has the others."""
 
 import threading
 from datetime import timedelta
@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from craft_ds.distributed.watchdog import RankWatchdog, _may_come_from_others, group_timeout
+from craft_ds.distributed.watchdog import RankWatchdog, _may_be_caused_by_other_rank, group_timeout
 
 OF_OTHERS = [
     RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:11931"),
@@ -26,16 +26,16 @@ OWN = [
 
 
 @pytest.mark.parametrize("error", OF_OTHERS)
-def test_errors_behind_which_another_rank_may_be(error):
-    assert _may_come_from_others(error)
+def test_errors_that_another_rank_may_have_caused(error):
+    assert _may_be_caused_by_other_rank(error)
 
 
 @pytest.mark.parametrize("error", OWN)
-def test_errors_of_the_rank_itself(error):
-    assert not _may_come_from_others(error)
+def test_errors_of_this_rank(error):
+    assert not _may_be_caused_by_other_rank(error)
 
 
-def test_a_run_of_one_rank_starts_no_thread_and_explains_nothing():
+def test_one_rank_starts_no_thread():
     before = threading.active_count()
     watchdog = RankWatchdog(timeout=0.01, interval=0.01)
     watchdog.progress()
@@ -46,5 +46,5 @@ def test_a_run_of_one_rank_starts_no_thread_and_explains_nothing():
 
 
 @pytest.mark.parametrize(("rank_timeout", "minutes"), [(600, 30), (900, 30), (3600, 120)])
-def test_the_group_waits_longer_than_the_watch_and_not_for_ever(rank_timeout, minutes):
+def test_the_group_timeout_exceeds_the_watchdogs(rank_timeout, minutes):
     assert group_timeout(rank_timeout) == timedelta(minutes=minutes)

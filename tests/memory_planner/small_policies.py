@@ -33,7 +33,7 @@ def small_config(cameras: int = 1) -> TinyPI0FastConfig:
 
 
 def full_batch(config: TinyPI0FastConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Every sample has the full length."""
+    """Return a batch in which every sample has the full length."""
     batch = random_batch(config, WORKLOAD.batch_size, seed)
     return {key: torch.ones_like(value) if "mask" in key else value for key, value in batch.items()}
 

@@ -1,4 +1,4 @@
-"""What engines hold while a pass goes on, on a pass of two units that is written out by hand."""
+"""Memory models of the engines on a handwritten pass of two units."""
 
 from dataclasses import replace
 
@@ -32,18 +32,18 @@ def trace():
 
 
 def held(trace, **options):
-    """Elements in hand after each event, and the most at one, of a pass in fp32."""
-    rhythm = make_memory_model(trace, EngineOptions(**options))
-    answers = [rhythm.on(event) for event in trace.events]
-    return [steady // 4 for _, steady in answers], max(most for most, _ in answers) // 4, rhythm.gradient // 4
+    """Return the elements held after each event and their maximum, of a pass in fp32."""
+    model = make_memory_model(trace, EngineOptions(**options))
+    answers = [model.on(event) for event in trace.events]
+    return [steady // 4 for _, steady in answers], max(most for most, _ in answers) // 4, model.gradient // 4
 
 
-def test_one_process_only_collects_its_gradient(trace):
+def test_one_process_only_accumulates_its_gradient(trace):
     steady, most, gradient = held(trace, engine="single", ranks=1)
     assert (set(steady), most, gradient) == ({0}, 0, 410)
 
 
-def test_fsdp_holds_the_root_the_unit_at_work_and_what_is_gathered_ahead(trace):
+def test_fsdp_holds_the_root_the_current_and_the_next_unit(trace):
     steady, most, gradient = held(trace, engine="fsdp", ranks=2)
     # root; a; freed; b; freed; b and a ahead; b reduced: its flat gradient beside a; a; a reduced; root; end
     assert steady == [10, 110, 10, 310, 10, 410, 10 + 100 + 300, 410, 10 + 100, 10, 0]
@@ -52,19 +52,19 @@ def test_fsdp_holds_the_root_the_unit_at_work_and_what_is_gathered_ahead(trace):
     assert gradient == 410 // 2
 
 
-def test_fsdp_that_does_not_reshard_keeps_every_unit_until_its_gradient(trace):
+def test_fsdp_without_reshard_keeps_units_until_backward(trace):
     steady, _, _ = held(trace, engine="fsdp", ranks=2, reshard_after_forward=False)
     assert steady[:6] == [10, 110, 110, 410, 410, 410]
 
 
-def test_zero3_keeps_gathered_what_is_used_again_soon(trace):
+def test_zero3_keeps_parameters_that_are_reused_soon(trace):
     options = {"engine": "zero3", "ranks": 2, "persistence": 0, "prefetch": 0}
     assert held(trace, **options)[0][:6] == [0, 100, 100, 400, 400, 400]
     # b is used again at once, a only after b has run twice.
     assert held(trace, **options, max_reuse=600)[0][:5] == [0, 100, 0, 300, 300]
 
 
-def test_zero3_copies_what_it_has_asked_for_ahead_out_of_one_buffer(trace):
+def test_zero3_copies_prefetched_parameters_from_a_buffer(trace):
     options = {"engine": "zero3", "ranks": 2, "persistence": 0}
     units = (Unit("a", (100,)), Unit("b", (150, 150)), trace.units[ROOT])
     steady, most, _ = held(replace(trace, units=units), **options)
@@ -76,7 +76,7 @@ def test_zero3_copies_what_it_has_asked_for_ahead_out_of_one_buffer(trace):
     assert held(trace, **options, max_live=100)[0][:4] == [0, 100, 100, 400]
 
 
-def test_zero3_keeps_what_it_has_looked_at_ahead(trace):
+def test_zero3_keeps_prefetched_parameters(trace):
     options = {"engine": "zero3", "ranks": 2, "persistence": 0, "max_reuse": 600}
     assert held(trace, **options)[0][:5] == [0, 400, 400, 400, 400]
     # With room for b alone, the backward pass of a is not looked at in time: a is asked for again.
@@ -90,7 +90,7 @@ def test_zero3_reduces_when_the_bucket_is_full(trace):
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-def test_a_frozen_unit_is_freed_when_the_next_begins(trace, engine):
+def test_a_frozen_unit_is_freed_when_the_next_starts(trace, engine):
     units = (trace.units[FIRST], Unit("b", (), (300,)), trace.units[ROOT])
     events = tuple(event for event in trace.events if (event.kind, event.unit) != ("gradient", SECOND))
     steady, _, _ = held(replace(trace, units=units, events=events), engine=engine, ranks=2, persistence=0)
@@ -102,7 +102,7 @@ def test_a_frozen_unit_is_freed_when_the_next_begins(trace, engine):
     assert steady[after] <= 110
 
 
-def test_zero3_lets_go_of_a_unit_that_no_gradient_reaches(trace):
+def test_zero3_frees_a_unit_without_a_gradient(trace):
     units = (Unit("a", (), (100,)), *trace.units[SECOND:])
     events = tuple(
         event for event in trace.events if event.unit != FIRST or event.kind in ("forward", "forward_end")

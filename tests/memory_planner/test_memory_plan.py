@@ -1,4 +1,4 @@
-"""Plans add up, scale as sharding does, and meet a measured step."""
+"""Plans add up, scale with sharding, and match a measured step."""
 
 import pytest
 import torch
@@ -27,13 +27,13 @@ def trace():
     return simulate_pass(small_config(), WORKLOAD)
 
 
-def setting(engine, ranks, **options):
+def options_of(engine, ranks, **options):
     return EngineOptions(engine, ranks, reduce_bucket=BUCKET, persistence=0, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_the_plan_of_one_process_is_what_a_retention_step_takes(lora, dtype):
+def test_the_plan_matches_a_measured_retention_step(lora, dtype):
     config = small_config()
     policy = meta_policy_without_tokenizers(config)
     if lora:
@@ -52,44 +52,44 @@ def test_the_plan_of_one_process_is_what_a_retention_step_takes(lora, dtype):
             retention_step(engine, [task], [anchors], None, 1.0, CraftConfig(enabled=True), 1.0)
     trace = simulate_pass(config, WORKLOAD, dtype=dtype, autocast=True, lora=lora)
     options = {"compute": dtype.itemsize, "foreach_optimizer": False}
-    planned = plan_memory(trace, WORKLOAD, setting("single", 1, **options))
+    planned = plan_memory(trace, WORKLOAD, options_of("single", 1, **options))
     assert planned.total == pytest.approx(counter.peak, rel=0.02)
 
 
 @pytest.mark.parametrize("engine", ENGINES[1:])
-def test_more_ranks_take_less_each(trace, engine):
+def test_more_ranks_take_less_memory_per_rank(trace, engine):
     totals = [
         (plan.total, plan.host)
-        for plan in (plan_memory(trace, WORKLOAD, setting(engine, ranks)) for ranks in (2, 4, 8))
+        for plan in (plan_memory(trace, WORKLOAD, options_of(engine, ranks)) for ranks in (2, 4, 8))
     ]
     assert totals == sorted(totals, reverse=True)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_lora_and_checkpointing_take_less(trace, engine):
-    full = plan_memory(trace, WORKLOAD, setting(engine, 2)).total
+def test_lora_and_checkpointing_take_less_memory(trace, engine):
+    full = plan_memory(trace, WORKLOAD, options_of(engine, 2)).total
     lora = simulate_pass(small_config(), WORKLOAD, lora=LORA)
-    assert plan_memory(lora, WORKLOAD, setting(engine, 2)).total < full
+    assert plan_memory(lora, WORKLOAD, options_of(engine, 2)).total < full
     checkpointed = simulate_pass(small_config(), WORKLOAD, checkpointing=True)
-    assert plan_memory(checkpointed, WORKLOAD, setting(engine, 2)).total < full
+    assert plan_memory(checkpointed, WORKLOAD, options_of(engine, 2)).total < full
 
 
 def test_optimizer_state_is_sharded(trace):
     shard = -(-trace.trainable // 4)
-    assert plan_memory(trace, WORKLOAD, setting("fsdp", 4)).optimizer == 8 * shard
+    assert plan_memory(trace, WORKLOAD, options_of("fsdp", 4)).optimizer == 8 * shard
     for engine in ("zero2", "zero3"):  # and fp32 masters
-        assert plan_memory(trace, WORKLOAD, setting(engine, 4)).optimizer == 12 * shard
-    assert plan_memory(trace, WORKLOAD, setting("fsdp_offload", 4)).optimizer == 0
+        assert plan_memory(trace, WORKLOAD, options_of(engine, 4)).optimizer == 12 * shard
+    assert plan_memory(trace, WORKLOAD, options_of("fsdp_offload", 4)).optimizer == 0
 
 
-def test_second_gradient_costs_a_shard_and_nothing_where_the_host_has_room(trace):
+def test_the_second_gradient_takes_one_shard(trace):
     shard = -(-trace.trainable // 4)
-    assert plan_memory(trace, WORKLOAD, setting("fsdp", 4)).second_gradient == 4 * shard
-    assert plan_memory(trace, WORKLOAD, setting("zero3", 4)).second_gradient == 4 * shard
-    assert plan_memory(trace, WORKLOAD, setting("zero3_offload", 4)).second_gradient == 0
+    assert plan_memory(trace, WORKLOAD, options_of("fsdp", 4)).second_gradient == 4 * shard
+    assert plan_memory(trace, WORKLOAD, options_of("zero3", 4)).second_gradient == 4 * shard
+    assert plan_memory(trace, WORKLOAD, options_of("zero3_offload", 4)).second_gradient == 0
 
 
-def test_at_full_size_a_second_gradient_of_adapters_is_under_a_hundredth_of_the_model():
+def test_the_second_gradient_of_adapters_is_under_one_percent():
     workload = Workload(batch_size=1, prompt_length=32, action_length=16, cameras=1)
     trace = simulate_pass(
         PI0FastConfig(), workload, dtype=torch.bfloat16, checkpointing=True, lora=LoraConfig(enabled=True)
@@ -105,16 +105,16 @@ def test_at_full_size_a_second_gradient_of_adapters_is_under_a_hundredth_of_the_
         assert 100 * 2 * plan.second_gradient < model  # of both ranks together
 
 
-def test_logits_are_named_where_they_are_the_peak():
+def test_logits_are_reported_at_the_peak():
     workload = Workload(batch_size=4, prompt_length=1, action_length=2000)
     config = small_config()
     trace = simulate_pass(config, workload, checkpointing=True)
-    plan = plan_memory(trace, workload, setting("single", 1))
+    plan = plan_memory(trace, workload, options_of("single", 1))
     assert plan.logits == workload.supervised * config.vocab_size * 8
 
 
-def test_offload_moves_everything_that_is_kept_to_the_host(trace):
-    plan = plan_memory(trace, WORKLOAD, setting("fsdp_offload", 4))
+def test_offload_moves_stored_tensors_to_the_host(trace):
+    plan = plan_memory(trace, WORKLOAD, options_of("fsdp_offload", 4))
     assert (plan.parameters, plan.optimizer, plan.gradient, plan.second_gradient) == (0, 0, 0, 0)
     # Parameters, both moments, g_t and the gradient.
     assert plan.host == 20 * -(-trace.trainable // 4)

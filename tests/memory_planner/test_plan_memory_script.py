@@ -1,4 +1,4 @@
-"""The command, in a process of its own."""
+"""`craft-ds plan` in a separate process."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def run(*arguments: str, directory: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_policy_type_is_planned_for_the_engines_asked_for(tmp_path):
+def test_a_policy_type_is_planned_for_the_given_engines(tmp_path):
     ended = run(*SMALL, "--engine", "fsdp", "zero3", "--lora_rank=2", "--json", directory=tmp_path)
     assert ended.returncode == 0, ended.stderr
     rows = json.loads(ended.stdout)

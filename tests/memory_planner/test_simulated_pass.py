@@ -1,4 +1,4 @@
-"""What the planner simulates is what PyTorch does: the same bytes, to the last one."""
+"""The simulated pass takes exactly the bytes of the real pass."""
 
 from contextlib import nullcontext
 
@@ -23,7 +23,7 @@ from craft_ds.tensor_io.tensor_file import fill_
 
 
 def real_peak(config, *, autocast=False, checkpointing=False, lora=None):
-    """The most bytes that a real pass has alive, gradients included."""
+    """Return the peak bytes of a real pass, gradients included."""
     policy = meta_policy_without_tokenizers(config)
     if lora:
         add_adapters(policy, to_peft(lora, config, base_path=""))
@@ -46,18 +46,18 @@ def real_peak(config, *, autocast=False, checkpointing=False, lora=None):
 
 
 def simulated_peak(trace):
-    """The same of a simulated pass: gradients grow beside it."""
-    rhythm, peak = SingleMemoryModel(), 0
+    """Return the peak bytes of a simulated pass plus its gradients."""
+    model, peak = SingleMemoryModel(), 0
     for event in trace.events:
-        rhythm.on(event)
-        peak = max(peak, event.peak + rhythm.gradient)
+        model.on(event)
+        peak = max(peak, event.peak + model.gradient)
     return peak
 
 
 @pytest.mark.parametrize("cameras", [1, 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_simulated_pass_takes_what_the_real_one_takes(cameras, checkpointing, autocast):
+def test_the_simulated_pass_equals_the_real_one(cameras, checkpointing, autocast):
     config = small_config(cameras)
     trace = simulate_pass(
         config,
@@ -72,14 +72,14 @@ def test_the_simulated_pass_takes_what_the_real_one_takes(cameras, checkpointing
 
 @pytest.mark.parametrize("preset", ["attention", "attention_mlp_vision"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_same_with_adapters(preset, autocast):
+def test_the_simulated_pass_equals_the_real_one_with_adapters(preset, autocast):
     config, lora = small_config(), LoraConfig(True, preset)
     dtype = torch.bfloat16 if autocast else torch.float32
     trace = simulate_pass(config, WORKLOAD, dtype=dtype, autocast=autocast, lora=lora)
     assert simulated_peak(trace) == pytest.approx(real_peak(config, autocast=autocast, lora=lora), rel=1e-3)
 
 
-def test_zero3_keeps_the_inputs_of_frozen_layers_too():
+def test_zero3_also_keeps_the_inputs_of_frozen_layers():
     def kept(**options):
         return simulate_pass(small_config(), WORKLOAD, **options).kept
 
@@ -91,7 +91,7 @@ def test_zero3_keeps_the_inputs_of_frozen_layers_too():
     assert kept(zero3=True, lora=attention) - kept(lora=attention) >= config.text_depth * mlp
 
 
-def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
+def test_activations_grow_with_the_batch():
     def kept(count, **options):
         return simulate_pass(small_config(), Workload(count, 40, 20), **options).kept
 
@@ -99,14 +99,14 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
     assert kept(3, checkpointing=True) < 0.5 * kept(3)
 
 
-def test_every_gradient_is_seen_once():
+def test_every_gradient_is_recorded_once():
     trace = simulate_pass(small_config(), WORKLOAD)
     assert sum(event.numel for event in trace.events) == trace.trainable
     assert trace.frozen == 0
     assert trace.trainable == sum(unit.numel for unit in trace.units)
 
 
-def test_lora_freezes_the_base_and_trains_rank_times_the_sides_of_each_target():
+def test_lora_freezes_the_base_and_trains_the_adapters():
     base, rank = simulate_pass(small_config(), WORKLOAD), 4
     lora = simulate_pass(small_config(), WORKLOAD, lora=LoraConfig(True, "attention", rank=rank))
     heads, width, head = 4, 64, 16
@@ -116,7 +116,7 @@ def test_lora_freezes_the_base_and_trains_rank_times_the_sides_of_each_target():
     assert sum(event.numel for event in lora.events) == lora.trainable
 
 
-def test_each_preset_trains_more_than_the_one_before():
+def test_each_preset_trains_more_than_the_previous():
     presets = ("attention", "attention_mlp", "attention_mlp_vision")
     traces = [simulate_pass(small_config(), WORKLOAD, lora=LoraConfig(True, preset)) for preset in presets]
     trainable = [trace.trainable for trace in traces]
@@ -131,6 +131,6 @@ def test_an_unknown_preset_is_refused():
         simulate_pass(small_config(), WORKLOAD, lora=LoraConfig(True, "nonsense"))
 
 
-def test_a_policy_whose_batches_are_unknown_is_refused():
+def test_a_policy_with_unknown_batches_is_refused():
     with pytest.raises(UserError, match="act"):
         simulate_pass(ACTConfig(device="cpu"), WORKLOAD)

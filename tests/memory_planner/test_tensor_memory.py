@@ -11,7 +11,7 @@ def test_the_example():
     assert doctest.testmod(tensor_memory).attempted > 0
 
 
-def test_what_existed_before_does_not_count():
+def test_earlier_tensors_do_not_count():
     x = torch.zeros(1000)
     with MemoryCounter() as memory:
         y = x.view(10, 100)[2:]
@@ -20,7 +20,7 @@ def test_what_existed_before_does_not_count():
     assert (memory.live, memory.peak, memory.largest) == (0, 0, 0)
 
 
-def test_the_peak_counts_what_is_alive_together():
+def test_the_peak_counts_tensors_alive_together():
     with MemoryCounter() as memory:
         for _ in range(5):
             x = torch.zeros(100)
