@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Make or reuse .venv beside this repository, with everything that training, the demo and the tests need.
+# Create or reuse .venv in this repository, with everything that training, the demo and the tests need.
 #
 #   bash scripts/setup.sh        prepare .venv
-#   source scripts/setup.sh      the same, then put .venv first on PATH (demo.sh, test.sh and .ci/run do this)
+#   source scripts/setup.sh      the same, then put .venv first on PATH (as demo.sh, test.sh and .ci/run do)
 #
-# PYTHON=/path/to/python3.12 picks the interpreter. A second call is over in a moment: a stamp in .venv
-# remembers what was installed.
+# PYTHON=/path/to/python3.12 selects the interpreter. A second call returns at once: a stamp in .venv records
+# what was installed.
 
 if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
-    # Sourced: the work runs in a process of its own, so that its strict mode does not leak into the caller.
+    # Sourced: the work runs in a separate process, so that its strict mode does not leak into the caller.
     bash "${BASH_SOURCE[0]}" || return 1
     VIRTUAL_ENV="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv"
     export VIRTUAL_ENV
-    export PATH="$VIRTUAL_ENV/bin:$PATH"                # DeepSpeed looks for ninja on PATH
+    export PATH="$VIRTUAL_ENV/bin:$PATH"                # DeepSpeed needs ninja on PATH
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"      # the ranks of one machine share its cores
     return 0
 fi
@@ -28,7 +28,7 @@ readonly EXTRAS="deepspeed,world,dev"
 say() { echo "setup: $*"; }
 die() { echo "error: $*" >&2; exit 1; }
 
-# A name on PATH proves nothing (pyenv leaves shims for versions that are switched off): run it.
+# A name on PATH is not enough (pyenv has shims for inactive versions): run the interpreter.
 works() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))' \
         >/dev/null 2>&1 </dev/null
@@ -51,7 +51,7 @@ find_python() {
     done
 }
 
-# What an installed .venv depends on; empty when .venv has no Python that runs.
+# Print a hash of everything that an installed .venv depends on; empty if .venv has no working Python.
 fingerprint() {
     "$VENV/bin/python" - "$ROOT" "$EXTRAS" 2>/dev/null <<'PY' || true
 import hashlib, pathlib, sys
@@ -65,10 +65,10 @@ make_venv() {
     local python
     python="$(find_python)"
     if [[ -n "$python" ]]; then
-        say "making .venv with $python ($("$python" -V))"
+        say "creating .venv with $python ($("$python" -V))"
         "$python" -m venv --clear "$VENV"
     elif command -v uv >/dev/null; then
-        say "no Python 3.12 or 3.13 here; uv brings one"
+        say "no Python 3.12 or 3.13 found; uv installs one"
         uv venv --quiet --clear --seed --python 3.12 "$VENV"
     else
         die "no Python 3.12 or 3.13 with venv found: install one (Debian: apt install python3.12-venv; else" \
@@ -76,13 +76,13 @@ make_venv() {
     fi
 }
 
-# pip writes INSTALLER after a package's files: where it is missing, the installation was cut off, and pip
-# would take the package for whole.
-forget_half_installed() {
+# pip writes INSTALLER after a package's files: if it is missing, the installation was interrupted, and pip
+# would consider the package complete.
+remove_interrupted_installations() {
     local info
     for info in "$VENV"/lib/python3.*/site-packages/*.dist-info; do
         if [[ -d "$info" && ! -e "$info/INSTALLER" ]]; then
-            say "repairing $(basename "$info" .dist-info), whose installation was cut off"
+            say "repairing $(basename "$info" .dist-info), whose installation was interrupted"
             rm -rf "$info"
         fi
     done
@@ -101,11 +101,11 @@ rm -f "$STAMP"
 if ! works "$VENV/bin/python" || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     make_venv
 fi
-forget_half_installed
+remove_interrupted_installations
 say "installing craft-ds and its dependencies into .venv (the first time: about 6 GB, several minutes)"
 quiet=()
 [[ -t 1 ]] || quiet=(--quiet)
 "$VENV/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check --editable ".[$EXTRAS]" \
-    || die "pip could not install the packages (its reason is above); mend it and run this again"
+    || die "pip could not install the packages (see its message above); fix the cause and run this again"
 fingerprint >"$STAMP"
 say "ready: .venv ($("$VENV/bin/python" -V))"

@@ -1,4 +1,4 @@
-"""scripts/setup.sh against stand-ins for Python, pip and uv: nothing is downloaded, nothing is slow."""
+"""scripts/setup.sh with fake Python, pip and uv: nothing is downloaded, nothing is slow."""
 
 import os
 import shutil
@@ -91,11 +91,11 @@ def ready(machine):
     return machine
 
 
-def test_first_run_makes_and_installs_and_the_second_is_instant(machine):
+def test_the_first_run_installs_and_the_second_does_nothing(machine):
     machine.add("python3.12")
     first = machine.run()
     assert first.returncode == 0, first.stderr
-    assert "making .venv with" in first.stdout
+    assert "creating .venv with" in first.stdout
     [install] = machine.calls("-m pip install")
     assert install.endswith("--editable .[deepspeed,world,dev]")
 
@@ -107,7 +107,7 @@ def test_first_run_makes_and_installs_and_the_second_is_instant(machine):
     assert not machine.calls("-m")
 
 
-def test_shims_that_do_not_run_are_passed_over(machine):
+def test_shims_that_do_not_run_are_skipped(machine):
     machine.add(
         "python3.12", "#!/usr/bin/env bash\necho 'pyenv: python3.12: command not found' >&2\nexit 127\n"
     )
@@ -122,11 +122,11 @@ def test_shims_that_do_not_run_are_passed_over(machine):
 def test_python_variable_wins(machine):
     machine.add("python3.12")
     result = machine.run(PYTHON=str(machine.spare))
-    assert f"making .venv with {machine.spare}" in result.stdout
+    assert f"creating .venv with {machine.spare}" in result.stdout
 
 
 @pytest.mark.parametrize("python", ["/nowhere/python", "bash"])
-def test_python_variable_that_does_not_work_is_an_error(machine, python):
+def test_a_python_variable_that_does_not_work_is_an_error(machine, python):
     machine.add("python3.12")
     result = machine.run(PYTHON=python)
     assert result.returncode == 1
@@ -149,7 +149,7 @@ def test_uv_is_the_last_resort(machine):
     assert not machine.calls("uv")
 
 
-def test_no_python_at_all_is_one_line(machine):
+def test_without_python_the_error_is_one_line(machine):
     result = machine.run()
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
@@ -157,7 +157,7 @@ def test_no_python_at_all_is_one_line(machine):
     assert "PYTHON=" in line
 
 
-def test_changed_requirements_install_again_into_the_same_venv(ready):
+def test_changed_requirements_install_into_the_same_venv(ready):
     (ready.repo / "pyproject.toml").write_text("[project]\nname = 'other'\n")
     assert ready.run().returncode == 0
     assert ready.calls("-m pip install")
@@ -172,7 +172,7 @@ def test_moved_repository_installs_again(ready):
     assert ready.calls("-m pip install")
 
 
-def test_failed_installation_is_tried_again(machine):
+def test_a_failed_installation_is_retried(machine):
     machine.add("python3.12")
     failed = machine.run(PIP_FAILS="1")
     assert failed.returncode == 1
@@ -183,7 +183,7 @@ def test_failed_installation_is_tried_again(machine):
     assert not machine.calls("-m venv")
 
 
-def test_venv_cut_off_half_way_is_made_again(machine):
+def test_an_interrupted_venv_is_created_again(machine):
     machine.add("python3.12")
     machine.venv_python.parent.mkdir(parents=True)
     machine.venv_python.symlink_to("/nowhere/python3.12")
@@ -193,7 +193,7 @@ def test_venv_cut_off_half_way_is_made_again(machine):
     assert "--clear" in made
 
 
-def test_packages_cut_off_half_way_are_forgotten(ready):
+def test_interrupted_packages_are_removed(ready):
     packages = ready.repo / ".venv/lib/python3.12/site-packages"
     whole, cut = packages / "numpy-2.0.dist-info", packages / "torch-2.11.0.dist-info"
     for info in (whole, cut):
@@ -207,7 +207,7 @@ def test_packages_cut_off_half_way_are_forgotten(ready):
     assert not cut.exists()
 
 
-def test_missing_compiler_is_said_and_no_failure(ready):
+def test_a_missing_compiler_is_a_note(ready):
     (ready.bin / "c++").unlink()
     result = ready.run()
     assert result.returncode == 0
@@ -215,7 +215,7 @@ def test_missing_compiler_is_said_and_no_failure(ready):
     assert "g++" in note
 
 
-def test_sourcing_prepares_the_shell_and_leaves_its_options_alone(ready):
+def test_sourcing_keeps_the_options_of_the_shell(ready):
     source = f"source '{ready.repo}/scripts/setup.sh' >/dev/null"
     shown = 'echo "$PATH|$OMP_NUM_THREADS|$-|$PWD"'
     path, threads, options, folder = ready.run(f"{source}; {shown}").stdout.strip().split("|")
