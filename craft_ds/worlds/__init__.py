@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 from craft_ds.errors import UserError
 from craft_ds.worlds.base import Observation, World
@@ -33,6 +34,11 @@ def make_world(name: str) -> World:
 
         return Blocks()
     raise UserError(f"--world {name} is unknown: choose one of {', '.join(WORLDS)}")
+
+
+def teacher_directory(world: str) -> Path:
+    """Return the policy directory of a world's shipped teacher."""
+    return Path(__file__).parent / "assets" / f"{world}_teacher"
 
 
 def gl_problem() -> str | None:
