@@ -32,7 +32,6 @@ TRAINING_FLAGS = [
     "--policy.optimizer_lr=5e-4",
     "--policy.scheduler_warmup_steps=0",
     "--num_workers=0",
-    "--log_freq=20",
     "--save_freq=0",
 ]
 CRAFT_FLAGS = [
@@ -251,6 +250,7 @@ def train(
             f"--output_dir={run}",
             f"--steps={args.steps}",
             f"--seed={seed}",
+            f"--log_freq={min(20, args.steps)}",
             f"--batch_size={rank_batch_size(args)}",
             *TRAINING_FLAGS,
             *flags,
@@ -268,7 +268,9 @@ def training_command(engine: str, ranks: int) -> list[str]:
         port = probe.getsockname()[1]
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what the command `deepspeed` runs
     ranks_flags = [f"--num_gpus={ranks}", f"--master_port={port}"]
-    return [*deepspeed, *ranks_flags, "--module", "craft_ds", "train", f"--ds_config={_zero3_config()}"]
+    # Without --no_local_rank, the launcher writes --local_rank=… before the name of the command.
+    module = ["--no_local_rank", "--module", "craft_ds"]
+    return [*deepspeed, *ranks_flags, *module, "train", f"--ds_config={_zero3_config()}"]
 
 
 def _zero3_config() -> Path:
