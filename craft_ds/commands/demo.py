@@ -194,7 +194,7 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
             policies[method] = run / "final"
             figures[method] = run_figures(run)
         say(f"closed-loop evaluation, {args.episodes} episodes per task: {', '.join(policies)}")
-        results = evaluate(policies, args, heldout, runs / f"seed{seed}")
+        results = evaluate_policies(policies, args, heldout, runs / f"seed{seed}")
         rows += [
             {"method": method, "seed": seed, **result, **figures[method]}
             for method, result in results.items()
@@ -287,7 +287,7 @@ def run_figures(run: Path) -> dict[str, float]:
     }
 
 
-def evaluate(
+def evaluate_policies(
     policies: dict[str, Path], args: argparse.Namespace, heldout: Path, output: Path
 ) -> dict[str, dict[str, Any]]:
     """Return success and loss by task of each policy; the policies run side by side."""
