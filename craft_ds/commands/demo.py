@@ -1,9 +1,9 @@
-"""The demo: teacher, plain fine-tuning and CRaFT on a new robot task, measured on old and new tasks.
+"""Fine-tune the embedded policy on a new robot task with and without CRaFT; measure old and new tasks.
 
-It makes demonstrations, builds the anchor cache, fine-tunes the shipped teacher twice a seed on several ranks
-of ZeRO-3 or FSDP2 (once as the plain baseline, once with CRaFT, same steps, same samples), runs all policies
-in the simulator and ends with a table, a picture and outputs/demo/summary.json. With --lora it trains LoRA
-adapters besides, again with and without CRaFT.
+Record demonstrations, build the anchor cache, and fine-tune the shipped teacher twice per seed on several
+ranks of ZeRO-3 or FSDP2: once as the plain baseline, once with CRaFT, with the same steps and samples. Then
+run every policy in the simulator. With --lora, LoRA adapters are trained too, with and without CRaFT. The
+results are a table, OUTPUT_DIR/summary.json and OUTPUT_DIR/summary.png.
 """
 
 import argparse
@@ -17,19 +17,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from craft_ds.training.plots import plot_demo
-from craft_ds.worlds import gl_problem, make_world
+from craft_ds.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
-TEACHERS = ROOT / "craft_ds" / "worlds" / "assets"
+EVAL_SEED = 1000
+"""Seed of the evaluation scenes, of which the demonstrations show none."""
+HELDOUT_SEED = 7
+"""Seed of the demonstrations that the loss is measured on."""
+HELDOUT_EPISODES = 5
 TRAINING_FLAGS = [
     "--policy.optimizer_lr=5e-4",
     "--policy.scheduler_warmup_steps=0",
     "--num_workers=0",
-    "--log_freq=20",
     "--save_freq=0",
 ]
 CRAFT_FLAGS = [
@@ -43,6 +45,7 @@ CRAFT_FLAGS = [
 LORA_FLAGS = ["--lora=preset", "--policy.optimizer_lr=3e-3"]
 METHODS = ("teacher", "baseline", "craft", "lora_baseline", "lora_craft")
 ENGINES = {"zero3": "ZeRO-3", "fsdp": "FSDP2"}
+_INSTALL = "pip install 'craft-ds[deepspeed,world]'"
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -54,22 +57,30 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--world",
         choices=("auto", "metaworld", "blocks"),
         default="auto",
-        help="auto: metaworld where GL works",
+        help="auto: metaworld where MuJoCo can render, else blocks (default: auto)",
     )
     add("--seeds", type=int, nargs="+", default=[0], help="seeds of fine-tuning (default: 0)")
     add("--steps", type=int, default=400, help="optimizer steps of each fine-tuning (default: 400)")
     add(
         "--engine",
-        choices=tuple(ENGINES),
-        default="zero3",
-        help="DeepSpeed ZeRO-3, started by deepspeed, or FSDP2, started by torchrun (default: zero3)",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="DeepSpeed ZeRO-3 or FSDP2 (default: zero3 where DeepSpeed is installed, else fsdp)",
     )
     add("--lora", action="store_true", help="train LoRA adapters too, with and without CRaFT")
     add("--ranks", type=int, default=2, help="ranks that share the policy (default: 2)")
-    add("--batch_size", type=int, default=16, help="samples a step over all ranks (default: 16)")
+    add("--batch_size", type=int, default=16, help="samples per step over all ranks (default: 16)")
     add("--num_anchors", type=int, default=1000, help="anchors of the old tasks (default: 1000)")
-    add("--episodes", type=int, default=20, help="simulator episodes a task (default: 20)")
-    add("--output_dir", type=Path, default=Path("outputs/demo"))
+    add("--episodes", type=int, default=20, help="simulator episodes per task (default: 20)")
+    add("--eval_seed", type=int, default=EVAL_SEED, help=f"seed of their scenes (default: {EVAL_SEED})")
+    add("--output_dir", type=Path, default=Path("outputs/demo"), help="default: outputs/demo")
+    add(
+        "--plot",
+        type=Path,
+        nargs=2,
+        metavar=("SUMMARY.json", "PICTURE.png"),
+        help="only draw the picture of an earlier demo",
+    )
     add(
         "craft_flags",
         nargs="*",
@@ -80,25 +91,90 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
-    began = time.monotonic()
-    world_name = choose_world(args.world)
+    if args.plot:
+        plot(*args.plot)
+        return
+    for name in ("steps", "ranks", "batch_size", "num_anchors", "episodes"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+    started = time.monotonic()
+    args.engine = choose_engine(args.engine)
+    args.world = choose_world(args.world)
+    summary = run_demo(args)
+    file, picture = args.output_dir / "summary.json", args.output_dir / "summary.png"
+    file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    plot(file, picture)
+    print_table(summary)
+    say(f"done in {(time.monotonic() - started) / 60:.1f} minutes: {file}, {picture}")
+
+
+def plot(summary: Path, picture: Path) -> None:
+    """Draw the picture of a summary.
+
+    Raises:
+        UserError: The summary cannot be read.
+    """
+    from craft_ds.commands.demo_plot import plot_demo  # late: matplotlib is not needed for --help
+
+    try:
+        plot_demo(json.loads(summary.read_text(encoding="utf-8")), picture)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--plot {summary}: not a summary of craft-ds demo ({error})") from error
+
+
+def choose_engine(name: str) -> str:
+    """Return the engine to train with; `auto` is ZeRO-3 where DeepSpeed is installed, else FSDP2.
+
+    Raises:
+        UserError: ZeRO-3 was asked for and DeepSpeed is not installed.
+    """
+    if name == "fsdp" or find_spec("deepspeed"):
+        return "zero3" if name == "auto" else name
+    if name == "zero3":
+        raise UserError(f"--engine=zero3: DeepSpeed is not installed; {_INSTALL}, or use --engine=fsdp")
+    say(f"DeepSpeed is not installed ({_INSTALL}); training on FSDP2")
+    return "fsdp"
+
+
+def choose_world(name: str) -> str:
+    """Return the world to use; `auto` is Meta-World where it can render, else the blocks.
+
+    Raises:
+        UserError: Meta-World was asked for and cannot be used here.
+    """
+    if name == "blocks":
+        return name
+    from craft_ds.worlds import gl_problem  # late: numpy is not needed for --help
+
+    problem = gl_problem()
+    if problem is None:
+        return "metaworld"
+    if name == "metaworld":
+        raise UserError(f"--world={name}: {problem}; or use --world=blocks")
+    say(problem)
+    say("using the world of coloured blocks, which needs no GL")
+    return "blocks"
+
+
+def run_demo(args: argparse.Namespace) -> dict[str, Any]:
+    """Record, train and evaluate; return the summary."""
+    from craft_ds.worlds import make_world, teacher_directory
+
     output = args.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    teacher = TEACHERS / f"{world_name}_teacher"
+    teacher = teacher_directory(args.world)
+    data, heldout = output / f"{args.world}_data", output / f"{args.world}_heldout"
+    cache, runs = output / f"{args.world}_anchors", output / f"{args.world}_runs"
 
-    data = output / f"{world_name}_data"
     say(f"demonstrations in {data}")
-    script("make_world.py", "--world", world_name, "--output_dir", data)
-    heldout = output / f"{world_name}_heldout"
-    script(
-        "make_world.py", "--world", world_name, "--output_dir", heldout, "--episodes_per_task", 5, "--seed", 7
-    )
+    record = ("worlds", "record", "--world", args.world, "--output_dir")
+    craft_ds(*record, data)
+    craft_ds(*record, heldout, "--episodes_per_task", HELDOUT_EPISODES, "--seed", HELDOUT_SEED)
 
-    cache = output / f"{world_name}_anchors"
     say(f"anchor cache in {cache}")
-    script(
-        "build_anchor_cache.py",
-        f"--dataset_repo_id=craft-ds/{world_name}-old",
+    craft_ds(
+        "anchors",
+        f"--dataset_repo_id=craft-ds/{args.world}-old",
         f"--dataset_root={data / 'old'}",
         f"--policy_path={teacher}",
         f"--output_dir={cache}",
@@ -106,59 +182,43 @@ def main(arguments: Sequence[str]) -> None:
         "--num_workers=0",
     )
 
-    runs = output / f"{world_name}_runs"
     shutil.rmtree(runs, ignore_errors=True)
     rows = []
     for seed in args.seeds:
-        jobs = {"teacher": teacher} if seed == args.seeds[0] else {}
+        policies = {"teacher": teacher} if seed == args.seeds[0] else {}
         figures: dict[str, Any] = {"teacher": {"peak_memory_mb": None, "step_seconds": None}}
         for method, flags in methods(cache, args).items():
             say(f"{method}, seed {seed}: {args.steps} steps on {args.ranks} {ENGINES[args.engine]} ranks")
             run = runs / f"{method}_seed{seed}"
-            train(args, world_name, teacher, data / "new", run, seed, flags)
-            jobs[method] = run / "final"
+            train(args, teacher, data / "new", run, seed, flags)
+            policies[method] = run / "final"
             figures[method] = run_figures(run)
-        say(f"closed-loop evaluation, {args.episodes} episodes a task: {', '.join(jobs)}")
-        for method, result in evaluate(
-            jobs, world_name, heldout, args.episodes, runs / f"seed{seed}"
-        ).items():
-            rows.append({"method": method, "seed": seed, **result, **figures[method]})
+        say(f"closed-loop evaluation, {args.episodes} episodes per task: {', '.join(policies)}")
+        results = evaluate_policies(policies, args, heldout, runs / f"seed{seed}")
+        rows += [
+            {"method": method, "seed": seed, **result, **figures[method]}
+            for method, result in results.items()
+        ]
 
-    world = make_world(world_name)
-    summary = {
-        "world": world_name,
+    world = make_world(args.world)
+    return {
+        "world": args.world,
         "engine": args.engine,
         "old_tasks": list(world.old_tasks),
         "new_tasks": list(world.new_tasks),
         "steps": args.steps,
         "episodes": args.episodes,
+        "eval_seed": args.eval_seed,
         "ranks": args.ranks,
         "craft_flags": craft_flags(cache, args),
         "lora_flags": LORA_FLAGS if args.lora else None,
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "rows": rows,
     }
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    plot_demo(summary, output / "summary.png")
-    print_table(summary)
-    minutes = (time.monotonic() - began) / 60
-    say(f"done in {minutes:.1f} minutes: {output / 'summary.json'}, {output / 'summary.png'}")
-
-
-def choose_world(name: str) -> str:
-    """Meta-World where it can render; else say what is missing and take the blocks."""
-    if name != "auto":
-        return name
-    problem = gl_problem()
-    if problem is None:
-        return "metaworld"
-    say(problem)
-    say("going on with the world of coloured blocks, which needs no GL")
-    return "blocks"
 
 
 def methods(cache: Path, args: argparse.Namespace) -> dict[str, list[str]]:
-    """The further flags of each kind of fine-tuning."""
+    """Return the further flags of each fine-tuning method."""
     kinds: dict[str, list[str]] = {"baseline": [], "craft": craft_flags(cache, args)}
     if args.lora:
         kinds |= {f"lora_{method}": [*LORA_FLAGS, *flags] for method, flags in kinds.items()}
@@ -166,74 +226,82 @@ def methods(cache: Path, args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def craft_flags(cache: Path, args: argparse.Namespace) -> list[str]:
-    anchors = max(1, args.batch_size // args.ranks)
     return [
         *CRAFT_FLAGS,
         f"--craft.anchor_cache_dir={cache}",
-        f"--craft.anchor_batch_size={anchors}",
+        f"--craft.anchor_batch_size={rank_batch_size(args)}",
         *args.craft_flags,
     ]
 
 
+def rank_batch_size(args: argparse.Namespace) -> int:
+    return max(1, args.batch_size // args.ranks)
+
+
 def train(
-    args: argparse.Namespace, world: str, teacher: Path, data: Path, run: Path, seed: int, flags: list[str]
+    args: argparse.Namespace, teacher: Path, data: Path, run: Path, seed: int, flags: list[str]
 ) -> None:
     call(
         [
-            *launcher(args),
+            *training_command(args.engine, args.ranks),
             f"--policy.path={teacher}",
-            f"--dataset.repo_id=craft-ds/{world}-new",
+            f"--dataset.repo_id=craft-ds/{args.world}-new",
             f"--dataset.root={data}",
             f"--output_dir={run}",
             f"--steps={args.steps}",
             f"--seed={seed}",
-            f"--batch_size={max(1, args.batch_size // args.ranks)}",
+            f"--log_freq={min(20, args.steps)}",
+            f"--batch_size={rank_batch_size(args)}",
             *TRAINING_FLAGS,
             *flags,
         ]
     )
 
 
-def launcher(args: argparse.Namespace) -> list[str]:
-    """The command that starts the training script on all ranks, with what its engine needs."""
-    if args.engine == "fsdp":
+def training_command(engine: str, ranks: int) -> list[str]:
+    """Return the command that starts `craft-ds train` on all ranks with an engine."""
+    if engine == "fsdp":
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*torchrun, f"--nproc-per-node={args.ranks}", "scripts/train_craft.py", "--engine=fsdp"]
+        return [*torchrun, f"--nproc-per-node={ranks}", "-m", "craft_ds", "train", "--engine=fsdp"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [
-        str(Path(sys.executable).with_name("deepspeed")),
-        f"--num_gpus={args.ranks}",
-        f"--master_port={port}",
-        "scripts/train_craft.py",
-        "--ds_config=ds_configs/zero3.json",
-    ]
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what the command `deepspeed` runs
+    ranks_flags = [f"--num_gpus={ranks}", f"--master_port={port}"]
+    # Without --no_local_rank, the launcher writes --local_rank=… before the name of the command.
+    module = ["--no_local_rank", "--module", "craft_ds"]
+    return [*deepspeed, *ranks_flags, *module, "train", f"--ds_config={_zero3_config()}"]
+
+
+def _zero3_config() -> Path:
+    return Path(__file__).resolve().parents[2] / "ds_configs" / "zero3.json"
 
 
 def run_figures(run: Path) -> dict[str, float]:
-    """Median seconds a step and peak memory of a rank, as the run itself logged them."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Return the median seconds per step and the peak memory per rank that a run has logged."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     return {
         "peak_memory_mb": max(row["memory/peak_mb"] for row in rows if "memory/peak_mb" in row),
         "step_seconds": statistics.median(row["time/step_s"] for row in rows if "time/step_s" in row),
     }
 
 
-def evaluate(
-    policies: dict[str, Path], world: str, heldout: Path, episodes: int, output: Path
+def evaluate_policies(
+    policies: dict[str, Path], args: argparse.Namespace, heldout: Path, output: Path
 ) -> dict[str, dict[str, Any]]:
-    """Success and loss by task of each policy; the policies run side by side."""
+    """Return success and loss by task of each policy; the policies run side by side."""
+    files = {method: Path(f"{output}_{method}.json") for method in policies}
     processes = {}
     for method, policy in policies.items():
-        command = [sys.executable, "scripts/eval_world.py", f"--policy.path={policy}", "--world", world]
-        command += ["--episodes", str(episodes), "--data_root", str(heldout)]
-        command += ["--output", f"{output}_{method}.json"]
-        processes[method] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "craft_ds", "eval", f"--policy.path={policy}"]
+        command += ["--world", args.world, "--episodes", str(args.episodes), "--seed", str(args.eval_seed)]
+        command += ["--data_root", str(heldout), "--output", str(files[method])]
+        processes[method] = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     failed = [method for method, process in processes.items() if process.wait() != 0]
     if failed:
-        raise SystemExit(f"error: evaluation of {', '.join(failed)} failed (its message is above)")
-    results = {method: json.loads(Path(f"{output}_{method}.json").read_text()) for method in policies}
+        fail(f"evaluation of {', '.join(failed)} failed (its message is above)")
+    results = {method: json.loads(file.read_text(encoding="utf-8")) for method, file in files.items()}
     return {
         method: {"success": result["success"], "loss": result["loss"]} for method, result in results.items()
     }
@@ -244,7 +312,7 @@ def print_table(summary: dict[str, Any]) -> None:
     print(f"\n{summary['steps']} steps on {summary['ranks']} {ENGINES[summary['engine']]} ranks")
     for measure in ("success", "loss"):
         old, new = ", ".join(summary["old_tasks"]), ", ".join(summary["new_tasks"])
-        print(f"\n{measure} a task (old: {old}; new: {new})")
+        print(f"\n{measure} by task (old: {old}; new: {new})")
         header = "".join(f"{task.removesuffix('-v3')[:18]:>20s}" for task in tasks)
         print(f"{'method':14s}{'seed':>5s}{header}{'old mean':>10s}")
         for row in sorted(summary["rows"], key=lambda row: (METHODS.index(row["method"]), row["seed"])):
@@ -255,20 +323,24 @@ def print_table(summary: dict[str, Any]) -> None:
     for row in summary["rows"]:
         if row["method"] != "teacher":
             print(
-                f"{row['method']:14s}{row['seed']:5d}  peak memory {row['peak_memory_mb']:.0f} MiB a rank, "
-                f"{row['step_seconds']:.2f} s a step"
+                f"{row['method']:14s}{row['seed']:5d}  peak memory {row['peak_memory_mb']:.0f} MiB per rank, "
+                f"{row['step_seconds']:.2f} s per step"
             )
 
 
-def script(name: str, *arguments: object) -> None:
-    call([sys.executable, f"scripts/{name}", *map(str, arguments)])
+def craft_ds(*arguments: object) -> None:
+    call([sys.executable, "-m", "craft_ds", *map(str, arguments)])
 
 
 def call(command: list[str]) -> None:
-    # The repository's root, so that the commands printed by --help and in the README are these.
-    result = subprocess.run(command, cwd=ROOT, check=False)
-    if result.returncode:
-        raise SystemExit(f"error: the command above ended with status {result.returncode}")
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        fail(f"a command of the demo failed with status {status} (its message is above): {' '.join(command)}")
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
 
 
 def say(message: str) -> None:

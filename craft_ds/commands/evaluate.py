@@ -1,8 +1,8 @@
-"""Measure a policy in an embedded world: closed-loop success and, on held-out demonstrations, its loss.
+"""Measure a policy in an embedded world: closed-loop success and the loss on held-out demonstrations.
 
-    python scripts/eval_world.py --policy.path=outputs/run/final --world metaworld --output eval.json
+    craft-ds eval --policy.path=outputs/run/final --world metaworld --output eval.json
 
-Demonstrations are held out when scripts/make_world.py made them with another --seed than the training data.
+Demonstrations are held out if `craft-ds worlds record` made them with another --seed than the training data.
 """
 
 import argparse
@@ -10,52 +10,62 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from craft_ds.errors import UserError
-from craft_ds.lora.weights import load_trained_policy
-from craft_ds.policies.loading import load_policy_config, load_processors
-from craft_ds.policies.pi0_fast.generation import action_chunk
-from craft_ds.worlds import WORLDS, make_world
-from craft_ds.worlds.base import World
-from craft_ds.worlds.demonstrations import read_recipe
-from craft_ds.worlds.evaluation import demonstration_loss, evaluate
+from craft_ds.worlds.tasks import WORLDS
+
+if TYPE_CHECKING:
+    from craft_ds.worlds import World
 
 
-def main(arguments: Sequence[str]) -> None:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="craft-ds eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--policy.path", dest="policy_path", required=True, help="a policy directory")
-    parser.add_argument("--world", choices=WORLDS, required=True)
-    parser.add_argument("--tasks", choices=("all", "old", "new"), default="all")
-    parser.add_argument("--episodes", type=int, default=20, help="episodes a task")
-    parser.add_argument("--seed", type=int, default=1000, help="of the scenes")
-    parser.add_argument(
-        "--data_root", type=Path, help="held-out demonstrations: a directory of make_world.py"
-    )
-    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    add = parser.add_argument
+    add("--policy.path", dest="policy_path", required=True, help="policy directory, checkpoint or hub id")
+    add("--world", choices=WORLDS, required=True)
+    add("--tasks", choices=("all", "old", "new"), default="all", help="default: all")
+    add("--episodes", type=int, default=20, help="episodes per task (default: 20)")
+    add("--seed", type=int, default=1000, help="seed of the scenes (default: 1000)")
+    add("--data_root", type=Path, help="held-out demonstrations: a directory of `craft-ds worlds record`")
+    add("--output", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)
     if args.episodes < 1:
-        raise UserError("--episodes must be at least 1")
+        raise UserError(f"--episodes={args.episodes} must be at least 1")
+    return args
+
+
+def main(arguments: Sequence[str]) -> None:
+    args = parse_arguments(arguments)
+
+    # Late: torch, LeRobot and the simulators take seconds to import; --help does not need them.
+    from craft_ds.lora.weights import load_trained_policy
+    from craft_ds.policies.loading import load_policy_config, load_processors
+    from craft_ds.policies.pi0_fast.generation import action_chunk
+    from craft_ds.worlds import make_world
+    from craft_ds.worlds.demonstrations import read_recipe
+    from craft_ds.worlds.evaluation import ClosedLoopPolicy, demonstration_loss, evaluate
 
     world = make_world(args.world)
     recipe = read_recipe(args.data_root) if args.data_root else None
     if args.data_root and (recipe is None or recipe.world != args.world):
-        raise UserError(f"--data_root {args.data_root} holds no {args.world} demonstrations of make_world.py")
+        raise UserError(
+            f"--data_root {args.data_root} holds no {args.world} demonstrations: "
+            f"record them with `craft-ds worlds record --world {args.world}`"
+        )
     config = load_policy_config(args.policy_path)
-    policy, processors = (
-        load_trained_policy(config, args.policy_path),
-        load_processors(config, args.policy_path),
-    )
+    policy = load_trained_policy(config, args.policy_path)
+    preprocessor, postprocessor = load_processors(config, args.policy_path)
 
     tasks = world.tasks(args.tasks)
-    act = partial(action_chunk, policy)
-    success = evaluate(act, *processors, world, tasks, args.episodes, args.seed)
+    closed_loop = ClosedLoopPolicy(partial(action_chunk, policy), preprocessor, postprocessor)
+    success = evaluate(closed_loop, world, tasks, episodes=args.episodes, seed=args.seed)
     losses: dict[str, float] = {}
     if args.data_root:
-        parts = ("old", "new") if args.tasks == "all" else (args.tasks,)
-        for part in parts:
-            losses |= demonstration_loss(policy, processors[0], args.data_root / part)
+        for split in ("old", "new") if args.tasks == "all" else (args.tasks,):
+            losses |= demonstration_loss(policy, preprocessor, args.data_root / split)
     loss = {task: losses[world.task_text(task)] for task in tasks} if losses else {}
 
     print_table(world, success, loss)
@@ -72,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
         args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def print_table(world: World, success: dict[str, float], loss: dict[str, float]) -> None:
+def print_table(world: "World", success: dict[str, float], loss: dict[str, float]) -> None:
     print(f"{'task':28s} {'':4s} {'success':>7s} {'loss/token':>10s}")
     for task, share in success.items():
         kind = "old" if task in world.old_tasks else "new"

@@ -1,6 +1,6 @@
-"""Write the demonstrations of an embedded world as LeRobot data sets: OUTPUT_DIR/old and OUTPUT_DIR/new.
+"""Record demonstrations of an embedded world as LeRobot data sets: OUTPUT_DIR/old and OUTPUT_DIR/new.
 
-python scripts/make_world.py --world metaworld --output_dir outputs/world
+craft-ds worlds record --world metaworld --output_dir outputs/world
 """
 
 import argparse
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from craft_ds.errors import UserError
-from craft_ds.worlds import WORLDS
-from craft_ds.worlds.demonstrations import Recipe, write_demonstrations
+from craft_ds.worlds.recording import Recipe
+from craft_ds.worlds.tasks import WORLDS
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -18,14 +18,29 @@ def main(arguments: Sequence[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--world", choices=WORLDS, required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--episodes_per_task", type=int, default=Recipe.episodes_per_task)
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--processes", type=int, default=2, help="processes that simulate and render")
+    add = parser.add_argument
+    add("--world", choices=WORLDS, required=True)
+    add("--output_dir", type=Path, required=True, help="directory to create, or to reuse if complete")
+    add(
+        "--episodes_per_task",
+        type=int,
+        default=Recipe.episodes_per_task,
+        help=f"demonstrations of each task (default: {Recipe.episodes_per_task})",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=Recipe.seed,
+        help=f"seed of scenes and noise (default: {Recipe.seed})",
+    )
+    add("--processes", type=int, default=2, help="processes that simulate and render (default: 2)")
     args = parser.parse_args(arguments)
-    if args.episodes_per_task < 1 or args.processes < 1:
-        raise UserError("--episodes_per_task and --processes must be at least 1")
+    for name in ("episodes_per_task", "processes"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+
+    from craft_ds.worlds.demonstrations import write_demonstrations  # late: LeRobot takes seconds to import
+
     recipe = Recipe(args.world, args.episodes_per_task, args.seed)
     for path in write_demonstrations(recipe, args.output_dir, args.processes):
         print(path)

@@ -10,7 +10,7 @@ from craft_ds.errors import UserError
 from craft_ds.policies.loading import policy_cameras
 from craft_ds.worlds import gl_problem, make_world
 from craft_ds.worlds.base import ACTION, CAMERA, STATE
-from craft_ds.worlds.evaluation import Act, evaluate
+from craft_ds.worlds.evaluation import Act, ClosedLoopPolicy, evaluate
 
 
 def check_world(config: WorldEvalConfig, policy: PreTrainedConfig) -> None:
@@ -78,7 +78,13 @@ def evaluate_in_world(
     state = get_rng_state()
     try:
         success = evaluate(
-            act, preprocessor, postprocessor, world, tasks, config.episodes, config.seed, rank, world_size
+            ClosedLoopPolicy(act, preprocessor, postprocessor),
+            world,
+            tasks,
+            episodes=config.episodes,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
         )
     finally:
         set_rng_state(state)

@@ -1,12 +1,12 @@
-"""The embedded worlds: tiny robot tasks made, shown and solved on this machine alone."""
+"""Embedded worlds: small simulated robot tasks, with demonstrations and shipped teachers."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 from craft_ds.errors import UserError
 from craft_ds.worlds.base import Observation, World
-
-WORLDS = ("metaworld", "blocks")
+from craft_ds.worlds.tasks import WORLDS
 
 _RENDER_PROBE = """
 from craft_ds.worlds.metaworld import MetaWorld
@@ -17,10 +17,10 @@ assert world.observe().image.std() > 10, "the rendered image is empty"
 
 
 def make_world(name: str) -> World:
-    """Return the world called ``name``.
+    """Return the world called `name`.
 
     Raises:
-        UserError: if there is no such world, or its packages are not installed.
+        UserError: There is no such world, or its packages are not installed.
     """
     if name == "metaworld":
         try:
@@ -35,22 +35,27 @@ def make_world(name: str) -> World:
     raise UserError(f"--world {name} is unknown: choose one of {', '.join(WORLDS)}")
 
 
-def gl_problem() -> str | None:
-    """Return why Meta-World cannot render here, in one line with the mend, or None when it can.
+def teacher_directory(world: str) -> Path:
+    """Return the policy directory of a world's shipped teacher."""
+    return Path(__file__).parent / "assets" / f"{world}_teacher"
 
-    It renders a real frame in a process of its own, because a broken GL library may kill its process.
+
+def gl_problem() -> str | None:
+    """Return why Meta-World cannot render here and how to fix it, in one line, or None if it can.
+
+    A frame is rendered in a separate process, because a broken GL library may kill its process.
     """
     try:
         result = subprocess.run(
             [sys.executable, "-c", _RENDER_PROBE], capture_output=True, text=True, timeout=120
         )
     except subprocess.TimeoutExpired:
-        reason = "the renderer does not answer"
+        reason = "the renderer does not respond"
     else:
         if result.returncode == 0:
             return None
         lines = result.stderr.strip().splitlines()
-        reason = lines[-1] if lines else f"the renderer ended with status {result.returncode}"
+        reason = lines[-1] if lines else f"the renderer exited with status {result.returncode}"
     if "No module named" in reason:
         return f"Meta-World is not installed ({reason}): pip install 'craft-ds[world]'"
     return (
@@ -59,4 +64,4 @@ def gl_problem() -> str | None:
     )
 
 
-__all__ = ["WORLDS", "Observation", "World", "gl_problem", "make_world"]
+__all__ = ["WORLDS", "Observation", "World", "gl_problem", "make_world", "teacher_directory"]

@@ -1,6 +1,6 @@
-"""Coloured blocks on a table, in numpy alone: for tests and for machines without any GL, not for claims.
+"""Coloured blocks on a table, in numpy: for tests and for machines without GL, not for reported results.
 
-A hand moves to the position that it is told, at a limited speed; the task names the colour to reach.
+A hand moves to the commanded position at a limited speed; the task names the colour to reach.
 """
 
 from typing import override
@@ -8,6 +8,7 @@ from typing import override
 import numpy as np
 
 from craft_ds.worlds.base import IMAGE_SIZE, Observation, World
+from craft_ds.worlds.tasks import TASKS
 
 _COLOURS = {
     "red": (220, 40, 40),
@@ -19,9 +20,9 @@ _TABLE = (120, 105, 90)
 _HAND = (255, 255, 255)
 _HALF_BLOCK = 6  # pixels
 _HALF_HAND = 2
-_SPEED = 0.05  # table widths a step
-_REACH = 0.09  # table widths: about the block's own half side
-_LEAST_WAY = 0.25  # table widths from where the hand begins to its block
+_SPEED = 0.05  # table widths per step
+_REACH = 0.09  # table widths: about half a block's side
+_MIN_START_DISTANCE = 0.25  # table widths between the hand and its block
 _GRID = 4
 _MARGIN = 0.12
 
@@ -29,16 +30,15 @@ _MARGIN = 0.12
 class Blocks(World):
     """One to four blocks of different colours on a 4×4 grid; reach the one that the task names.
 
-    The others hop to other cells at every step: a short episode then shows many scenes, and what teaches is
-    the number of scenes.
+    The other blocks move to other cells at every step: a short episode then shows many scenes, and a policy
+    learns from the number of scenes.
 
     Positions are (x, y) in table widths, from (0, 0) at the image's upper left to (1, 1). The state is the
-    hand's position and the action the position that it shall go to.
+    hand's position and the action the position to move to.
     """
 
     name = "blocks"
-    old_tasks = ("reach-red", "reach-green", "reach-blue")
-    new_tasks = ("reach-yellow",)
+    old_tasks, new_tasks = TASKS["blocks"]
     state_names = ("hand_x", "hand_y")
     action_names = ("target_x", "target_y")
     state_range = ((0.0, 0.0), (1.0, 1.0))
@@ -49,8 +49,8 @@ class Blocks(World):
     def __init__(self) -> None:
         self._colour = ""
         self._rng = np.random.default_rng()
-        self._colours: list[str] = []  # those on the table, the task's own first
-        self._cells: np.ndarray = np.arange(_GRID**2)  # the blocks lie in the first ones
+        self._colours: list[str] = []  # those on the table, the task's first
+        self._cells: np.ndarray = np.arange(_GRID**2)  # the blocks are in the first ones
         self._hand: np.ndarray = np.zeros(2)
         self._setpoint: np.ndarray = np.zeros(2)
 
@@ -72,7 +72,7 @@ class Blocks(World):
         self._colours = [colour, *others[: self._rng.integers(len(others) + 1)]]
         self._cells = self._rng.permutation(_GRID**2)
         self._hand = self.expert()
-        while np.linalg.norm(self._hand - self.expert()) < _LEAST_WAY:
+        while np.linalg.norm(self._hand - self.expert()) < _MIN_START_DISTANCE:
             self._hand = self._rng.uniform(_MARGIN, 1 - _MARGIN, size=2)
         self._setpoint = self._hand
 
@@ -87,8 +87,8 @@ class Blocks(World):
     @override
     def step(self, action: np.ndarray) -> None:
         self._setpoint = np.clip(np.asarray(action, dtype=np.float64), 0.0, 1.0)
-        way = self._setpoint - self._hand
-        self._hand = self._hand + way * min(1.0, _SPEED / max(float(np.linalg.norm(way)), 1e-9))
+        offset = self._setpoint - self._hand
+        self._hand = self._hand + offset * min(1.0, _SPEED / max(float(np.linalg.norm(offset)), 1e-9))
         self._cells[1:] = self._rng.permutation(self._cells[1:])
 
     @override
@@ -98,9 +98,9 @@ class Blocks(World):
     @override
     @property
     def success(self) -> bool:
-        """The hand is at the block and was told to be there: passing over it does not count."""
+        """True if the hand is at the block and was commanded to be: passing over it does not count."""
         target = _centre(self._cells[0])
-        return all(np.linalg.norm(place - target) < _REACH for place in (self._hand, self._setpoint))
+        return all(np.linalg.norm(position - target) < _REACH for position in (self._hand, self._setpoint))
 
 
 def _centre(cell: int) -> np.ndarray:

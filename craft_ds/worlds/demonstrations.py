@@ -1,9 +1,9 @@
-"""Demonstrations of a world's scripted expert, written as LeRobot v3 data sets."""
+"""Demonstrations of a world's scripted expert as LeRobot v3 data sets."""
 
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,81 +14,66 @@ from tqdm import tqdm
 from craft_ds.errors import UserError
 from craft_ds.worlds import make_world
 from craft_ds.worlds.base import ACTION, CAMERA, IMAGE_SIZE, STATE, World, scene_seed
-from craft_ds.worlds.recording import Recorder, recorder
+from craft_ds.worlds.recording import Recipe, Recorder, recorder
 
-_RECIPE = "world.json"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the demonstrations.
-
-    Attributes:
-        world: Name of the world.
-        episodes_per_task: Episodes of each task.
-        seed: Seed of scenes and noise.
-        version: To be raised when the same parameters give other demonstrations.
-    """
-
-    world: str
-    episodes_per_task: int = 40
-    seed: int = 0
-    version: int = 1
+_RECIPE_FILE = "world.json"
 
 
 def write_demonstrations(recipe: Recipe, output_dir: str | Path, processes: int = 2) -> tuple[Path, Path]:
-    """Write the old tasks' data set to ``output_dir/old`` and the new tasks' to ``output_dir/new``.
+    """Write the old tasks' data set to `output_dir/old` and the new tasks' to `output_dir/new`.
 
-    The data depends on ``recipe`` alone, not on ``processes``. It is made under a temporary name and renamed
-    when it is whole; a whole one that was made by the same recipe is kept.
+    The data depends only on `recipe`, not on `processes`. It is written under a temporary name and renamed
+    when complete; an existing complete one with the same recipe is reused.
 
     Args:
-        recipe: What to demonstrate.
-        output_dir: The directory to make.
+        recipe: World, number of episodes and seed.
+        output_dir: The directory to create.
         processes: Processes that simulate and render.
 
     Returns:
-        The two data sets' directories.
+        The directories of the two data sets.
 
     Raises:
-        UserError: if ``output_dir`` exists and holds anything else.
+        UserError: `output_dir` exists and holds anything else.
     """
     output_dir = Path(output_dir)
     if output_dir.exists():
         if read_recipe(output_dir) != recipe:
-            raise UserError(f"--output_dir {output_dir} exists and is not {recipe}: name another")
+            raise UserError(f"--output_dir {output_dir} exists and does not hold {recipe}: choose another")
         return output_dir / "old", output_dir / "new"
-    making = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
-    making.mkdir(parents=True)
+    temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
     try:
         with recorder(recipe.world, processes) as record:
-            for which in ("old", "new"):
-                _write_data_set(recipe, which, making / which, record)
-        (making / _RECIPE).write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
-        making.rename(output_dir)
+            for split in ("old", "new"):
+                _write_data_set(recipe, split, temporary / split, record)
+        (temporary / _RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
+        temporary.rename(output_dir)
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return output_dir / "old", output_dir / "new"
 
 
 def read_recipe(directory: str | Path) -> Recipe | None:
-    """Return the recipe of the demonstrations in ``directory``, or None when it holds no whole ones."""
+    """Return the recipe of the demonstrations in `directory`, or None if there are no complete ones."""
     try:
-        return Recipe(**json.loads((Path(directory) / _RECIPE).read_text(encoding="utf-8")))
+        return Recipe(**json.loads((Path(directory) / _RECIPE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def open_demonstrations(root: str | Path, chunk_size: int) -> LeRobotDataset:
-    """Open a data set so that each frame comes with its next ``chunk_size`` actions, (chunk_size, A).
+    """Open a data set whose frames carry their next `chunk_size` actions, (chunk_size, A).
 
     Raises:
-        UserError: if ``root`` holds no whole data set.
+        UserError: `root` does not hold a complete data set.
     """
     root = Path(root)
     info = root / "meta" / "info.json"
     if not info.is_file() or not any(root.glob("meta/episodes/**/*.parquet")):
-        raise UserError(f"{root} is not a whole LeRobot v3 data set: make it by scripts/make_world.py")
+        raise UserError(
+            f"{root} is not a complete LeRobot v3 data set: record one with `craft-ds worlds record`"
+        )
     fps = json.loads(info.read_text(encoding="utf-8"))["fps"]
     return LeRobotDataset(
         f"craft-ds/{root.name}",
@@ -98,25 +83,25 @@ def open_demonstrations(root: str | Path, chunk_size: int) -> LeRobotDataset:
     )
 
 
-def _write_data_set(recipe: Recipe, which: str, root: Path, record: Recorder) -> None:
+def _write_data_set(recipe: Recipe, split: str, root: Path, record: Recorder) -> None:
     world = make_world(recipe.world)
-    # Episodes of the tasks take turns, so that any run of episodes holds all of them.
+    # Episodes of the tasks alternate, so that any range of consecutive episodes holds all tasks.
     jobs = [
         (task, scene_seed(recipe.seed, episode, evaluation=False))
         for episode in range(recipe.episodes_per_task)
-        for task in world.tasks(which)
+        for task in world.tasks(split)
     ]
-    # Naming the video backend keeps LeRobot from probing torchcodec, which prints pages without FFmpeg.
+    # Naming the video backend keeps LeRobot from probing torchcodec, which logs pages without FFmpeg.
     data_set = LeRobotDataset.create(
-        f"craft-ds/{recipe.world}-{which}",
+        f"craft-ds/{recipe.world}-{split}",
         fps=world.fps,
         features=_features(world),
         root=root,
         use_videos=False,
         video_backend="pyav",
     )
-    datasets.disable_progress_bars()  # one bar an episode would bury ours
-    bar = tqdm(zip(jobs, record(jobs), strict=True), total=len(jobs), desc=f"{which} tasks", unit="episode")
+    datasets.disable_progress_bars()  # one bar per episode would hide ours
+    bar = tqdm(zip(jobs, record(jobs), strict=True), total=len(jobs), desc=f"{split} tasks", unit="episode")
     for (task, _), episode in bar:
         for image, state, action in zip(*episode, strict=True):
             data_set.add_frame({CAMERA: image, STATE: state, ACTION: action, "task": world.task_text(task)})

@@ -1,7 +1,8 @@
-"""How good a policy is: success in closed loop, and its loss on demonstrations."""
+"""Measure a policy: success in closed loop, and loss on demonstrations."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,44 +17,60 @@ from craft_ds.worlds.base import CAMERA, STATE, Observation, World, scene_seed
 from craft_ds.worlds.demonstrations import open_demonstrations
 
 Act = Callable[[dict[str, torch.Tensor]], torch.Tensor]
-"""act(batch): a policy's action chunks, (B, steps, action width), before its postprocessor."""
+"""Function from a batch to action chunks, (B, steps, action dimensions), before the postprocessor."""
+
+
+@dataclass(frozen=True)
+class ClosedLoopPolicy:
+    """A policy with its processors.
+
+    Attributes:
+        act: The policy, for example `partial(action_chunk, policy)` or an engine's `act`.
+        preprocessor: Maps observations to the policy's input.
+        postprocessor: Maps the policy's output to actions.
+    """
+
+    act: Act
+    preprocessor: PolicyProcessorPipeline
+    postprocessor: PolicyProcessorPipeline
+
+    def __call__(self, observations: list[Observation], text: str) -> np.ndarray:
+        """Return the action chunks for observations of one task, (B, steps, action dimensions)."""
+        return self.postprocessor(self.act(self.preprocessor(_batch(observations, text)))).cpu().numpy()
 
 
 def evaluate(
-    act: Act,
-    preprocessor: PolicyProcessorPipeline,
-    postprocessor: PolicyProcessorPipeline,
+    policy: ClosedLoopPolicy,
     world: World,
     tasks: Iterable[str],
+    *,
     episodes: int,
     seed: int,
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, float]:
-    """Run a policy in closed loop. Collective where there are several ranks: call on all of them.
+    """Run a policy in closed loop. Collective: call on all ranks.
 
-    The episodes of a task are dealt to the ranks, and those of a rank run in lockstep: one call of the
-    policy gives all of them their next chunk. Every rank calls the policy equally often, as a sharded one
-    demands: a rank whose episodes have ended goes on asking until those of all ranks have.
+    The episodes of a task are distributed over the ranks, and those of a rank run in lockstep: one call of
+    the policy returns the next chunk of all of them. Every rank calls the policy equally often, as a sharded
+    policy requires: a rank whose episodes have ended keeps calling until those of all ranks have.
 
-    The scenes depend on ``seed`` and the episode's number alone, and are none of those that demonstrations
-    show: other numbers of ranks see the same ones.
+    The scenes depend only on `seed` and the index of the episode, not on the number of ranks. No
+    demonstration shows one of them.
 
     Args:
-        act: The policy, such as ``partial(action_chunk, policy)`` or an engine's ``act``.
-        preprocessor: From observations to the policy's input.
-        postprocessor: From the policy's output to actions.
-        world: Where to run.
-        tasks: The world's tasks to run.
-        episodes: Episodes a task, over all ranks.
+        policy: The policy and its processors.
+        world: The world to run in.
+        tasks: Tasks of the world to run.
+        episodes: Episodes per task, over all ranks.
         seed: Seed of the scenes.
-        rank: This process among ``world_size``.
-        world_size: Number of processes that share the episodes.
+        rank: Rank of this process.
+        world_size: Number of ranks that share the episodes.
 
     Returns:
-        The share of episodes that succeed within the world's horizon, by task; the same on all ranks.
+        Share of episodes that succeed within the world's horizon, by task; the same on all ranks.
     """
-    # A rank without an episode of its own runs the first one along, and does not count it.
+    # A rank without an episode runs the first one and does not count it.
     own = range(rank, episodes, world_size)
     success = {}
     for task in tasks:
@@ -64,8 +81,8 @@ def evaluate(
             if not any(gather_objects(bool(running))):
                 break
             if running:
-                batch = _batch([one.observe() for one in running], world.task_text(task))
-            chunks = postprocessor(act(preprocessor(batch))).cpu().numpy()
+                observations = [one.observe() for one in running]
+            chunks = policy(observations, world.task_text(task))
             steps = min(world.chunk_size, world.horizon - start)
             for one, chunk in zip(running, chunks[: len(running), :steps], strict=True):
                 _run(one, chunk)
@@ -82,13 +99,13 @@ def demonstration_loss(
     root: str | Path,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Return the mean loss a token on the demonstrations in ``root``, by task text.
+    """Return the mean loss per token on the demonstrations in `root`, by task text.
 
     Args:
-        policy: The policy; it is put into evaluation mode.
-        preprocessor: From data set samples to the policy's input.
+        policy: The policy; it is set to evaluation mode.
+        preprocessor: Maps samples of the data set to the policy's input.
         root: A LeRobot data set.
-        batch_size: Samples a forward pass.
+        batch_size: Samples per forward pass.
     """
     policy.eval()
     data_set = open_demonstrations(root, policy.config.chunk_size)

@@ -1,7 +1,7 @@
-"""Four Meta-World tasks (Yu et al. 2019, arXiv:1910.10897) in MuJoCo, rendered small, off-screen and fast.
+"""Four Meta-World tasks (Yu et al. 2019, arXiv:1910.10897) in MuJoCo, with small off-screen images.
 
 LeRobot's own environment for them renders 480×480 at every step; this one renders 64×64 without shadows,
-reflections and multisampling, and only when somebody looks: about ten times as many steps a second.
+reflections and multisampling, and only when asked to: about ten times as many steps per second.
 """
 
 import atexit
@@ -16,15 +16,16 @@ from typing import Any, override
 import numpy as np
 
 from craft_ds.worlds.base import IMAGE_SIZE, Observation, World
+from craft_ds.worlds.tasks import TASKS
 
-if sys.platform == "linux":  # MuJoCo picks its GL library when it is imported; EGL needs no display
+if sys.platform == "linux":  # MuJoCo selects its GL library on import; EGL needs no display
     os.environ.setdefault("MUJOCO_GL", "egl")
 
 import metaworld.policies
 import mujoco
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-# The experts ask for more than the actuators give, on purpose: what they ask for is clipped here.
+# The experts deliberately command more than the actuators allow: their actions are clipped here.
 warnings.filterwarnings("ignore", message=r"Constant\(s\) may be too high", module="metaworld")
 
 _CAMERA = "corner2"
@@ -44,8 +45,7 @@ class MetaWorld(World):
     """
 
     name = "metaworld"
-    old_tasks = ("button-press-topdown-v3", "drawer-close-v3", "handle-press-side-v3")
-    new_tasks = ("faucet-close-v3",)
+    old_tasks, new_tasks = TASKS["metaworld"]
     state_names = ("hand_x", "hand_y", "hand_z", "gripper_opening")
     action_names = ("hand_dx", "hand_dy", "hand_dz", "gripper_effort")
     state_range = ((-0.3, 0.35, 0.05, 0.0), (0.3, 0.95, 0.45, 1.0))
@@ -53,7 +53,7 @@ class MetaWorld(World):
     horizon = 160
     fps = 80
 
-    _renderers: dict[str, mujoco.Renderer] = {}  # noqa: RUF012  (one GL context a task serves all episodes)
+    _renderers: dict[str, mujoco.Renderer] = {}  # noqa: RUF012  (all episodes of a task share a GL context)
 
     def __init__(self) -> None:
         self._task = ""
@@ -87,7 +87,7 @@ class MetaWorld(World):
         if self._task not in self._renderers:
             self._renderers[self._task] = _build_renderer(model)
         renderer = self._renderers[self._task]
-        # Not Renderer.update_scene: that one reads the goal from the model which the renderer was built for.
+        # Not Renderer.update_scene: it reads the goal from the model that the renderer was built for.
         camera = mujoco.MjvCamera()
         camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         camera.fixedcamid = model.camera(_CAMERA).id
@@ -114,7 +114,7 @@ class MetaWorld(World):
 
 def _build_environment(task: str) -> Any:
     env = ALL_V3_ENVIRONMENTS[task]()
-    # Instead of set_task, which would bring 50 fixed goals: the goal follows from the seed.
+    # Not set_task, which would set one of 50 fixed goals: the seed determines the goal.
     env._set_task_called = True
     env._freeze_rand_vec = False
     env.seeded_rand_vec = True
@@ -127,5 +127,5 @@ def _build_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
     renderer = mujoco.Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
-    atexit.register(renderer.close)  # registered after MuJoCo's own end of EGL, so it runs before it
+    atexit.register(renderer.close)  # registered after MuJoCo's own EGL teardown, so it runs before it
     return renderer

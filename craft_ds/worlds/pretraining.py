@@ -1,4 +1,4 @@
-"""A teacher from nothing: the embedded policy trained on the old tasks' demonstrations."""
+"""Pretrain a teacher: the embedded policy, trained from scratch on demonstrations of the old tasks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,14 +26,14 @@ from craft_ds.policies.token_loss import token_loss
 from craft_ds.worlds.base import ACTION, CAMERA, STATE, World
 from craft_ds.worlds.demonstrations import open_demonstrations
 
-# Chunks of a task that the action tokenizer was not fitted on take more tokens: cut at the policy's default
-# of 24, one in twelve of Meta-World's new task would lose its end.
+# Chunks of tasks that the action tokenizer was not fitted on take more tokens: with the policy's default of
+# 24, one in twelve chunks of Meta-World's new task would be truncated.
 _MAX_ACTION_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What it takes to learn a world's old tasks.
+class PretrainingPlan:
+    """Data, steps and sizes with which a teacher learns a world's old tasks.
 
     Attributes:
         episodes_per_task: Demonstrations of each task.
@@ -47,8 +47,8 @@ class Plan:
 
 
 PLANS = {
-    "metaworld": Plan(episodes_per_task=40, steps=2000),
-    "blocks": Plan(
+    "metaworld": PretrainingPlan(episodes_per_task=40, steps=2000),
+    "blocks": PretrainingPlan(
         episodes_per_task=200,
         steps=1500,
         sizes={
@@ -65,9 +65,9 @@ Bounds = dict[str, dict[str, Tensor]]
 
 
 def robot_bounds(world: World) -> Bounds:
-    """Return the normalisation statistics: the robot's ranges rather than one data set's.
+    """Return normalisation statistics from the robot's ranges instead of a data set's.
 
-    A new task may move where no old task did; bounds of the old data would clip its states and actions.
+    A new task may move outside the range of the old ones, whose bounds would clip its states and actions.
     """
     return {
         key: {"min": torch.tensor(low), "max": torch.tensor(high)}
@@ -87,7 +87,7 @@ def pretrain(
 ) -> None:
     """Train a teacher on one data set and write its policy directory, with the weights in fp16.
 
-    AdamW, 50 steps of warm-up, then a cosine to zero.
+    AdamW with 50 warm-up steps, then cosine decay to zero.
 
     Args:
         world: The world that the data set shows.
@@ -95,11 +95,11 @@ def pretrain(
         output_dir: The policy directory to write; it may exist.
         steps: Optimizer steps.
         seed: Seed of the initial weights and of the batches.
-        batch_size: Samples a step.
-        learning_rate: The largest learning rate.
+        batch_size: Samples per step.
+        learning_rate: The peak learning rate.
     """
     data_set = open_demonstrations(data_root, world.chunk_size)
-    samples = _read_whole(data_set)
+    samples = _read_into_memory(data_set)
     bounds = robot_bounds(world)
     low, high = bounds[ACTION]["min"], bounds[ACTION]["max"]
     build_text_tokenizer(world.texts(), output_dir / TEXT_TOKENIZER)
@@ -116,14 +116,14 @@ def pretrain(
         max_decoding_steps=_MAX_ACTION_TOKENS,
         **PLANS[world.name].sizes,
     )
-    inputs = _preprocess_whole(samples, preprocessor)
-    _optimise(policy, inputs, steps, seed, batch_size, learning_rate)
+    inputs = _preprocess_once(samples, preprocessor)
+    _optimize(policy, inputs, steps, seed, batch_size, learning_rate)
     save_policy_directory(policy, preprocessor, postprocessor, output_dir)
     weights = load_file(output_dir / WEIGHTS)
     save_file({name: value.half() for name, value in weights.items()}, output_dir / WEIGHTS, {"format": "pt"})
 
 
-def _read_whole(data_set: LeRobotDataset) -> dict:
+def _read_into_memory(data_set: LeRobotDataset) -> dict:
     """Read a data set into memory: images as uint8 (N, C, H, W), states, action chunks, task texts."""
     parts: dict[str, list] = {CAMERA: [], STATE: [], ACTION: [], "task": []}
     for sample in DataLoader(data_set, batch_size=256):
@@ -134,16 +134,16 @@ def _read_whole(data_set: LeRobotDataset) -> dict:
     return {key: value if key == "task" else torch.cat(value) for key, value in parts.items()}
 
 
-def _preprocess_whole(samples: dict, preprocessor: PolicyProcessorPipeline) -> dict[str, Tensor]:
-    """Tokenize every sample once instead of once an epoch; the images stay uint8."""
+def _preprocess_once(samples: dict, preprocessor: PolicyProcessorPipeline) -> dict[str, Tensor]:
+    """Tokenize every sample once instead of once per epoch; images stay uint8."""
     images = samples[CAMERA]
-    # The processors do nothing to images, so that a stand-in of no size may go through them.
+    # The processors do not change images, so an empty placeholder can pass through them.
     inputs = preprocessor({**samples, CAMERA: images.new_zeros(len(images), 3, 0, 0)})
     tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and len(value)}
     return {**tensors, CAMERA: images}
 
 
-def _optimise(
+def _optimize(
     policy: PreTrainedPolicy,
     inputs: dict[str, Tensor],
     steps: int,
@@ -174,7 +174,7 @@ def _optimise(
 def _batches(
     inputs: dict[str, Tensor], batch_size: int, generator: torch.Generator
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield random batches without end, each sample once an epoch."""
+    """Yield random batches forever, each sample once per epoch."""
     while True:
         order = torch.randperm(len(inputs[CAMERA]), generator=generator)
         for chosen in order.split(batch_size)[: max(len(order) // batch_size, 1)]:

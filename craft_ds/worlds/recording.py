@@ -1,11 +1,12 @@
-"""The expert at work: episodes as arrays, recorded by several processes at once.
+"""Record episodes of the scripted expert as arrays, in several processes at once.
 
-Kept apart from what writes them down, so that the recording processes need not import LeRobot.
+Separate from `craft_ds.worlds.demonstrations`, so that the recording processes do not import LeRobot.
 """
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from typing import NamedTuple, Protocol
@@ -16,7 +17,25 @@ from craft_ds.worlds import make_world
 from craft_ds.worlds.base import Observation, World
 
 NOISE = 0.15
-"""Standard deviation of the push on the executed action, as a share of half the action range."""
+"""Standard deviation of the noise on the executed action, as a share of half the action range."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Parameters that determine the demonstrations.
+
+    Attributes:
+        world: Name of the world.
+        episodes_per_task: Episodes of each task.
+        seed: Seed of scenes and noise.
+        version: Raised when the same parameters give other demonstrations.
+    """
+
+    world: str
+    episodes_per_task: int = 40
+    seed: int = 0
+    version: int = 1
+
 
 Job = tuple[str, int]
 """A task and the seed of its scene."""
@@ -31,20 +50,20 @@ class Episode(NamedTuple):
 
 
 class Recorder(Protocol):
-    """Yields the episodes of the jobs it is given, in their order."""
+    """Function that yields the episodes of jobs, in the order of the jobs."""
 
     def __call__(self, jobs: Sequence[Job], /) -> Iterator[Episode]:
         """Record the jobs."""
 
 
 def record_episode(world: World, task: str, seed: int) -> Episode:
-    """Let the expert solve one scene of ``task``.
+    """Record the expert solving one scene of `task`.
 
-    The expert is pushed: noise is added to what is executed but not to what is recorded, so the episode
-    also shows how to come back (DART, Laskey et al. 2017, arXiv:1703.09327).
+    Noise is added to the executed actions but not to the recorded ones, so that the episode also shows how
+    to recover (DART, Laskey et al. 2017, arXiv:1703.09327).
 
     Raises:
-        RuntimeError: if it fails within the world's horizon.
+        RuntimeError: The expert does not solve the scene within the world's horizon.
     """
     rng = np.random.default_rng(seed)
     low, high = np.array(world.action_range)
@@ -53,7 +72,7 @@ def record_episode(world: World, task: str, seed: int) -> Episode:
     world.reset(task, seed)
     while not world.success:
         if len(actions) == world.horizon:
-            raise RuntimeError(f"the expert fails {task} with seed {seed}")
+            raise RuntimeError(f"the expert does not solve {task} with seed {seed} in {world.horizon} steps")
         observations.append(world.observe())
         actions.append(world.expert())
         world.step(actions[-1] + NOISE * rng.standard_normal(len(low)) * (high - low) / 2)
@@ -66,7 +85,7 @@ def record_episode(world: World, task: str, seed: int) -> Episode:
 
 @contextmanager
 def recorder(world: str, processes: int) -> Iterator[Recorder]:
-    """Give a :class:`Recorder` for a world; what it yields does not depend on ``processes``."""
+    """Yield a `Recorder` for a world; its episodes do not depend on `processes`."""
     record = partial(_record_job, world)
     if processes == 1:
         yield partial(map, record)
@@ -78,10 +97,10 @@ def recorder(world: str, processes: int) -> Iterator[Recorder]:
 
 def _record_job(world: str, job: Job) -> Episode:
     task, seed = job
-    return record_episode(_world_of(world, task), task, seed)
+    return record_episode(_world_for_task(world, task), task, seed)
 
 
 @cache
-def _world_of(name: str, task: str) -> World:
-    """Return a world kept for one task: changing the task would load its scene again."""
+def _world_for_task(name: str, task: str) -> World:
+    """Return a world that is reused for one task: changing the task would load its scene again."""
     return make_world(name)

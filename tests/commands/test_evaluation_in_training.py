@@ -17,7 +17,7 @@ from craft_ds.policies.pi0_fast.generation import action_chunk
 from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.worlds import make_world
 from craft_ds.worlds.demonstrations import Recipe, write_demonstrations
-from craft_ds.worlds.evaluation import evaluate
+from craft_ds.worlds.evaluation import ClosedLoopPolicy, evaluate
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_craft.py"
@@ -67,7 +67,9 @@ def test_success_is_logged_beside_the_losses_and_is_that_of_the_checkpoint(one_p
     act = partial(action_chunk, load_policy(config, run / "final"))
     processors = load_processors(config, run / "final")
     world = make_world("blocks")
-    assert success(rows[-1]) == evaluate(act, *processors, world, TASKS, episodes=3, seed=1000)
+    assert success(rows[-1]) == evaluate(
+        ClosedLoopPolicy(act, *processors), world, TASKS, episodes=3, seed=1000
+    )
     assert success(rows[-1])["reach-red"] > 0  # the teacher still knows it
 
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from craft_ds.training import plots
-from craft_ds.training.plots import plot_demo, plot_lambda_analysis
+from craft_ds.training.plots import plot_lambda_analysis
 
 COLUMNS = ["step", "lambda", "epsilon", "retention_loss", "conflict", "cos", "retention_weight", "dot"]
-OLD, NEW = ["button-press-topdown-v3", "drawer-close-v3"], ["faucet-close-v3"]
 
 
 @pytest.fixture
@@ -32,21 +31,6 @@ def write_history(path: Path, rows: list[list[float]]) -> Path:
         writer.writerow(COLUMNS)
         writer.writerows(rows)
     return path
-
-
-def demo_summary() -> dict:
-    tasks = OLD + NEW
-    rows = [
-        {"method": "teacher", "seed": 0, "success": [1.0, 0.9, 0.0], "loss": [0.4, 0.4, 4.0]},
-        {"method": "baseline", "seed": 0, "success": [0.0, 0.6, 0.7], "loss": [2.0, 1.5, 0.6]},
-        {"method": "baseline", "seed": 1, "success": [0.2, 0.8, 0.7], "loss": [2.2, 1.5, 0.6]},
-        {"method": "craft", "seed": 0, "success": [0.9, 0.9, 0.9], "loss": [0.5, 0.5, 0.7]},
-        {"method": "craft", "seed": 1, "success": [0.8, 1.0, 1.0], "loss": [0.5, 0.6, 0.7]},
-    ]
-    for row in rows:
-        for measure in ("success", "loss"):
-            row[measure] = dict(zip(tasks, row[measure], strict=True))
-    return {"old_tasks": OLD, "new_tasks": NEW, "rows": rows}
 
 
 def assert_picture(path: Path, ratio: float) -> None:
@@ -97,33 +81,6 @@ def test_smoothing_keeps_constants_and_length():
     assert plots._smooth(np.arange(45.0)).shape == (45,)
 
 
-def test_demo_bars_are_means_and_dots_are_seeds(tmp_path, figures):
-    plot_demo(demo_summary(), tmp_path / "demo.png")
-    assert_picture(tmp_path / "demo.png", 12 / 4.2)
-    success, loss = figures[0].axes
-    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in success.containers}
-    assert list(heights) == ["before fine-tuning", "baseline", "CRaFT"]
-    assert heights["before fine-tuning"] == pytest.approx([1.0, 0.9, 0.0])
-    assert heights["baseline"] == pytest.approx([0.1, 0.7, 0.7])
-    assert heights["CRaFT"] == pytest.approx([0.85, 0.95, 0.95])
-    dots = np.concatenate([collection.get_offsets() for collection in success.collections])
-    assert sorted(dots[:, 1]) == pytest.approx(sorted([0, 0.6, 0.7, 0.2, 0.8, 0.7, 0.9, 0.9, 0.9, 0.8, 1, 1]))
-    assert [bar.get_height() for bar in loss.containers[1]] == pytest.approx([2.1, 1.5, 0.6])
-    assert {text.get_text() for text in success.texts} >= {"old tasks", "new task", "0.85"}
-    assert [label.get_text() for label in success.get_xticklabels()] == [
-        "button press\ntopdown",
-        "drawer\nclose",
-        "faucet\nclose",
-    ]
-
-
-def test_demo_with_one_seed_and_without_a_method(tmp_path):
-    summary = demo_summary()
-    summary["rows"] = [row for row in summary["rows"] if row["seed"] == 0 and row["method"] != "teacher"]
-    plot_demo(summary, tmp_path / "demo.png")
-    assert (tmp_path / "demo.png").exists()
-
-
 def test_figures_are_closed(tmp_path):
-    plot_demo(demo_summary(), tmp_path / "demo.png")
+    plot_lambda_analysis(write_history(tmp_path / "h.csv", []), tmp_path / "h.png")
     assert plt.get_fignums() == []

@@ -1,4 +1,4 @@
-"""The shipped teachers carry a copy of the action tokenizer's class, for processes without craft_ds."""
+"""Shipped teachers hold a copy of the action tokenizer's class, for processes without craft_ds."""
 
 from pathlib import Path
 
@@ -11,6 +11,6 @@ ASSETS = Path(craft_ds.worlds.__file__).parent / "assets"
 
 
 @pytest.mark.parametrize("teacher", ["metaworld_teacher", "blocks_teacher"])
-def test_the_copy_has_not_drifted_from_the_source(teacher):
+def test_the_copy_equals_the_source(teacher):
     copy = ASSETS / teacher / "action_tokenizer" / "fast.py"
     assert copy.read_text() == Path(craft_ds.policies.tiny_pi0_fast.fast_tokenizer.__file__).read_text()

@@ -17,7 +17,7 @@ def test_the_expert_solves_every_scene_within_the_horizon(task):
         assert world.success
 
 
-def test_a_seed_decides_the_scene_whatever_ran_before():
+def test_a_seed_determines_the_scene():
     one, other = Blocks(), Blocks()
     other.reset("reach-blue", 3)
     other.step(other.expert())
@@ -29,7 +29,7 @@ def test_a_seed_decides_the_scene_whatever_ran_before():
     assert (one.observe().image != other.observe().image).any()
 
 
-def test_the_image_shows_hand_and_target_where_they_are():
+def test_the_image_shows_hand_and_target_at_their_positions():
     world = Blocks()
     for seed in range(20):
         world.reset("reach-green", seed)
@@ -44,7 +44,7 @@ def test_the_image_shows_hand_and_target_where_they_are():
             np.testing.assert_allclose(centre, world.expert(), atol=0.01)
 
 
-def test_the_hand_moves_at_most_at_its_speed_and_stays_on_the_table():
+def test_the_hand_has_a_speed_limit_and_stays_on_the_table():
     world = Blocks()
     world.reset("reach-red", 0)
     before = world.observe().state
@@ -56,7 +56,7 @@ def test_the_hand_moves_at_most_at_its_speed_and_stays_on_the_table():
     np.testing.assert_allclose(world.observe().state, [1.0, 0.0], atol=1e-6)
 
 
-def test_passing_over_the_block_is_no_success():
+def test_passing_over_the_block_is_not_a_success():
     world = Blocks()
     world.reset("reach-red", 1)
     start, target = world.observe().state, world.expert()
@@ -66,7 +66,7 @@ def test_passing_over_the_block_is_no_success():
         assert not world.success
 
 
-def test_old_and_new_tasks_are_disjoint_and_make_all():
+def test_all_tasks_are_the_disjoint_old_and_new_ones():
     assert not set(Blocks.old_tasks) & set(Blocks.new_tasks)
     assert Blocks.tasks("all") == Blocks.tasks("old") + Blocks.tasks("new")
     assert {Blocks.task_text(task) for task in Blocks.tasks("all")} <= set(Blocks.texts())

@@ -18,14 +18,14 @@ def demonstrations(tmp_path_factory):
     return write_demonstrations(RECIPE, tmp_path_factory.mktemp("world") / "data", processes=1)
 
 
-def test_the_data_set_holds_what_the_expert_did(demonstrations):
+def test_the_data_set_holds_the_experts_episodes(demonstrations):
     world = make_world("blocks")
     for root, tasks in zip(demonstrations, (world.old_tasks, world.new_tasks), strict=True):
         data_set = open_demonstrations(root, world.chunk_size)
         assert data_set.num_episodes == 2 * len(tasks)
         start = 0
         for index in range(data_set.num_episodes):
-            task = tasks[index % len(tasks)]  # the tasks take turns
+            task = tasks[index % len(tasks)]  # the tasks alternate
             seed = scene_seed(RECIPE.seed, index // len(tasks), evaluation=False)
             episode = record_episode(world, task, seed)
             sample = data_set[start]
@@ -41,7 +41,7 @@ def test_the_data_set_holds_what_the_expert_did(demonstrations):
         assert start == data_set.num_frames
 
 
-def test_the_number_of_processes_changes_nothing(demonstrations, tmp_path):
+def test_the_data_do_not_depend_on_the_number_of_processes(demonstrations, tmp_path):
     parallel = write_demonstrations(RECIPE, tmp_path / "data", processes=2)
     for one, other in zip(demonstrations, parallel, strict=True):
         files = sorted(path.relative_to(one) for path in one.rglob("*.parquet"))
@@ -51,7 +51,7 @@ def test_the_number_of_processes_changes_nothing(demonstrations, tmp_path):
             assert pq.read_table(one / file).equals(pq.read_table(other / file)), file
 
 
-def test_a_whole_set_is_reused_and_another_is_refused(demonstrations):
+def test_a_complete_set_is_reused_and_another_refused(demonstrations):
     directory = demonstrations[0].parent
     assert read_recipe(directory) == RECIPE
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
@@ -61,7 +61,7 @@ def test_a_whole_set_is_reused_and_another_is_refused(demonstrations):
         write_demonstrations(Recipe("blocks", episodes_per_task=3), directory)
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_recording_leaves_no_files(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -71,7 +71,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_data_set_is_named(tmp_path):
+def test_a_directory_without_a_data_set_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         open_demonstrations(tmp_path, 8)
 
@@ -80,7 +80,7 @@ def test_what_is_no_data_set_is_named(tmp_path):
     "flags",
     [["--world", "blocks", "--episodes_per_task", "0"], ["--world", "moon"]],
 )
-def test_bad_flags_end_with_one_line_and_status_2(flags, tmp_path, monkeypatch, capsys):
+def test_bad_flags_exit_with_one_line_and_status_2(flags, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run_command("worlds", ["record", *flags, "--output_dir", str(tmp_path / "data")])
     assert ended.value.code == 2

@@ -9,11 +9,11 @@ import craft_ds.worlds.evaluation
 from craft_ds.worlds import make_world
 from craft_ds.worlds.base import CAMERA, STATE, scene_seed
 from craft_ds.worlds.blocks import _COLOURS
-from craft_ds.worlds.evaluation import evaluate
+from craft_ds.worlds.evaluation import ClosedLoopPolicy, evaluate
 
 
 class FindsColours:
-    """A policy for the blocks that looks for colours; it counts what it is asked."""
+    """Policy for the blocks that finds colours in the image and records its calls."""
 
     def __init__(self, known):
         self.known = known
@@ -40,20 +40,18 @@ class FindsColours:
 def run(policy, episodes=6, seed=0, rank=0, world_size=1):
     world = make_world("blocks")
     return evaluate(
-        policy,
-        lambda batch: batch,
-        lambda chunk: chunk,
+        ClosedLoopPolicy(policy, lambda batch: batch, lambda chunk: chunk),
         world,
         world.tasks("all"),
-        episodes,
-        seed,
-        rank,
-        world_size,
+        episodes=episodes,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
     )
 
 
 def run_on_ranks(monkeypatch, world_size, make_policy, episodes):
-    """One thread a rank; a rank that asked for one exchange more than another would break the barrier."""
+    """Run one thread per rank; a rank with one exchange more than another would break the barrier."""
     values, barrier, rank_of = (
         [None] * world_size,
         threading.Barrier(world_size, timeout=60),
@@ -76,12 +74,12 @@ def run_on_ranks(monkeypatch, world_size, make_policy, episodes):
         return list(pool.map(one_rank, range(world_size)))
 
 
-def test_a_policy_that_knows_some_colours_succeeds_at_those():
+def test_a_policy_succeeds_at_the_colours_it_knows():
     policy = FindsColours({"red", "green", "blue"})
     assert run(policy) == {"reach-red": 1.0, "reach-green": 1.0, "reach-blue": 1.0, "reach-yellow": 0.0}
 
 
-def test_episodes_share_a_call_and_leave_it_when_they_succeed():
+def test_episodes_share_calls_until_they_succeed():
     policy = FindsColours({"red", "green", "blue"})
     run(policy)
     assert policy.batch_sizes[0] == 6
@@ -90,8 +88,8 @@ def test_episodes_share_a_call_and_leave_it_when_they_succeed():
     assert len(policy.batch_sizes) < 4 * chunks
 
 
-class FindsUpperOnes(FindsColours):
-    """Finds blocks in the image's upper half only: of the first four episodes the third alone."""
+class FindsUpperHalf(FindsColours):
+    """Finds blocks only in the upper half of the image: of the first four episodes only the third."""
 
     def find(self, image, state, text):
         place = super().find(image, state, text)
@@ -99,16 +97,16 @@ class FindsUpperOnes(FindsColours):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_any_number_of_ranks_sees_the_same_scenes_and_success(monkeypatch, world_size):
+def test_scenes_and_success_do_not_depend_on_the_ranks(monkeypatch, world_size):
     def make_policy():
-        return FindsUpperOnes({"red", "green", "blue", "yellow"})
+        return FindsUpperHalf({"red", "green", "blue", "yellow"})
 
     alone = make_policy()
     expected = run(alone, episodes=4)
     assert set(expected.values()) == {0.25}
     ranks = run_on_ranks(monkeypatch, world_size, make_policy, episodes=4)
     assert [success for success, _ in ranks] == [expected] * world_size
-    # The ranks of a sharded policy must call it together, whatever becomes of their episodes.
+    # The ranks of a sharded policy must call it together, even after their episodes have ended.
     calls = [len(policy.batch_sizes) for _, policy in ranks]
     assert calls == [len(alone.batch_sizes)] * world_size
     first = [policy.scenes[0] for _, policy in ranks]

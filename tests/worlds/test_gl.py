@@ -4,12 +4,12 @@ from craft_ds.errors import UserError
 from craft_ds.worlds import gl_problem, make_world
 
 
-def test_this_machine_renders_or_is_told_the_packages():
+def test_this_machine_renders_or_the_packages_are_named():
     problem = gl_problem()
     assert problem is None or ("libegl1" in problem and "libgl1-mesa-dri" in problem and "\n" not in problem)
 
 
-def test_a_machine_without_egl_is_told_the_packages(monkeypatch):
+def test_without_egl_the_packages_are_named(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setenv("__EGL_VENDOR_LIBRARY_DIRS", "/nonexistent")
     problem = gl_problem()
@@ -19,7 +19,7 @@ def test_a_machine_without_egl_is_told_the_packages(monkeypatch):
     assert "\n" not in problem
 
 
-def test_a_machine_without_metaworld_is_told_the_extra(monkeypatch, tmp_path):
+def test_without_metaworld_the_extra_is_named(monkeypatch, tmp_path):
     (tmp_path / "metaworld.py").write_text("raise ModuleNotFoundError(\"No module named 'metaworld'\")")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     problem = gl_problem()

@@ -4,14 +4,14 @@ import pytest
 from craft_ds.worlds.base import IMAGE_SIZE
 from craft_ds.worlds.recording import record_episode
 
-# pytest resets the filter that the module sets for everybody else.
+# pytest resets the filter that the module sets.
 pytestmark = pytest.mark.filterwarnings(r"ignore:Constant\(s\) may be too high")
 
 TASKS = ("button-press-topdown-v3", "drawer-close-v3", "handle-press-side-v3", "faucet-close-v3")
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_pushed_expert_solves_scenes_within_the_robots_ranges(metaworld, task):
+def test_the_noisy_expert_stays_within_the_robots_ranges(metaworld, task):
     world = metaworld()
     rng = np.random.default_rng(0)
     for seed in range(5):
@@ -27,7 +27,7 @@ def test_the_pushed_expert_solves_scenes_within_the_robots_ranges(metaworld, tas
             assert (np.max(values, axis=0) <= high).all()
 
 
-def test_a_seed_decides_the_scene_whatever_ran_before(metaworld):
+def test_a_seed_determines_the_scene(metaworld):
     fresh, used = metaworld(), metaworld()
     used.reset(TASKS[1], 5)
     for _ in range(30):
@@ -41,7 +41,7 @@ def test_a_seed_decides_the_scene_whatever_ran_before(metaworld):
     np.testing.assert_array_equal(fresh.observe().image, used.observe().image)
 
 
-def test_episodes_side_by_side_see_their_own_scenes(metaworld):
+def test_parallel_episodes_have_separate_scenes(metaworld):
     one, other = metaworld(), metaworld()
     one.reset(TASKS[0], 1)
     alone = one.observe().image

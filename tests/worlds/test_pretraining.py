@@ -16,14 +16,14 @@ from craft_ds.worlds.pretraining import pretrain, robot_bounds
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Demonstrations of the blocks and a teacher that saw them for a few steps."""
+    """Demonstrations of the blocks and a teacher trained on them for a few steps."""
     root = tmp_path_factory.mktemp("teacher")
     old, _ = write_demonstrations(Recipe("blocks", episodes_per_task=3), root / "data", processes=1)
     pretrain(make_world("blocks"), old, root / "teacher", steps=30, seed=0)
     return root
 
 
-def test_the_directory_is_a_policy_in_half_precision_that_learned_something(made):
+def test_the_directory_is_a_trained_policy_in_half_precision(made):
     config = load_policy_config(made / "teacher")
     assert config.type == "tiny_pi0_fast"
     policy, (preprocessor, _) = (
@@ -40,18 +40,18 @@ def test_the_directory_is_a_policy_in_half_precision_that_learned_something(made
         assert loss < 0.8 * math.log(config.vocab_size)  # chance
 
 
-def test_the_paths_it_stores_are_relative(made):
+def test_stored_paths_are_relative(made):
     for file in (made / "teacher").glob("*.json"):
         assert str(made) not in file.read_text(), file
 
 
-def test_the_bounds_are_the_robots():
+def test_the_bounds_are_those_of_the_robot():
     bounds = robot_bounds(make_world("blocks"))
     assert set(bounds) == {STATE, ACTION}
     assert bounds[ACTION]["max"].tolist() == [1.0, 1.0]
 
 
-def test_eval_world_writes_success_and_loss_by_task(made, monkeypatch, capsys):
+def test_eval_writes_success_and_loss_by_task(made, monkeypatch, capsys):
     flags = ["--world", "blocks", "--episodes", "1", "--data_root", str(made / "data")]
     output = made / "eval" / "result.json"
     run_command("eval", [f"--policy.path={made / 'teacher'}", *flags, "--output", str(output)])
@@ -69,7 +69,7 @@ def test_eval_world_writes_success_and_loss_by_task(made, monkeypatch, capsys):
         (["--policy.path=x", "--episodes=0"], "--episodes"),
     ],
 )
-def test_eval_world_names_what_is_wrong(flags, named, monkeypatch, capsys):
+def test_eval_names_the_bad_flag(flags, named, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run_command("eval", ["--world=blocks", *flags])
     assert ended.value.code == 2

@@ -12,7 +12,7 @@ from craft_ds.policies.loading import load_policy, load_policy_config, load_proc
 from craft_ds.policies.pi0_fast.generation import action_chunk
 from craft_ds.worlds import WORLDS, make_world
 from craft_ds.worlds.base import ACTION, CAMERA, STATE
-from craft_ds.worlds.evaluation import evaluate
+from craft_ds.worlds.evaluation import ClosedLoopPolicy, evaluate
 from craft_ds.worlds.recording import record_episode
 
 ASSETS = Path(craft_ds.worlds.__file__).parent / "assets"
@@ -29,7 +29,7 @@ def teacher():
     return load(ASSETS / "metaworld_teacher")
 
 
-def test_all_that_ships_is_small_and_names_no_machine():
+def test_assets_are_small_and_have_no_absolute_paths():
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 4e6
     for path in (path for path in files if path.suffix == ".json" and "tokenizer" not in path.parts[-2]):
@@ -37,7 +37,7 @@ def test_all_that_ships_is_small_and_names_no_machine():
 
 
 @pytest.mark.parametrize("teacher", TEACHERS, ids=WORLDS)
-def test_the_record_says_how_good_it_was(teacher):
+def test_the_record_has_the_measured_success(teacher):
     record = json.loads((teacher / "teacher.json").read_text(encoding="utf-8"))
     success = record["success"]
     assert np.mean([success[task] for task in record["old_tasks"]]) >= 0.9
@@ -45,25 +45,27 @@ def test_the_record_says_how_good_it_was(teacher):
     assert {"command", "hardware"} <= record.keys()
 
 
-def test_the_blocks_teacher_does_the_old_tasks_and_not_the_new_one():
+def test_the_blocks_teacher_solves_only_the_old_tasks():
     world = make_world("blocks")
     policy, *processors = load(ASSETS / "blocks_teacher")
     act = partial(action_chunk, policy)
-    success = evaluate(act, *processors, world, world.tasks("all"), episodes=10, seed=7)
+    success = evaluate(ClosedLoopPolicy(act, *processors), world, world.tasks("all"), episodes=10, seed=7)
     assert np.mean([success[task] for task in world.old_tasks]) >= 0.9
     assert success[world.new_tasks[0]] <= 0.3
 
 
-def test_the_metaworld_teacher_does_the_old_tasks_and_not_the_new_one(metaworld, teacher):
+def test_the_metaworld_teacher_solves_only_the_old_tasks(metaworld, teacher):
     policy, *processors = teacher
     act = partial(action_chunk, policy)
-    success = evaluate(act, *processors, metaworld(), metaworld.tasks("all"), episodes=5, seed=7)
+    success = evaluate(
+        ClosedLoopPolicy(act, *processors), metaworld(), metaworld.tasks("all"), episodes=5, seed=7
+    )
     assert np.mean([success[task] for task in metaworld.old_tasks]) >= 0.8
     assert success[metaworld.new_tasks[0]] <= 0.2
 
 
 @pytest.mark.filterwarnings(r"ignore:Constant\(s\) may be too high")
-def test_the_new_tasks_states_and_actions_survive_its_tokens(metaworld, teacher):
+def test_tokens_represent_the_new_task(metaworld, teacher):
     policy, preprocessor, postprocessor = teacher
     world = metaworld()
     task = world.new_tasks[0]
@@ -82,7 +84,7 @@ def test_the_new_tasks_states_and_actions_survive_its_tokens(metaworld, teacher)
         "task": [world.task_text(task)] * count,
     }
     batch = preprocessor(sample)
-    assert batch[ACTION_TOKEN_MASK].sum(1).max() < policy.config.max_action_tokens  # nothing was cut off
-    spelled = batch[ACTION_TOKENS][:, 1:]  # as a policy would have written them, after the start token
+    assert batch[ACTION_TOKEN_MASK].sum(1).max() < policy.config.max_action_tokens  # nothing was truncated
+    spelled = batch[ACTION_TOKENS][:, 1:]  # as a policy generates them, after the start token
     decoded = postprocessor(policy.detokenize_actions(spelled, world.chunk_size, 4))
     assert (decoded.clip(-1, 1) - chunks).abs().mean() < 0.05
