@@ -209,16 +209,19 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     workload = workload_of(case)
     task, anchors = (random_batch(workload, seed * engine.world_size + engine.rank) for seed in (1, 2))
     stepped = stage("task_step", lambda: task_step(engine, [task], 1.0))
-    surged, seen = stage(
-        "retention_step", lambda: retention_step(engine, [task], [anchors], None, 1.0, CRAFT, 1.0)
+    surged = stage(
+        "retention_step",
+        lambda: retention_step(
+            engine, task=[task], anchors=[anchors], constraint=None, multiplier=1.0, craft=CRAFT, max_norm=1.0
+        ),
     )
     assert stepped.applied
     assert surged.applied
     engine.close()
     return result | {
         "loss": [stepped.loss, surged.loss],
-        "retention_loss": seen.loss,
-        "cosine": seen.merge.cosine,
+        "retention_loss": surged.retention_loss,
+        "cosine": surged.merged.cosine,
     }
 
 

@@ -68,7 +68,9 @@ def measure_surgery(batch_size: int) -> dict[str, int]:
         task_step(engine, task, 1.0)
 
     def retention() -> None:
-        retention_step(engine, task, anchors, None, 1.0, CRAFT, 1.0)
+        retention_step(
+            engine, task=task, anchors=anchors, constraint=None, multiplier=1.0, craft=CRAFT, max_norm=1.0
+        )
 
     peaks = {}
     for action in (plain, retention):

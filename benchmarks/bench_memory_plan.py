@@ -145,7 +145,15 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
             if step == 1:
                 counter.peak = counter.live
                 reset_peak()
-            retention_step(engine, [task], [anchors], None, 1.0, CRAFT, 1.0)
+            retention_step(
+                engine,
+                task=[task],
+                anchors=[anchors],
+                constraint=None,
+                multiplier=1.0,
+                craft=CRAFT,
+                max_norm=1.0,
+            )
         peak = counter.peak
     result = {"tensors": peak, "resident": memory_bytes("VmHWM") - before}
     engine.close()

@@ -144,16 +144,31 @@ def measure(repeats: int, batch_size: int) -> dict[str, float]:
     steps.merge, steps.merge_ = surgery.wrap(steps.merge), surgery.wrap(steps.merge_)
     engine.sum_scalars = surgery.wrap(engine.sum_scalars)  # type: ignore[method-assign]
     engine.take_gradient = hand_over.wrap(engine.take_gradient)  # type: ignore[method-assign]
-    dual.update = surgery.wrap(dual.update)  # type: ignore[method-assign]
+    dual.ascend = surgery.wrap(dual.ascend)  # type: ignore[method-assign]
 
     def whole_step() -> None:
-        result, seen = steps.retention_step(engine, task, anchors, constraint, dual.multiplier, CRAFT, 1.0)
-        assert result.applied
-        merged = seen.merge
-        record = RetentionRecord(
-            0, dual.multiplier, 1.0, seen.loss, merged.conflict, merged.cosine, merged.b, seen.triple.tr
+        result = steps.retention_step(
+            engine,
+            task=task,
+            anchors=anchors,
+            constraint=constraint,
+            multiplier=dual.multiplier,
+            craft=CRAFT,
+            max_norm=1.0,
         )
-        dual.update(record)
+        assert result.applied
+        merged = result.merged
+        record = RetentionRecord(
+            0,
+            dual.multiplier,
+            1.0,
+            result.retention_loss,
+            merged.conflict,
+            merged.cosine,
+            merged.b,
+            result.triple.tr,
+        )
+        dual.ascend(record)
 
     seconds: dict[str, list[float]] = {row: [] for row in ROWS}
     for repeat in range(-WARM_UP, repeats):

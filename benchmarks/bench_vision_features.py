@@ -104,7 +104,15 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         for way, (followed, measured) in passes.items():
             engine.barrier()
             began, worked = time.perf_counter(), time.process_time()
-            result, _ = retention_step(engine, [task], [followed], [measured], 1.0, CRAFT, 1.0)
+            result = retention_step(
+                engine,
+                task=[task],
+                anchors=[followed],
+                constraint=[measured],
+                multiplier=1.0,
+                craft=CRAFT,
+                max_norm=1.0,
+            )
             assert result.applied
             if repeat >= 0:
                 seconds[way].append((time.perf_counter() - began, time.process_time() - worked))

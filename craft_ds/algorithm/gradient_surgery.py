@@ -1,12 +1,12 @@
 """Gradient surgery in three scalars: conflict, projection, merge and clip.
 
-A retention step has two gradients, g_t of the task loss and g_r of the retention loss. Whatever is done
-with them needs only their Gram matrix, and every merged gradient is a linear combination a·g_t + b·g_r.
-So this module is arithmetic on Python floats: the shards themselves are touched once to measure the
-Gram matrix and once to merge (`craft_ds.algorithm.gram`), however many ranks hold them.
+A retention step has two gradients, g_t of the task loss and g_r of the retention loss. Surgery needs only
+their Gram matrix, and every merged gradient is a linear combination a·g_t + b·g_r. So this module is
+arithmetic on Python floats: the shards are read once for the Gram matrix and once to merge
+(`craft_ds.algorithm.gram`), on any number of ranks.
 
-The projection is A-GEM's (Chaudhry et al. 2019, eq. 11) inside a primal-dual loop; Yu et al. 2020
-(PCGrad) project in the same way between two tasks.
+The projection is A-GEM's (Chaudhry et al. 2019, eq. 11) inside a primal-dual loop; PCGrad (Yu et al. 2020)
+projects in the same way between two tasks.
 """
 
 import math
@@ -30,36 +30,36 @@ class GramTriple(NamedTuple):
 
     @property
     def cosine(self) -> float:
-        """cos(g_t, g_r) in [-1, 1]; 0 where either gradient is zero, NaN where one is not finite."""
+        """cos(g_t, g_r) in [-1, 1]; 0 if either gradient is zero, NaN if one is non-finite."""
         if self.tt == 0.0 or self.rr == 0.0:
             return 0.0
-        # Two roots, not the root of a product: tt·rr overflows long before the norms do.
+        # Two square roots, not the root of the product: tt·rr overflows long before the norms do.
         cosine = self.tr / (math.sqrt(self.tt) * math.sqrt(self.rr)) if self.is_finite else math.nan
         return max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else cosine
 
     @property
     def is_finite(self) -> bool:
-        """Whether all three entries are finite."""
+        """True if all three entries are finite."""
         return math.isfinite(self.tt) and math.isfinite(self.tr) and math.isfinite(self.rr)
 
     def scaled(self, task: float, retention: float) -> "GramTriple":
-        """The triple of (task·g_t, retention·g_r), without touching the gradients."""
+        """Return the triple of (task·g_t, retention·g_r), computed from this one."""
         return GramTriple(self.tt * task**2, self.tr * task * retention, self.rr * retention**2)
 
     def norm(self, a: float, b: float) -> float:
-        """‖a·g_t + b·g_r‖ = sqrt(a²·tt + 2ab·tr + b²·rr)."""
+        """Return ‖a·g_t + b·g_r‖ = sqrt(a²·tt + 2ab·tr + b²·rr)."""
         return math.sqrt(max(a * a * self.tt + 2.0 * a * b * self.tr + b * b * self.rr, 0.0))
 
 
 class MergedGradient(NamedTuple):
-    """The merged gradient a·g_t + b·g_r and what was seen on the way.
+    """Weights and properties of the merged gradient a·g_t + b·g_r.
 
     Attributes:
         a: Weight of the task gradient.
-        b: Weight of the retention gradient (λ less what the projection removes).
-        conflict: Whether the cosine fell below the threshold.
+        b: Weight of the retention gradient (λ minus what the projection removes).
+        conflict: True if the cosine is below the threshold.
         cosine: cos(g_t, g_r).
-        norm: ‖a·g_t + b·g_r‖, known without a further pass over the gradients.
+        norm: ‖a·g_t + b·g_r‖, computed without another pass over the gradients.
     """
 
     a: float
@@ -68,12 +68,17 @@ class MergedGradient(NamedTuple):
     cosine: float
     norm: float
 
+    @property
+    def retention_weight(self) -> float:
+        """b/a, the weight of g_r relative to g_t; NaN if a is 0."""
+        return self.b / self.a if self.a else math.nan
+
 
 def merge(triple: GramTriple, multiplier: float, config: CraftConfig) -> MergedGradient:
-    """Weights of the merged gradient.
+    """Return the weights of the merged gradient.
 
     With a conflict (cos < `conflict_threshold`) and `use_grad_projection`, g_t is replaced by
-    g_t − (tr/rr)·g_r, which is orthogonal to g_r. Then `projection_mode` decides:
+    g_t − (tr/rr)·g_r, which is orthogonal to g_r. Then, by `projection_mode`:
     `weighted` g_t + λ·g_r, `equal` ½(g_t + g_r), `task_priority` g_t + min(λ, 1)·g_r.
 
     Args:
@@ -82,7 +87,7 @@ def merge(triple: GramTriple, multiplier: float, config: CraftConfig) -> MergedG
         config: `use_grad_projection`, `conflict_threshold` and `projection_mode` are read.
 
     Warning:
-        The weights of a non-finite triple mean nothing: check `triple.is_finite` and skip the step.
+        The weights of a non-finite triple are meaningless: check `triple.is_finite` and skip the step.
     """
     cosine = triple.cosine
     conflict = cosine < config.conflict_threshold
@@ -101,9 +106,9 @@ def merge(triple: GramTriple, multiplier: float, config: CraftConfig) -> MergedG
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """What to multiply a gradient of this norm by so that its norm is at most `max_norm`.
+    """Return the factor that scales a gradient of this norm to at most `max_norm`.
 
-    As `torch.nn.utils.clip_grad_norm_` does it, 1e-6 in the denominator included; a `max_norm` of 0
-    or less means no clipping, as in LeRobot.
+    Equal to `torch.nn.utils.clip_grad_norm_`, including 1e-6 in the denominator; a `max_norm` of 0 or less
+    means no clipping, as in LeRobot.
     """
     return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0.0 else 1.0

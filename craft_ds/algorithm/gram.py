@@ -1,7 +1,7 @@
-"""Operations on lists of local gradient shards, whatever engine holds them.
+"""Operations on lists of local gradient shards, independent of the engine.
 
-A shard is this rank's part of the gradient: a tensor of any shape, fp32 as a rule. Nothing here
-communicates: the local results are summed over ranks by `Engine.sum_scalars`, in one collective.
+A shard is this rank's part of the gradient: a tensor of any shape, usually fp32. Nothing here communicates:
+the caller sums the local results over ranks in one collective.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,24 +9,24 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# A fp32 dot over everything errs by 1e-3 at a billion elements. Blocks that stay in the cache, added up
-# in fp64, err by 2e-7 and read each gradient once for all three products.
+# One fp32 dot product over a billion elements has an error of 1e-3. Blocks that fit into the cache, summed in
+# fp64, have an error of 2e-7 and read each gradient once for all three products.
 CPU_BLOCK = 1 << 16
-# On an accelerator a kernel launch costs more than the cache saves; its dot is a tree reduction.
+# On an accelerator a kernel launch costs more than the cache saves, and its dot is a tree reduction.
 DEVICE_BLOCK = 1 << 22
 
 
 def _blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     for tensors in zip(*lists, strict=True):
         size = CPU_BLOCK if tensors[0].device.type == "cpu" else DEVICE_BLOCK
-        # Block by block, so that shards in bf16 need no fp32 copy of their whole.
+        # Block by block, so that bf16 shards need no complete fp32 copy.
         yield from zip(
             *(map(Tensor.float, tensor.reshape(-1).split(size)) for tensor in tensors), strict=True
         )
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    # BLAS on the CPU adds up in the order of memory: 3e-5 off on a block of equal signs. `sum` is pairwise.
+    # BLAS on the CPU sums sequentially: error 3e-5 on a block of equal signs. `sum` is pairwise.
     return (x * y).sum() if x.device.type == "cpu" else torch.dot(x, y)
 
 
@@ -38,7 +38,7 @@ def _sum(products: list[Tensor], like: Sequence[Tensor]) -> Tensor:
 
 
 def gram(task: Sequence[Tensor], retention: Sequence[Tensor]) -> Tensor:
-    """This rank's part of the Gram triple (tt, tr, rr): fp64, shape (3,), on the shards' device.
+    """Return this rank's part of the Gram triple (tt, tr, rr): fp64, shape (3,), on the shards' device.
 
     Args:
         task: Shards of g_t.
@@ -52,15 +52,14 @@ def gram(task: Sequence[Tensor], retention: Sequence[Tensor]) -> Tensor:
 
 
 def squared_norm(shards: Sequence[Tensor]) -> Tensor:
-    """This rank's part of ‖g‖²: fp64 scalar tensor on the shards' device."""
+    """Return this rank's part of ‖g‖²: fp64 scalar tensor on the shards' device."""
     return _sum([_dot(x, x) for (x,) in _blocks(shards)], shards)
 
 
 def merge_(retention: Sequence[Tensor], task: Sequence[Tensor], a: float, b: float) -> None:
     """Merge in place and without a temporary: g_r ← a·g_t + b·g_r.
 
-    The retention shards are overwritten, since they are the ones that still lie where the engine's
-    optimizer reads them.
+    The retention shards are overwritten, since they are where the engine's optimizer reads gradients.
     """
     scale_(retention, b)
     if retention:

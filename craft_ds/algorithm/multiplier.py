@@ -1,4 +1,4 @@
-"""The dual side: the schedule of ε, the ascent on λ and their history. No tensors, no ranks.
+"""Dual side of CRaFT: the schedule of ε, the dual ascent on λ, and their history. No tensors, no ranks.
 
 CRaFT minimises L_task(θ) subject to L_ret(θ) ≤ ε(t). The Lagrangian is L_task + λ·(L_ret − ε) with
 λ ≥ 0; gradient descent on θ and projected gradient ascent on λ look for its saddle point
@@ -15,7 +15,7 @@ from craft_ds.config.configs import CraftConfig
 
 
 def epsilon_at(step: int, total_steps: int, config: CraftConfig) -> float:
-    """The constraint threshold ε(t), in units of the retention loss.
+    """Return the constraint threshold ε(t), in units of the retention loss.
 
     With p = min(t / T, 1) and T = `epsilon_decay_steps` (0: all training steps), ε falls from s =
     `epsilon_start` at t = 0 to e = `epsilon_end` at t = T and stays there:
@@ -23,8 +23,8 @@ def epsilon_at(step: int, total_steps: int, config: CraftConfig) -> float:
 
     Args:
         step: Optimizer steps taken so far, t.
-        total_steps: Optimizer steps of the whole run.
-        config: The epsilon fields are read.
+        total_steps: Optimizer steps of the complete run.
+        config: Its epsilon fields are read.
     """
     start, end = config.epsilon_start, config.epsilon_end
     progress = min(step / max(1, config.epsilon_decay_steps or total_steps), 1.0)
@@ -42,21 +42,21 @@ def epsilon_at(step: int, total_steps: int, config: CraftConfig) -> float:
 
 
 def ascend(multiplier: float, retention_loss: float, epsilon: float, config: CraftConfig) -> float:
-    """One step of projected dual ascent: λ ← clip(λ + lambda_lr·(L_ret − ε), 0, lambda_max).
+    """Take one step of projected dual ascent: λ ← clip(λ + lambda_lr·(L_ret − ε), 0, lambda_max).
 
     Warning:
-        L_ret must not be measured on the anchors whose gradient is followed: a policy memorises a few
-        hundred anchors, λ then falls to zero while the old tasks are lost. See `constraint_split`.
+        Do not measure L_ret on the anchors that give the retention gradient: a policy memorises a few
+        hundred anchors, and λ then falls to zero while the old tasks are forgotten. See `constraint_split`.
     """
     return max(0.0, min(config.lambda_max, multiplier + config.lambda_lr * (retention_loss - epsilon)))
 
 
 @dataclass(frozen=True)
 class RetentionRecord:
-    """What one retention step saw; a row of `lambda_history.csv`.
+    """Record of one retention step; a row of `lambda_history.csv`.
 
-    `lambda_` is λ as it was used in the step (the CSV's column is `lambda`), `retention_weight` is b/a
-    of the merged gradient: how much of g_r was followed for each unit of g_t, `dot` is <g_t, g_r>.
+    `lambda_` is λ as used in the step, before the dual step (the CSV's column is `lambda`);
+    `retention_weight` is b/a, the weight of g_r relative to g_t in the merged gradient; `dot` is <g_t, g_r>.
     """
 
     step: int
@@ -70,11 +70,11 @@ class RetentionRecord:
 
 
 class DualState:
-    """λ and its history: all of CRaFT that a checkpoint must keep besides the model.
+    """λ and its history: the state of CRaFT that a checkpoint stores besides the model.
 
     Attributes:
-        multiplier: λ as the next retention step will use it.
-        history: One record a retention step, in order.
+        multiplier: λ for the next retention step.
+        history: One record per retention step, in order.
     """
 
     def __init__(self, config: CraftConfig):
@@ -82,34 +82,34 @@ class DualState:
         self.multiplier = config.initial_lambda
         self.history: list[RetentionRecord] = []
 
-    def update(self, record: RetentionRecord) -> None:
-        """Append the record of a retention step and move λ by dual ascent."""
+    def ascend(self, record: RetentionRecord) -> None:
+        """Append the record of a retention step and update λ by dual ascent."""
         self.history.append(record)
         self.multiplier = ascend(self.multiplier, record.retention_loss, record.epsilon, self.config)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain Python values, fit for `torch.load(weights_only=True)`."""
+        """Return plain Python values, readable by `torch.load(weights_only=True)`."""
         return {"multiplier": self.multiplier, "history": [asdict(record) for record in self.history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`.
+        """Restore a state from `state_dict`.
 
         Raises:
-            ValueError: No run has such a state.
+            ValueError: The state is not one that a run can have.
         """
         try:
             multiplier, history = state["multiplier"], [RetentionRecord(**row) for row in state["history"]]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"no state of λ and its history: {error}") from None
+            raise ValueError(f"not a state of λ and its history: {error}") from None
         numbers = [multiplier, *(value for record in history for value in asdict(record).values())]
         if not all(isinstance(value, int | float) for value in numbers) or not 0 <= multiplier < math.inf:
             raise ValueError(
-                f"no state of λ and its history: λ is {multiplier!r}, or a record has no numbers"
+                f"not a state of λ and its history: λ is {multiplier!r}, or a record has non-numbers"
             )
         self.multiplier, self.history = multiplier, history
 
     def write_csv(self, path: Path) -> None:
-        """Write `lambda_history.csv`: a header and one row a retention step."""
+        """Write `lambda_history.csv`: a header and one row per retention step."""
         names = [field.name for field in fields(RetentionRecord)]
         with path.open("w", newline="") as file:
             writer = csv.writer(file)

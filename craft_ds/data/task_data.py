@@ -14,11 +14,11 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from craft_ds.data.lerobot_dataset import check_dataset_root
-from craft_ds.errors import UserError
-from craft_ds.distributed.preemption import ignore_in_worker
-from craft_ds.data.batch_partition import StepPartition
 from craft_ds.config.train_config import TrainConfig
+from craft_ds.data.batch_partition import StepPartition
+from craft_ds.data.lerobot_dataset import check_dataset_root
+from craft_ds.distributed.preemption import ignore_in_worker
+from craft_ds.errors import UserError
 
 
 class StepSampler(Sampler[list[int]]):

@@ -41,10 +41,10 @@ class Engine(Protocol):
     real), a `ReadRange` of its parameters and persistent buffers, and a function that makes the
     optimizer once the parameters are sharded. Each rank reads only what it keeps.
 
-    Gradients: losses are *sums* over tokens, and an engine's gradient is the mean over ranks of the
-    gradient of each rank's accumulated loss. The gradient of the global mean is therefore
-    `world_size / global_tokens` times what `gradient()` shows; the loop folds that factor into the
-    merge, so that ranks with unequal token counts need no collective before the backward pass.
+    Gradients: losses are *sums* over tokens, and an engine's gradient is the sum over ranks of the gradient
+        of each rank's accumulated loss. The gradient of the global mean is therefore `gradient()` divided by
+        the global token count; the step applies that factor with the merge, so that ranks with unequal token
+        counts need no collective before the backward pass.
 
     Attributes:
         module: The unsharded view of the model (`PolicyWithLoss`).

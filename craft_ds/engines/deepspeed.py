@@ -120,7 +120,7 @@ class ZeroEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient. Collective: call on all ranks."""
         self._engine.set_gradient_accumulation_boundary(self._layout.boundary(last))
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)  # DeepSpeed averages over ranks
 
     def gradient(self) -> Sequence[Tensor]:
         """The accumulated shards, flat or a tensor a parameter."""

@@ -95,8 +95,8 @@ class FsdpEngine:
         return torch.autocast(self.device.type, self._dtype, enabled, cache_enabled=False)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradient: one reduce-scatter a unit. Collective: call on all ranks."""
-        loss.backward()
+        """Accumulate the gradient: one reduce-scatter per unit. Collective: call on all ranks."""
+        (loss * self.world_size).backward()  # FSDP2 averages over ranks
 
     def gradient(self) -> Sequence[Tensor]:
         """The local rows of every `.grad`, made zero where a pass did not touch one."""

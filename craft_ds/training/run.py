@@ -30,7 +30,7 @@ from craft_ds.lora.adapters import Adapters
 from craft_ds.training.metrics import MetricsLogger, peak_memory_bytes
 from craft_ds.training.plots import plot_lambda_analysis
 from craft_ds.training.train_state import Progress
-from craft_ds.training.train_step import PassSums, StepResult, measure
+from craft_ds.training.train_step import StepResult, TokenSums, measure
 from craft_ds.training.world_eval import evaluate_in_world
 
 HISTORY_CSV = "lambda_history.csv"
@@ -180,24 +180,24 @@ class Run:
         if self.scheduler is not None:
             self.scheduler.step()
 
-    def after_step(self, *, leave: bool) -> None:
+    def after_step(self, *, stop: bool) -> None:
         """Evaluate and save where this step asks for it. Collective: call on all ranks.
 
         Args:
-            leave: A rank was asked to leave, so this is the last step for now.
+            stop: A rank was asked to stop, so this is the last step for now.
 
         Raises:
-            Preempted: With `leave`, once everything is saved.
-            UserError: With `leave`, if it cannot be saved.
+            Preempted: With `stop`, once everything is saved.
+            UserError: With `stop`, if it cannot be saved.
         """
         config, step = self.config, self.progress.step
         self._report_finished_saves()
         if config.eval_freq and step % config.eval_freq == 0:
             self.logger.log(step, self.evaluate())
         due = config.save_freq > 0 and step % config.save_freq == 0
-        if config.save_checkpoint and step < config.steps and (due or leave):
-            self._save_periodic(needed=leave)
-        if leave and step < config.steps:
+        if config.save_checkpoint and step < config.steps and (due or stop):
+            self._save_periodic(needed=stop)
+        if stop and step < config.steps:
             self._exit()
 
     def _exit(self) -> NoReturn:
@@ -233,12 +233,12 @@ class Run:
         return self.engine.act(batch)
 
     def _mean_loss(self, batches: Iterator[tuple[Batch, bool]]) -> float:
-        total = PassSums(*torch.zeros(2, dtype=torch.float64, device=self.engine.device))
+        total = TokenSums(*torch.zeros(2, dtype=torch.float64, device=self.engine.device))
         for batch, counts in batches:
             self.watchdog.progress()
             sums = measure(self.engine, [batch])
             if counts:
-                total = PassSums(total.loss + sums.loss, total.tokens + sums.tokens)
+                total = TokenSums(total.loss + sums.loss, total.tokens + sums.tokens)
         loss, tokens = self.engine.sum_scalars(torch.stack(total))
         return loss / tokens if tokens else math.nan
 

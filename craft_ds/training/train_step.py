@@ -1,12 +1,12 @@
-"""The two kinds of optimizer step: a task step, and a retention step with its gradient surgery.
+"""The two kinds of optimizer step: a task step, and a retention step with gradient surgery.
 
-Each is one screen of the algorithm over an engine. Losses are sums over tokens; the division by the
-global token count is a scalar that rides in the merge, so a step communicates, besides what the engine
-moves, one all-reduce of at most nine numbers.
+Each reads like the algorithm over an engine. Losses and gradients are sums over tokens and ranks; the
+division by the global token count is a scalar that is applied with the merge. So a step communicates,
+besides what the engine moves, one all-reduce of at most nine numbers.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from craft_ds.config.configs import CraftConfig
 from craft_ds.engines.base import Batch, Engine
 
 
-class PassSums(NamedTuple):
-    """What one pass over this rank's micro-batches saw: fp64 scalars on the device.
+class TokenSums(NamedTuple):
+    """Sums of one pass over this rank's micro-batches: fp64 scalars on the device.
 
     Attributes:
         loss: Sum of the loss over tokens.
@@ -31,126 +31,138 @@ class PassSums(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step saw, the same on all ranks.
+    """Outcome of a step, the same on all ranks.
 
     Attributes:
         loss: Mean task loss over all tokens of all ranks.
         grad_norm: Norm of the (merged) gradient before clipping.
-        applied: False where something was not finite and nothing was changed.
-        leave: Whether any rank was asked to leave.
+        applied: False if a loss or gradient was non-finite and nothing was changed.
+        tokens: Supervised task tokens of all ranks.
+        extra: Sums over ranks of the extra scalars that the caller passed in.
+        retention_loss: L_ret, the mean loss on the anchors that measure the constraint; None in a task step.
+        triple: Gram triple of the two mean gradients; None in a task step.
+        merged: Weights of the merged gradient; None in a task step.
     """
 
     loss: float
     grad_norm: float
     applied: bool
-    leave: bool
+    tokens: int = 0
+    extra: tuple[float, ...] = ()
+    retention_loss: float | None = None
+    triple: GramTriple | None = None
+    merged: MergedGradient | None = None
 
 
-class RetentionResult(NamedTuple):
-    """What the retention half of a step saw, the same on all ranks.
-
-    Attributes:
-        loss: L_ret, the mean loss on the anchors that measure the constraint.
-        triple: Gram triple of the two mean gradients.
-        merge: How they were merged.
-    """
-
-    loss: float
-    triple: GramTriple
-    merge: MergedGradient
-
-
-def accumulate(engine: Engine, batches: Iterable[Batch]) -> PassSums:
-    """One complete pass: forward and backward over all micro-batches. Collective."""
-    sums = PassSums(*torch.zeros(2, dtype=torch.float64, device=engine.device))
-    pending = list(batches)
-    while pending:
-        loss = engine.forward(pending.pop(0))
-        engine.backward(loss.total, last=not pending)
-        sums = PassSums(sums.loss + loss.total.detach().double(), sums.tokens + loss.count.double())
+def accumulate(engine: Engine, batches: Iterable[Batch]) -> TokenSums:
+    """Run one complete pass: forward and backward over all micro-batches. Collective."""
+    sums = _no_tokens(engine)
+    for batch, last in _mark_last(batches):
+        loss = engine.forward(batch)
+        engine.backward(loss.total, last=last)
+        sums = TokenSums(sums.loss + loss.total.detach().double(), sums.tokens + loss.count.double())
     return sums
 
 
-def measure(engine: Engine, batches: Iterable[Batch]) -> PassSums:
-    """The same without gradients. Collective."""
-    sums = PassSums(*torch.zeros(2, dtype=torch.float64, device=engine.device))
+def measure(engine: Engine, batches: Iterable[Batch]) -> TokenSums:
+    """Run forward over all micro-batches in eval mode, without gradients. Collective."""
+    sums = _no_tokens(engine)
     for batch in batches:
         loss = engine.evaluate(batch)
-        sums = PassSums(sums.loss + loss.total.double(), sums.tokens + loss.count.double())
+        sums = TokenSums(sums.loss + loss.total.double(), sums.tokens + loss.count.double())
     return sums
 
 
-def task_step(engine: Engine, batches: Iterable[Batch], max_norm: float, leave: bool = False) -> StepResult:
-    """A plain step on the task loss, clipped to `max_norm`. Collective: call on all ranks.
+def task_step(
+    engine: Engine, batches: Iterable[Batch], max_norm: float, extra: Sequence[float] = ()
+) -> StepResult:
+    """Take a plain step on the task loss, clipped to `max_norm`. Collective: call on all ranks.
 
     Args:
         engine: Holds the model and the optimizer.
         batches: This rank's micro-batches.
-        max_norm: Clip the gradient to this norm; 0 or less: do not.
-        leave: Whether this rank was asked to leave; the others hear of it with the sums.
+        max_norm: Maximum norm of the gradient; 0 or less: no clipping.
+        extra: Scalars of the caller to sum over ranks in the step's all-reduce; not interpreted here.
     """
     task = accumulate(engine, batches)
-    # `to`: offloaded shards lie on the CPU while the sums of a pass lie on its device.
+    # Offloaded shards are on the CPU while the sums of a pass are on the engine's device.
     product = squared_norm(engine.gradient()).to(engine.device) / engine.replicas
-    tt, loss_sum, tokens, leaving = engine.sum_scalars(torch.stack([product, *task, _flag(engine, leave)]))
-    to_mean = engine.world_size / max(tokens, 1.0)
-    loss, norm = loss_sum / max(tokens, 1.0), to_mean * math.sqrt(max(tt, 0.0))
-    if not math.isfinite(loss + norm):
+    tt, loss_sum, tokens, *extra = engine.sum_scalars(_pack(engine, product, *task, extra=extra))
+
+    per_token = 1.0 / max(tokens, 1.0)
+    loss, norm = loss_sum * per_token, per_token * math.sqrt(max(tt, 0.0))
+    result = StepResult(loss, norm, math.isfinite(loss + norm), int(tokens), tuple(extra))
+    if not result.applied:
         engine.zero_grad()
-        return StepResult(loss, norm, applied=False, leave=leaving > 0)
-    scale_(engine.gradient(), to_mean * clip_factor(norm, max_norm))
+        return result
+    scale_(engine.gradient(), per_token * clip_factor(norm, max_norm))
     engine.step()
-    return StepResult(loss, norm, applied=True, leave=leaving > 0)
+    return result
 
 
 def retention_step(
     engine: Engine,
-    batches: Iterable[Batch],
+    *,
+    task: Iterable[Batch],
     anchors: Iterable[Batch],
     constraint: Iterable[Batch] | None,
     multiplier: float,
     craft: CraftConfig,
     max_norm: float,
-    leave: bool = False,
-) -> tuple[StepResult, RetentionResult]:
-    """A step with a second backward pass on anchors and gradient surgery. Collective.
+    extra: Sequence[float] = (),
+) -> StepResult:
+    """Take a step with a second backward pass on anchors and gradient surgery. Collective.
 
     Args:
         engine: Holds the model and the optimizer.
-        batches: This rank's micro-batches of the task.
-        anchors: This rank's micro-batches of anchors whose gradient is followed.
-        constraint: This rank's micro-batches of anchors that measure L_ret; None: `anchors` do.
+        task: This rank's micro-batches of the task.
+        anchors: This rank's micro-batches of the anchors that give the retention gradient.
+        constraint: This rank's micro-batches of the anchors that measure L_ret; None: `anchors` measure it.
         multiplier: λ.
         craft: How to project and merge.
-        max_norm: Clip the merged gradient to this norm; 0 or less: do not.
-        leave: As for `task_step`.
+        max_norm: Maximum norm of the merged gradient; 0 or less: no clipping.
+        extra: As for `task_step`.
     """
-    task = accumulate(engine, batches)
+    task_sums = accumulate(engine, task)
     g_t = engine.take_gradient()
-    retention = accumulate(engine, anchors)
+    anchor_sums = accumulate(engine, anchors)
     g_r = engine.gradient()
-    constrained = retention if constraint is None else measure(engine, constraint)
+    constraint_sums = anchor_sums if constraint is None else measure(engine, constraint)
 
-    # Nine numbers, 72 bytes: all that surgery, logging and the dual step need to know of other ranks.
+    # All that surgery, logging and the dual step need from the other ranks: eight numbers and the extra ones.
     products = gram(g_t, g_r).to(engine.device) / engine.replicas
-    flag = _flag(engine, leave)
-    scalars = torch.cat([products, torch.stack([*task, retention.tokens, *constrained, flag])])
-    tt, tr, rr, loss_sum, tokens, r_tokens, c_loss_sum, c_tokens, leaving = engine.sum_scalars(scalars)
+    packed = _pack(engine, *products, *task_sums, anchor_sums.tokens, *constraint_sums, extra=extra)
+    tt, tr, rr, loss_sum, tokens, r_tokens, c_loss_sum, c_tokens, *extra = engine.sum_scalars(packed)
 
-    task_mean = engine.world_size / max(tokens, 1.0)
-    retention_mean = engine.world_size / max(r_tokens, 1.0)
-    triple = GramTriple(tt, tr, rr).scaled(task_mean, retention_mean)
+    per_token, per_anchor_token = 1.0 / max(tokens, 1.0), 1.0 / max(r_tokens, 1.0)
+    triple = GramTriple(tt, tr, rr).scaled(per_token, per_anchor_token)
     merged = merge(triple, multiplier, craft)
-    loss, retention_loss = loss_sum / max(tokens, 1.0), c_loss_sum / max(c_tokens, 1.0)
-    seen = RetentionResult(retention_loss, triple, merged)
-    if not (triple.is_finite and math.isfinite(loss + retention_loss)):
+    loss, retention_loss = loss_sum * per_token, c_loss_sum / max(c_tokens, 1.0)
+    finite = triple.is_finite and math.isfinite(loss + retention_loss)
+    result = StepResult(loss, merged.norm, finite, int(tokens), tuple(extra), retention_loss, triple, merged)
+    if not result.applied:
         engine.zero_grad()
-        return StepResult(loss, merged.norm, applied=False, leave=leaving > 0), seen
+        return result
     clip = clip_factor(merged.norm, max_norm)
-    merge_(g_r, g_t, clip * merged.a * task_mean, clip * merged.b * retention_mean)
+    merge_(g_r, g_t, clip * merged.a * per_token, clip * merged.b * per_anchor_token)
     engine.step()
-    return StepResult(loss, merged.norm, applied=True, leave=leaving > 0), seen
+    return result
 
 
-def _flag(engine: Engine, value: bool) -> Tensor:
-    return torch.tensor(float(value), dtype=torch.float64, device=engine.device)
+def _no_tokens(engine: Engine) -> TokenSums:
+    return TokenSums(*torch.zeros(2, dtype=torch.float64, device=engine.device))
+
+
+def _pack(engine: Engine, *scalars: Tensor, extra: Sequence[float]) -> Tensor:
+    more = torch.tensor(extra, dtype=torch.float64, device=engine.device)
+    return torch.cat([torch.stack(scalars), more])
+
+
+def _mark_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Yield each batch with whether it is the last, reading one batch ahead."""
+    iterator = iter(batches)
+    current = next(iterator, None)
+    while current is not None:
+        following = next(iterator, None)
+        yield current, following is None
+        current = following

@@ -1,6 +1,5 @@
-"""The training loop. It reads like the algorithm; what it needs is set up in `craft_ds.training.build`."""
+"""The training loop. It reads like the algorithm; `craft_ds.training.build` sets up what it needs."""
 
-import math
 import time
 from pathlib import Path
 
@@ -9,21 +8,21 @@ from craft_ds.config.configs import CraftConfig
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.training.build import open_run
 from craft_ds.training.run import Run, seed_step
-from craft_ds.training.train_step import RetentionResult, StepResult, retention_step, task_step
+from craft_ds.training.train_step import StepResult, retention_step, task_step
 
 
 def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) -> Path:
     """Fine-tune a policy on a new task under a retention constraint on the old ones.
 
     Minimises L_task(θ) subject to L_ret(θ) ≤ ε(t): every `retention_freq`-th step is a retention step,
-    which merges the gradients of both losses and moves the multiplier λ by dual ascent. With
+    which merges the gradients of both losses and updates the multiplier λ by dual ascent. With
     `craft.enabled=false` every step is a plain task step and no anchor is read.
 
     Collective under a launcher (`torchrun`, `deepspeed`): call on all ranks.
 
     Args:
-        config: The run, as `lerobot-train` knows it, with craft-ds's additions.
-        craft_config: Takes the place of `config.craft`.
+        config: The run's configuration: LeRobot's, with craft-ds's additions.
+        craft_config: Replaces `config.craft`.
 
     Returns:
         The directory of the final checkpoint.
@@ -31,57 +30,66 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
     Raises:
         UserError: Bad input, found before anything is written.
         RankLost: Another rank has failed, died or hangs.
-        Preempted: The run was asked to leave, and has saved.
-        TrainingDiverged: More than `max_skipped_steps` steps in a row were not finite.
+        Preempted: The run was asked to stop, and has saved.
+        TrainingDiverged: More than `max_skipped_steps` steps in a row were non-finite.
     """
     if craft_config is not None:
         config.craft = craft_config
     with open_run(config) as run:
-        run.watchdog.progress()
-        for step in range(run.progress.step, config.steps):
-            began = time.perf_counter()
-            seed_step(config.seed or 0, step, run.engine.rank)
-            result, retention = _one_step(run, step)
-            if result.applied:
-                run.advance_scheduler()
-            run.record(result, retention, seconds=time.perf_counter() - began)
-            run.after_step(leave=result.leave)
+        train(run)
         return run.finish()
 
 
-def _one_step(run: Run, step: int) -> tuple[StepResult, RetentionRecord | None]:
-    """Task step or retention step, and the dual step that follows the latter."""
-    craft, dual, leave = run.config.craft, run.dual, run.preemption.requested
-    batches = run.task_batches()
-    if run.anchors is None or step % craft.retention_freq:
-        return task_step(run.engine, batches, run.max_norm, leave), None
+def train(run: Run) -> None:
+    """Run the remaining steps. Collective: call on all ranks.
 
-    epsilon = run.anchors.epsilon_unit * epsilon_at(step, run.config.steps, craft)
-    result, seen = retention_step(
-        run.engine,
-        batches,
-        run.anchors.gradient_batches(run.progress.anchors_seen),
-        run.anchors.constraint_batches(run.progress.anchors_seen),
-        dual.multiplier,
-        craft,
-        run.max_norm,
-        leave,
-    )
-    record = _record(step, dual.multiplier, epsilon, seen)
-    if result.applied:
-        dual.update(record)
-    return result, record
+    Raises:
+        Preempted: The run was asked to stop, and has saved.
+        TrainingDiverged: More than `max_skipped_steps` steps in a row were non-finite.
+    """
+    config, craft, anchors, dual = run.config, run.config.craft, run.anchors, run.dual
+    run.watchdog.progress()
+    for step in range(run.progress.step, config.steps):
+        started = time.perf_counter()
+        seed_step(config.seed or 0, step, run.engine.rank)
+        stop_vote = [float(run.preemption.requested)]  # summed over ranks in the step's all-reduce
+        record = None
+
+        if anchors is None or step % craft.retention_freq:
+            result = task_step(run.engine, run.task_batches(), run.max_norm, extra=stop_vote)
+        else:
+            result = retention_step(
+                run.engine,
+                task=run.task_batches(),
+                anchors=anchors.gradient_batches(run.progress.anchors_seen),
+                constraint=anchors.constraint_batches(run.progress.anchors_seen),
+                multiplier=dual.multiplier,
+                craft=craft,
+                max_norm=run.max_norm,
+                extra=stop_vote,
+            )
+            epsilon = anchors.epsilon_unit * epsilon_at(step, config.steps, craft)
+            record = _record(step, dual.multiplier, epsilon, result)
+            if result.applied:
+                dual.ascend(record)  # λ ← clip(λ + lambda_lr · (L_ret − ε), 0, lambda_max)
+
+        if result.applied:
+            run.advance_scheduler()
+        run.record(result, record, seconds=time.perf_counter() - started)
+        run.after_step(stop=result.extra[0] > 0)
 
 
-def _record(step: int, multiplier: float, epsilon: float, seen: RetentionResult) -> RetentionRecord:
-    merged = seen.merge
+def _record(step: int, multiplier: float, epsilon: float, result: StepResult) -> RetentionRecord:
+    assert result.retention_loss is not None
+    assert result.merged is not None
+    assert result.triple is not None
     return RetentionRecord(
         step=step + 1,
         lambda_=multiplier,
         epsilon=epsilon,
-        retention_loss=seen.loss,
-        conflict=merged.conflict,
-        cos=merged.cosine,
-        retention_weight=merged.b / merged.a if merged.a else math.nan,
-        dot=seen.triple.tr,
+        retention_loss=result.retention_loss,
+        conflict=result.merged.conflict,
+        cos=result.merged.cosine,
+        retention_weight=result.merged.retention_weight,
+        dot=result.triple.tr,
     )

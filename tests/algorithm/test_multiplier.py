@@ -108,7 +108,7 @@ def test_state_moves_the_multiplier_and_keeps_the_history():
     assert (state.multiplier, state.history) == (2.0, [])
     records = [record(5, 1.0, 0.6), record(10, 0.2, 0.5)]
     for one in records:
-        state.update(one)
+        state.ascend(one)
     assert state.multiplier == pytest.approx(2.0 + 0.2 - 0.15)
     assert state.history == records
 
@@ -116,29 +116,29 @@ def test_state_moves_the_multiplier_and_keeps_the_history():
 def test_state_survives_a_checkpoint(tmp_path):
     state = DualState(config())
     for step in range(4):
-        state.update(record(step, 1.0 / 3.0, 0.1))
+        state.ascend(record(step, 1.0 / 3.0, 0.1))
     torch.save(state.state_dict(), tmp_path / "craft_state.pt")
     restored = DualState(config(initial_lambda=7.0))
     restored.load_state_dict(torch.load(tmp_path / "craft_state.pt", weights_only=True))
     assert restored.multiplier == state.multiplier
     assert restored.history == state.history
     for one in (state, restored):
-        one.update(record(4, 0.7, 0.1))
+        one.ascend(record(4, 0.7, 0.1))
     assert restored.multiplier == state.multiplier
 
 
 def test_saved_state_does_not_follow_later_steps():
     state = DualState(config())
-    state.update(record(0, 1.0, 0.1))
+    state.ascend(record(0, 1.0, 0.1))
     saved = state.state_dict()
-    state.update(record(1, 1.0, 0.1))
+    state.ascend(record(1, 1.0, 0.1))
     assert len(saved["history"]) == 1
 
 
 def test_csv_has_the_documented_columns(tmp_path):
     state = DualState(config())
-    state.update(record(0, 0.5, 1.0))
-    state.update(record(5, 0.25, 0.9, multiplier=0.995))
+    state.ascend(record(0, 0.5, 1.0))
+    state.ascend(record(5, 0.25, 0.9, multiplier=0.995))
     state.write_csv(tmp_path / "lambda_history.csv")
     with (tmp_path / "lambda_history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -169,7 +169,7 @@ def solve(fields: CraftConfig, task: np.ndarray, old: np.ndarray, rate: float, s
         g_t, g_r = theta - task, theta - old
         multiplier, epsilon = state.multiplier, epsilon_at(step, steps, fields)
         result = merge(GramTriple(g_t @ g_t, g_t @ g_r, g_r @ g_r), multiplier, fields)
-        state.update(
+        state.ascend(
             RetentionRecord(
                 step,
                 multiplier,

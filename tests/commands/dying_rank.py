@@ -8,17 +8,17 @@ from pathlib import Path
 from craft_ds.cli import exit_without_teardown, run_command
 from craft_ds.training import trainer
 
-one_step = trainer._one_step
+seed_step = trainer.seed_step
 killed = Path(os.environ["KILLED"])
 
 
-def dies_once(run, step):
-    if step == int(os.environ["DIES_AT"]) and run.engine.rank == 1 and not killed.exists():
+def dies_once(seed, step, rank):
+    if step == int(os.environ["DIES_AT"]) and rank == 1 and not killed.exists():
         killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return one_step(run, step)
+    return seed_step(seed, step, rank)
 
 
 if __name__ == "__main__":
-    trainer._one_step = dies_once
+    trainer.seed_step = dies_once
     exit_without_teardown(lambda: run_command("train", sys.argv[1:]))

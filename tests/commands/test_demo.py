@@ -130,4 +130,4 @@ def test_a_small_demo_runs_in_an_empty_directory(tmp_path):
     ]
     assert summary["eval_seed"] == demo.EVAL_SEED
     assert (tmp_path / "outputs/demo/summary.png").stat().st_size > 10_000
-    assert os.listdir(tmp_path) == ["outputs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]

@@ -13,7 +13,7 @@ from runs import assert_same_bits, losses, metrics, trained, untimed
 from craft_ds.checkpoints import verify_checkpoint
 from craft_ds.checkpoints.save import PendingCheckpoint
 from craft_ds.testing.checkpoints import renew_manifest
-from craft_ds.training.trainer import _one_step
+from craft_ds.training.run import Run
 
 
 @pytest.fixture
@@ -200,20 +200,19 @@ def test_another_batch_size_counts_from_there(train, begun, unbroken):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_leaves_in_order(train, saving, unbroken, tmp_path, monkeypatch, number):
-    from craft_ds.training import trainer
-
     run, again = tmp_path / "run", ["--resume=auto", *saving]
 
-    def signalled(of_run, step):
-        result = _one_step(of_run, step)
-        if step == 2:
+    record = Run.record
+
+    def signalled(of_run, *args, **kwargs):
+        record(of_run, *args, **kwargs)
+        if of_run.progress.step == 3:
             os.kill(os.getpid(), number)
             while not of_run.preemption.requested:
                 time.sleep(0.01)
-        return result
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "_one_step", signalled)
+        patched.setattr(Run, "record", signalled)
         ended = train(run, *again)
     assert ended.status == 75
     assert ended.errors == (

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from craft_ds.errors import UserError
 from craft_ds.data.batch_partition import partition_step
+from craft_ds.errors import UserError
 
 totals, world_sizes, sizes = st.integers(1, 200), st.integers(1, 16), st.integers(1, 20)
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lerobot.configs.default import DatasetConfig
 
+from craft_ds.config.train_config import TrainConfig
 from craft_ds.data import task_data
-from craft_ds.testing.datasets import make_test_dataset
+from craft_ds.data.batch_partition import partition_step
 from craft_ds.data.task_data import (
     StepSampler,
     check_processors,
@@ -21,8 +22,7 @@ from craft_ds.data.task_data import (
 )
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy_config, load_processors, policy_cameras
-from craft_ds.data.batch_partition import partition_step
-from craft_ds.config.train_config import TrainConfig
+from craft_ds.testing.datasets import make_test_dataset
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from craft_ds.policies.loading import build_policy, load_policy_config
 from craft_ds.policies.weights import WeightReader
 from craft_ds.tensor_io.tensor_file import TensorFile
 from craft_ds.training.train_step import accumulate, measure, retention_step, task_step
-from craft_ds.training.trainer import _one_step
+from craft_ds.training.trainer import train
 
 NEVER, ALWAYS = -1.0, 1.0
 NO_CLIP = 0.0
@@ -48,16 +48,16 @@ def operate(engine: Engine, task: list, anchors: list, mode: str, threshold: flo
         engine.zero_grad()
 
     engine.step = record  # type: ignore[method-assign]
-    _, seen = retention_step(
+    seen = retention_step(
         engine,
-        task,
-        anchors,
-        None,
-        FOLLOWED_BY[mode],
-        craft_config(mode, threshold),
-        NO_CLIP,
+        task=task,
+        anchors=anchors,
+        constraint=None,
+        multiplier=FOLLOWED_BY[mode],
+        craft=craft_config(mode, threshold),
+        max_norm=NO_CLIP,
     )
-    output.values |= {"triple": list(seen.triple), "merge": list(seen.merge), "loss": seen.loss}
+    output.values |= {"triple": list(seen.triple), "merge": list(seen.merged), "loss": seen.retention_loss}
     engine.close()
     return output
 
@@ -74,10 +74,16 @@ def _steps(
             # Every other step measures the constraint on anchors of its own.
             constraint = anchors(step + 50) if step % 2 else None
             config = craft_config(mode, threshold=0.0)
-            result, seen = retention_step(
-                engine, task(step), anchors(step), constraint, FOLLOWED_BY[mode], config, max_norm
+            result = retention_step(
+                engine,
+                task=task(step),
+                anchors=anchors(step),
+                constraint=constraint,
+                multiplier=FOLLOWED_BY[mode],
+                craft=config,
+                max_norm=max_norm,
             )
-            output.values[f"retention{step}"] = [seen.loss, *seen.triple]
+            output.values[f"retention{step}"] = [result.retention_loss, *result.triple]
         assert result.applied
         output.values[f"step{step}"] = [result.loss, result.grad_norm]
 
@@ -168,10 +174,19 @@ def collectives(lab: Lab) -> Output:
     craft = craft_config()
 
     def task_only() -> None:
-        task_step(engine, task, 1.0)
+        task_step(engine, task, 1.0, extra=[0.0])
 
     def retention() -> None:
-        retention_step(engine, task, anchors, anchors, 1.0, craft, 1.0)
+        retention_step(
+            engine,
+            task=task,
+            anchors=anchors,
+            constraint=anchors,
+            multiplier=1.0,
+            craft=craft,
+            max_norm=1.0,
+            extra=[0.0],
+        )
 
     def passes_of_task() -> None:
         accumulate(engine, task)
@@ -186,15 +201,20 @@ def collectives(lab: Lab) -> Output:
 
     def baseline() -> None:
         run = SimpleNamespace(
-            config=SimpleNamespace(craft=craft),
+            config=SimpleNamespace(craft=craft, steps=1, seed=0),
             engine=engine,
             dual=None,
             anchors=None,
+            progress=SimpleNamespace(step=0),
+            watchdog=SimpleNamespace(progress=lambda: None),
             preemption=SimpleNamespace(requested=False),
             task_batches=lambda: task,
             max_norm=1.0,
+            advance_scheduler=lambda: None,
+            record=lambda *_, **__: None,
+            after_step=lambda **_: None,
         )
-        _one_step(run, 0)  # type: ignore[arg-type]
+        train(run)  # type: ignore[arg-type]
 
     actions = (task_only, retention, passes_of_task, passes_of_retention, baseline)
     for action in actions:
@@ -218,7 +238,9 @@ def memory(lab: Lab) -> Output:
         task_step(engine, task, 1.0)
 
     def retention() -> None:
-        retention_step(engine, task, anchors, None, 1.0, craft, 1.0)
+        retention_step(
+            engine, task=task, anchors=anchors, constraint=None, multiplier=1.0, craft=craft, max_norm=1.0
+        )
 
     for action in (plain, retention, plain, retention):
         with MemoryCounter() as counter:

@@ -187,8 +187,10 @@ def _recomputed(lab: Lab, dtype: str) -> None:
         values = []
         for step in range(3):
             task, anchors = lab.pi0_batches(step, 2), lab.pi0_batches(step + 100, 1)
-            result, seen = retention_step(engine, task, anchors, None, 1.0, craft, 1.0)
-            values += [result.loss, result.grad_norm, *seen.triple]
+            result = retention_step(
+                engine, task=task, anchors=anchors, constraint=None, multiplier=1.0, craft=craft, max_norm=1.0
+            )
+            values += [result.loss, result.grad_norm, *result.triple]
         found[recompute] = values, {name: part.clone() for name, _, part in masters(engine)}, len(calls)
         engine.close()
     (values, parameters, calls_once), (again, parameters_again, calls_twice) = found[False], found[True]

@@ -33,8 +33,16 @@ def sick(lab: Lab) -> Output:
 
 
 def _retention(engine: Engine, *batches: list[Batch]) -> StepResult:
-    result, _ = retention_step(engine, *batches, 1.0, craft_config(), 1.0)
-    return result
+    task, anchors, constraint = batches
+    return retention_step(
+        engine,
+        task=task,
+        anchors=anchors,
+        constraint=constraint,
+        multiplier=1.0,
+        craft=craft_config(),
+        max_norm=1.0,
+    )
 
 
 def _spoilt(lab: Lab, batches: list[Batch]) -> list[Batch]:

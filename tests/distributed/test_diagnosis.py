@@ -103,7 +103,7 @@ def test_a_rank_without_a_position_is_named():
 
 
 def place_while(wait, **given):
-    """Return the position of a thread in `wait(inside, leave)`, which calls `inside` and loops until `leave`."""
+    """Return the position of a thread in `wait(inside, leave)`, which loops until `leave`."""
     entered, leave = threading.Event(), []
     thread = threading.Thread(target=wait, args=(entered.set, leave))
     thread.start()

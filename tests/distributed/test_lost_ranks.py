@@ -1,4 +1,4 @@
-"""A rank that dies or hangs is named and the others exit in time; slow and finished ranks are not reported."""
+"""A rank that dies or hangs is named and the others exit in time; slow ranks are not reported."""
 
 import re
 import sys

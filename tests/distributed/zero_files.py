@@ -55,8 +55,14 @@ def train(ranks: lab.Lab) -> lab.Output:
     accumulate(engine, mixed(5))
     engine.zero_grad()
     config = lab.craft_config("weighted", threshold=0.0)
-    _, seen = retention_step(
-        engine, mixed(1), ranks.toy_batches(1, 2, retention=True), None, 0.7, config, 0.05
+    seen = retention_step(
+        engine,
+        task=mixed(1),
+        anchors=ranks.toy_batches(1, 2, retention=True),
+        constraint=None,
+        multiplier=0.7,
+        craft=config,
+        max_norm=0.05,
     )
     output.values["triple"] = list(seen.triple)
     task_step(engine, ranks.toy_batches(2, 1), 0.0)

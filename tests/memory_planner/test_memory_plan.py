@@ -49,7 +49,15 @@ def test_the_plan_matches_a_measured_retention_step(lora, dtype):
         )
         for _ in range(2):
             counter.peak = 0
-            retention_step(engine, [task], [anchors], None, 1.0, CraftConfig(enabled=True), 1.0)
+            retention_step(
+                engine,
+                task=[task],
+                anchors=[anchors],
+                constraint=None,
+                multiplier=1.0,
+                craft=CraftConfig(enabled=True),
+                max_norm=1.0,
+            )
     trace = simulate_pass(config, WORKLOAD, dtype=dtype, autocast=True, lora=lora)
     options = {"compute": dtype.itemsize, "foreach_optimizer": False}
     planned = plan_memory(trace, WORKLOAD, options_of("single", 1, **options))

@@ -70,7 +70,7 @@ def test_lambda_analysis_reads_what_dual_writes(tmp_path):
     from craft_ds.config.configs import CraftConfig
 
     state = DualState(CraftConfig())
-    state.update(RetentionRecord(0, 1.0, 1.0, 0.5, True, -0.2, 1.1, -0.5))
+    state.ascend(RetentionRecord(0, 1.0, 1.0, 0.5, True, -0.2, 1.1, -0.5))
     state.write_csv(tmp_path / "lambda_history.csv")
     plot_lambda_analysis(tmp_path / "lambda_history.csv", tmp_path / "lambda_analysis.png")
     assert (tmp_path / "lambda_analysis.png").exists()

@@ -9,10 +9,10 @@ from craft_ds.training.train_step import StepResult
 
 
 def applied(loss):
-    return StepResult(loss, 1.0, applied=True, leave=False)
+    return StepResult(loss, 1.0, applied=True)
 
 
-SKIPPED = StepResult(math.nan, math.nan, applied=False, leave=False)
+SKIPPED = StepResult(math.nan, math.nan, applied=False)
 
 
 @pytest.fixture

@@ -81,13 +81,19 @@ def test_a_task_step_clips(max_norm, factor):
 def test_a_retention_step_without_conflict(mode, merged):
     """g_t = (1, 1), g_r = (2, 0), λ = 3."""
     one = engine()
-    result, seen = retention_step(
-        one, [tokens((1.0, 1.0))], [tokens((2.0, 0.0))], None, 3.0, craft(projection_mode=mode), 0.0
+    result = seen = retention_step(
+        one,
+        task=[tokens((1.0, 1.0))],
+        anchors=[tokens((2.0, 0.0))],
+        constraint=None,
+        multiplier=3.0,
+        craft=craft(projection_mode=mode),
+        max_norm=0.0,
     )
     assert seen.triple == pytest.approx((2.0, 2.0, 4.0))
-    assert not seen.merge.conflict
-    assert seen.merge.cosine == pytest.approx(math.sqrt(0.5))
-    assert (result.loss, seen.loss) == pytest.approx((3.0, 2.0))
+    assert not seen.merged.conflict
+    assert seen.merged.cosine == pytest.approx(math.sqrt(0.5))
+    assert (result.loss, seen.retention_loss) == pytest.approx((3.0, 2.0))
     assert result.grad_norm == pytest.approx(math.hypot(*merged))
     assert weights(one) == moved(*merged)
 
@@ -99,16 +105,30 @@ def test_a_retention_step_without_conflict(mode, merged):
 def test_a_retention_step_with_conflict(mode, merged):
     """g_t = (-1, 1) loses its part along g_r = (2, 0): (0, 1) is left."""
     one = engine()
-    _, seen = retention_step(
-        one, [tokens((-1.0, 1.0))], [tokens((2.0, 0.0))], None, 3.0, craft(projection_mode=mode), 0.0
+    seen = retention_step(
+        one,
+        task=[tokens((-1.0, 1.0))],
+        anchors=[tokens((2.0, 0.0))],
+        constraint=None,
+        multiplier=3.0,
+        craft=craft(projection_mode=mode),
+        max_norm=0.0,
     )
-    assert seen.merge.conflict
+    assert seen.merged.conflict
     assert weights(one) == moved(*merged)
 
 
 def test_a_retention_step_clips_the_merged_gradient():
     one = engine()
-    result, _ = retention_step(one, [tokens((3.0, 0.0))], [tokens((0.0, 4.0))], None, 1.0, craft(), 1.0)
+    result = retention_step(
+        one,
+        task=[tokens((3.0, 0.0))],
+        anchors=[tokens((0.0, 4.0))],
+        constraint=None,
+        multiplier=1.0,
+        craft=craft(),
+        max_norm=1.0,
+    )
     assert result.grad_norm == pytest.approx(5.0)
     assert weights(one) == moved(0.6, 0.8)
 
@@ -116,14 +136,14 @@ def test_a_retention_step_clips_the_merged_gradient():
 def test_each_pass_is_a_mean_over_its_own_tokens():
     """Four task tokens in one micro-batch, anchors of one and two tokens in two."""
     one = engine()
-    _, seen = retention_step(
+    seen = retention_step(
         one,
-        [tokens(*[(1.0, 0.0)] * 4)],
-        [tokens((0.0, 3.0)), tokens((0.0, 3.0), (0.0, 0.0))],
-        None,
-        1.0,
-        craft(),
-        0.0,
+        task=[tokens(*[(1.0, 0.0)] * 4)],
+        anchors=[tokens((0.0, 3.0)), tokens((0.0, 3.0), (0.0, 0.0))],
+        constraint=None,
+        multiplier=1.0,
+        craft=craft(),
+        max_norm=0.0,
     )
     assert seen.triple == pytest.approx((1.0, 0.0, 4.0))
     assert weights(one) == moved(1.0, 2.0)
@@ -131,16 +151,16 @@ def test_each_pass_is_a_mean_over_its_own_tokens():
 
 def test_the_constraint_is_measured_where_no_gradient_is_followed():
     one = engine()
-    _, seen = retention_step(
+    seen = retention_step(
         one,
-        [tokens((1.0, 0.0))],
-        [tokens((0.0, 1.0))],
-        [tokens((5.0, 0.0)), tokens((0.0, 1.0), (0.0, 1.0))],
-        1.0,
-        craft(),
-        0.0,
+        task=[tokens((1.0, 0.0))],
+        anchors=[tokens((0.0, 1.0))],
+        constraint=[tokens((5.0, 0.0)), tokens((0.0, 1.0), (0.0, 1.0))],
+        multiplier=1.0,
+        craft=craft(),
+        max_norm=0.0,
     )
-    assert seen.loss == pytest.approx((5.0 + 2.0 + 2.0) / 3)
+    assert seen.retention_loss == pytest.approx((5.0 + 2.0 + 2.0) / 3)
     assert weights(one) == moved(1.0, 1.0)
 
 
@@ -165,25 +185,41 @@ def test_a_retention_step_that_is_not_finite_changes_nothing(bad, where):
     one = engine(torch.optim.Adam)
     batches = {name: [tokens((1.0, 1.0))] for name in ("task", "anchors", "constraint")}
     batches[where] = [tokens((1.0, bad))]
-    result, _ = retention_step(one, *batches.values(), 1.0, craft(), 1.0)
+    result = retention_step(one, **batches, multiplier=1.0, craft=craft(), max_norm=1.0)
     assert_nothing_happened(one, result.applied)
 
 
 def test_no_supervised_token_anywhere_is_a_step_of_length_zero():
     one = engine()
     result = task_step(one, [tokens()], 1.0)
-    assert result == (0.0, 0.0, True, False)
-    result, seen = retention_step(one, [tokens()], [tokens()], [tokens()], 1.0, craft(), 1.0)
-    assert result == (0.0, 0.0, True, False)
-    assert seen.loss == 0.0
-    assert seen.merge.cosine == 0.0
+    assert (result.loss, result.grad_norm, result.applied) == (0.0, 0.0, True)
+    result = retention_step(
+        one,
+        task=[tokens()],
+        anchors=[tokens()],
+        constraint=[tokens()],
+        multiplier=1.0,
+        craft=craft(),
+        max_norm=1.0,
+    )
+    assert (result.loss, result.grad_norm, result.applied) == (0.0, 0.0, True)
+    assert result.retention_loss == 0.0
+    assert result.merged.cosine == 0.0
     assert weights(one) == list(START)
 
 
 def test_anchors_without_tokens_leave_the_task_gradient():
     one = engine()
-    _, seen = retention_step(one, [tokens((1.0, 1.0))], [tokens()], None, 3.0, craft(), 0.0)
-    assert not seen.merge.conflict
+    seen = retention_step(
+        one,
+        task=[tokens((1.0, 1.0))],
+        anchors=[tokens()],
+        constraint=None,
+        multiplier=3.0,
+        craft=craft(),
+        max_norm=0.0,
+    )
+    assert not seen.merged.conflict
     assert weights(one) == moved(1.0, 1.0)
 
 
@@ -191,5 +227,13 @@ def test_lambda_zero_and_no_conflict_is_a_task_step():
     one, other = engine(torch.optim.Adam), engine(torch.optim.Adam)
     for _ in range(3):
         task_step(one, [tokens((1.0, 2.0))], 0.5)
-        retention_step(other, [tokens((1.0, 2.0))], [tokens((1.0, 0.0))], None, 0.0, craft(), 0.5)
+        retention_step(
+            other,
+            task=[tokens((1.0, 2.0))],
+            anchors=[tokens((1.0, 0.0))],
+            constraint=None,
+            multiplier=0.0,
+            craft=craft(),
+            max_norm=0.5,
+        )
     assert weights(one) == pytest.approx(weights(other), rel=1e-6)
