@@ -1,29 +1,29 @@
-"""What a checkpoint costs: craft-ds's beside torch.distributed.checkpoint (DCP) and DeepSpeed's, in one run.
+"""Measure a checkpoint: craft-ds, torch.distributed.checkpoint (DCP) and DeepSpeed in one run.
 
-A pi0_fast with random weights takes one AdamW step on ranks that the script starts itself, so that masters
-and two moments exist: 12 bytes a trainable parameter. Then each method saves it into a fresh directory of
-one disk, all methods in turn, in another order each time. Medians over the repetitions, after one that does
-not count. Every time, all that was saved is overwritten in memory, loaded back by the method's own loader
-and compared (CRC-32 of every tensor).
+    python benchmarks/bench_checkpoint.py
+
+A pi0_fast with random weights takes one AdamW step on ranks that the script starts, so that masters and two
+moments exist: 12 bytes per trainable parameter. Then each method saves it into a new directory of the same
+disk, in an order that changes with each repetition. Medians over the repetitions, after one warm-up. After
+each save, everything saved is overwritten in memory, loaded by the method's own loader and compared (CRC-32
+of every tensor).
 
 Columns:
-  held up   seconds until training may go on, from a barrier before to a barrier after: the slowest rank
-  done      seconds until the method says that it is done; the same, but for what writes in the background
+  held up   seconds until training can continue, from a barrier before to a barrier after: the slowest rank
+  done      seconds until the method reports the end; later only for methods that write in the background
   on disk   seconds until an fsync of every file and directory of the checkpoint has returned. craft-ds and
-            DCP fsync their files themselves, DeepSpeed does not. craft-ds's seconds include the checksums,
-            which no other method makes.
-  extra     MB: the peak of resident memory over what was resident before, of the rank with the most. The
-            peak is the kernel's own (VmHWM, begun anew before each save), so no sampling misses an allocation
-            that lives short or holds the interpreter lock. Page cache is not part of it; mapped files are,
-            and no method maps one.
-  one file  whether a model.safetensors with every parameter in its whole shape is there at the end
+            DCP fsync their files, DeepSpeed does not. craft-ds's seconds include the checksums,
+            which no other method computes.
+  extra     MB: the peak of resident memory minus that before the save, of the rank with the most. The peak
+            is the kernel's (VmHWM, reset before each save), so that it includes short-lived allocations.
+            Page cache is not part of it; mapped files are, and no method maps one.
+  one file  yes if a model.safetensors with the full shape of every parameter exists at the end
 
-The second part is craft-ds alone at several sizes and dtypes, with the embeddings trained or frozen: the
-extra memory must stay below the limit of 64 MB a rank. The vocabulary makes the size, as it does in pi0_fast,
-so that the largest tensor grows with the model.
+The second part measures craft-ds at several sizes and dtypes, with trained or frozen embeddings: the extra
+memory must stay below 64 MB per rank. The vocabulary determines the size, as in pi0_fast, so that the largest
+tensor grows with the model.
 
-Disk and cores are this machine's, shared with whatever else runs on it: see the load that is printed, and the
-range beside each median.
+Other programs on the machine disturb the figures: see the printed load and the range beside each median.
 """
 
 import argparse
@@ -39,11 +39,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_methods import OTHERS, Method, is_consolidated, methods, spoil
+from checkpoint_methods import OTHERS, Method, is_consolidated, methods, overwrite
 from harness import (
     OUTPUTS,
+    argument_parser,
     hardware,
-    join_ranks,
+    init_ranks,
     make_engine,
     memory_bytes,
     mid_size_config,
@@ -72,24 +73,32 @@ _CRC_PIECE = 1 << 24
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--part", choices=("compare", "memory"), nargs="+", default=["compare", "memory"])
     add("--engine", choices=("fsdp", "zero3"), nargs="+", default=["fsdp", "zero3"])
     add("--ranks", type=int, default=2)
-    add("--repeats", type=int, default=3, help="measured saves a method (default: 3)")
+    add("--repeats", type=int, default=3, help="measured saves per method (default: 3)")
     add("--parameters", type=int, default=150, help="millions, at least 50, to compare with (default: 150)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of forward, to compare with")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the forward pass",
+    )
     add("--others", choices=OTHERS, nargs="*", default=list(OTHERS), help="compare craft-ds with these")
     add("--sizes", type=int, nargs="+", default=[60, 250], help="millions of the second part")
-    add("--directory", type=Path, default=OUTPUTS, help="the disk: checkpoints are written below and removed")
+    add(
+        "--directory",
+        type=Path,
+        default=OUTPUTS,
+        help="where to write, and remove, checkpoints",
+    )
     return parser.parse_args()
 
 
 def policy_config(parameters: float) -> TinyPI0FastConfig:
-    """A pi0_fast of about so many parameters, most of them embeddings, as in the real one."""
+    """Return the configuration of a pi0_fast of about this size, mostly embeddings, as in the real one."""
     config = replace(mid_size_config(), text_depth=2)
     # Even, as pi0_fast's: DCP copies a shard whose storage FSDP2 has padded.
     vocabulary = 64 * round((parameters - _SMALLEST) / (2 * 64 * config.text_width))
@@ -99,13 +108,13 @@ def policy_config(parameters: float) -> TinyPI0FastConfig:
 
 
 def freeze(policy: PreTrainedPolicy) -> None:
-    """Let only the decoder's layers train."""
+    """Freeze everything except the decoder's layers."""
     policy.requires_grad_(False)
     policy.model.paligemma_with_expert.paligemma.model.language_model.layers.requires_grad_(True)
 
 
 def fingerprint(engine: Engine) -> dict[str, int]:
-    """A CRC-32 of every tensor that this rank holds of parameters and optimizer state."""
+    """Return a CRC-32 of every tensor of parameters and optimizer state on this rank."""
     found = {}
     for shard in engine.shards():
         for key, values in (("", shard.master), *shard.state.items()):
@@ -120,23 +129,23 @@ def save_once(engine: Engine, method: Method, directory: Path) -> dict[str, floa
     """Save and measure. Collective.
 
     Returns:
-        Seconds of the slowest rank, and the bytes of the rank that took the most.
+        Seconds of the slowest rank, and bytes of the rank with the most.
     """
     gc.collect()
-    rank0_only(os.sync)()  # else what others wrote before would be waited for in here
+    rank0_only(os.sync)()  # otherwise the save would wait for earlier writes
     engine.barrier()
     reset_peak()
-    before, began = memory_bytes("VmRSS"), time.perf_counter()
+    before, started = memory_bytes("VmRSS"), time.perf_counter()
     wait = method.save(directory)
     engine.barrier()
-    held_up = time.perf_counter() - began
+    held_up = time.perf_counter() - started
     if wait is not None:
         wait()
         engine.barrier()
-    done = time.perf_counter() - began
+    done = time.perf_counter() - started
     extra = memory_bytes("VmHWM") - before
     rank0_only(sync_all)(directory)
-    on_disk = time.perf_counter() - began
+    on_disk = time.perf_counter() - started
     worst = [max(values) for values in zip(*gather_objects((held_up, done, on_disk, extra)), strict=True)]
     return dict(zip(("held_up", "done", "on_disk", "extra"), worst, strict=True))
 
@@ -148,23 +157,23 @@ def sync_all(directory: Path) -> None:
 
 
 def check(engine: Engine, method: Method, directory: Path, saved: dict[str, int]) -> None:
-    """Load a checkpoint over spoilt values and compare. Collective.
+    """Load a checkpoint over overwritten values and compare. Collective.
 
     Raises:
-        UserError: On all ranks: something did not come back as it was.
+        UserError: On all ranks: a loaded tensor differs from the saved one.
     """
-    spoil(engine)
+    overwrite(engine)
     assert fingerprint(engine) != saved
     method.load(directory)
     loaded = fingerprint(engine)
     different = [name for name in saved if loaded.get(name) != saved[name]]
     if any(gather_objects(different)):
-        raise UserError(f"{method.label}: {len(different)} tensors came back changed, {different[:3]}")
+        raise UserError(f"{method.label}: {len(different)} tensors changed, {different[:3]}")
 
 
 def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Save by each method in turn; one row a save, the same on all ranks."""
-    join_ranks(case["engine"])
+    """Save by each method in turn and return one row per save, the same on all ranks."""
+    init_ranks(case["engine"])
     source, scratch = Path(case["source"]), Path(case["scratch"])
     policy = meta_policy_without_tokenizers(policy_config(case["parameters"]))
     if case["frozen"]:
@@ -195,9 +204,9 @@ def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a method: medians, and the range of the seconds that training is held up."""
+    """Return one row per method: medians, and the range of the seconds that training is held up."""
     summary = []
-    for method in sorted({row["method"] for row in rows}):  # craft-ds is the first of the alphabet
+    for method in sorted({row["method"] for row in rows}):  # craft-ds comes first in the alphabet
         mine = [row for row in rows if row["method"] == method]
         seconds = [row["held_up"] for row in mine]
         measured = ("held_up", "done", "on_disk", "extra", "bytes", "files")
@@ -212,15 +221,15 @@ def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measure_case(args: argparse.Namespace, source: Path, **case: Any) -> list[dict[str, Any]]:
-    """Run one case on fresh ranks, in a scratch directory that is removed."""
+    """Run one case on new ranks, in a temporary directory."""
     args.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
-        whole = {"repeats": args.repeats, "frozen": False, "source": str(source)} | case
-        return run_case(whole | {"scratch": scratch}, args.ranks, timeout=3600)[0]
+        full_case = {"repeats": args.repeats, "frozen": False, "source": str(source)} | case
+        return run_case(full_case | {"scratch": scratch}, args.ranks, timeout=3600)[0]
 
 
 def write_policy(parameters: float, directory: Path) -> int:
-    """Write a policy directory of about so many parameters, and return how many."""
+    """Write a policy directory of about this size and return the number of parameters."""
     policy = meta_policy_without_tokenizers(policy_config(parameters))
     write_random_weights(policy, directory, torch.float32)
     policy.config._save_pretrained(directory)
@@ -261,7 +270,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure and print the extra memory of craft-ds's own save."""
+    """Measure and print the extra memory of a save by craft-ds."""
     print(
         f"\ncraft-ds, extra memory of a save on {args.ranks} ranks, the most of {args.repeats}\n"
         f"{'engine':<8}{'dtype':>10}{'parameters':>12}{'embeddings':>12}{'extra MB':>10}",
@@ -297,7 +306,7 @@ def main() -> None:
     write_result("bench_checkpoint", result)
     over = [row["extra_worst"] for row in result.get("memory", []) if row["extra_worst"] > LIMIT]
     if over:
-        raise UserError(f"a save took {max(over) / 1e6:.0f} MB more a rank, limit {LIMIT / 1e6:.0f} MB")
+        raise UserError(f"a save took {max(over) / 1e6:.0f} MB extra per rank, limit {LIMIT / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

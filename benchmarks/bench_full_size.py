@@ -1,10 +1,12 @@
-"""The real pi0_fast, once: 3.45 billion random parameters loaded into two shards and stepped on the CPU.
+"""Load the full-size pi0_fast, 3.45 billion random parameters, into two shards and train it on the CPU.
 
-The weights are written once, tensor by tensor, as bf16 safetensors (6.9 GB). Each rank reads its own ranges
-of that file, straight into its shards. The base is frozen and kept in bf16; what trains has fp32 masters: the
-last decoder layer, or with --lora adapters on the whole decoder. Then one task step and one retention step,
-forward and backward in bf16, on tiny batches. Printed: the planner's arithmetic, then what was measured, a
-rank. Needs 24 GB of memory and, until it ends, 6.9 GB of disk.
+    python benchmarks/bench_full_size.py --engine fsdp
+
+The weights are written once, tensor by tensor, as bf16 safetensors (6.9 GB). Each rank reads its ranges of
+that file directly into its shards. The base is frozen and kept in bf16; trainable parameters have fp32
+masters: the last decoder layer, or with --lora adapters on the complete decoder. Then one task step and one
+retention step follow, forward and backward in bf16, on tiny batches. The output is the planner's arithmetic
+and the measurement per rank. Needs 24 GB of memory and, until the end, 6.9 GB of disk.
 """
 
 import argparse
@@ -19,8 +21,9 @@ import torch
 from harness import (
     CRAFT,
     OUTPUTS,
+    argument_parser,
     hardware,
-    join_ranks,
+    init_ranks,
     make_engine,
     memory_bytes,
     reset_peak,
@@ -55,7 +58,7 @@ from craft_ds.training.train_step import retention_step, task_step
 
 GB = 1e9
 LORA = LoraConfig(enabled=True)
-# What DeepSpeed holds beside the shards is made small: every gigabyte counts twice on one machine.
+# Small buffers beside the shards: every gigabyte counts twice on one machine.
 DS_OPTIONS = {
     "reduce_bucket_size": 20_000_000,
     "sub_group_size": 50_000_000,
@@ -65,9 +68,7 @@ DS_OPTIONS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--engine", choices=("fsdp", "zero3"), nargs="+", default=["fsdp", "zero3"])
     add("--ranks", type=int, default=2)
@@ -75,24 +76,24 @@ def parse_arguments() -> argparse.Namespace:
         "--trainable_layers",
         type=int,
         default=1,
-        help="decoder layers that train, from the last (default: 1)",
+        help="trainable decoder layers, counted from the last (default: 1)",
     )
     add(
         "--lora",
         action="store_true",
-        help="train adapters on the whole decoder instead (--lora.preset=default)",
+        help="train adapters on the complete decoder instead (--lora.preset=default)",
     )
     add("--activation_checkpointing", choices=("none", "full"), default="none")
-    add("--layers", type=int, help="cut decoder and vision encoder to so many layers: a trial run")
-    add("--batch_size", type=int, default=1, help="samples a rank and pass (default: 1)")
-    add("--directory", type=Path, default=OUTPUTS / "full_size", help="where the weights are written")
-    add("--keep", action="store_true", help="do not delete the weights at the end, for the next run")
+    add("--layers", type=int, help="layers of decoder and vision encoder, for a trial run (default: all)")
+    add("--batch_size", type=int, default=1, help="samples per rank and pass (default: 1)")
+    add("--directory", type=Path, default=OUTPUTS / "full_size", help="directory of the weights")
+    add("--keep", action="store_true", help="keep the weights at the end, for the next run")
     add("--plan_only", action="store_true", help="print the arithmetic and stop")
     return parser.parse_args()
 
 
 def config() -> PI0FastConfig:
-    """gemma_2b and its 257,152 tokens; one camera."""
+    """Return the configuration: gemma_2b with 257,152 tokens, and one camera."""
     return PI0FastConfig(
         paligemma_variant="gemma_2b",
         dtype="float32",
@@ -107,7 +108,7 @@ def config() -> PI0FastConfig:
 
 
 def prepare(policy: PreTrainedPolicy, case: dict[str, Any]) -> None:
-    """Freeze all but the last decoder layers, unless adapters will; for a trial, leave layers out."""
+    """Freeze all but the last decoder layers, unless there are adapters; for a trial, drop layers."""
     model = policy.model.paligemma_with_expert.paligemma.model
     decoder, encoder = model.language_model, model.vision_tower.vision_model.encoder
     if case["layers"] is not None:
@@ -120,20 +121,20 @@ def prepare(policy: PreTrainedPolicy, case: dict[str, Any]) -> None:
 
 
 def skeleton(case: dict[str, Any]) -> PreTrainedPolicy:
-    """The base policy without weights and without tokenizers, which no loss needs."""
+    """Return the base policy without weights and without tokenizers, which the loss does not need."""
     policy = meta_policy_without_tokenizers(config())
     prepare(policy, case)
     return policy
 
 
 def adapter_plan(case: dict[str, Any]) -> AdapterPlan | None:
-    """New adapters on the base policy, whose directory has nothing but its weights."""
+    """Return new adapters on the base policy, whose directory holds only its weights."""
     directory = Path(case["directory"])
     return AdapterPlan(to_peft(LORA, config(), str(directory)), directory, None) if case["lora"] else None
 
 
 def random_batch(workload: Workload, seed: int) -> Batch:
-    """Random images and tokens at full length."""
+    """Return random images and tokens at full length."""
     rng = torch.Generator().manual_seed(seed)
     count = workload.batch_size
 
@@ -150,12 +151,12 @@ def random_batch(workload: Workload, seed: int) -> Batch:
 
 
 def workload_of(case: dict[str, Any]) -> Workload:
-    """Short: what is measured is the model, not the batch."""
+    """Return a short workload: the model is measured, not the batch."""
     return Workload(case["batch_size"], prompt_length=32, action_length=16, cameras=1)
 
 
 def plan(case: dict[str, Any]) -> tuple[PassTrace, Plan]:
-    """The simulated pass, and the planner's arithmetic for one rank."""
+    """Return the simulated pass, and the planner's arithmetic for one rank."""
     workload = workload_of(case)
     trace = simulate_pass(
         config(),
@@ -180,24 +181,24 @@ def plan(case: dict[str, Any]) -> tuple[PassTrace, Plan]:
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Load, one task step, one retention step on this rank: seconds, and bytes of resident memory."""
-    join_ranks(case["engine"])
+    """Load, take a task step and a retention step; return seconds and bytes of resident memory."""
+    init_ranks(case["engine"])
     policy = skeleton(case)
     gc.collect()
     result: dict[str, Any] = {"before": memory_bytes("VmRSS")}
 
     def stage(name: str, action: Any) -> Any:
         reset_peak()
-        began = time.perf_counter()
+        started = time.perf_counter()
         value = action()
         result[name] = {
-            "seconds": time.perf_counter() - began,
+            "seconds": time.perf_counter() - started,
             "peak": memory_bytes("VmHWM"),
             "after": memory_bytes("VmRSS"),
         }
         return value
 
-    # Hashing the base would only take time: these adapters are never stored.
+    # These adapters are never stored, so that the base needs no hash.
     with open_weights(policy, Path(case["directory"]), adapter_plan(case), base_sha256="unknown") as weights:
         if case["activation_checkpointing"] == "full":
             checkpoint_activations(policy)
@@ -209,41 +210,41 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     workload = workload_of(case)
     task, anchors = (random_batch(workload, seed * engine.world_size + engine.rank) for seed in (1, 2))
     stepped = stage("task_step", lambda: task_step(engine, [task], 1.0))
-    surged = stage(
+    retained = stage(
         "retention_step",
         lambda: retention_step(
             engine, task=[task], anchors=[anchors], constraint=None, multiplier=1.0, craft=CRAFT, max_norm=1.0
         ),
     )
     assert stepped.applied
-    assert surged.applied
+    assert retained.applied
     engine.close()
     return result | {
-        "loss": [stepped.loss, surged.loss],
-        "retention_loss": surged.retention_loss,
-        "cosine": surged.merged.cosine,
+        "loss": [stepped.loss, retained.loss],
+        "retention_loss": retained.retention_loss,
+        "cosine": retained.merged.cosine,
     }
 
 
 def show_plan(case: dict[str, Any]) -> dict[str, Any]:
-    """Print the arithmetic of an engine, in GB a rank."""
+    """Print and return the arithmetic of an engine, in GB per rank."""
     trace, planned = plan(case)
     parts = {name: value for name, value in vars(planned).items() if isinstance(value, int) and value}
-    print(f"\n{case['engine']} on {case['ranks']} ranks; {trace.trainable / 1e6:.1f} M parameters train")
-    print("planned GB a rank at the peak of a retention step:")
+    print(f"\n{case['engine']} on {case['ranks']} ranks; {trace.trainable / 1e6:.1f} M trainable parameters")
+    print("planned GB per rank at the peak of a retention step:")
     print("  " + ", ".join(f"{name} {value / GB:.2f}" for name, value in parts.items()))
     print(f"  total {planned.total / GB:.2f}, all ranks {case['ranks'] * planned.total / GB:.2f}")
-    # Gloo gathers into a buffer of its own and copies: of FSDP2 before the parameters have their memory, of
-    # ZeRO-3 without prefetch when they have it.
+    # Gloo gathers into its own buffer and copies: with FSDP2 before the parameters are allocated, with
+    # ZeRO-3 without prefetch afterwards.
     copy = 2 * max(unit.numel for unit in trace.units) if case["engine"] == "zero3" else 0
     if copy:
-        print(f"  and, on the CPU, gloo's own copy of what it gathers: {copy / GB:.2f}", flush=True)
+        print(f"  and, on the CPU, gloo's copy of gathered parameters: {copy / GB:.2f}", flush=True)
     sizes = {"trainable": trace.trainable, "frozen": trace.frozen, "gloo": copy}
     return vars(planned) | {"total": planned.total} | sizes
 
 
 def show_measured(results: list[dict[str, Any]], planned: dict[str, Any]) -> None:
-    """Print what the ranks measured, and the planner's error."""
+    """Print the measurements of the ranks and the planner's error."""
     for rank, one in enumerate(results):
         stages = ", ".join(
             f"{name} {one[name]['peak'] / GB:.2f} GB {one[name]['seconds']:.1f} s"
@@ -258,7 +259,7 @@ def show_measured(results: list[dict[str, Any]], planned: dict[str, Any]) -> Non
     model = 2 * (planned["trainable"] + planned["frozen"])
     extra = sum(one["second_gradient"] for one in results)
     print(
-        f"  a retention step's second gradient: {extra / len(results) / 1e6:.1f} MB a rank, together "
+        f"  a retention step's second gradient: {extra / len(results) / 1e6:.1f} MB per rank, together "
         f"{extra / model:.2%} of the model's {model / GB:.2f} GB\n"
         f"  all ranks together: {together['retention_step'] / GB:.2f} GB resident at the peak of the "
         f"retention step, {max(together.values()) / GB:.2f} GB at most; the plan is {error:+.1%} off\n"
@@ -290,11 +291,10 @@ def main() -> None:
     if args.plan_only:
         return
     if not (args.directory / "model.safetensors").is_file():
-        began = time.perf_counter()
+        started = time.perf_counter()
         write_random_weights(policy, args.directory, torch.bfloat16)
-        print(
-            f"\n{count * 2 / GB:.1f} GB of weights written in {time.perf_counter() - began:.0f} s", flush=True
-        )
+        seconds = time.perf_counter() - started
+        print(f"\n{count * 2 / GB:.1f} GB of weights written in {seconds:.0f} s", flush=True)
     rows = []
     try:
         for case, planned in zip(cases, plans, strict=True):
@@ -309,7 +309,7 @@ def main() -> None:
 
 
 def earlier_rows(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What earlier calls measured of the same model, but for what this one has measured again."""
+    """Return earlier measurements of the same model, except the cases measured again."""
     path = OUTPUTS / "bench_full_size.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
 

@@ -1,16 +1,18 @@
-"""What a run takes in memory while it loads, and what gradient surgery adds to a step.
+"""Measure the memory of gradient surgery in a step, and of a run while it loads.
 
-Surgery: the peak of a retention step over that of a plain step, in elements that tensors ask for, in units
-of one gradient shard (a rank's part of the gradient). The shipped tiny pi0_fast on 1, 2 and 3 ranks that the
-script starts itself.
+    python benchmarks/bench_memory.py
 
-Loading: a pi0_fast of 119 M random parameters, in one file, read straight into shards by the engines of
-2 and 3 ranks. Anonymous memory of the process above what it was before the engine was made, in units of one
-fp32 parameter shard:
-  ready    what the engine keeps when it is made: its shard; for ZeRO also masters and gradient accumulator
-  making   the most while it is made (DeepSpeed gathers each parameter once, to hang hooks on it)
-  loading  the most from the first byte that is read to the end, without what `ready` has beside the shard:
-           what it takes to bring the weights in (limit 1.25)
+Surgery: the peak of a retention step minus that of a plain step, in elements of tensors, in units of one
+gradient shard (the part of the gradient per rank). The shipped tiny pi0_fast on 1, 2 and 3 ranks that the
+script starts.
+
+Loading: a pi0_fast of 119 M random parameters, in one file, read directly into shards by the engines of
+2 and 3 ranks. Anonymous memory of the process beyond that before the engine was built, in units of one fp32
+parameter shard:
+  ready    memory of the finished engine: its shard; for ZeRO also masters and gradient accumulator
+  making   peak before the first read (DeepSpeed gathers each parameter once, to register hooks on it)
+  loading  peak from the first read to the end, without what `ready` has beyond the shard: the memory needed
+           to load the weights (limit 1.25)
 """
 
 import argparse
@@ -23,14 +25,14 @@ from typing import Any
 import torch
 from harness import (
     CRAFT,
+    argument_parser,
     batches,
     build_engine,
     hardware,
-    join_ranks,
+    init_ranks,
     make_engine,
     memory_bytes,
     mid_size_config,
-    run_benchmark,
     run_case,
     serve_case,
     shard_sizes,
@@ -50,19 +52,17 @@ LIMIT = 1.25
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch_size", type=int, default=4, help="samples a rank and pass (default: 4)")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--batch_size", type=int, default=4, help="samples per rank and pass (default: 4)")
     parser.add_argument("--part", choices=("surgery", "loading"), nargs="+", default=["surgery", "loading"])
     parser.add_argument("--engine", nargs="+", default=["zero3", "fsdp"], help="engines that load")
     return parser.parse_args()
 
 
-def measure_surgery(batch_size: int) -> dict[str, int]:
-    """Peaks in elements, on this rank."""
+def measure_surgery(case: dict[str, Any]) -> dict[str, int]:
+    """Return the peaks on this rank, in elements."""
     engine = build_engine()
-    task, anchors = batches(engine, batch_size, seed=1), batches(engine, batch_size, seed=1)
+    task, anchors = (batches(engine, case["batch_size"], seed=1) for _ in range(2))
 
     def plain() -> None:
         task_step(engine, task, 1.0)
@@ -72,7 +72,7 @@ def measure_surgery(batch_size: int) -> dict[str, int]:
             engine, task=task, anchors=anchors, constraint=None, multiplier=1.0, craft=CRAFT, max_norm=1.0
         )
 
-    peaks = {}
+    peaks: dict[str, int] = {}
     for action in (plain, retention):
         for repeat in range(WARM_UP + MEASURED):
             with MemoryCounter() as counter:
@@ -84,11 +84,11 @@ def measure_surgery(batch_size: int) -> dict[str, int]:
 
 
 class AnonymousPeak:
-    """Watches the anonymous memory of this process from a thread, every millisecond.
+    """Peak of this process's anonymous memory, sampled every millisecond in a thread.
 
     Attributes:
-        before: Bytes at the beginning.
-        peak: The most since then, or since it was last set to 0.
+        before: Bytes at the start.
+        peak: Largest value since the start, or since it was last set to 0.
     """
 
     def __enter__(self) -> "AnonymousPeak":
@@ -110,11 +110,11 @@ class AnonymousPeak:
 
 
 def measure_loading(case: dict[str, Any]) -> dict[str, float]:
-    """Anonymous memory of this rank, in bytes."""
-    join_ranks(case["engine"])
+    """Return the anonymous memory of this rank, in bytes."""
+    init_ranks(case["engine"])
     policy = meta_policy_without_tokenizers(mid_size_config())
     shard = 4 * sum(p.numel() for p in policy.parameters()) / case["world_size"]
-    # Libraries import parts of themselves when they are first used.
+    # Import what the libraries otherwise import at first use, during the measurement.
     _import_what_engines_import()
     with WeightReader(Path(case["directory"]), policy) as weights, AnonymousPeak() as memory:
         making = 0
@@ -152,7 +152,7 @@ def loading(kinds: list[str]) -> list[dict[str, Any]]:
         )
         for kind in kinds:
             for world_size in (2, 3):
-                case = {"engine": kind, "world_size": world_size, "directory": directory}
+                case = {"part": "loading", "engine": kind, "world_size": world_size, "directory": directory}
                 worst = max(run_case(case, world_size), key=lambda one: one["loading"])
                 row = {name: worst[name] / worst["shard"] for name in ("ready", "making", "loading")}
                 rows.append({"engine": kind, "ranks": world_size, "shard_bytes": worst["shard"]} | row)
@@ -165,8 +165,8 @@ def loading(kinds: list[str]) -> list[dict[str, Any]]:
 
 
 def surgery(results: dict[int, dict[str, Any]], batch_size: int) -> None:
-    """Print the table of surgery."""
-    print(f"fp32 elements, rank 0, {batch_size} samples a rank and pass")
+    """Complete and print the table of surgery."""
+    print(f"fp32 elements, rank 0, {batch_size} samples per rank and pass")
     print(
         f"{'ranks':>5} {'gradient shard':>15} {'plain peak':>12} {'retention peak':>15} {'extra / shard':>14}"
     )
@@ -178,14 +178,18 @@ def surgery(results: dict[int, dict[str, Any]], batch_size: int) -> None:
         )
 
 
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Measure a case of either part."""
+    return measure_surgery(case) if case["part"] == "surgery" else measure_loading(case)
+
+
 def main() -> None:
-    serve_case(measure_loading)
+    serve_case(measure)
     args = parse_arguments()
     result: dict[str, Any] = {"hardware": hardware(), **vars(args)}
     if "surgery" in args.part:
-        peaks = run_benchmark(lambda: measure_surgery(args.batch_size), (1, 2, 3))
-        if peaks is None:
-            return
+        case = {"part": "surgery", "batch_size": args.batch_size}
+        peaks = {world_size: run_case(case, world_size)[0] for world_size in (1, 2, 3)}
         print(hardware())
         surgery(peaks, args.batch_size)
         result["elements"] = peaks

@@ -1,9 +1,10 @@
-"""The memory planner held against measured peaks: one retention step, planned and run.
+"""Compare the memory planner with measured peaks of one retention step.
 
-Two policies (the shipped teacher, and a pi0_fast of 119 M random parameters), each engine on the ranks that
-the script starts itself. Measured is what tensors ask for, as an accelerator's allocator would see it,
-counted at every operator; resident memory of the process, above what it was before the engine was made,
-stands beside it.
+    python benchmarks/bench_memory_plan.py --policy teacher
+
+Two policies (the shipped teacher, and a pi0_fast of 119 M random parameters) in each engine, on ranks that
+the script starts. Measured is the memory of tensors, as an accelerator's allocator would see it, counted at
+every operator; and the resident memory of the process beyond that before the engine was built.
 """
 
 import argparse
@@ -17,8 +18,9 @@ import torch
 from harness import (
     CRAFT,
     TEACHER,
+    argument_parser,
     hardware,
-    join_ranks,
+    init_ranks,
     make_engine,
     memory_bytes,
     mid_size_config,
@@ -54,9 +56,9 @@ LIMIT = 0.15
 
 
 class AllocationCounter(MemoryCounter):
-    """A MemoryCounter that sees storages change their size, as those of FSDP2's parameters do.
+    """MemoryCounter for storages that change their size, as those of FSDP2's parameters do.
 
-    It looks at every storage again after every operator, and inside of sharded tensors.
+    It measures every storage again after every operator, also inside of sharded tensors.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,7 +72,7 @@ class AllocationCounter(MemoryCounter):
         return result
 
     def look(self) -> None:
-        """Add up what is alive now."""
+        """Sum the storages that are alive."""
         storages = {key: reference() for key, reference in self._alive.items()}
         self._alive = {key: self._alive[key] for key, storage in storages.items() if storage is not None}
         self.live = sum(storage.nbytes() for storage in storages.values() if storage is not None)
@@ -80,14 +82,12 @@ class AllocationCounter(MemoryCounter):
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor) and not leaf.is_meta:
-            # A sharded tensor is a shell around the local one.
+            # A sharded tensor wraps the local one.
             yield getattr(leaf, "_local_tensor", leaf).untyped_storage()
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--policy", choices=("teacher", "mid"), nargs="+", default=["teacher", "mid"])
     parser.add_argument("--engine", choices=ENGINES, nargs="+", default=ENGINES)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])
@@ -97,25 +97,25 @@ def parse_arguments() -> argparse.Namespace:
         nargs="?",
         const="default",
         metavar="PRESET",
-        help="rows of LoRA on a frozen base too, of the default preset or of another",
+        help="add rows of LoRA on a frozen base, with the default preset or another",
     )
-    parser.add_argument("--batch_size", type=int, default=4, help="samples a rank (default: 4)")
+    parser.add_argument("--batch_size", type=int, default=4, help="samples per rank (default: 4)")
     parser.add_argument("--world_size", type=int, default=2, help="ranks of the sharded engines (default: 2)")
     return parser.parse_args()
 
 
 def policy_config(name: str) -> TinyPI0FastConfig:
-    """The shipped teacher's configuration, or that of the mid-size policy."""
+    """Return the configuration of the shipped teacher or of the mid-size policy."""
     return load_policy_config(TEACHER) if name == "teacher" else mid_size_config()
 
 
 def lora_flags(case: dict[str, Any]) -> LoraConfig:
-    """The adapters of a case that has some."""
+    """Return the adapters of a case with LoRA."""
     return LoraConfig(enabled=True, preset=case["lora"])
 
 
 def full_batch(config: TinyPI0FastConfig, workload: Workload, seed: int) -> Batch:
-    """Random images and tokens, every sample of full length."""
+    """Return random images and tokens, every sample at full length."""
     batch = random_batch(config, workload.batch_size, seed)
     for key in batch:
         if "mask" in key:
@@ -124,10 +124,10 @@ def full_batch(config: TinyPI0FastConfig, workload: Workload, seed: int) -> Batc
 
 
 def measure(case: dict[str, Any]) -> dict[str, int]:
-    """Peaks of a retention step on this rank, in bytes: by tensors, and resident."""
+    """Return the peaks of a retention step on this rank in bytes, of tensors and resident."""
     kind, config = case["engine"], policy_config(case["policy"])
     dtype = getattr(torch, case["dtype"])
-    join_ranks(kind)
+    init_ranks(kind)
     workload = Workload(case["batch_size"], config.tokenizer_max_length, config.max_action_tokens)
     policy: PreTrainedPolicy = meta_policy_without_tokenizers(config)
     if case["lora"]:
@@ -161,7 +161,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
 
 
 def plan(case: dict[str, Any]) -> Plan:
-    """What the planner says of the same step."""
+    """Return the plan of the same step."""
     config = policy_config(case["policy"])
     dtype, kind = getattr(torch, case["dtype"]), case["engine"]
     workload = Workload(case["batch_size"], config.tokenizer_max_length, config.max_action_tokens)
@@ -187,7 +187,7 @@ def plan(case: dict[str, Any]) -> Plan:
 def main() -> None:
     serve_case(measure)
     args = parse_arguments()
-    print(f"MiB a rank; {hardware()}")
+    print(f"MiB per rank; {hardware()}")
     print(
         f"{'policy':<9}{'trains':<21}{'engine':<15}{'dtype':<10}{'ckpt':<6}{'planned':>9}{'measured':>10}"
         f"{'error':>8}{'resident':>10}"
@@ -203,7 +203,7 @@ def main() -> None:
                 "checkpointing": checkpointing,
                 "batch_size": args.batch_size,
                 "world_size": 1 if kind == "single" else args.world_size,
-                # Small enough that it fills at least once, as a large model's does.
+                # Small enough to fill at least once, as with a large model.
                 "reduce_bucket": 100_000 if name == "teacher" else 5_000_000,
             }
         )
@@ -215,11 +215,11 @@ def main() -> None:
     print(f"largest error: {worst:.1%}")
     write_result("bench_memory_plan", {"hardware": hardware(), "rows": rows})
     if worst > LIMIT:
-        raise UserError(f"the plan is off by more than {LIMIT:.0%}: see the rows above")
+        raise UserError(f"the plan differs by more than {LIMIT:.0%} from the measurement: see the rows above")
 
 
 def compare(case: dict[str, Any]) -> dict[str, Any]:
-    """Plan and run one case, and print both."""
+    """Plan, run and print one case."""
     measured, planned = run_case(case, case["world_size"])[0], plan(case)
     total = planned.total + planned.host  # on the CPU, host and device are one
     error = total / measured["tensors"] - 1

@@ -1,9 +1,10 @@
-"""What gradient surgery costs: scalars, merge and dual step against the whole retention step.
+"""Measure gradient surgery: scalars, merge and dual step as a share of the retention step.
 
-Beside it, on the same gradients in the same steps, the loop over parameters of the algorithm's usual
-pseudocode, sharded in the two obvious ways: dot products all-reduced one parameter at a time, and
-gradients gathered one parameter at a time. Medians over interleaved repetitions; the tiny pi0_fast on
-one process and on two ZeRO-3 ranks that the script starts itself.
+    python benchmarks/bench_surgery.py
+
+Compared with it, on the same gradients in the same steps: the usual loop over parameters, sharded in the two
+obvious ways, with dot products all-reduced per parameter and with gradients gathered per parameter. Medians
+over interleaved repetitions; the tiny pi0_fast on one process and on two ZeRO-3 ranks that the script starts.
 """
 
 import argparse
@@ -15,7 +16,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import CRAFT, batches, build_engine, hardware, run_benchmark, shard_sizes, write_result
+from harness import (
+    CRAFT,
+    argument_parser,
+    batches,
+    build_engine,
+    hardware,
+    run_case,
+    serve_case,
+    shard_sizes,
+    write_result,
+)
 from torch import Tensor
 
 import craft_ds.training.train_step as steps
@@ -25,30 +36,28 @@ from craft_ds.engines.base import Engine
 
 WARM_UP = 5
 ROWS = {
-    "step": "whole retention step",
+    "step": "retention step",
     "surgery": "surgery: scalars, merge, dual step",
-    "hand_over": "hand over g_t (copy of the shard)",
+    "copy_gradient": "copy g_t (the shard)",
     "reduce_each": "naive: all-reduce each parameter's dots",
     "gather_each": "naive: gather each parameter's gradient",
 }
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=30, help="measured steps (default: 30)")
     parser.add_argument(
         "--batch_size",
         type=int,
         default=16,
-        help="samples a step over all ranks; as many anchors, and as many for the constraint (default: 16)",
+        help="samples per step over all ranks; as many anchors, and as many for the constraint (default: 16)",
     )
     return parser.parse_args()
 
 
 def reduce_each(g_t: list[Tensor], g_r: list[Tensor], multiplier: float) -> None:
-    """Project and merge with one all-reduce and one round trip to the host a parameter."""
+    """Project and merge with one all-reduce and one copy to the host per parameter."""
     total = [0.0, 0.0, 0.0]
     for t, r in zip(g_t, g_r, strict=True):
         dots = torch.stack([torch.sum(t * t), torch.sum(t * r), torch.sum(r * r)])
@@ -59,7 +68,7 @@ def reduce_each(g_t: list[Tensor], g_r: list[Tensor], multiplier: float) -> None
 
 
 def gather_each(g_t: list[Tensor], g_r: list[Tensor], multiplier: float) -> None:
-    """Project and merge with the two full gradients of one parameter after the other."""
+    """Project and merge with the two full gradients of one parameter at a time."""
     tr = rr = 0.0
     for t, r in zip(g_t, g_r, strict=True):
         t, r = _full(t), _full(r)
@@ -82,51 +91,51 @@ def _naive_merge(g_t: list[Tensor], g_r: list[Tensor], removed: float, multiplie
 
 
 class Stopwatch:
-    """Adds up the seconds of the functions it wraps."""
+    """Sum of the seconds spent in wrapped functions."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
 
     def wrap(self, function: Callable) -> Callable:
-        """The same function, on the clock."""
+        """Return the function with its time measured."""
 
         def timed(*args: Any) -> Any:
-            began = time.perf_counter()
+            started = time.perf_counter()
             result = function(*args)
-            self._seconds += time.perf_counter() - began
+            self._seconds += time.perf_counter() - started
             return result
 
         return timed
 
     def read(self) -> float:
-        """The seconds since the last reading."""
+        """Return the seconds since the last call and reset them."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 
 def timed_together(engine: Engine, action: Callable[[], None]) -> float:
-    """Seconds of an action that all ranks begin together."""
+    """Return the seconds of an action that all ranks start together."""
     engine.barrier()
-    began = time.perf_counter()
+    started = time.perf_counter()
     action()
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
 def copy_by_parameter(shards: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
-    """A copy of shards, one tensor a parameter."""
+    """Return a copy of shards with one tensor per parameter."""
     if len(shards) == len(sizes):
         return [shard.clone() for shard in shards]
     (flat,) = shards
     return [part.clone() for part in flat.split(sizes)]
 
 
-def measure(repeats: int, batch_size: int) -> dict[str, float]:
-    """Median seconds of every row of the table, on this rank."""
+def measure(case: dict[str, Any]) -> dict[str, float]:
+    """Return the median seconds of every row of the table on this rank."""
     engine = build_engine()
-    share = max(1, batch_size // engine.world_size)
+    share = max(1, case["batch_size"] // engine.world_size)
     task, anchors, constraint = (batches(engine, share, seed) for seed in (1, 2, 3))
     dual, sizes = DualState(CRAFT), shard_sizes(engine)
-    surgery, hand_over, aside = Stopwatch(), Stopwatch(), Stopwatch()
+    surgery, copy_gradient, aside = Stopwatch(), Stopwatch(), Stopwatch()
     pair: list[list[Tensor]] = []
 
     def keep(g_t: Sequence[Tensor], g_r: Sequence[Tensor]) -> None:
@@ -136,17 +145,17 @@ def measure(repeats: int, batch_size: int) -> dict[str, float]:
 
     def gram_after_keeping(g_t: Sequence[Tensor], g_r: Sequence[Tensor]) -> Tensor:
         kept(g_t, g_r)
-        engine.barrier()  # the ranks end their passes at different times, which is not surgery's doing
+        engine.barrier()  # the ranks finish their passes at different times, which is not part of surgery
         return timed_gram(g_t, g_r)
 
-    # The functions that `retention_step` calls, so that what is timed is what is run.
+    # The functions that `retention_step` calls, so that the measured code is the executed code.
     steps.gram = gram_after_keeping
     steps.merge, steps.merge_ = surgery.wrap(steps.merge), surgery.wrap(steps.merge_)
     engine.sum_scalars = surgery.wrap(engine.sum_scalars)  # type: ignore[method-assign]
-    engine.take_gradient = hand_over.wrap(engine.take_gradient)  # type: ignore[method-assign]
+    engine.take_gradient = copy_gradient.wrap(engine.take_gradient)  # type: ignore[method-assign]
     dual.ascend = surgery.wrap(dual.ascend)  # type: ignore[method-assign]
 
-    def whole_step() -> None:
+    def step() -> None:
         result = steps.retention_step(
             engine,
             task=task,
@@ -171,9 +180,9 @@ def measure(repeats: int, batch_size: int) -> dict[str, float]:
         dual.ascend(record)
 
     seconds: dict[str, list[float]] = {row: [] for row in ROWS}
-    for repeat in range(-WARM_UP, repeats):
-        row = {"step": timed_together(engine, whole_step) - aside.read()}
-        row |= {"surgery": surgery.read(), "hand_over": hand_over.read()}
+    for repeat in range(-WARM_UP, case["repeats"]):
+        row = {"step": timed_together(engine, step) - aside.read()}
+        row |= {"surgery": surgery.read(), "copy_gradient": copy_gradient.read()}
         for name, naive in (("reduce_each", reduce_each), ("gather_each", gather_each)):
             g_t, g_r = ([part.clone() for part in parts] for parts in pair)
             row[name] = timed_together(engine, partial(naive, g_t, g_r, dual.multiplier))
@@ -185,11 +194,10 @@ def measure(repeats: int, batch_size: int) -> dict[str, float]:
 
 
 def main() -> None:
+    serve_case(measure)
     args = parse_arguments()
-    results = run_benchmark(lambda: measure(args.repeats, args.batch_size), (1, 2))
-    if results is None:
-        return
-    print(f"{hardware()}; {args.batch_size} samples a step over all ranks, median of {args.repeats}")
+    results = {world_size: run_case(vars(args), world_size, environment={})[0] for world_size in (1, 2)}
+    print(f"{hardware()}; {args.batch_size} samples per step over all ranks, median of {args.repeats}")
     for world_size, seconds in results.items():
         print(f"\n{world_size} rank{'s, ZeRO-3' if world_size > 1 else ', no sharding'}")
         for name, label in ROWS.items():

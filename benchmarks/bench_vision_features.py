@@ -1,11 +1,12 @@
-"""What a frozen vision tower saves a retention step, and what its stored features save on top.
+"""Measure a retention step with a trainable vision tower, a frozen one, and stored features.
 
-A pi0_fast of 119 M random parameters; one micro-batch of the task, one of anchors that is followed and one
-that measures the constraint. The tower trains, or is frozen and sees the anchors' images, or is frozen and
-the anchors come with its features (the task's images pass it in any case). Runs with and without features
-alternate step by step; a trainable tower needs another optimizer and therefore other processes, which
-alternate with the first. Seconds of the processor stand beside those of the clock: what else runs on the
-machine disturbs them less.
+    python benchmarks/bench_vision_features.py --engine single --rounds 1 --repeats 1
+
+A pi0_fast of 119 M random parameters; one micro-batch of the task, one of anchors for the gradient and one
+for the constraint. The tower trains, or is frozen and encodes the anchors' images, or is frozen and the
+anchors have stored features (the task's images pass the tower in any case). Steps with and without features
+alternate; a trainable tower needs another optimizer and therefore other processes, which alternate with the
+first. Processor seconds stand beside wall-clock seconds: other programs on the machine disturb them less.
 """
 
 import argparse
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from harness import (
     CRAFT,
+    argument_parser,
     hardware,
-    join_ranks,
+    init_ranks,
     make_engine,
     mid_size_config,
     random_values,
@@ -47,19 +49,17 @@ WAYS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--engine", choices=ENGINES, nargs="+", default=ENGINES)
     parser.add_argument("--rounds", type=int, default=3, help="alternations of processes (default: 3)")
-    parser.add_argument("--repeats", type=int, default=4, help="steps of each kind a round (default: 4)")
-    parser.add_argument("--batch_size", type=int, default=2, help="samples a rank and pass (default: 2)")
+    parser.add_argument("--repeats", type=int, default=4, help="steps of each kind per round (default: 4)")
+    parser.add_argument("--batch_size", type=int, default=2, help="samples per rank and pass (default: 2)")
     parser.add_argument("--world_size", type=int, default=2, help="ranks of the sharded engines (default: 2)")
     return parser.parse_args()
 
 
-def whole_policy() -> PreTrainedPolicy:
-    """The policy with its random weights."""
+def full_policy() -> PreTrainedPolicy:
+    """Return the policy with random weights."""
     policy = meta_policy_without_tokenizers(mid_size_config())
     materialize_(policy, "cpu")
     with torch.no_grad():
@@ -69,7 +69,7 @@ def whole_policy() -> PreTrainedPolicy:
 
 
 def with_features(policy: PreTrainedPolicy, batch: Batch) -> Batch:
-    """The batch as an anchor cache gives it: fp16 features in the place of the images."""
+    """Return the batch as an anchor cache stores it: fp16 features instead of the images."""
     features = {name: value.half() for name, value in vision_features(policy, batch).items()}
     return {
         name: value for name, value in batch.items() if name not in policy.config.image_features
@@ -77,21 +77,21 @@ def with_features(policy: PreTrainedPolicy, batch: Batch) -> Batch:
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of every step by its kind, on this rank (clock, processor); the anchors' loss both ways."""
-    join_ranks(case["engine"])
-    whole, rank = whole_policy(), int(os.environ["RANK"])
+    """Return the seconds (clock, processor) of every step on this rank, and the anchors' loss, by kind."""
+    init_ranks(case["engine"])
+    full, rank = full_policy(), int(os.environ["RANK"])
     task, anchors, constraint = (
-        random_batch(whole.config, case["batch_size"], seed * 97 + rank) for seed in (1, 2, 3)
+        random_batch(full.config, case["batch_size"], seed * 97 + rank) for seed in (1, 2, 3)
     )
     passes = {"images": [anchors, constraint]}
     if case["frozen"]:
-        passes["features"] = [with_features(whole, batch) for batch in passes["images"]]
+        passes["features"] = [with_features(full, batch) for batch in passes["images"]]
     else:
         passes = {"trainable": passes["images"]}
     policy = meta_policy_without_tokenizers(mid_size_config())
     vision_tower(policy).requires_grad_(not case["frozen"])
-    engine = make_engine(case["engine"], policy, read_from(whole))
-    del whole
+    engine = make_engine(case["engine"], policy, read_from(full))
+    del full
 
     def on_device(batch: Batch) -> Batch:
         return {name: value.to(engine.device) for name, value in batch.items()}
@@ -101,27 +101,27 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     losses = {way: measure_loss(engine, batches[:1]).loss.item() for way, batches in passes.items()}
     seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in passes}
     for repeat in range(-1, case["repeats"]):
-        for way, (followed, measured) in passes.items():
+        for way, (anchor_batch, constraint_batch) in passes.items():
             engine.barrier()
-            began, worked = time.perf_counter(), time.process_time()
+            started, worked = time.perf_counter(), time.process_time()
             result = retention_step(
                 engine,
                 task=[task],
-                anchors=[followed],
-                constraint=[measured],
+                anchors=[anchor_batch],
+                constraint=[constraint_batch],
                 multiplier=1.0,
                 craft=CRAFT,
                 max_norm=1.0,
             )
             assert result.applied
             if repeat >= 0:
-                seconds[way].append((time.perf_counter() - began, time.process_time() - worked))
+                seconds[way].append((time.perf_counter() - started, time.process_time() - worked))
     engine.close()
     return {"seconds": seconds, "losses": losses}
 
 
 def compare(kind: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of each kind of step in one engine, printed as a row."""
+    """Measure the median seconds of each kind of step in one engine and print them as a row."""
     seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     difference = 0.0
     for _ in range(args.rounds):
@@ -152,10 +152,11 @@ def compare(kind: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     serve_case(measure)
     args = parse_arguments()
-    print(f"{hardware()}; {args.batch_size} samples a rank and pass, medians of {args.rounds * args.repeats}")
+    count = args.rounds * args.repeats
+    print(f"{hardware()}; {args.batch_size} samples per rank and pass, medians of {count}")
     print(
-        "a retention step: seconds, and their ratio to those of a frozen tower that sees every image\n"
-        "(clock, processor); by how much the anchors' loss with fp16 features differs from that with images"
+        "retention step: seconds, and ratio to a frozen tower that encodes every image (clock, processor);\n"
+        "relative difference of the anchors' loss with fp16 features from that with images"
     )
     labels = "".join(f"{label:>23}" for label in WAYS.values())
     print(f"{'engine':<8}{labels}{'loss differs':>14}", flush=True)

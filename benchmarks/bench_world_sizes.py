@@ -1,29 +1,29 @@
-"""One global batch, one loss curve: the same CRaFT run at every world size, in every engine.
+"""Compare the loss curves of the same CRaFT run at every world size, in every engine.
 
-A tiny pi0_fast is fine-tuned with the same global batch, the same anchors and the same seed on 1 to 4 ranks
-of this machine, which the script starts itself. Printed is the largest difference of the task loss and of the
-retention loss of any step from those of the single process in fp32.
+    python benchmarks/bench_world_sizes.py --steps 3 --world_sizes 1 2
+
+A tiny pi0_fast is fine-tuned with the same global batch, anchors and seed on 1 to 4 ranks of this machine,
+which the script starts. The output is the largest difference of the task loss and of the retention loss of
+any step from those of the single process in fp32.
 """
 
 import argparse
-import faulthandler
 import itertools
 import json
 import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from harness import ROOT, hardware, write_result
+from harness import ROOT, argument_parser, hardware, run_case, serve_case, write_result
 
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
-from craft_ds.cli import exit_without_teardown, run_command, run_main
+from craft_ds.cli import run_command, run_main
 from craft_ds.engines.deepspeed import init_distributed
 from craft_ds.errors import UserError
 from craft_ds.testing.datasets import make_test_dataset
-from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.testing.policies import make_test_policy_dir
 
 ENGINES = {
@@ -32,19 +32,16 @@ ENGINES = {
     "fsdp": ["--engine=fsdp"],
 }
 COMPARED = ("train/loss", "craft/retention_loss", "craft/lambda")
-_ROOT = "CRAFT_BENCH_ROOT"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=30, help="optimizer steps (default: 30)")
-    add("--global_batch", type=int, default=12, help="samples a step over all ranks (default: 12)")
+    add("--global_batch", type=int, default=12, help="samples per step over all ranks (default: 12)")
     add("--world_sizes", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of ranks")
     add("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes of forward and backward")
-    add("--output", type=Path, help="file of the figures (default: below outputs/bench)")
+    add("--output", type=Path, help="JSON file of the figures (default: in outputs/bench)")
     args = parser.parse_args()
     for world_size in args.world_sizes:
         if args.global_batch % world_size:
@@ -53,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_inputs(root: Path) -> None:
-    """A policy, the new task's data, the old tasks' data and their anchors."""
+    """Write a policy, data of the new task, data of the old tasks and their anchors."""
     make_test_policy_dir(root / "policy")
     make_test_dataset(root / "old", tasks=2, episodes_per_task=3)
     make_test_dataset(root / "new", tasks=1, episodes_per_task=4, seed=5)
@@ -70,14 +67,13 @@ def make_inputs(root: Path) -> None:
     )
 
 
-def train_on_these_ranks(root: Path, args: argparse.Namespace) -> None:
-    """Every engine and dtype, on the ranks of which this is one."""
-    faulthandler.register(signal.SIGUSR1)
-    world_size = int(os.environ["WORLD_SIZE"])
+def train(case: dict[str, Any]) -> None:
+    """Train in every engine and dtype, on all ranks. Collective."""
+    root, world_size = Path(case["root"]), int(os.environ["WORLD_SIZE"])
+    batch_size = case["global_batch"] // world_size
     init_distributed()  # once: DeepSpeed does not survive the end of its first process group
-    for engine, dtype in itertools.product(engines(world_size), args.dtypes):
-        sys.argv = [
-            "train_craft.py",
+    for engine, dtype in itertools.product(engines(world_size), case["dtypes"]):
+        arguments = [
             *ENGINES[engine],
             f"--engine.dtype={dtype}",
             f"--policy.path={root / 'policy'}",
@@ -85,17 +81,18 @@ def train_on_these_ranks(root: Path, args: argparse.Namespace) -> None:
             "--dataset.repo_id=craft-ds/test",
             f"--dataset.root={root / 'new'}",
             f"--output_dir={run_directory(root, engine, dtype, world_size)}",
-            f"--steps={args.steps}",
-            f"--batch_size={args.global_batch // world_size}",
+            f"--steps={case['steps']}",
+            f"--batch_size={batch_size}",
             "--num_workers=0",
             "--log_freq=1",
             "--save_checkpoint=false",
             "--craft.enabled=true",
             f"--craft.anchor_cache_dir={root / 'anchors'}",
-            f"--craft.anchor_batch_size={args.global_batch // world_size}",
+            f"--craft.anchor_batch_size={batch_size}",
             "--craft.retention_freq=3",
         ]
-        run_command("train", sys.argv[1:])
+        sys.argv = ["train_craft.py", *arguments]
+        run_command("train", arguments)
     torch.distributed.destroy_process_group()
 
 
@@ -118,21 +115,14 @@ def largest_difference(found: list[float], expected: list[float]) -> float:
 
 
 def main() -> None:
+    serve_case(train)
     args = parse_arguments()
-    if _ROOT in os.environ:
-        exit_without_teardown(lambda: train_on_these_ranks(Path(os.environ[_ROOT]), args))
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         make_inputs(root)
         for world_size in args.world_sizes:
-            ends = run_ranks(
-                [sys.executable, *sys.argv],
-                world_size,
-                timeout=600,
-                environment={_ROOT: str(root), "CUDA_VISIBLE_DEVICES": ""},
-            )
-            if any(end.status for end in ends):
-                raise UserError(f"{world_size} ranks failed:\n{ends[0].output[-4000:]}")
+            case = {"steps": args.steps, "global_batch": args.global_batch, "dtypes": args.dtypes}
+            run_case(case | {"root": directory}, world_size, environment={"CUDA_VISIBLE_DEVICES": ""})
         found = {
             run: curves(run_directory(root, *run))
             for world_size in args.world_sizes
@@ -140,7 +130,7 @@ def main() -> None:
             for run in [(engine, dtype, world_size) for dtype in args.dtypes]
         }
     reference = found["single", "float32", 1]
-    print(f"{args.steps} steps, {args.global_batch} samples a step; {hardware()}")
+    print(f"{args.steps} steps, {args.global_batch} samples per step; {hardware()}")
     print("largest difference of any step from the single process in fp32:")
     print(f"{'engine':>7} {'dtype':>9} {'ranks':>6}" + "".join(f"{key:>22}" for key in COMPARED))
     rows = []

@@ -1,4 +1,4 @@
-"""The ways to write a checkpoint that `bench_checkpoint.py` compares: one function saves, one loads."""
+"""Methods of writing a checkpoint that `bench_checkpoint.py` compares: each saves and loads."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -27,12 +27,12 @@ Wait = Callable[[], object]
 
 
 class Method(NamedTuple):
-    """One way to write a checkpoint.
+    """A method of writing a checkpoint.
 
     Attributes:
-        label: What the table calls it.
-        save: Writes into a directory that is not there yet. Returns when training may go on; where writing
-            still goes on then, it returns what waits for its end. Collective.
+        label: Name in the table.
+        save: Writes into a directory that does not exist yet. Returns when training can continue; if it
+            still writes in the background, returns a function that waits for the end. Collective.
         load: Sets parameters and optimizer state from the directory. Collective.
     """
 
@@ -42,17 +42,17 @@ class Method(NamedTuple):
 
 
 def methods(engine: Engine, policy: PreTrainedPolicy, policy_dir: Path) -> dict[str, Method]:
-    """All ways to save an engine, by name; `craft` is our default.
+    """Return all methods of saving an engine, by name; `craft` is the default of craft-ds.
 
     Args:
-        engine: Has taken a step.
-        policy: What it trains.
-        policy_dir: Where it was loaded from.
+        engine: An engine that has taken a step.
+        policy: The policy that it trains.
+        policy_dir: Directory that the policy was loaded from.
     """
-    theirs = (
+    others = (
         _dcp(engine, policy) if hasattr(engine.module, "set_requires_gradient_sync") else _deepspeed(engine)
     )
-    return _craft(engine, policy, policy_dir) | theirs
+    return _craft(engine, policy, policy_dir) | others
 
 
 def _craft(engine: Engine, policy: PreTrainedPolicy, policy_dir: Path) -> dict[str, Method]:
@@ -112,7 +112,7 @@ def _dcp(engine: Engine, policy: PreTrainedPolicy) -> dict[str, Method]:
 
     def save_and_gather(directory: Path) -> None:
         save(directory)
-        # What PyTorch offers for one file: every rank gathers, the first gets it all.
+        # PyTorch's way to write one file: every rank gathers, and rank 0 receives everything.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         gathered: dict[str, Any] = get_model_state_dict(policy, options=options)
         rank0_only(save_file)(gathered, directory / WEIGHTS, metadata={"format": "pt"})
@@ -160,18 +160,18 @@ def _deepspeed(engine: Engine) -> dict[str, Method]:
 
 
 def is_consolidated(directory: Path, policy: PreTrainedPolicy) -> bool:
-    """Whether one `model.safetensors` holds every parameter of the policy in its whole shape."""
+    """Return whether one `model.safetensors` holds every parameter of the policy in its full shape."""
     if not (directory / WEIGHTS).is_file():
         return False
     with TensorFile(directory / WEIGHTS) as file:
-        # DeepSpeed's names are those of the module that it was given, the policy with its loss.
+        # DeepSpeed uses the names of its module, the policy with its loss.
         stored = {spec.name.removeprefix("policy."): tuple(spec.shape) for spec in file.specs()}
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in policy.named_parameters()}
     return shapes.items() <= stored.items()
 
 
-def spoil(engine: Engine) -> None:
-    """Overwrite parameters and moments, so that a load has to bring all of them back. Collective."""
+def overwrite(engine: Engine) -> None:
+    """Overwrite parameters and moments, so that a load must restore all of them. Collective."""
     engine.load_parameters(lambda name, start, stop: torch.full((stop - start,), -1.0))
     for shard in engine.shards(frozen=False):
         for values in shard.state.values():

@@ -1,5 +1,10 @@
-"""What the benchmarks share: the shipped tiny pi0_fast on some ranks of this machine, and their spawning."""
+"""Shared parts of the benchmarks: policies, engines, and ranks of this machine that measure one case.
 
+A benchmark calls `serve_case(measure)` first and `run_case(case, world_size)` for each case: `run_case`
+starts the same script again as ranks, in which `serve_case` runs `measure(case)` and exits.
+"""
+
+import argparse
 import faulthandler
 import json
 import os
@@ -8,7 +13,7 @@ import signal
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,49 +38,28 @@ from craft_ds.policies.weights import WeightReader, unique_tensors
 from craft_ds.tensor_io.tensor_file import TensorFile, TensorSpec, create_tensor_file
 from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.testing.policies import random_batch
+from craft_ds.worlds import teacher_directory
 
 ROOT = Path(__file__).resolve().parents[1]
-TEACHER = ROOT / "craft_ds" / "world" / "assets" / "metaworld_teacher"
+TEACHER = teacher_directory("metaworld")
 OUTPUTS = ROOT / "outputs" / "bench"
 PIECE = 1 << 22
-CRAFT = CraftConfig(enabled=True, conflict_threshold=1.0)  # every step projects: the dearest case
+CRAFT = CraftConfig(enabled=True, conflict_threshold=1.0)  # every step projects: the most expensive case
 _RESULT = "CRAFT_BENCH_RESULT"
 _CASE = "CRAFT_BENCH_CASE"
-# glibc keeps freed memory of the default sizes: resident memory would show its habits, not ours.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""Makes glibc return freed memory at once, so that resident memory is memory in use."""
 
 
-def run_benchmark(measure: Callable[[], Any], world_sizes: tuple[int, ...]) -> dict[int, Any] | None:
-    """Run `measure` on each number of ranks, as ranks of the calling script.
-
-    Returns:
-        What rank 0 of each measured, by world size; None in a rank itself.
-
-    Raises:
-        UserError: A rank failed.
-    """
-    if _RESULT in os.environ:
-        faulthandler.register(signal.SIGUSR1)
-        torch.set_num_threads(1)
-        result = measure()
-        if os.environ["RANK"] == "0":
-            Path(os.environ[_RESULT]).write_text(json.dumps(result))
-        return None
-    results = {}
-    for world_size in world_sizes:
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory) / "result.json"
-            ends = run_ranks(
-                [sys.executable, *sys.argv], world_size, timeout=600, environment={_RESULT: str(file)}
-            )
-            if any(end.status for end in ends):
-                raise UserError(f"a rank failed:\n{ends[0].output[-3000:]}")
-            results[world_size] = json.loads(file.read_text())
-    return results
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help shows the description as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def serve_case(measure: Callable[[dict[str, Any]], Any]) -> None:
-    """In a rank that `run_case` started, measure its case and end; in the script itself do nothing."""
+    """Measure the case and exit in a rank that `run_case` started; do nothing in the script itself."""
     if _CASE not in os.environ:
         return
     faulthandler.register(signal.SIGUSR1)
@@ -84,17 +68,29 @@ def serve_case(measure: Callable[[dict[str, Any]], Any]) -> None:
     exit_without_teardown(lambda: result.write_text(json.dumps(measure(case))))
 
 
-def run_case(case: dict[str, Any], world_size: int, timeout: float = 600) -> list[Any]:
+def run_case(
+    case: dict[str, Any],
+    world_size: int,
+    *,
+    timeout: float = 600,
+    environment: Mapping[str, str] = STEADY_ALLOCATOR,
+) -> list[Any]:
     """Run the calling script as ranks that measure one case (`serve_case`).
 
+    Args:
+        case: The argument of the function that measures; anything that JSON represents.
+        world_size: Number of ranks.
+        timeout: Seconds after which the ranks are killed.
+        environment: Additional environment variables of the ranks.
+
     Returns:
-        What each rank measured.
+        The result of each rank.
 
     Raises:
         UserError: A rank failed.
     """
     with tempfile.TemporaryDirectory() as directory:
-        environment = {_RESULT: directory, _CASE: json.dumps(case), **_ALLOCATOR}
+        environment = {**environment, _RESULT: directory, _CASE: json.dumps(case)}
         ends = run_ranks([sys.executable, sys.argv[0]], world_size, timeout=timeout, environment=environment)
         failed = [end for end in ends if end.status]
         if failed:
@@ -103,18 +99,18 @@ def run_case(case: dict[str, Any], world_size: int, timeout: float = 600) -> lis
 
 
 def memory_bytes(field: str) -> int:
-    """A field of this process's `/proc/self/status`: `VmRSS`, `VmHWM` (its peak) or `RssAnon`."""
+    """Return a field of this process's `/proc/self/status`: `VmRSS`, `VmHWM` (its peak) or `RssAnon`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 def reset_peak() -> None:
-    """Begin a new peak of resident memory (Linux, `proc(5)`: 5 into `clear_refs`)."""
+    """Reset the peak of resident memory (Linux, `proc(5)`: 5 into `clear_refs`)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def mid_size_config() -> TinyPI0FastConfig:
-    """A pi0_fast of 119 M parameters."""
+    """Return the configuration of a pi0_fast of 119 M parameters."""
     features = {
         "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 112, 112)),
         "observation.state": PolicyFeature(FeatureType.STATE, (8,)),
@@ -140,7 +136,7 @@ def mid_size_config() -> TinyPI0FastConfig:
 
 
 def random_values(name: str, start: int, stop: int) -> Tensor:
-    """Random weights of a policy, as a `ReadRange`: small, and one for the scales of layer norms."""
+    """Return random weights of a policy, as a `ReadRange`: small values, and 1 for scales of layer norms."""
     if "layer_norm" in name or "layernorm" in name:
         # Gemma's norms add one to their weight.
         one = name.endswith("weight") and "vision_tower" in name
@@ -150,7 +146,7 @@ def random_values(name: str, start: int, stop: int) -> Tensor:
 
 
 def write_random_weights(policy: PreTrainedPolicy, directory: Path, dtype: torch.dtype) -> None:
-    """Write a policy's `model.safetensors` tensor by tensor; no tensor is ever whole in memory."""
+    """Write a policy's `model.safetensors` in pieces; no tensor is completely in memory."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = unique_tensors(policy)
     path = directory / WEIGHTS
@@ -162,8 +158,8 @@ def write_random_weights(policy: PreTrainedPolicy, directory: Path, dtype: torch
                 file.write(name, start, random_values(name, start, stop))
 
 
-def join_ranks(kind: str) -> None:
-    """Join the process group that an engine needs. Collective: call on all ranks."""
+def init_ranks(kind: str) -> None:
+    """Initialize the process group that an engine needs. Collective: call on all ranks."""
     if kind.startswith("zero"):
         from craft_ds.engines.deepspeed import init_distributed
 
@@ -180,14 +176,14 @@ def make_engine(
     build_optimizer: Callable[[], torch.optim.Optimizer] | None = None,
     **ds_options: Any,
 ) -> Engine:
-    """An engine of a kind around a policy without weights. Collective: call on all ranks.
+    """Return an engine around a policy without weights. Collective: call on all ranks.
 
     Args:
         kind: `single`, `fsdp`, `fsdp_offload`, or the name of a file in `ds_configs/`.
         policy: From `build_on_meta`.
         read: Reads its weights.
-        dtype: Of forward and backward.
-        build_optimizer: By default AdamW on all parameters that train.
+        dtype: Dtype of forward and backward.
+        build_optimizer: By default AdamW on all trainable parameters.
         **ds_options: Keys of the DeepSpeed file's `zero_optimization` to set.
     """
     module = PolicyWithLoss(policy)
@@ -221,41 +217,41 @@ def make_engine(
 
 
 def build_engine() -> Engine:
-    """The shipped teacher in fp32 on the launched number of ranks: one process, or ZeRO-3. Collective."""
+    """Return the shipped teacher in fp32, on one process or on ZeRO-3 ranks. Collective."""
     kind = "single" if int(os.environ["WORLD_SIZE"]) == 1 else "zero3"
-    join_ranks(kind)
+    init_ranks(kind)
     policy = build_on_meta(load_policy_config(TEACHER))
     with WeightReader(TEACHER, policy) as weights:
         return make_engine(kind, policy, weights.read)
 
 
 def batches(engine: Engine, batch_size: int, seed: int) -> list[Batch]:
-    """One micro-batch of this rank, of random images and tokens."""
+    """Return one micro-batch of this rank, with random images and tokens."""
     batch = random_batch(load_policy_config(TEACHER), batch_size, seed * engine.world_size + engine.rank)
     return [{key: value.to(engine.device) for key, value in batch.items()}]
 
 
 def shard_sizes(engine: Engine) -> list[int]:
-    """Elements of each trainable parameter's part on a rank, the padding of ZeRO-3 included."""
+    """Return the elements per rank of each trainable parameter, with the padding of ZeRO-3."""
     parameters = [p for p in engine.module.parameters() if p.requires_grad]
     return [-(-getattr(p, "ds_numel", p.numel()) // engine.world_size) for p in parameters]
 
 
 def hardware() -> str:
-    """What the figures were measured on."""
+    """Return a line on the hardware and software of the measurement."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() if lines else model
     return (
-        f"{os.cpu_count()} x {model}, one thread a rank, gloo, torch {torch.__version__}, "
+        f"{os.cpu_count()} x {model}, one thread per rank, gloo, torch {torch.__version__}, "
         f"Python {platform.python_version()}"
     )
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:
-    """Write `outputs/bench/<name>.json` and say so."""
+    """Write `outputs/bench/<name>.json` and print its path."""
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     path = OUTPUTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

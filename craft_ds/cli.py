@@ -20,7 +20,11 @@ COMMANDS = {
     "plan": ("plan", "plan the memory of a run per rank, without allocating anything"),
     "eval": ("evaluate", "measure a policy in an embedded world"),
     "demo": ("demo", "fine-tune the embedded policy with and without CRaFT, and measure both"),
-    "worlds": ("worlds", "record demonstrations of an embedded world, or pretrain its teacher"),
+    "worlds": (
+        "worlds",
+        "list the embedded worlds, record demonstrations, or pretrain a teacher",
+    ),
+    "doctor": ("doctor", "check this machine: what will not work, and how to fix it"),
 }
 """Name of each subcommand, its module in `craft_ds.commands`, and its line in `craft-ds --help`."""
 

@@ -274,7 +274,10 @@ def training_command(engine: str, ranks: int) -> list[str]:
 
 
 def _zero3_config() -> Path:
-    return Path(__file__).resolve().parents[2] / "ds_configs" / "zero3.json"
+    """Return the path of the shipped `zero3.json`, in the package or in the repository."""
+    package = Path(__file__).resolve().parents[1]
+    files = [directory / "ds_configs" / "zero3.json" for directory in (package, package.parent)]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def run_figures(run: Path) -> dict[str, float]:

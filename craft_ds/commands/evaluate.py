@@ -24,7 +24,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         prog="craft-ds eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--policy.path", dest="policy_path", required=True, help="policy directory, checkpoint or hub id")
+    add(
+        "--policy.path",
+        dest="policy_path",
+        required=True,
+        help="policy directory, with or without LoRA adapters, or hub id",
+    )
     add("--world", choices=WORLDS, required=True)
     add("--tasks", choices=("all", "old", "new"), default="all", help="default: all")
     add("--episodes", type=int, default=20, help="episodes per task (default: 20)")
