@@ -44,7 +44,7 @@ from craft_ds.cli import run_main
 from craft_ds.config.configs import LoraConfig
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Batch
-from craft_ds.lora.adapters import AdapterPlan
+from craft_ds.lora.adapters import AdapterPlan, add_adapters
 from craft_ds.lora.peft_config import to_peft
 from craft_ds.lora.weights import open_weights
 from craft_ds.memory_planner.engine_options import EngineOptions
@@ -198,7 +198,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         return value
 
     # Hashing the base would only take time: these adapters are never stored.
-    with open_weights(policy, Path(case["directory"]), adapter_plan(case), base_sha256="unknown") as weights:
+    plan = adapter_plan(case)
+    adapters = add_adapters(policy, plan.config, base_sha256="unknown") if plan else None
+    with open_weights(policy, Path(case["directory"]), plan, adapters) as weights:
         if case["activation_checkpointing"] == "full":
             checkpoint_activations(policy)
         options = DS_OPTIONS if case["engine"] == "zero3" else {}

@@ -137,7 +137,7 @@ class Adapters:
         return f"{kind} of rank {self.config.r}"
 
 
-def add_adapters(policy: nn.Module, config: peft.LoraConfig) -> Adapters:
+def add_adapters(policy: nn.Module, config: peft.LoraConfig, base_sha256: str = "") -> Adapters:
     """Freeze a policy and put adapters beside its target layers, on the meta device and without values.
 
     The modules that train fully are not doubled as PEFT's own wrapper would: their parameters keep their
@@ -146,6 +146,7 @@ def add_adapters(policy: nn.Module, config: peft.LoraConfig) -> Adapters:
     Args:
         policy: A policy without adapters; changed in place.
         config: PEFT's configuration.
+        base_sha256: Recorded in the result; empty: not known.
 
     Raises:
         UserError: A target is missing, is no linear layer, or trains fully too.
@@ -174,7 +175,7 @@ def add_adapters(policy: nn.Module, config: peft.LoraConfig) -> Adapters:
     keys = {names[id(tensor)]: _PREFIX + key for key, tensor in stored.items()}
     for suffix in full_modules:
         keys |= _train_fully(policy, suffix)
-    return Adapters(config, keys)
+    return Adapters(config, keys, base_sha256)
 
 
 def _train_fully(policy: nn.Module, suffix: str) -> dict[str, str]:
@@ -195,6 +196,6 @@ def _train_fully(policy: nn.Module, suffix: str) -> dict[str, str]:
     return keys
 
 
-def base_name(name: str) -> str:
-    """A frozen parameter's name in the base policy."""
-    return name.replace(".base_layer.", ".")
+def base_name(name: str) -> str | None:
+    """Return the name that a tensor has in the base policy; None for an adapter's own tensor."""
+    return None if "lora_" in name else name.replace(".base_layer.", ".")

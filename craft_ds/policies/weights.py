@@ -1,7 +1,7 @@
 """The weights of a policy directory, read by range: a rank reads what it keeps, and no rank reads it all."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -25,21 +25,34 @@ class WeightReader:
 
     Args:
         directory: A policy directory.
-        policy: The policy, on any device: its names and shapes must be the files'.
+        policy: The policy, on any device: the files must have its names and shapes.
+        stored_name: Maps the name of a tensor in the policy to its name in the files; None where the files
+            do not hold the tensor.
 
     Raises:
         UserError: As `locate_weights`.
     """
 
-    def __init__(self, directory: Path, policy: nn.Module):
+    def __init__(
+        self, directory: Path, policy: nn.Module, stored_name: Callable[[str], str | None] = lambda name: name
+    ):
         self._files = ExitStack()
         self._places: dict[str, tuple[TensorFile | PerRankFile, str]] = {}
         opened: dict[Path, TensorFile] = {}
-        shapes = {name: tuple(tensor.shape) for name, tensor in unique_tensors(policy).items()}
+        shapes = {
+            stored: tuple(tensor.shape)
+            for name, tensor in unique_tensors(policy).items()
+            if (stored := stored_name(name)) is not None
+        }
+        aliases = {
+            stored: stored_name(first) or first
+            for name, first in tied_names(policy).items()
+            if (stored := stored_name(name)) is not None
+        }
         if is_per_rank(directory):
             self._open_pieces(directory / WEIGHTS, shapes)
             return
-        for name, (path, key) in locate_weights(directory, shapes, tied_names(policy)).items():
+        for name, (path, key) in locate_weights(directory, shapes, aliases).items():
             if path not in opened:
                 try:
                     opened[path] = self._files.enter_context(TensorFile(path))

@@ -35,7 +35,7 @@ def build(policy_dir, **lora):
 def values_of(policy_dir, seed=0, **lora):
     """Every trainable parameter's beginning, by name."""
     policy, plan = build(policy_dir, **lora)
-    with AdaptedWeights(policy, plan, "base", seed) as weights:
+    with AdaptedWeights(policy, plan, add_adapters(policy, plan.config, "base"), seed) as weights:
         return {
             name: weights.read(name, 0, p.numel()).view(p.shape)
             for name, p in policy.named_parameters()
@@ -134,7 +134,7 @@ def test_doras_magnitudes_begin_as_the_norms_of_the_rows(policy_dir):
 
 def test_parts_of_a_tensor_are_parts_of_the_whole(policy_dir):
     policy, plan = build(policy_dir, use_dora=True, full_modules=["lm_head"])
-    with AdaptedWeights(policy, plan, "base", 0) as weights:
+    with AdaptedWeights(policy, plan, add_adapters(policy, plan.config, "base"), 0) as weights:
         for name, parameter in policy.named_parameters():
             count = parameter.numel()
             cut = count // 3
@@ -148,7 +148,7 @@ def test_new_adapters_change_nothing(policy_dir, tmp_path):
     base, batch = load_policy(load_policy_config(policy_dir), policy_dir), None
     for use_dora in (False, True):
         policy, plan = build(policy_dir, use_dora=use_dora)
-        with AdaptedWeights(policy, plan, "base", 0) as weights:
+        with AdaptedWeights(policy, plan, add_adapters(policy, plan.config, "base"), 0) as weights:
             from craft_ds.policies.loading import fill_policy_
 
             fill_policy_(policy, weights.read, "cpu")
