@@ -3,10 +3,10 @@
 from functools import singledispatch
 
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
 from craft_ds.errors import UserError
+from craft_ds.policies.lerobot_internals import default_peft_targets
 
 DEFAULT = "default"
 _ATTENTION = r"self_attn\.[qkvo]_proj"
@@ -31,11 +31,7 @@ def lora_presets(config: PreTrainedConfig) -> dict[str, list[str] | str]:
     Args:
         config: The policy's configuration; no policy is built.
     """
-    policy_class = get_policy_class(config.type)
-    # LeRobot keeps its defaults in a method that reads the configuration at most.
-    policy = policy_class.__new__(policy_class)
-    policy.config = config
-    targets = (policy._get_default_peft_targets() or {}).get("target_modules")
+    targets = default_peft_targets(config)
     return {DEFAULT: targets} if targets else {}
 
 

@@ -28,6 +28,7 @@ from craft_ds.policies.directory import (
     read_config,
     read_pipeline,
 )
+from craft_ds.policies.lerobot_internals import check_internals
 from craft_ds.policies.meta_init import build_on_meta, materialize_
 from craft_ds.policies.remote_code import check_step, check_tokenizer
 from craft_ds.policies.tiny_pi0_fast.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
@@ -161,11 +162,13 @@ def build_policy(config: PreTrainedConfig, directory: Path) -> PreTrainedPolicy:
     _check_sizes(config, directory)
     _check_tokenizers(config)
     try:
-        return build_on_meta(config)
+        policy = build_on_meta(config)
     except Exception as error:  # whatever constructors and tokenizers say to values that they did not expect
         raise UserError(
             f"cannot build the policy of '{directory}': {one_line(error.__cause__ or error)}"
         ) from error
+    check_internals(policy)
+    return policy
 
 
 def _check_sizes(config: PreTrainedConfig, directory: Path) -> None:

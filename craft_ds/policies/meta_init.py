@@ -7,7 +7,6 @@ by the constructors. Building everything on the meta device would lose them.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest.mock import patch
 
 import torch
 from lerobot.configs import PreTrainedConfig
@@ -15,6 +14,8 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
+
+from craft_ds.policies.replace_attribute import replace_attribute
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
@@ -51,13 +52,13 @@ def _parameters_on_meta() -> Iterator[None]:
         buffers[module, name] = tensor
 
     with (
-        patch.object(nn.Module, "register_parameter", parameter_on_meta),
-        patch.object(nn.Module, "register_buffer", remembered),
+        replace_attribute(nn.Module, "register_parameter", parameter_on_meta),
+        replace_attribute(nn.Module, "register_buffer", remembered),
     ):
         yield
     for (module, name), tensor in buffers.items():
-        if tensor is not None and name in module._buffers:
-            module._buffers[name] = tensor
+        if tensor is not None and name in dict(module.named_buffers(recurse=False)):
+            setattr(module, name, tensor)
 
 
 def materialize_(module: nn.Module, device: torch.device | str) -> None:
@@ -67,10 +68,10 @@ def materialize_(module: nn.Module, device: torch.device | str) -> None:
     """
     made: dict[int, nn.Parameter] = {}
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta:
+        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.is_meta:
                 if id(parameter) not in made:
                     empty = torch.empty_like(parameter, device=device)
                     made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                part._parameters[name] = made[id(parameter)]
+                setattr(part, name, made[id(parameter)])
     module.to(device)

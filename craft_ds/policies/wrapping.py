@@ -79,7 +79,12 @@ def without_tied(policy: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
 
 
 def _uses(module: nn.Module) -> Counter[int]:
-    return Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
+    """Count the attributes, over all modules, that hold each parameter."""
+    return Counter(
+        id(parameter)
+        for part in module.modules()
+        for _, parameter in part.named_parameters(recurse=False, remove_duplicate=False)
+    )
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -18,6 +18,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
+from craft_ds.policies.lerobot_internals import text_tokenizer
 from craft_ds.policies.pi0_fast.loss import longest
 from craft_ds.policies.pi0_fast.vision import image_tokens
 from craft_ds.policies.token_loss import Batch
@@ -70,7 +71,7 @@ def greedy_action_tokens(policy: PI0FastPolicy, batch: Batch) -> Tensor:
         Text tokenizer ids (B, max_decoding_steps), int64; zeros after the end of action.
     """
     policy.eval()
-    model, tokenizer, limit = policy.model, policy._paligemma_tokenizer, policy.config.max_decoding_steps
+    model, tokenizer, limit = policy.model, text_tokenizer(policy), policy.config.max_decoding_steps
     decoder = model.paligemma_with_expert.paligemma.model.language_model
     lm_head = model.paligemma_with_expert.paligemma.lm_head
     embed_words = model.paligemma_with_expert.embed_language_tokens

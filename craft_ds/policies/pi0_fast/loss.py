@@ -22,6 +22,7 @@ from lerobot.utils.constants import (
 )
 from torch import Tensor
 
+from craft_ds.policies.lerobot_internals import apply_checkpoint, attention_mask
 from craft_ds.policies.pi0_fast.vision import image_tokens
 from craft_ds.policies.token_loss import Batch, TokenLoss, token_loss
 
@@ -72,8 +73,8 @@ def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tens
     supervised = action_mask[:, 1:action_length].flatten().nonzero().squeeze(1).to(device)
 
     vision, camera_masks = image_tokens(policy, batch)
-    words = model._apply_checkpoint(
-        model.paligemma_with_expert.embed_language_tokens, torch.cat([prompt, actions[:, :-1]], dim=1)
+    words = apply_checkpoint(
+        model, model.paligemma_with_expert.embed_language_tokens, torch.cat([prompt, actions[:, :-1]], dim=1)
     )
     embeddings = torch.cat([vision, words], dim=1)
     if decoder.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16:
@@ -88,7 +89,7 @@ def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tens
         ],
         dim=1,
     )
-    attention = model._create_custom_attention_mask_fast(segments, present, present.shape[0])
+    attention = attention_mask(model, segments, present)
     hidden = decoder(
         inputs_embeds=embeddings,
         attention_mask=prepare_attention_masks_4d(attention, dtype=embeddings.dtype),

@@ -14,6 +14,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from craft_ds.errors import UserError
+from craft_ds.policies.lerobot_internals import apply_checkpoint, preprocess_images
 from craft_ds.policies.token_loss import Batch
 from craft_ds.policies.weights import WeightReader, unique_tensors
 
@@ -68,12 +69,12 @@ def image_tokens(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, list[Tens
     """
     stored = _stored_features(policy, batch)
     if stored is None:
-        images, masks = policy._preprocess_images(batch)
+        images, masks = preprocess_images(policy, batch)
         features = _run_tower(policy, torch.cat(images))
     else:
         features, masks = stored
     paligemma = policy.model.paligemma_with_expert.paligemma.model
-    tokens = policy.model._apply_checkpoint(paligemma.multi_modal_projector, features)
+    tokens = apply_checkpoint(policy.model, paligemma.multi_modal_projector, features)
     scale = 2048**0.5
     # As in LeRobot, to the bit: a division and a multiplication that round.
     tokens = (tokens / scale * scale).float()
@@ -93,7 +94,7 @@ def vision_features(policy: PI0FastPolicy, batch: Batch) -> Batch:
         (B, patches, tower width) a camera, in the dtype that the tower computes.
     """
     cameras = [camera for camera in policy.config.image_features if camera in batch]
-    images, _ = policy._preprocess_images(batch)
+    images, _ = preprocess_images(policy, batch)
     features = _run_tower(policy, torch.cat(images[: len(cameras)])).chunk(len(cameras))
     return {features_key(camera): part for camera, part in zip(cameras, features, strict=True)}
 
@@ -126,7 +127,7 @@ def _run_tower(policy: PI0FastPolicy, images: Tensor) -> Tensor:
     # Called, not asked for its weights: sharded parameters are there while their modules run.
     tower = vision_tower(policy)
     if tower_trains(policy):
-        return policy.model._apply_checkpoint(lambda pixels: tower(pixels).last_hidden_state, images)
+        return apply_checkpoint(policy.model, lambda pixels: tower(pixels).last_hidden_state, images)
     with torch.no_grad():
         return tower(images).last_hidden_state
 
