@@ -45,7 +45,7 @@ from craft_ds.config.configs import LoraConfig
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Batch
 from craft_ds.lora.adapters import AdapterPlan, add_adapters
-from craft_ds.lora.peft_config import to_peft
+from craft_ds.lora.peft_config import make_peft_config
 from craft_ds.lora.weights import open_weights
 from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import Plan, plan_memory
@@ -129,7 +129,11 @@ def skeleton(case: dict[str, Any]) -> PreTrainedPolicy:
 def adapter_plan(case: dict[str, Any]) -> AdapterPlan | None:
     """New adapters on the base policy, whose directory has nothing but its weights."""
     directory = Path(case["directory"])
-    return AdapterPlan(to_peft(LORA, config(), str(directory)), directory, None) if case["lora"] else None
+    return (
+        AdapterPlan(make_peft_config(LORA, config(), str(directory)), directory, None)
+        if case["lora"]
+        else None
+    )
 
 
 def random_batch(workload: Workload, seed: int) -> Batch:

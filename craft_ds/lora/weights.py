@@ -1,4 +1,4 @@
-"""The values of a policy with adapters, read by range: the base from its files, adapters stored or new."""
+"""Values of a policy with adapters, read by range: the base from its files, adapters stored or new."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from craft_ds.lora.adapters import (
     add_adapters,
     base_name,
     has_adapters,
-    plan_stored,
+    plan_stored_adapters,
 )
 from craft_ds.policies.loading import build_policy, fill_policy_, resolve_policy_path
 from craft_ds.policies.weights import WeightReader, weights_sha256
@@ -97,11 +97,11 @@ class AdaptedWeights:
             if keys:
                 raise UserError(f"{path} {problem} {len(keys)} tensors of the adapters, such as {min(keys)}")
         base_sha256 = self._adapters.base_sha256
-        trained_on = file.metadata.get(BASE_SHA256, base_sha256)  # adapters made elsewhere say nothing
+        trained_on = file.metadata.get(BASE_SHA256, base_sha256)  # PEFT itself does not record it
         if trained_on != base_sha256:
             raise UserError(
                 f"the adapters in {path.parent} were trained on another base policy than {base}: its weights "
-                f"have SHA-256 {base_sha256[:12]}…, those trained on {trained_on[:12]}…"
+                f"have SHA-256 {base_sha256[:12]}…, the adapters need {trained_on[:12]}…"
             )
         return file
 
@@ -109,14 +109,14 @@ class AdaptedWeights:
         shape = self._shapes[name]
         if ".lora_B." in name:
             return torch.zeros(shape)
-        # A generator on the CPU takes 32 bits of its seed.
+        # A CPU generator uses 32 bits of its seed.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         if self._adapters.config.init_lora_weights == "gaussian":
             return nn.init.normal_(torch.empty(shape), std=1 / shape[0], generator=generator)
         return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
     def _row_norms(self, layer: str, start: int, stop: int) -> Tensor:
-        """Norms of the base weight's rows [start, stop), some rows at a time."""
+        """Return the norms of the base weight's rows [start, stop), reading some rows at a time."""
         _, width = self._shapes[f"{layer}.base_layer.weight"]
         step = max(1, _ROWS // width)
         norms = [
@@ -159,22 +159,23 @@ def open_weights(
 def load_trained_policy(
     config: PreTrainedConfig, path: str | Path, device: str = "cpu", base_path: str = ""
 ) -> PreTrainedPolicy:
-    """As `craft_ds.policies.loading.load_policy`, for directories with adapters too.
+    """Load a policy as `craft_ds.policies.loading.load_policy` does, from directories with adapters too.
 
     Args:
         config: From `load_policy_config`; not changed.
         path: A policy directory or a hub id.
-        device: Where the policy goes.
-        base_path: Where the base policy of adapters lies now, if it was moved.
+        device: Device of the policy.
+        base_path: Current folder or hub id of the adapters' base policy, if it was moved.
 
     Returns:
         The policy in evaluation mode; adapters are beside the layers, not merged into them.
 
     Raises:
-        UserError: As `load_policy`; the adapters are damaged, or their base policy is missing or another.
+        UserError: As `load_policy`; the adapters are damaged, or their base policy is missing or not the one
+            they were trained on.
     """
     directory = resolve_policy_path(path)
-    plan = plan_stored(directory, base_path) if has_adapters(directory) else None
+    plan = plan_stored_adapters(directory, base_path) if has_adapters(directory) else None
     policy = build_policy(config, plan.base if plan else directory)
     adapters = add_adapters(policy, plan.config) if plan else None
     with open_weights(policy, directory, plan, adapters) as weights:

@@ -1,7 +1,7 @@
-"""A policy without its weights: parameters on the meta device, buffers real.
+"""Build a policy on the meta device: parameters without memory, buffers with values.
 
 Buffers that are not stored with the weights (rotary frequencies, embedding scales, position ids) are computed
-by the constructors. Building everything on the meta device would lose them.
+by the constructors, and would be lost if everything was built on the meta device.
 """
 
 import copy
@@ -26,7 +26,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
     """
     config = copy.copy(config)
     config.device = "meta"
-    # The initial weights are never seen: drawing them would take time and touch memory.
+    # Initial weights are not used; sampling them would take time and memory.
     with no_init_weights(), _parameters_on_meta():
         policy = get_policy_class(config.type)(config)
     return policy.eval()
@@ -34,10 +34,10 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Move parameters to the meta device as they are registered, and keep buffers where they were made.
+    """Move parameters to the meta device as they are registered, and keep buffers on their device.
 
-    As accelerate's `init_empty_weights`, with two differences: parameters that a constructor ties stay tied,
-    and buffers that it moves to the meta device with everything else are put back.
+    Unlike accelerate's `init_empty_weights`, parameters that a constructor ties stay tied, and buffers that a
+    constructor moves to the meta device are restored.
     """
     buffers: dict[tuple[nn.Module, str], Tensor | None] = {}
     register_parameter, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
@@ -47,13 +47,13 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register_parameter(module, name, parameter)
 
-    def remembered(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+    def recorded_buffer(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         register_buffer(module, name, tensor, persistent)
         buffers[module, name] = tensor
 
     with (
         replace_attribute(nn.Module, "register_parameter", parameter_on_meta),
-        replace_attribute(nn.Module, "register_buffer", remembered),
+        replace_attribute(nn.Module, "register_buffer", recorded_buffer),
     ):
         yield
     for (module, name), tensor in buffers.items():
@@ -62,7 +62,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def materialize_(module: nn.Module, device: torch.device | str) -> None:
-    """Give parameters on the meta device memory on `device`, without values, and move all else there.
+    """Allocate parameters from the meta device on `device`, uninitialised, and move everything else there.
 
     Tied parameters stay tied.
     """
