@@ -47,8 +47,8 @@ from craft_ds.cli import run_main
 from craft_ds.config.configs import LoraConfig
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Batch
-from craft_ds.lora.adapters import AdapterPlan
-from craft_ds.lora.peft_config import to_peft
+from craft_ds.lora.adapters import AdapterPlan, add_adapters
+from craft_ds.lora.peft_config import make_peft_config
 from craft_ds.lora.weights import open_weights
 from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import Plan, plan_memory
@@ -130,7 +130,11 @@ def skeleton(case: dict[str, Any]) -> PreTrainedPolicy:
 def adapter_plan(case: dict[str, Any]) -> AdapterPlan | None:
     """Return new adapters on the base policy, whose directory holds only its weights."""
     directory = Path(case["directory"])
-    return AdapterPlan(to_peft(LORA, config(), str(directory)), directory, None) if case["lora"] else None
+    return (
+        AdapterPlan(make_peft_config(LORA, config(), str(directory)), directory, None)
+        if case["lora"]
+        else None
+    )
 
 
 def random_batch(workload: Workload, seed: int) -> Batch:
@@ -199,7 +203,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         return value
 
     # These adapters are never stored, so that the base needs no hash.
-    with open_weights(policy, Path(case["directory"]), adapter_plan(case), base_sha256="unknown") as weights:
+    plan = adapter_plan(case)
+    adapters = add_adapters(policy, plan.config, base_sha256="unknown") if plan else None
+    with open_weights(policy, Path(case["directory"]), plan, adapters) as weights:
         if case["activation_checkpointing"] == "full":
             checkpoint_activations(policy)
         options = DS_OPTIONS if case["engine"] == "zero3" else {}

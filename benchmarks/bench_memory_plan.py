@@ -39,7 +39,7 @@ from craft_ds.config.configs import LoraConfig
 from craft_ds.engines.base import Batch
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import add_adapters
-from craft_ds.lora.peft_config import to_peft
+from craft_ds.lora.peft_config import make_peft_config
 from craft_ds.memory_planner import ENGINES
 from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import Plan, plan_memory
@@ -131,7 +131,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     workload = Workload(case["batch_size"], config.tokenizer_max_length, config.max_action_tokens)
     policy: PreTrainedPolicy = meta_policy_without_tokenizers(config)
     if case["lora"]:
-        add_adapters(policy, to_peft(lora_flags(case), config, base_path=""))
+        add_adapters(policy, make_peft_config(lora_flags(case), config, base_path=""))
     if case["checkpointing"] == "full":
         from craft_ds.engines.activation_checkpointing import checkpoint_activations
 

@@ -1,13 +1,13 @@
-"""What is to be built: the options, and all of a cache's metadata that is known before its first shard.
+"""Options of a build, and the metadata of a cache that is known before its first shard is written.
 
-The same plan gives the same bytes; so it is what an interrupted build or an existing cache is compared with.
+The same plan gives the same bytes, so an interrupted build or an existing cache is compared with it.
 """
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lerobot.configs import PreTrainedConfig
@@ -26,27 +26,27 @@ from craft_ds.policies.weights import weight_files
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build, with the names and defaults of the command line's flags.
+    """Options of a build, with the names and defaults of the command line's flags.
 
     Attributes:
         dataset_repo_id: The old tasks' data set.
         policy_path: The teacher: a policy directory, or a hub id.
-        output_dir: The cache to make.
+        output_dir: Directory of the new cache.
         dataset_root: Local folder of the data set; None looks in LeRobot's cache and on the hub.
         num_samples: Number of anchors.
         batch_size: Anchors processed at once.
         num_workers: Processes that read the data set.
-        heldout_fraction: Part of each task's episodes whose anchors are never trained on.
-        seed: Seed of the draw.
-        device: Where the teacher computes its own loss.
-        shard_size: Anchors a file.
+        heldout_fraction: Fraction of each task's episodes whose anchors are never trained on.
+        seed: Seed of the selection.
+        device: Device on which the teacher computes its own loss.
+        shard_size: Anchors per file.
         image_size: "dataset" stores images as recorded (exact), "model" as the policy resizes them (smaller,
             rounded to 8 bits).
-        vision_features: Also store what the teacher's vision tower makes of the images, in fp16: training
-            with the same tower frozen can then skip it.
+        vision_features: Also store the output of the teacher's vision tower in fp16. Training with the same
+            tower frozen can then skip the tower.
 
     Raises:
-        UserError: A value out of range.
+        UserError: A value is out of range.
     """
 
     dataset_repo_id: str
@@ -74,28 +74,39 @@ class BuildOptions:
             raise UserError(f"--image_size={self.image_size} must be dataset or model")
 
 
+class Teacher(NamedTuple):
+    """The policy whose behaviour the anchors preserve.
+
+    Attributes:
+        directory: Its local folder.
+        config: Its configuration.
+        vision_fingerprint: Fingerprint of its vision tower where features are stored, else None.
+    """
+
+    directory: Path
+    config: PreTrainedConfig
+    vision_fingerprint: str | None = None
+
+
 def make_plan(
     options: BuildOptions,
-    teacher: Path,
-    config: PreTrainedConfig,
+    teacher: Teacher,
     dataset: LeRobotDataset,
-    draw: AnchorSelection,
+    selection: AnchorSelection,
     example: dict[str, Tensor],
-    vision_fingerprint: str | None = None,
 ) -> dict[str, Any]:
-    """The metadata of a cache without its shards and the teacher's loss, as JSON values.
+    """Return the metadata of a cache without its shards and the teacher's loss, as JSON values.
 
     Args:
-        options: What to build.
-        teacher: The policy's local folder.
-        config: The policy's configuration.
+        options: Options of the build.
+        teacher: The teacher.
         dataset: The old data set.
-        draw: The frames drawn from it.
+        selection: The frames selected from it.
         example: An encoded batch, for the names, types and shapes of the fields.
-        vision_fingerprint: Of the tower whose features are stored; None: none are.
     """
+    directory, config, vision_fingerprint = teacher
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
-    episodes = dataset.hf_dataset.data.column("episode_index").to_numpy()[draw.rows]
+    episodes = dataset.hf_dataset.data.column("episode_index").to_numpy()[selection.frames]
     vision = {} if vision_fingerprint is None else {"vision_features": {"fingerprint": vision_fingerprint}}
     return {
         "format": FORMAT,
@@ -107,8 +118,8 @@ def make_plan(
         "teacher": {
             "path": options.policy_path,
             "type": config.type,
-            "config": _without_tokenizer_names(json.loads((teacher / CONFIG).read_text(encoding="utf-8"))),
-            "weights_sha256": _weights_sha256(teacher),
+            "config": _without_tokenizer_names(json.loads((directory / CONFIG).read_text(encoding="utf-8"))),
+            "weights_sha256": _weights_sha256(directory),
         },
         "dataset": {
             "repo_id": options.dataset_repo_id,
@@ -117,12 +128,12 @@ def make_plan(
             "meta_sha256": _joint_sha256(dataset.root, sorted((dataset.root / "meta").rglob("*.*"))),
             "tasks": list(dataset.meta.tasks.sort_values("task_index").index),
             "episodes": {
-                "train": np.unique(episodes[~draw.heldout]).tolist(),
-                "heldout": draw.heldout_episodes,
+                "train": np.unique(episodes[~selection.heldout]).tolist(),
+                "heldout": selection.heldout_episodes,
             },
         },
         "processors": {
-            file.name: _processor_sha256(file) for file in sorted(teacher.glob("policy_*processor*"))
+            file.name: _processor_sha256(file) for file in sorted(directory.glob("policy_*processor*"))
         },
         "tokenizer": tokenizer_fingerprint(config),
         "cameras": policy_cameras(config),
@@ -135,14 +146,19 @@ def make_plan(
     }
 
 
-def check_same(plan: dict[str, Any], there: dict[str, Any], complaint: str) -> None:
-    """Check that what is there was built, or begun, by this plan.
+def check_plan_matches(plan: dict[str, Any], existing: dict[str, Any], complaint: str) -> None:
+    """Check that an existing build or cache has this plan.
+
+    Args:
+        plan: The plan of this build.
+        existing: The stored plan or metadata.
+        complaint: Start of the error message.
 
     Raises:
-        UserError: It was not; the message begins with the complaint and names a difference.
+        UserError: The two differ; the message names one difference.
     """
     for name, wanted in plan.items():
-        found = there.get(name)
+        found = existing.get(name)
         if found == wanted:
             continue
         if isinstance(wanted, dict) and isinstance(found, dict):
@@ -165,7 +181,7 @@ def _joint_sha256(root: Path, files: list[Path]) -> str:
 
 
 def _processor_sha256(file: Path) -> str:
-    """Hash of a processor's file; of a .json without tokenizer names, which may be a machine's paths."""
+    """Hash a processor's file; a .json without its tokenizer names, which may be local paths."""
     if file.suffix != ".json":
         return file_sha256(file)
     content = _without_tokenizer_names(json.loads(file.read_text(encoding="utf-8")))

@@ -1,13 +1,13 @@
-"""The anchor cache on disk: its format, its integrity, and random reads from it.
+"""The anchor cache on disk: format, integrity checks, and random reads.
 
-A cache is a directory of ``metadata.json`` and ``shard_00000.safetensors``, ``shard_00001.safetensors``, …
-Anchor i is row ``i % shard_size`` of shard ``i // shard_size``. Each shard holds, for its n anchors:
+A cache is a directory of `metadata.json` and `shard_00000.safetensors`, `shard_00001.safetensors`, …
+Anchor i is row `i % shard_size` of shard `i // shard_size`. Each shard holds, for its n anchors:
 
-- one uint8 tensor (n, C, H, W) a camera, named as the policy names the camera;
-- if the cache was built with them, one float16 tensor (n, patches, width) a camera, named
-  ``<camera>.vision_features``: what the teacher's vision tower makes of those images;
+- one uint8 tensor (n, C, H, W) per camera, named as the policy names the camera;
+- if the cache was built with them, one float16 tensor (n, patches, width) per camera,
+  named `<camera>.vision_features`: the output of the teacher's vision tower for those images;
 - the prompt and the action tokens of the teacher's own processors, int32 (n, length), and their masks, bool;
-- ``task``, ``episode`` and ``frame``: int32 (n,), where the anchor comes from.
+- `task`, `episode` and `frame`: int32 (n,), the origin of the anchor.
 """
 
 import hashlib
@@ -36,23 +36,23 @@ _CODES = {"uint8": "U8", "int32": "I32", "bool": "BOOL", "float16": "F16"}
 
 
 def shard_name(number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"shard_{number:05d}.safetensors"
 
 
 def partial_directory(path: Path) -> Path:
-    """The sibling of a cache in which an unfinished build of it lies."""
+    """Return the sibling of a cache that holds its unfinished build."""
     return path.with_name(f".{path.name}.partial")
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
+    """Return the SHA-256 of a file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def metadata_sha256(metadata: dict[str, Any]) -> str:
-    """SHA-256 of the metadata, without its own ``sha256`` entry, as canonical JSON."""
+    """Return the SHA-256 of the metadata, without its own `sha256` entry, as canonical JSON."""
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
@@ -61,16 +61,16 @@ class AnchorCache:
 
     Attributes:
         path: The directory.
-        metadata: What ``metadata.json`` says.
-        tasks: The tasks' texts; ``task`` of an anchor is an index into it.
+        metadata: Content of `metadata.json`.
+        tasks: The tasks' texts; `task` of an anchor is an index into it.
         cameras: Names of the image fields.
         splits: Anchor indices of "train" and "heldout". The two share no episode.
         task: Task of each anchor, int32 (N,).
         episode: Episode of each anchor in the old data set, int32 (N,).
         teacher_loss: L0, the teacher's own mean loss per action token, by split ("train", "heldout" and
-            "all"): ``{"overall": float, "by_task": {text: float}, "tokens": int}``.
-        vision_fingerprint: Which vision tower its features are from, as
-            `craft_ds.policies.pi0_fast.vision.vision_fingerprint` says; None where it holds none.
+            "all"): `{"overall": float, "by_task": {text: float}, "tokens": int}`.
+        vision_fingerprint: Fingerprint of the vision tower that made its features (see
+            `craft_ds.policies.pi0_fast.vision.vision_fingerprint`); None without features.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any], handles: list[Any]) -> None:
@@ -94,19 +94,19 @@ class AnchorCache:
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> "AnchorCache":
-        """Open a cache after checking it.
+        """Check a cache and open it.
 
         Presence, size, types and sample count of every shard are always checked. Files are memory-mapped and
         kept open.
 
         Args:
             path: The cache's directory.
-            verify: Also compare SHA-256 checksums, which reads every byte. One process a machine is
-                enough: with many ranks, pass True on the local main rank only.
+            verify: Also compare SHA-256 checksums, which reads every byte. One process per machine is
+                enough: with many ranks, pass True on local rank 0 only.
 
         Raises:
-            UserError: No cache there, a build that was interrupted, another format version, or a shard
-                that is missing or damaged.
+            UserError: There is no cache, its build was interrupted, its format version is unknown, or a shard
+                is missing or damaged.
         """
         path = Path(path)
         metadata = read_metadata(path)
@@ -119,13 +119,13 @@ class AnchorCache:
         return self.metadata["num_samples"]
 
     def check_policy(self, config: PreTrainedConfig) -> None:
-        """Check that the anchors mean to this policy what they meant to the teacher.
+        """Check that this policy reads the anchors as the teacher did.
 
         Args:
             config: The policy's configuration, as `craft_ds.policies.loading.load_policy_config` gives it.
 
         Raises:
-            UserError: Another tokenizer, camera set, image shape or token length.
+            UserError: The tokenizers, cameras, image shapes or token lengths differ.
         """
         cameras = policy_cameras(config)
         if set(cameras) != set(self.cameras):
@@ -144,28 +144,28 @@ class AnchorCache:
             self._mismatch("tokenizers", self.metadata["tokenizer"][:12], fingerprint[:12])
 
     def read(self, indices: Sequence[int], vision_features: bool = False) -> dict[str, Tensor]:
-        """Read anchors, stored fields as they are.
+        """Read anchors, with the fields as they are stored.
 
         Args:
             indices: Anchor indices in [0, len(self)), in any order, repeats allowed; B of them.
-            vision_features: Read the vision tower's features in the place of the images, which are then not
-                touched. The cache must hold them (`vision_fingerprint`).
+            vision_features: Read the vision tower's features instead of the images. The cache must hold them
+                (`vision_fingerprint`).
 
         Returns:
-            uint8 images (B, C, H, W) or float16 features (B, patches, width) a camera, int32 tokens and bool
-            masks (B, length), int32 ``task``, ``episode`` and ``frame`` (B,).
+            uint8 images (B, C, H, W) or float16 features (B, patches, width) per camera, int32 tokens and
+            bool masks (B, length), int32 `task`, `episode` and `frame` (B,).
         """
         batch = {}
-        rows = [divmod(index, self._shard_size) for index in indices]
+        places = [divmod(index, self._shard_size) for index in indices]
         features = [features_key(camera) for camera in self.cameras]
-        left_out = self.cameras if vision_features else features
-        wanted = [name for name in self._fields if name not in left_out]
+        skipped = self.cameras if vision_features else features
+        wanted = [name for name in self._fields if name not in skipped]
         if vision_features and not set(features) <= set(wanted):
             raise KeyError(f"anchor cache {self.path} holds no vision features")
         for name in wanted:
             field = self._fields[name]
-            out = torch.empty((len(rows), *field["shape"]), dtype=DTYPES[field["dtype"]])
-            for position, (shard, row) in enumerate(rows):
+            out = torch.empty((len(places), *field["shape"]), dtype=DTYPES[field["dtype"]])
+            for position, (shard, row) in enumerate(places):
                 out[position] = self._slices[shard][name][row : row + 1][0]
             batch[name] = out
         return batch
@@ -174,7 +174,7 @@ class AnchorCache:
         return torch.cat([slices[name][:] for slices in self._slices])
 
     def _check_columns(self) -> None:
-        """Check what the shards alone know against the metadata."""
+        """Check the columns of the shards against the metadata."""
         known = 0 <= int(self.task.min()) <= int(self.task.max()) < len(self.tasks)
         measured = all(
             self.teacher_loss[split]["overall"] is not None
@@ -192,10 +192,10 @@ class AnchorCache:
         expected = list(config.input_features[name].shape)
         resolution = getattr(config, "image_resolution", None)
         if resolution is None:
-            # This policy takes images as they come.
+            # This policy takes images of any size.
             wanted = expected[1:]
         elif self.metadata["request"]["image_size"] == "model":
-            # Already resized for one policy: another size would resize, and pad, twice.
+            # The images are resized already: for another size they would be resized and padded twice.
             wanted = list(resolution)
         else:
             wanted = size
@@ -211,7 +211,7 @@ class AnchorCache:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Read ``metadata.json`` of a cache and check that this code knows the format.
+    """Read `metadata.json` of a cache and check its format.
 
     Raises:
         UserError: As `AnchorCache.open`.
@@ -226,7 +226,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         what = (
             f"no anchor cache at {path}"
             if not path.exists()
-            else f"{path} is no anchor cache: no {METADATA_FILE}"
+            else f"{path} is not an anchor cache: {METADATA_FILE} is missing"
         )
         raise UserError(f"{what}; build one with scripts/build_anchor_cache.py --output_dir={path}")
     try:
@@ -241,13 +241,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
         )
     if metadata.pop("sha256", None) != metadata_sha256(metadata):
         raise UserError(
-            f"{file} is damaged (its SHA-256 is not the recorded one); build the anchor cache again"
+            f"{file} is damaged (its SHA-256 differs from the recorded one); build the anchor cache again"
         )
     try:
         check_metadata(metadata)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file} holds what no anchor cache has ({type(error).__name__}: {one_line(error)}); build the "
+            f"{file} has an invalid entry ({type(error).__name__}: {one_line(error)}); build the "
             "anchor cache again"
         ) from error
     return metadata
@@ -265,7 +265,7 @@ def _open_shard(path: Path, shard: dict[str, Any], fields: dict[str, Any], verif
     if size != shard["bytes"]:
         raise damaged(f"{size} bytes instead of {shard['bytes']}")
     if verify and file_sha256(path) != shard["sha256"]:
-        raise damaged("its SHA-256 is another")
+        raise damaged("its SHA-256 differs from the recorded one")
     try:
         handle = safe_open(path, framework="pt")
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
@@ -276,5 +276,5 @@ def _open_shard(path: Path, shard: dict[str, Any], fields: dict[str, Any], verif
         name: (_CODES[field["dtype"]], [shard["samples"], *field["shape"]]) for name, field in fields.items()
     }
     if found != wanted:
-        raise damaged("its fields, their types or their sample counts are not the recorded ones")
+        raise damaged("its fields, their types or their sample counts differ from the recorded ones")
     return handle

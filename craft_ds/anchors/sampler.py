@@ -1,9 +1,8 @@
-"""Which anchors a step takes: a pure function of (seed, position), so nothing but a position is ever resumed.
+"""Anchors of a step as a pure function of (seed, position), so that a resumed run needs the position alone.
 
-One endless stream of anchors feeds all ranks. Position p of the stream belongs to task ``p mod T`` and is
-draw ``k = p // T`` of that task; the draws of a task run through its anchors again and again, in a new order
-each epoch. A retention step takes the next G positions, which `craft_ds.data.batch_partition` deals to the
-ranks.
+One endless stream of anchors feeds all ranks. Position p of the stream belongs to task `p mod T` and is
+draw `k = p // T` of that task; the draws of a task run through its anchors in a new order each epoch. A
+retention step takes the next G positions, which `craft_ds.data.batch_partition` distributes over the ranks.
 """
 
 import functools
@@ -31,7 +30,7 @@ class AnchorSampler:
     Args:
         cache: The anchors.
         split: "train" or "heldout".
-        share: How a retention step is dealt to the ranks; the order depends on its total alone.
+        share: Partition of a retention step over the ranks; the order depends on its total alone.
         seed: Seed of the order.
 
     Raises:
@@ -47,7 +46,7 @@ class AnchorSampler:
         self._order = functools.lru_cache(maxsize=2 * len(self._strata))(self._epoch_order)
 
     def draw(self, positions: Iterable[int]) -> list[int]:
-        """The anchors at these places of the stream."""
+        """Return the anchors at these positions of the stream."""
         return [self._draw(position) for position in positions]
 
     def _draw(self, position: int) -> int:
@@ -56,15 +55,15 @@ class AnchorSampler:
         return int(self._order(stratum, epoch)[place])
 
     def _epoch_order(self, stratum: int, epoch: int) -> np.ndarray:
-        """Order of a task's anchors in an epoch.
+        """Return the order of a task's anchors in an epoch.
 
-        The anchors are split once into two halves and each epoch shuffles the halves apart, so that a step
-        that crosses into the next epoch cannot meet an anchor twice. Steps too large for that keep one order.
+        The anchors are split once into two halves and each epoch shuffles each half, so that a step that
+        crosses into the next epoch cannot take an anchor twice. Steps too large for that keep one order.
         """
         order = np.random.default_rng((self.seed, stratum)).permutation(self._strata[stratum])
         half = len(order) // 2
-        draws_a_step = -(-self.global_batch // len(self._strata))
-        if draws_a_step <= half:
+        draws_per_step = -(-self.global_batch // len(self._strata))
+        if draws_per_step <= half:
             shuffle = np.random.default_rng((self.seed, stratum, epoch + 1)).permutation
             order = np.concatenate([shuffle(order[:half]), shuffle(order[half:])])
         return order
@@ -78,20 +77,20 @@ def iter_split(
     world_size: int,
     limit: int | None = None,
 ) -> Iterator[tuple[list[int], bool]]:
-    """Visit every anchor of a split once over all ranks, in the same number of batches on each rank.
+    """Iterate once over a split, distributed over all ranks in the same number of batches per rank.
 
     Args:
         cache: The anchors.
         split: "train" or "heldout".
-        batch_size: Anchors a rank and batch, at most.
+        batch_size: Maximum number of anchors per rank and batch.
         rank: This rank.
         world_size: Number of ranks.
-        limit: Visit only so many anchors, balanced over the tasks and spread over each.
+        limit: Maximum number of anchors, balanced over the tasks and spread over each; None: all.
 
     Yields:
-        Anchor indices of this rank, and whether they count. The last batch may be short, and where fewer
-        anchors than ranks are left, ranks without one get an anchor that does **not** count: it keeps the
-        collectives of a sharded forward pass in step and must be left out of the mean.
+        Anchor indices of this rank, and True if they count. The last batch may be short. Where fewer anchors
+        than ranks remain, a rank without one gets an anchor that does **not** count: it keeps the collectives
+        of a sharded forward pass in step and must not enter the mean.
     """
     strata = _strata(cache, cache.splits[split])
     if limit is not None and limit < len(cache.splits[split]):
@@ -110,11 +109,11 @@ def iter_split(
 
 
 def to_policy_batch(anchors: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """Turn stored anchors into the batch that the policy's preprocessor would give.
+    """Turn stored anchors into the batch that the policy's preprocessor would return.
 
     Args:
-        anchors: What `AnchorCache.read` gives.
-        device: Where the batch goes. Images travel as uint8 and become float there.
+        anchors: From `AnchorCache.read`.
+        device: Device of the batch. Images are copied as uint8 and converted there.
 
     Returns:
         float32 images (B, C, H, W) in [0, 1], or vision features as they are stored, int64 tokens and bool
@@ -143,7 +142,7 @@ def _check_enough(cache: AnchorCache, split: str, world_size: int) -> None:
 
 
 def _strata(cache: AnchorCache, members: list[int]) -> list[list[int]]:
-    """The members by task; tasks without any are left out."""
+    """Group the members by task; tasks without members are omitted."""
     by_task: dict[int, list[int]] = {}
     for index, task in zip(members, cache.task[members].tolist(), strict=True):
         by_task.setdefault(task, []).append(index)
@@ -151,6 +150,6 @@ def _strata(cache: AnchorCache, members: list[int]) -> list[list[int]]:
 
 
 def _interleave(strata: list[list[int]]) -> list[int]:
-    """The first anchor of each task, then the second of each, and so on."""
+    """Return the first anchor of each task, then the second of each, and so on."""
     longest = max(map(len, strata), default=0)
     return [stratum[i] for i in range(longest) for stratum in strata if i < len(stratum)]

@@ -1,6 +1,6 @@
-"""What the metadata of an anchor cache may say.
+"""Schema of the metadata of an anchor cache.
 
-Its checksum shows that nothing changed since it was written, and not that it was written by the builder.
+The checksum shows that nothing changed since the file was written, but not who wrote it.
 """
 
 import math
@@ -22,18 +22,18 @@ TOKEN_FIELDS = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK, ACTION_TOKENS,
 ORIGIN_FIELDS = ("task", "episode", "frame")
 DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "bool": torch.bool, "float16": torch.float16}
 _SHA256 = re.compile("[0-9a-f]{64}")
-_MOST = 1 << 31  # anchors, and entries of one field of an anchor
+_MAX_SIZE = 1 << 31  # anchors, and entries of one field of an anchor
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
-    """Check every entry that is read to open a cache: its type, its bounds, and that they fit together.
+    """Check type, bounds and consistency of every entry that is read to open a cache.
 
     Args:
-        metadata: What ``metadata.json`` says.
+        metadata: Content of `metadata.json`.
 
     Raises:
-        ValueError: An entry that no build writes; or, where a part is missing or of another kind,
-        KeyError, TypeError, AttributeError: as Python has it.
+        ValueError: An entry has a value that no build writes.
+        KeyError, TypeError, AttributeError: An entry is missing or of another type.
     """
     tasks, cameras = metadata["dataset"]["tasks"], metadata["cameras"]
     _check(_are_texts(tasks) and tasks, "dataset.tasks")
@@ -53,7 +53,7 @@ def check_metadata(metadata: dict[str, Any]) -> None:
 
 
 def _check_fields(fields: dict[str, Any], cameras: list[str], with_features: bool) -> None:
-    """The fields are exactly those of such a cache, each of its type and number of dimensions."""
+    """Check the names, types and numbers of dimensions of the fields."""
     wanted = {name: ("int32", 0) for name in ORIGIN_FIELDS}
     wanted |= {name: ("bool" if "mask" in name else "int32", 1) for name in TOKEN_FIELDS}
     wanted |= {camera: ("uint8", 3) for camera in cameras}
@@ -67,14 +67,14 @@ def _check_fields(fields: dict[str, Any], cameras: list[str], with_features: boo
             isinstance(shape, list)
             and len(shape) == dimensions
             and all(is_count(size, 1) for size in shape)
-            and math.prod(shape) < _MOST,
+            and math.prod(shape) < _MAX_SIZE,
             f"fields: the shape of {name}",
         )
 
 
 def _check_shards(shards: list[Any], samples: Any, shard_size: Any) -> None:
-    """Every shard but the last is full, and together they have the samples."""
-    _check(is_count(samples, 1) and samples < _MOST, "num_samples")
+    """Check that every shard but the last is full, and that together they have all samples."""
+    _check(is_count(samples, 1) and samples < _MAX_SIZE, "num_samples")
     _check(is_count(shard_size, 1), "request.shard_size")
     _check(isinstance(shards, list) and len(shards) == -(-samples // shard_size), "shards")
     for number, shard in enumerate(shards):

@@ -1,4 +1,4 @@
-"""Which frames of a data set become anchors: balanced over tasks, spread over episodes, split by episode."""
+"""Selection of anchor frames: balanced over tasks, spread over episodes, split by episode."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,17 @@ import numpy as np
 
 
 class AnchorSelection(NamedTuple):
-    """Frames drawn from a data set, ordered by split (train first), task, episode and frame.
+    """Frames selected from a data set, ordered by split (train first), task, episode and frame.
 
     Attributes:
-        rows: Row of each anchor in the data set, (N,).
-        heldout: Whether each anchor belongs to a held-out episode, bool (N,).
-        heldout_episodes: All held-out episodes, sorted, whether or not a frame was drawn from them.
+        frames: Index of each anchor in the data set, (N,).
+        task: Task of each frame, (N,).
+        heldout: True for frames of held-out episodes, bool (N,).
+        heldout_episodes: All held-out episodes, sorted, including those without a selected frame.
     """
 
-    rows: np.ndarray
+    frames: np.ndarray
+    task: np.ndarray
     heldout: np.ndarray
     heldout_episodes: list[int]
 
@@ -22,43 +24,44 @@ class AnchorSelection(NamedTuple):
 def select_anchors(
     task: np.ndarray, episode: np.ndarray, num_samples: int, heldout_fraction: float, seed: int
 ) -> AnchorSelection:
-    """Draw frames without replacement.
+    """Select frames without replacement.
 
-    Tasks get equal shares of ``num_samples``, and the episodes of a task equal shares of the task's; what a
-    short task or episode cannot give goes to the others.
+    Tasks get equal shares of `num_samples`, and the episodes of a task get equal shares of the task's frames.
+    Frames that a short task or episode lacks are taken from the others.
 
     Args:
         task: Task of each frame, (F,).
         episode: Episode of each frame, (F,).
-        num_samples: Frames to draw, at most F.
-        heldout_fraction: Part of each task's episodes to hold out, in [0, 1). With two episodes or more, at
-            least one is held out (unless the fraction is 0) and at least one is not.
-        seed: Seed of the draw.
+        num_samples: Frames to select, at most F.
+        heldout_fraction: Fraction of each task's episodes to hold out, in [0, 1). With two episodes or more,
+            at least one is held out (unless the fraction is 0) and at least one is not.
+        seed: Seed of the selection.
     """
     heldout_episodes = _hold_out(task, episode, heldout_fraction, seed)
     rng = np.random.default_rng((seed, 1))
     tasks, frames_of_task = np.unique(task, return_counts=True)
-    rows = []
+    parts = []
     for one_task, share in zip(tasks, allocate_evenly(num_samples, frames_of_task, rng), strict=True):
         members = np.flatnonzero(task == one_task)
         members = members[np.argsort(episode[members], kind="stable")]
         _, lengths = np.unique(episode[members], return_counts=True)
         by_episode = np.split(members, np.cumsum(lengths)[:-1])
         for frames, count in zip(by_episode, allocate_evenly(int(share), lengths, rng), strict=True):
-            rows.append(rng.choice(frames, size=count, replace=False))
-    drawn = np.concatenate(rows)
-    heldout = np.isin(episode[drawn], heldout_episodes)
-    order = np.lexsort((drawn, episode[drawn], task[drawn], heldout))
-    return AnchorSelection(drawn[order], heldout[order], heldout_episodes)
+            parts.append(rng.choice(frames, size=count, replace=False))
+    selected = np.concatenate(parts)
+    heldout = np.isin(episode[selected], heldout_episodes)
+    order = np.lexsort((selected, episode[selected], task[selected], heldout))
+    selected = selected[order]
+    return AnchorSelection(selected, task[selected], heldout[order], heldout_episodes)
 
 
 def allocate_evenly(total: int, capacities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Share ``total`` as equally as the capacities permit; leftovers go to random ones.
+    """Divide `total` as equally as the capacities allow; random entries get the remainder.
 
     Args:
         total: At most the sum of the capacities.
-        capacities: The most that each can take, (n,).
-        rng: Chooses who gets one more when the division leaves a remainder.
+        capacities: Upper bound of each share, (n,).
+        rng: Chooses the entries that get the remainder.
     """
     shares = np.zeros_like(capacities)
     while left := total - int(shares.sum()):
@@ -71,7 +74,7 @@ def allocate_evenly(total: int, capacities: np.ndarray, rng: np.random.Generator
 
 
 def _hold_out(task: np.ndarray, episode: np.ndarray, fraction: float, seed: int) -> list[int]:
-    """Episodes to hold out. An episode with several tasks counts for the task of its first frame."""
+    """Choose episodes to hold out. An episode with several tasks counts for the task of its first frame."""
     episodes, first = np.unique(episode, return_index=True)
     rng = np.random.default_rng((seed, 0))
     heldout: list[int] = []

@@ -1,4 +1,4 @@
-"""Anchors as the training loop wants them: micro-batches for the gradient and for the constraint."""
+"""Micro-batches of anchors for the retention gradient and for the constraint."""
 
 import logging
 from collections.abc import Iterator
@@ -15,26 +15,26 @@ logger = logging.getLogger(__name__)
 
 
 class AnchorStream:
-    """This rank's anchors of any retention step.
+    """The anchors of this rank in any retention step.
 
-    Anchors run in micro-batches no larger than the task's, so that a retention pass needs no more
+    Anchors are processed in micro-batches no larger than the task's, so that a retention pass needs no more
     activation memory than a task pass.
 
     Args:
         cache: The anchors.
         craft: `constraint_split`, `epsilon_relative` and `vision_features` are read.
-        share: How the anchors of a step are dealt to ranks and micro-batches.
-        device: Where batches belong.
+        share: Partition of the anchors of a step over ranks and micro-batches.
+        device: Device of the batches.
         rank: This rank.
-        seed: Seed of the draw.
+        seed: Seed of the order.
 
     Attributes:
         share: As given.
-        epsilon_unit: What ε counts in: 1, or with `epsilon_relative` the teacher's loss on the
+        epsilon_unit: Unit of ε: 1, or with `epsilon_relative` the teacher's loss on the
             constraint's anchors.
 
     Raises:
-        UserError: A split that is needed has fewer anchors than there are ranks.
+        UserError: A required split has fewer anchors than there are ranks.
     """
 
     def __init__(
@@ -68,25 +68,25 @@ class AnchorStream:
         self.epsilon_unit: float = teacher_loss if craft.epsilon_relative else 1.0
 
     def gradient_batches(self, first: int) -> Iterator[Batch]:
-        """Anchors whose gradient a retention step follows.
+        """Return the anchors that give the gradient of a retention step.
 
         Args:
-            first: Place of the step in the stream: how many anchors were drawn before it.
+            first: Position of the step in the stream: the number of anchors drawn before it.
         """
         return self._batches(self._gradient, first)
 
     def constraint_batches(self, first: int) -> Iterator[Batch] | None:
-        """Anchors on which that step measures L_ret; None where the gradient's own anchors do."""
+        """Return the anchors that measure L_ret in that step; None where those of the gradient do."""
         return self._batches(self._constraint, first) if self._constraint else None
 
     def indices(self, first: int) -> dict[str, list[int]]:
-        """The anchors that all ranks together take in that step, by what for."""
+        """Return the anchors of all ranks in that step, by purpose."""
         positions = range(first, first + self.share.total)
         samplers = {"gradient": self._gradient, "constraint": self._constraint}
         return {name: sampler.draw(positions) for name, sampler in samplers.items() if sampler}
 
     def heldout_batches(self, micro_batch_size: int, limit: int) -> Iterator[tuple[Batch, bool]]:
-        """Every held-out anchor once over all ranks (`limit` of them if above 0), and whether it counts."""
+        """Iterate once over the held-out anchors, at most `limit` if above 0; True marks those that count."""
         world_size = self.share.world_size
         chunks = iter_split(self._cache, "heldout", micro_batch_size, self._rank, world_size, limit or None)
         for indices, counts in chunks:

@@ -1,7 +1,7 @@
-"""Vision features in an anchor cache: how they are made, and when training may use them.
+"""Vision features in an anchor cache: computing them, and checking that training may use them.
 
-They stand for the images of the anchors, so they must be what the trained policy's own vision tower would
-make of them, now and after any number of steps: the same weights, and frozen.
+They replace the images of the anchors, so the vision tower of the trained policy must have the same weights
+and stay frozen.
 """
 
 from pathlib import Path
@@ -25,40 +25,40 @@ from craft_ds.policies.token_loss import Batch
 from craft_ds.policies.weights import WeightReader
 
 
-class StoredTower(NamedTuple):
-    """The vision tower of a policy directory.
+class VisionTower(NamedTuple):
+    """Identity and output shape of the vision tower of a policy directory.
 
     Attributes:
         fingerprint: From `craft_ds.policies.pi0_fast.vision.vision_fingerprint`.
-        shape: Patches an image, and the width of their features.
+        shape: Patches per image, and the width of their features.
     """
 
     fingerprint: str
     shape: tuple[int, int]
 
 
-def read_tower(config: PreTrainedConfig, directory: Path) -> StoredTower:
-    """Which vision tower the policy of a directory has. Reads it, piece by piece.
+def read_vision_tower(config: PreTrainedConfig, directory: Path) -> VisionTower:
+    """Fingerprint the vision tower of a policy directory, reading it piece by piece.
 
     Args:
         config: From `load_policy_config`.
-        directory: The policy's local folder; with adapters, that of the policy under them.
+        directory: The policy's local folder; with adapters, the folder of the base policy.
 
     Raises:
         UserError: The policy is not a pi0_fast, or its weight files do not fit it.
     """
-    # A policy of its own: adapters on the trained one would give its parameters other names.
+    # A separate policy, since adapters rename the parameters of the trained one.
     policy = build_policy(config, directory)
     shape = feature_shape(policy)
     with WeightReader(directory, policy) as weights:
-        return StoredTower(vision_fingerprint(policy, weights), shape)
+        return VisionTower(vision_fingerprint(policy, weights), shape)
 
 
-def half_features(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
-    """What a policy's vision tower makes of a batch's images, as it is stored: fp16, on the CPU.
+def fp16_vision_features(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
+    """Compute the vision features of a batch as they are stored: fp16, on the CPU.
 
     Raises:
-        UserError: A value is not finite in fp16.
+        UserError: A value is non-finite in fp16.
     """
     stored = {}
     for name, features in vision_features(policy, batch).items():
@@ -72,39 +72,39 @@ def half_features(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
 
 
 def check_vision_features(cache: AnchorCache, directory: Path, config: PreTrainedConfig) -> None:
-    """Check that a cache's vision features are those of a policy's own tower. Reads the whole tower.
+    """Check that a cache's vision features are from a policy's own tower, which is read completely.
 
     Args:
         cache: The anchors.
-        directory: The policy's local folder; with adapters, that of the policy under them.
+        directory: The policy's local folder; with adapters, the folder of the base policy.
         config: From `load_policy_config`.
 
     Raises:
-        UserError: The cache holds none, or those of another tower; or the policy is not a pi0_fast.
+        UserError: The cache holds none or those of another tower, or the policy is not a pi0_fast.
     """
     if cache.vision_fingerprint is None:
         raise UserError(
             f"--craft.vision_features=true: anchor cache {cache.path} holds no vision features; build one "
-            "with scripts/build_anchor_cache.py --vision_features, or leave the flag out"
+            "with scripts/build_anchor_cache.py --vision_features, or omit the flag"
         )
-    fingerprint = read_tower(config, directory).fingerprint
+    fingerprint = read_vision_tower(config, directory).fingerprint
     if fingerprint != cache.vision_fingerprint:
         raise UserError(
             f"--craft.vision_features=true: the vision features of anchor cache {cache.path} are of another "
             f"vision tower ({cache.vision_fingerprint[:12]}) than that of {directory} ({fingerprint[:12]}); "
-            "build one for this policy with scripts/build_anchor_cache.py --vision_features, or leave the "
-            "flag out"
+            "build one for this policy with scripts/build_anchor_cache.py --vision_features, or omit the "
+            "flag"
         )
 
 
 def check_frozen_tower(policy: PreTrainedPolicy) -> None:
-    """Check that no parameter of a policy's vision tower will train.
+    """Check that no parameter of a policy's vision tower trains.
 
     Raises:
-        UserError: One will, and stored features would be stale after the first step.
+        UserError: One trains, so stored features would be stale after the first step.
     """
     if tower_trains(policy):
         raise UserError(
             "--craft.vision_features=true: the vision tower trains in this run, so its features change; "
-            "leave the flag out, or freeze the tower"
+            "omit the flag, or freeze the tower"
         )

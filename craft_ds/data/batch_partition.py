@@ -1,7 +1,7 @@
-"""How the samples of a step are dealt to ranks and micro-batches. Pure arithmetic.
+"""Partition of the samples of a step over ranks and micro-batches. Pure arithmetic.
 
 A step takes the next `total` samples of one endless stream. Losses are sums over tokens, divided by the
-global count, so the parts need not be equal: any number of ranks can share any step, and a run that goes on
+global count, so the parts need not be equal: any number of ranks can share a step, and a run that resumes
 with fewer ranks sees the same samples in the same steps.
 """
 
@@ -11,7 +11,7 @@ from craft_ds.errors import UserError
 
 
 class StepPartition(NamedTuple):
-    """The parts of a step: one for each rank and micro-batch, which differ by one sample at most.
+    """Parts of a step, one per rank and micro-batch, whose sizes differ by one sample at most.
 
     Attributes:
         total: Samples of a step.
@@ -24,20 +24,20 @@ class StepPartition(NamedTuple):
     micro_batches: int
 
     def positions(self, first: int, rank: int, micro_batch: int) -> range:
-        """Positions in the stream of one part of the step that begins at `first`."""
+        """Return the positions in the stream of one part of the step that starts at `first`."""
         parts, part = self.world_size * self.micro_batches, micro_batch * self.world_size + rank
         return range(first + self.total * part // parts, first + self.total * (part + 1) // parts)
 
 
 def partition_step(total: int, world_size: int, micro_batch_size: int, what: str) -> StepPartition:
-    """Deal a step out in micro-batches of about `micro_batch_size` samples, none of them empty.
+    """Partition a step into micro-batches of about `micro_batch_size` samples, none of them empty.
 
     Args:
         total: Samples of a step over all ranks.
         world_size: Number of ranks.
-        micro_batch_size: Samples a rank and micro-batch. Exceeded only where a smaller micro-batch would
-            leave a rank without a sample.
-        what: What the samples are, for the error.
+        micro_batch_size: Samples per rank and micro-batch. Exceeded only where a smaller micro-batch would
+            give a rank no sample.
+        what: Name of the samples in the error message.
 
     Raises:
         UserError: There are more ranks than samples.

@@ -1,6 +1,6 @@
-"""Opening a LeRobot data set for a policy, with clear errors where LeRobot's own mislead.
+"""Open a LeRobot data set for a policy, with clear errors where those of LeRobot mislead.
 
-LeRobot looks for a data set that is missing or unfinished on the hub, and reports the hub's failure.
+LeRobot looks on the hub for a data set that is missing or unfinished here, and reports the hub's failure.
 """
 
 from pathlib import Path
@@ -23,10 +23,10 @@ def check_dataset_root(root: str | Path, flag: str = "--dataset_root") -> None:
 
     Args:
         root: The data set's folder.
-        flag: What the message calls it.
+        flag: Name of the flag in the error message.
 
     Raises:
-        UserError: There is none, or its recording was not finalised.
+        UserError: There is no data set, or its recording was not finalised.
     """
     root = Path(root)
     if not (root / "meta" / "info.json").is_file():
@@ -43,7 +43,7 @@ def check_dataset_root(root: str | Path, flag: str = "--dataset_root") -> None:
 
 
 def camera_keys(config: PreTrainedConfig, preprocessor: PolicyProcessorPipeline) -> dict[str, str]:
-    """The data set's name of each camera of a policy, with the renaming that the processors do undone."""
+    """Map each camera of a policy to its name in the data set, before the processors rename it."""
     names = {key: key for key in policy_cameras(config)}
     for step in preprocessor.steps:
         if isinstance(step, RenameObservationsProcessorStep):
@@ -57,16 +57,16 @@ def open_dataset(
     config: PreTrainedConfig,
     preprocessor: PolicyProcessorPipeline,
 ) -> LeRobotDataset:
-    """Open a data set with the action chunks that a policy trains on, episode tails padded as LeRobot does.
+    """Open a data set with the action chunks that a policy trains on; LeRobot pads the ends of episodes.
 
     Args:
-        repo_id: Hub id, or any name with a ``root``.
-        root: Local folder; None looks in LeRobot's cache and then on the hub.
+        repo_id: Hub id, or any name if `root` is given.
+        root: Local folder; None: LeRobot's cache, then the hub.
         config: The policy's configuration.
         preprocessor: The policy's preprocessor.
 
     Raises:
-        UserError: No finished data set there, or it lacks the policy's cameras, state or action.
+        UserError: There is no finished data set, or it lacks the policy's cameras, state or action.
     """
     local = Path(root) if root is not None else HF_LEROBOT_HOME / repo_id
     if root is not None or local.exists():
@@ -106,7 +106,7 @@ def _check_features(
 
 
 def _parquet_is_complete(file: Path) -> bool:
-    """A parquet file ends with a magic word that is written last."""
+    """Return True if a file ends with parquet's magic bytes, which are written last."""
     with open(file, "rb") as stream:
         stream.seek(0, 2)
         if stream.tell() < 2 * len(_PARQUET_END):

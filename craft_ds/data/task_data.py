@@ -1,5 +1,6 @@
-"""Task data: LeRobot data sets, drawn so that any world size sees the same samples in the same steps."""
+"""Task data: LeRobot data sets, sampled so that any world size sees the same samples in the same steps."""
 
+import copy
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator
@@ -24,16 +25,15 @@ from craft_ds.errors import UserError
 class StepSampler(Sampler[list[int]]):
     """Endless micro-batches of one rank: a pure function of (seed, position, rank).
 
-    Each epoch is a random order of the data set, and the orders follow one another in one stream, of which a
-    step takes the next `share.total` samples. So the samples of a step depend on nothing but its place in the
-    stream.
+    Each epoch is a random order of the data set. The epochs form one stream, and a step takes its next
+    `share.total` samples. So the samples of a step depend on its position in the stream alone.
 
     Args:
         size: Samples in the data set.
-        share: How a step is dealt to ranks and micro-batches.
+        share: Partition of a step over ranks and micro-batches.
         rank: This rank.
         seed: Seed of the orders.
-        first: Place in the stream of the first sample to draw.
+        first: Position in the stream of the first sample.
     """
 
     def __init__(self, size: int, share: StepPartition, rank: int, seed: int, first: int = 0):
@@ -42,32 +42,32 @@ class StepSampler(Sampler[list[int]]):
         self._order = (-1, torch.empty(0, dtype=torch.int64))
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Micro-batches from `first` on, without end."""
+        """Yield micro-batches from `first` on, endlessly."""
         return map(self.draw, self.positions())
 
     def positions(self) -> Iterator[range]:
-        """Where in the stream they are."""
+        """Yield the positions of these micro-batches in the stream."""
         for first in itertools.count(self._first, self._share.total):
             for micro_batch in range(self._share.micro_batches):
                 yield self._share.positions(first, self._rank, micro_batch)
 
     def draw(self, positions: Iterable[int]) -> list[int]:
-        """The samples at these places of the stream."""
+        """Return the samples at these positions of the stream."""
         return [self._draw(position) for position in positions]
 
     def _draw(self, position: int) -> int:
-        epoch, place = divmod(position, self.size)
+        epoch, index = divmod(position, self.size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
             self._order = epoch, torch.randperm(self.size, generator=generator)
-        return int(self._order[1][place])
+        return int(self._order[1][index])
 
 
-class _Stream(Dataset[dict[str, Any]]):
-    """A data set by place in the stream.
+class _StreamDataset(Dataset[dict[str, Any]]):
+    """A data set indexed by position in the stream.
 
-    What a place gives is random by itself alone: image transforms are the same for any number of workers and
-    ranks, and for a run that was interrupted.
+    The random state depends on the position alone: image transforms are the same for any number of workers
+    and ranks, and in a run that was interrupted.
     """
 
     def __init__(self, dataset: LeRobotDataset, sampler: StepSampler, seed: int):
@@ -75,7 +75,7 @@ class _Stream(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         with torch.random.fork_rng(devices=[]):
-            # A generator on the CPU takes 32 bits of its seed.
+            # A CPU generator uses 32 bits of its seed.
             torch.manual_seed(zlib.crc32(f"{self._seed} {position}".encode()))
             return self._dataset[self._sampler.draw([position])[0]]
 
@@ -83,36 +83,38 @@ class _Stream(Dataset[dict[str, Any]]):
 def load_datasets(
     config: TrainConfig, cameras: list[str], world_size: int = 1
 ) -> tuple[LeRobotDataset, LeRobotDataset | None]:
-    """The training data set and, with `eval_freq`, the held-out one (last episodes of every task).
+    """Load the training data set and, with `eval_freq`, the held-out one (last episodes of every task).
 
     Args:
-        config: A validated configuration.
-        cameras: Image features that the policy looks at.
+        config: A validated configuration; not changed.
+        cameras: Image features of the policy.
         world_size: Number of ranks.
 
     Raises:
-        UserError: The data set cannot be opened, lacks a camera, cannot be split or has fewer samples than
-            there are ranks.
+        UserError: The data set cannot be opened, lacks a camera, cannot be split or has fewer training
+            samples than there are ranks.
     """
     root = Path(config.dataset.root or HF_LEROBOT_HOME / config.dataset.repo_id)
     if config.dataset.root is not None or root.exists():
         check_dataset_root(root, "--dataset.root")
     if not config.eval_freq:
+        config = copy.copy(config)
+        config.dataset = copy.copy(config.dataset)
         config.dataset.eval_split = 0.0
     try:
         train, heldout = make_train_eval_datasets(config)
-    except Exception as error:  # the hub's client has a dozen of its own
+    except Exception as error:  # the hub's client raises errors of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"--dataset.repo_id={config.dataset.repo_id} cannot be opened: {reason}"
-            + ("" if config.dataset.root else " (a local data set is given by --dataset.root)")
+            + ("" if config.dataset.root else " (set --dataset.root for a local data set)")
         ) from error
     available = {config.rename_map.get(name, name) for name in train.meta.camera_keys}
     missing = sorted(set(cameras) - available)
     if missing:
         raise UserError(
             f"--dataset.repo_id={config.dataset.repo_id} lacks the policy's camera {', '.join(missing)} (it "
-            f"has {', '.join(sorted(available)) or 'none'}): take a matching data set or map the names with "
+            f"has {', '.join(sorted(available)) or 'none'}): choose a matching data set or map the names by "
             "--rename_map"
         )
     if len(train) < world_size:
@@ -126,10 +128,10 @@ def load_datasets(
 def check_processors(
     config: TrainConfig, dataset: LeRobotDataset, preprocessor: PolicyProcessorPipeline
 ) -> None:
-    """Send one sample through the policy's processors.
+    """Check that the policy's processors accept a sample of the data set.
 
     Raises:
-        UserError: They cannot take it.
+        UserError: They do not.
     """
     try:
         preprocessor(images_to_float(default_collate([dataset[0]])))
@@ -137,27 +139,27 @@ def check_processors(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"--dataset.repo_id={config.dataset.repo_id} does not fit the policy's processors ({reason}): "
-            "take a data set with the policy's state and action"
+            "choose a data set with the policy's state and action"
         ) from error
 
 
 def training_batches(
     config: TrainConfig, dataset: LeRobotDataset, sampler: StepSampler
 ) -> Iterator[dict[str, Any]]:
-    """Raw micro-batches as a sampler draws them, without end."""
-    return iter(_loader(config, _Stream(dataset, sampler, config.seed or 0), sampler.positions()))
+    """Return an endless iterator of raw micro-batches in a sampler's order."""
+    return iter(_loader(config, _StreamDataset(dataset, sampler, config.seed or 0), sampler.positions()))
 
 
 def heldout_batches(
     config: TrainConfig, dataset: LeRobotDataset, rank: int, world_size: int
 ) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Every held-out sample once over all ranks, in the same number of batches on each rank.
+    """Iterate once over the held-out samples of all ranks, in the same number of batches per rank.
 
-    With `max_eval_samples`, samples evenly spread over the data set stand for all.
+    With `max_eval_samples`, evenly spaced samples represent the data set.
 
     Yields:
-        A raw batch and whether it counts: where fewer samples than ranks are left, a rank without one
-        gets a sample that does not count, so that sharded forward passes stay in step.
+        A raw batch, and True if it counts. Where fewer samples than ranks remain, a rank without one gets a
+        sample that does not count, so that sharded forward passes stay in step.
     """
     stride = -(-len(dataset) // config.max_eval_samples) if config.max_eval_samples > 0 else 1
     order = list(range(0, len(dataset), stride))

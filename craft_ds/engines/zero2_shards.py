@@ -3,19 +3,19 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from craft_ds.engines.zero_shards import FrozenPart, Partition, ZeroShards
+from craft_ds.policies.replace_attribute import replace_attribute
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
 
 def without_broadcast() -> AbstractContextManager:
     """Keep `deepspeed.initialize` from sending rank 0's whole model around: each rank reads its own part."""
-    return patch.object(DeepSpeedEngine, "_broadcast_model", lambda engine: None)
+    return replace_attribute(DeepSpeedEngine, "_broadcast_model", lambda engine: None)
 
 
 class Zero2Shards(ZeroShards):

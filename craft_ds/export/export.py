@@ -15,8 +15,14 @@ from craft_ds.checkpoints import verify_checkpoint
 from craft_ds.errors import UserError, one_line
 from craft_ds.export.lora_merge import MergedWeights
 from craft_ds.export.verify_merge import check_comparable, verify_merge
-from craft_ds.lora.adapters import ADAPTER_WEIGHTS, AdapterPlan, has_adapters, plan_stored
-from craft_ds.lora.peft_config import read_stored, remove_adapter_config, write_adapter_config
+from craft_ds.lora.adapters import (
+    ADAPTER_WEIGHTS,
+    AdapterPlan,
+    add_adapters,
+    has_adapters,
+    plan_stored_adapters,
+)
+from craft_ds.lora.peft_config import read_adapter_config, remove_adapter_config, write_adapter_config
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
 from craft_ds.policies.loading import build_policy, load_policy_config
@@ -129,12 +135,13 @@ def _merge(checkpoint: Path, target: Path, dtype: str, base_path: str) -> None:
 
 
 def _export_adapters(checkpoint: Path, target: Path, dtype: str, base_path: str) -> str:
-    config = read_stored(checkpoint)
+    config = read_adapter_config(checkpoint)
     if base_path:
         plan = _plan(checkpoint, base_path)
         config = plan.config
         # Opening them compares them with this base.
-        with open_weights(build_policy(load_policy_config(checkpoint), plan.base), plan.base, plan):
+        policy = build_policy(load_policy_config(checkpoint), plan.base)
+        with open_weights(policy, plan.base, plan, add_adapters(policy, config)):
             pass
     write_adapter_config(target, config)
     _convert(checkpoint / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS, DTYPES[dtype])
@@ -145,7 +152,7 @@ def _export_adapters(checkpoint: Path, target: Path, dtype: str, base_path: str)
 
 
 def _plan(checkpoint: Path, base_path: str) -> AdapterPlan:
-    return plan_stored(checkpoint, base_path, flag="--base_path")
+    return plan_stored_adapters(checkpoint, base_path, flag="--base_path")
 
 
 def _convert(source: Path, target: Path, dtype: torch.dtype) -> None:

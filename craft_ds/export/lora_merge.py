@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from craft_ds.errors import UserError
-from craft_ds.lora.adapters import AdapterPlan
+from craft_ds.lora.adapters import AdapterPlan, add_adapters
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.weights import tied_names, unique_tensors
 from craft_ds.tensor_io.tensor_file import TensorSpec
@@ -54,7 +54,7 @@ class MergedWeights:
         ]
         shapes = {spec.name: spec.shape for spec in self.specs}
         tied = tied_names(policy)
-        self._weights = open_weights(policy, plan.base, plan)
+        self._weights = open_weights(policy, plan.base, plan, add_adapters(policy, plan.config))
         layers = {name: module for name, module in policy.named_modules() if isinstance(module, LoraLayer)}
         shared = {f"{name}.weight" for name in layers} & {*tied.keys(), *tied.values()}
         if shared:

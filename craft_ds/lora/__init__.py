@@ -1,5 +1,5 @@
-"""Low-rank adapters by PEFT, made for policies whose weights no rank ever holds whole.
+"""Low-rank adapters by PEFT for policies whose full weights no rank ever holds.
 
-PEFT makes the layers and names what is stored; what it would do with whole weights in memory (initial values,
-loading, merging) is done here by range.
+PEFT makes the layers and names the stored tensors. Initial values, loading and merging, for which PEFT needs
+the full weights in memory, are done here by range.
 """

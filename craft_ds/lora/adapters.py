@@ -1,4 +1,4 @@
-"""Adapters of a policy: what is planned, how they get into it, what they are called on disk."""
+"""Adapters of a policy: planning them, adding them, and their names on disk."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,12 @@ from torch import nn
 
 from craft_ds.config.configs import LoraConfig
 from craft_ds.errors import UserError, one_line
-from craft_ds.lora.peft_config import ADAPTER_CONFIG, check_same, read_stored, to_peft
+from craft_ds.lora.peft_config import (
+    ADAPTER_CONFIG,
+    check_adapters_match,
+    make_peft_config,
+    read_adapter_config,
+)
 from craft_ds.policies.loading import resolve_policy_path
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -23,12 +28,12 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """Adapters that a policy will get, known before it is built.
+    """Plan of the adapters of a policy, made before the policy is built.
 
     Attributes:
         config: PEFT's configuration, as it is stored with the adapters.
-        base: Local folder of the base policy, whose weights stay as they are.
-        stored: Folder of the adapters to go on with; None: new ones.
+        base: Local folder of the base policy, whose weights are frozen.
+        stored: Folder of the adapters to continue with; None: new ones.
     """
 
     config: peft.LoraConfig
@@ -37,12 +42,12 @@ class AdapterPlan:
 
 
 def has_adapters(directory: Path) -> bool:
-    """Whether a policy directory holds adapters instead of whole weights."""
+    """Return True if a policy directory holds adapters instead of full weights."""
     return (directory / ADAPTER_CONFIG).is_file()
 
 
 def plan_adapters(lora: LoraConfig, policy: PreTrainedConfig, directory: Path) -> AdapterPlan | None:
-    """What the flags and a policy directory ask for together.
+    """Plan the adapters that the flags and a policy directory ask for.
 
     Args:
         lora: Validated flags.
@@ -53,78 +58,78 @@ def plan_adapters(lora: LoraConfig, policy: PreTrainedConfig, directory: Path) -
         None for full training.
 
     Raises:
-        UserError: The directory holds adapters and the flags ask for none, or for others; their base policy
-            is not there; the policy's type has no such preset.
+        UserError: The directory holds adapters and the flags ask for none or for others; their base policy
+            is missing; the policy's type has no such preset.
     """
     if not has_adapters(directory):
         if not lora.enabled:
             return None
         path = policy.pretrained_path
         base_path = str(Path(path).resolve()) if path and Path(path).is_dir() else str(path or directory)
-        return AdapterPlan(to_peft(lora, policy, base_path), directory, None)
-    plan = plan_stored(directory, lora.base_path)
+        return AdapterPlan(make_peft_config(lora, policy, base_path), directory, None)
+    plan = plan_stored_adapters(directory, lora.base_path)
     if not lora.enabled:
         raise UserError(
-            f"{directory} holds LoRA adapters (rank {plan.config.r}), but --lora.enabled=false: go on with "
-            "them by --lora.enabled=true, or merge them first (scripts/export_checkpoint.py --merge_lora)"
+            f"{directory} holds LoRA adapters (rank {plan.config.r}), but --lora.enabled=false: continue "
+            "with them by --lora.enabled=true, or merge them (scripts/export_checkpoint.py --merge_lora)"
         )
-    asked = to_peft(lora, policy, str(plan.config.base_model_name_or_path))
-    check_same(asked, plan.config, policy, directory)
-    # Dropout changes no shape: the flag counts.
+    asked = make_peft_config(lora, policy, str(plan.config.base_model_name_or_path))
+    check_adapters_match(asked, plan.config, policy, directory)
+    # Dropout changes no shape, so the flag decides.
     return dataclasses.replace(plan, config=dataclasses.replace(plan.config, lora_dropout=lora.dropout))
 
 
-def plan_stored(directory: Path, base_path: str = "", flag: str = "--lora.base_path") -> AdapterPlan:
-    """The adapters of a directory, and where their base policy lies.
+def plan_stored_adapters(directory: Path, base_path: str = "", flag: str = "--lora.base_path") -> AdapterPlan:
+    """Plan the adapters of a directory, and locate their base policy.
 
     Args:
         directory: A policy directory with adapters.
-        base_path: Where the base policy lies now, if it was moved.
-        flag: What the command calls `base_path`.
+        base_path: Current folder or hub id of the base policy, if it was moved.
+        flag: The command's flag for `base_path`, for error messages.
 
     Raises:
-        UserError: The configuration is damaged, or the base policy is not there.
+        UserError: The configuration is damaged, or the base policy is missing.
     """
-    config = read_stored(directory)
+    config = read_adapter_config(directory)
     path = base_path or config.base_model_name_or_path
     if not path:
         raise UserError(
-            f"{directory / ADAPTER_CONFIG} names no base policy (base_model_name_or_path): say where it is "
-            f"by {flag}"
+            f"{directory / ADAPTER_CONFIG} names no base policy (base_model_name_or_path): set "
+            f"{flag} to its folder or hub id"
         )
     try:
         base = resolve_policy_path(path)
     except UserError as error:
         raise UserError(
-            f"the base policy of the adapters in {directory} is not there ({error}): put it back, or say "
-            f"where it is by {flag}"
+            f"the base policy of the adapters in {directory} is missing ({error}): restore it, or set "
+            f"{flag} to its folder or hub id"
         ) from error
     if has_adapters(base):
         raise UserError(f"{path}, the base policy of {directory}, holds adapters itself: merge those first")
     if base_path:
         config.base_model_name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else path
-    # PEFT marks what it stores for inference: adapters made from it would all be frozen.
+    # PEFT marks stored adapters for inference, which would freeze them.
     config.inference_mode = False
     return AdapterPlan(config, base, directory)
 
 
 def weights_directory(directory: Path) -> Path:
-    """Where a policy's whole weights lie: in its directory, or in that of its adapters' base.
+    """Return the directory of a policy's full weights: its own, or that of its adapters' base policy.
 
     Raises:
-        UserError: As `plan_stored`.
+        UserError: As `plan_stored_adapters`.
     """
-    return plan_stored(directory).base if has_adapters(directory) else directory
+    return plan_stored_adapters(directory).base if has_adapters(directory) else directory
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters in a policy.
+    """Adapters that were added to a policy.
 
     Attributes:
         config: PEFT's configuration.
-        keys: For each trainable parameter of the policy, its name in `adapter_model.safetensors`.
-        base_sha256: Of the base policy's weights (`weights_sha256`).
+        keys: Maps each trainable parameter of the policy to its name in `adapter_model.safetensors`.
+        base_sha256: SHA-256 of the base policy's weights (`weights_sha256`).
     """
 
     config: peft.LoraConfig
@@ -132,23 +137,24 @@ class Adapters:
     base_sha256: str = ""
 
     def describe(self) -> str:
-        """A few words for the log."""
+        """Return a short description for the log."""
         kind = "DoRA" if self.config.use_dora else "LoRA"
         return f"{kind} of rank {self.config.r}"
 
 
-def add_adapters(policy: nn.Module, config: peft.LoraConfig) -> Adapters:
-    """Freeze a policy and put adapters beside its target layers, on the meta device and without values.
+def add_adapters(policy: nn.Module, config: peft.LoraConfig, base_sha256: str = "") -> Adapters:
+    """Freeze a policy and add adapters to its target layers, on the meta device.
 
-    The modules that train fully are not doubled as PEFT's own wrapper would: their parameters keep their
-    names and train in place. They are stored under the names that PEFT reads.
+    Modules that train fully are not copied, as PEFT's own wrapper would do: their parameters keep their names
+    and train in place. They are stored under the names that PEFT reads.
 
     Args:
         policy: A policy without adapters; changed in place.
         config: PEFT's configuration.
+        base_sha256: Recorded in the result; empty: not known.
 
     Raises:
-        UserError: A target is missing, is no linear layer, or trains fully too.
+        UserError: A target is missing, is not a linear layer, or trains fully too.
     """
     policy.requires_grad_(False)
     full_modules = list(config.modules_to_save or [])
@@ -169,16 +175,16 @@ def add_adapters(policy: nn.Module, config: peft.LoraConfig) -> Adapters:
             )
     tensors = policy.state_dict(keep_vars=True)
     names = {id(tensor): name for name, tensor in tensors.items()}
-    # PEFT's own naming of what it stores.
+    # PEFT's names of the stored tensors.
     stored = peft.get_peft_model_state_dict(policy, state_dict=tensors, save_embedding_layers=False)
     keys = {names[id(tensor)]: _PREFIX + key for key, tensor in stored.items()}
     for suffix in full_modules:
         keys |= _train_fully(policy, suffix)
-    return Adapters(config, keys)
+    return Adapters(config, keys, base_sha256)
 
 
 def _train_fully(policy: nn.Module, suffix: str) -> dict[str, str]:
-    """Let the modules that a suffix names train, and name their parameters as PEFT's `modules_to_save`."""
+    """Make the modules with a name suffix trainable, and map their parameters to PEFT's names."""
     keys = {}
     for module_name, module in policy.named_modules():
         if not module_name.endswith(suffix):
@@ -186,7 +192,7 @@ def _train_fully(policy: nn.Module, suffix: str) -> dict[str, str]:
         for name, parameter in module.named_parameters():
             if "lora_" in name or ".base_layer." in name or isinstance(module, LoraLayer):
                 raise UserError(
-                    f"--lora.full_modules={suffix} has adapters too ({module_name}): leave one of them out"
+                    f"--lora.full_modules={suffix} has adapters too ({module_name}): remove one of them"
                 )
             parameter.requires_grad_(True)
             keys[f"{module_name}.{name}"] = f"{_PREFIX}{module_name}.{name}"
@@ -195,6 +201,6 @@ def _train_fully(policy: nn.Module, suffix: str) -> dict[str, str]:
     return keys
 
 
-def base_name(name: str) -> str:
-    """A frozen parameter's name in the base policy."""
-    return name.replace(".base_layer.", ".")
+def base_name(name: str) -> str | None:
+    """Return the name that a tensor has in the base policy; None for an adapter's own tensor."""
+    return None if "lora_" in name else name.replace(".base_layer.", ".")

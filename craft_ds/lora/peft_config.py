@@ -1,4 +1,4 @@
-"""From flags to PEFT's configuration, and whether stored adapters are those that the flags ask for."""
+"""PEFT's configuration: made from flags, read from disk, and compared with stored adapters."""
 
 import dataclasses
 import json
@@ -18,14 +18,14 @@ from craft_ds.policies.directory import CONFIG
 from craft_ds.tensor_io.safe_json import is_count, read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
-_HIGHEST_RANK = 1 << 16
+_MAX_RANK = 1 << 16
 
 
 def _is_rank(value: Any) -> bool:
-    return is_count(value, 1) and value <= _HIGHEST_RANK
+    return is_count(value, 1) and value <= _MAX_RANK
 
 
-def _is_number(value: Any) -> bool:
+def _is_finite_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
@@ -40,7 +40,7 @@ def _is_pattern(value: Any) -> bool:
         return False
 
 
-# Fields of PEFT's configuration that change no shape and no product, or that injection and merging know.
+# Fields of PEFT's configuration that change neither shapes nor products, or that are supported here.
 _KNOWN = {
     "alpha_pattern",
     "auto_mapping",
@@ -63,21 +63,21 @@ _KNOWN = {
     "use_dora",
     "use_rslora",
 }
-# PEFT believes what its file says.
+# PEFT does not check the values of its file.
 _VALUES: dict[str, Callable[[Any], bool]] = {
     "r": _is_rank,
-    "lora_alpha": _is_number,
-    "lora_dropout": lambda value: _is_number(value) and 0 <= value <= 1,
+    "lora_alpha": _is_finite_number,
+    "lora_dropout": lambda value: _is_finite_number(value) and 0 <= value <= 1,
     "use_rslora": lambda value: isinstance(value, bool),
     "use_dora": lambda value: isinstance(value, bool),
     "target_modules": lambda value: value is None or _is_pattern(value) or _are_names(value),
     "exclude_modules": lambda value: value is None or _is_pattern(value) or _are_names(value),
     "modules_to_save": lambda value: value is None or _are_names(value),
     "rank_pattern": lambda value: isinstance(value, dict) and all(map(_is_rank, value.values())),
-    "alpha_pattern": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "alpha_pattern": lambda value: isinstance(value, dict) and all(map(_is_finite_number, value.values())),
     "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
 }
-# What makes adapters other adapters, with the flag that says it.
+# Fields that stored adapters and flags must agree on, with their flags.
 _SHAPE = {
     "r": "--lora.rank",
     "lora_alpha": "--lora.alpha",
@@ -88,8 +88,8 @@ _SHAPE = {
 }
 
 
-def to_peft(lora: LoraConfig, policy: PreTrainedConfig, base_path: str) -> peft.LoraConfig:
-    """PEFT's configuration of the adapters that the flags ask for.
+def make_peft_config(lora: LoraConfig, policy: PreTrainedConfig, base_path: str) -> peft.LoraConfig:
+    """Make PEFT's configuration from the flags.
 
     Args:
         lora: Validated flags.
@@ -113,11 +113,11 @@ def to_peft(lora: LoraConfig, policy: PreTrainedConfig, base_path: str) -> peft.
     )
 
 
-def read_stored(directory: Path) -> peft.LoraConfig:
-    """PEFT's configuration of the adapters in a directory.
+def read_adapter_config(directory: Path) -> peft.LoraConfig:
+    """Read PEFT's configuration of the adapters in a directory.
 
     Raises:
-        UserError: It is damaged, of another method than LoRA, or uses a feature that merging does not know.
+        UserError: It is damaged, its method is not LoRA, or it uses a feature that merging does not support.
     """
     path = directory / ADAPTER_CONFIG
     try:
@@ -126,14 +126,14 @@ def read_stored(directory: Path) -> peft.LoraConfig:
     except Exception as error:
         raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
     if not isinstance(config, peft.LoraConfig):
-        raise UserError(f"{path} holds a {config.peft_type} adapter: craft-ds knows LoRA only")
-    odd = [name for name, known in _VALUES.items() if not known(getattr(config, name))]
-    if odd:
-        raise UserError(f"{path} is damaged: {odd[0]}={str(getattr(config, odd[0]))[:100]}")
+        raise UserError(f"{path} holds a {config.peft_type} adapter: craft-ds supports LoRA only")
+    invalid = [name for name, known in _VALUES.items() if not known(getattr(config, name))]
+    if invalid:
+        raise UserError(f"{path} is damaged: {invalid[0]}={str(getattr(config, invalid[0]))[:100]}")
     plain = _fields(peft.LoraConfig(target_modules=config.target_modules))
     unknown = [name for name, value in _fields(config).items() if name not in _KNOWN and value != plain[name]]
     if unknown:
-        raise UserError(f"{path} uses {', '.join(unknown)}, which craft-ds does not know")
+        raise UserError(f"{path} uses {', '.join(unknown)}, which craft-ds does not support")
     return config
 
 
@@ -141,13 +141,13 @@ def _fields(config: peft.LoraConfig) -> dict[str, Any]:
     return {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
 
 
-def check_same(
+def check_adapters_match(
     asked: peft.LoraConfig, stored: peft.LoraConfig, policy: PreTrainedConfig, directory: Path
 ) -> None:
-    """Check that stored adapters are of the shape that the flags ask for.
+    """Check that stored adapters match the flags.
 
     Raises:
-        UserError: Names the flag and both values.
+        UserError: A flag differs; the message names both values.
     """
     for field, flag in _SHAPE.items():
         wanted, found = (getattr(config, field) for config in (asked, stored))
@@ -158,30 +158,30 @@ def check_same(
         if wanted != found:
             raise UserError(
                 f"{flag}={wanted}, but the adapters in {directory} were trained with {found}: "
-                f"set {flag} to that"
+                f"set {flag} to that value"
             )
 
 
 def write_adapter_config(directory: Path, config: peft.LoraConfig) -> None:
-    """Write PEFT's configuration beside a policy's, and tell LeRobot that this is an adapter.
+    """Write PEFT's configuration beside a policy's, and mark the directory as an adapter for LeRobot.
 
     Args:
         directory: Holds the policy's `config.json`.
         config: PEFT's configuration.
     """
-    # As PEFT itself stores adapters; who loads them to train says so.
+    # As PEFT itself stores adapters; loading for training clears it.
     dataclasses.replace(config, inference_mode=True).save_pretrained(str(directory))
     set_use_peft(directory, True)
 
 
 def set_use_peft(directory: Path, use_peft: bool) -> None:
-    """Say in `config.json` whether LeRobot has to load adapters from this directory."""
+    """Set `use_peft` in `config.json`, which makes LeRobot load adapters from the directory."""
     path = directory / CONFIG
     content = json.loads(path.read_text()) | {"use_peft": use_peft}
     path.write_text(json.dumps(content, indent=4) + "\n")
 
 
 def remove_adapter_config(directory: Path) -> None:
-    """Turn a copied policy directory of adapters into that of a whole policy."""
+    """Turn a copied policy directory of adapters into one of a full policy."""
     (directory / ADAPTER_CONFIG).unlink(missing_ok=True)
     set_use_peft(directory, False)

@@ -1,12 +1,12 @@
-"""Which layers of a policy get adapters: the presets, by policy type."""
+"""Presets of the layers that get adapters, by policy type."""
 
 from functools import singledispatch
 
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
 from craft_ds.errors import UserError
+from craft_ds.policies.lerobot_internals import default_peft_targets
 
 DEFAULT = "default"
 _ATTENTION = r"self_attn\.[qkvo]_proj"
@@ -24,18 +24,14 @@ _PI0_FAST = {
 
 @singledispatch
 def lora_presets(config: PreTrainedConfig) -> dict[str, list[str] | str]:
-    """PEFT's `target_modules` by the name of the preset; `default` is always among them if there are any.
+    """Return PEFT's `target_modules` by preset name; if there are presets, `default` is one of them.
 
-    Without presets of its own a policy has LeRobot's default targets, where there are such.
+    A policy type without presets has LeRobot's default targets, if any.
 
     Args:
         config: The policy's configuration; no policy is built.
     """
-    policy_class = get_policy_class(config.type)
-    # LeRobot keeps its defaults in a method that reads the configuration at most.
-    policy = policy_class.__new__(policy_class)
-    policy.config = config
-    targets = (policy._get_default_peft_targets() or {}).get("target_modules")
+    targets = default_peft_targets(config)
     return {DEFAULT: targets} if targets else {}
 
 
@@ -45,7 +41,7 @@ def _pi0_fast_presets(config: PI0FastConfig) -> dict[str, list[str] | str]:
 
 
 def preset_targets(config: PreTrainedConfig, preset: str) -> list[str] | str:
-    """The target modules of a preset.
+    """Return the target modules of a preset.
 
     Raises:
         UserError: The policy's type has no such preset.
@@ -61,6 +57,6 @@ def preset_targets(config: PreTrainedConfig, preset: str) -> list[str] | str:
 
 
 def describe_targets(config: PreTrainedConfig, targets: set[str] | list[str] | str | None) -> str:
-    """A preset's name where the targets are a preset's; else the targets."""
+    """Return the name of the preset with these targets, else the targets."""
     names = [name for name, known in lora_presets(config).items() if known == targets and name != DEFAULT]
     return names[0] if names else repr(sorted(targets) if isinstance(targets, set) else targets)

@@ -1,7 +1,6 @@
 """Inputs of a simulated pass: the policy without weights, its units, and batches without values."""
 
 from dataclasses import dataclass, replace
-from unittest.mock import patch
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
@@ -19,6 +18,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from craft_ds.errors import UserError
 from craft_ds.policies.meta_init import build_on_meta
+from craft_ds.policies.replace_attribute import replace_attribute
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,12 @@ def meta_policy_without_tokenizers(config: PreTrainedConfig) -> PreTrainedPolicy
     class NoTokenizer:
         vocab_size = getattr(config, "vocab_size", None)
 
+    def no_tokenizer(*args: object, **kwargs: object) -> NoTokenizer:
+        return NoTokenizer()
+
     with (
-        patch.object(AutoTokenizer, "from_pretrained", return_value=NoTokenizer()),
-        patch.object(AutoProcessor, "from_pretrained", return_value=NoTokenizer()),
+        replace_attribute(AutoTokenizer, "from_pretrained", no_tokenizer),
+        replace_attribute(AutoProcessor, "from_pretrained", no_tokenizer),
     ):
         return build_on_meta(config)
 

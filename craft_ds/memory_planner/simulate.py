@@ -23,7 +23,7 @@ from craft_ds.config.configs import LoraConfig
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import add_adapters
-from craft_ds.lora.peft_config import to_peft
+from craft_ds.lora.peft_config import make_peft_config
 from craft_ds.memory_planner.shapes import (
     Unit,
     Workload,
@@ -130,7 +130,7 @@ def simulate_pass(
     if prepare is not None:
         prepare(policy)
     if lora is not None:
-        add_adapters(policy, to_peft(lora, config, base_path=""))
+        add_adapters(policy, make_peft_config(lora, config, base_path=""))
     policy.train()
     units = shard_units(policy)
     if checkpointing:

@@ -6,10 +6,11 @@ input of every layer, although a frozen weight has no gradient to compute from i
 
 from contextlib import AbstractContextManager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+from craft_ds.policies.replace_attribute import replace_attribute
 
 
 class _Zero3Linear(torch.autograd.Function):
@@ -37,4 +38,4 @@ def zero3_linear() -> AbstractContextManager:
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _Zero3Linear.apply(x, weight, bias)
 
-    return patch.object(torch.nn.functional, "linear", linear)
+    return replace_attribute(torch.nn.functional, "linear", linear)

@@ -1,6 +1,6 @@
-"""What the trainer must know of a policy: its loss by token, its files, and the embedded tiny pi0_fast.
+"""Policies: loss per token, files, sharding units, and the embedded tiny pi0_fast.
 
-Importing any module of this package registers the policy type ``tiny_pi0_fast`` and the token-weighted loss
+Importing any module of this package registers the policy type `tiny_pi0_fast` and the token-weighted loss
 of pi0_fast.
 """
 

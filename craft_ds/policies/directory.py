@@ -1,7 +1,7 @@
-"""A policy directory as LeRobot lays it out, with the tokenizers of an embedded policy inside.
+"""Policy directories in LeRobot's layout, including the tokenizers of an embedded policy.
 
-``config.json``, ``model.safetensors``, ``policy_preprocessor.json`` and ``policy_postprocessor.json`` with
-their ``.safetensors`` state, and for an embedded policy ``text_tokenizer/`` and ``action_tokenizer/``.
+`config.json`, `model.safetensors`, `policy_preprocessor.json` and `policy_postprocessor.json` with
+their `.safetensors` state, and for an embedded policy `text_tokenizer/` and `action_tokenizer/`.
 """
 
 import json
@@ -36,13 +36,13 @@ def save_policy_directory(
     postprocessor: PolicyProcessorPipeline,
     directory: str | Path,
 ) -> None:
-    """Write a policy with its processors and tokenizers; the names stored in it are relative to itself.
+    """Write a policy with its processors and tokenizers; stored tokenizer names are relative to it.
 
     Args:
-        policy: Weights and configuration.
-        preprocessor: From batches to policy batches.
-        postprocessor: From policy actions to actions.
-        directory: The folder to write; may exist.
+        policy: The policy.
+        preprocessor: Turns raw batches into policy batches.
+        postprocessor: Turns policy actions into actions.
+        directory: Output folder; may exist.
     """
     directory = Path(directory)
     policy.save_pretrained(directory)
@@ -59,16 +59,16 @@ def save_policy_directory(
 
 
 def copy_policy_files(source_dir: str | Path, target_dir: str | Path, final_dir: str | Path) -> None:
-    """Copy all of a policy directory but its weights, so that stock LeRobot loads the copy.
+    """Copy a policy directory without its weights, so that stock LeRobot loads the copy.
 
     Args:
         source_dir: A policy directory.
-        target_dir: Where to write; made when missing. May be a temporary name of ``final_dir``.
-        final_dir: Where the directory will live: stored tokenizer names become absolute paths in it.
+        target_dir: Output folder, created if missing. May be a temporary name of `final_dir`.
+        final_dir: Final path of the directory: stored tokenizer names become absolute paths in it.
 
     Raises:
-        UserError: A file of the directory is damaged, or names another outside of it.
-        OSError: A file cannot be read, or not be written.
+        UserError: A file of the directory is damaged, or names a file outside of it.
+        OSError: A file cannot be read or written.
     """
     source, target = Path(source_dir), Path(target_dir)
     target.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def copy_policy_files(source_dir: str | Path, target_dir: str | Path, final_dir:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The ``config.json`` of a policy directory, as it is written.
+    """Read `config.json` of a policy directory.
 
     Raises:
         UserError: It is missing or damaged.
@@ -97,18 +97,18 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_pipeline(file: Path) -> dict[str, Any]:
-    """A saved processor, after a look at what its steps name.
+    """Read a saved processor and check the files that its steps name.
 
     Args:
-        file: ``policy_preprocessor.json`` or ``policy_postprocessor.json`` of a policy directory.
+        file: `policy_preprocessor.json` or `policy_postprocessor.json` of a policy directory.
 
     Raises:
-        UserError: It is missing or damaged, or the state of a step is no safetensors file of its directory.
+        UserError: It is missing or damaged, or the state of a step is not a safetensors file beside it.
     """
     pipeline = _read(file)
     steps = pipeline.get("steps")
     if not isinstance(steps, list) or not all(map(_is_step, steps)):
-        raise UserError(f"{file} is damaged: it describes no steps of a processor")
+        raise UserError(f"{file} is damaged: it does not describe the steps of a processor")
     for step in steps:
         if "state_file" in step:
             _check_state(file, step["state_file"])
@@ -122,7 +122,7 @@ def _is_step(step: Any) -> bool:
 def _check_state(file: Path, name: object) -> None:
     try:
         path = path_inside(file.parent, name)
-        # LeRobot writes no other; one in a folder, or of another kind, could take another file's place.
+        # LeRobot writes no others; a file elsewhere or of another kind could overwrite another file.
         if path.parent != file.parent or path.suffix != ".safetensors" or path.name == WEIGHTS:
             raise ValueError(f"{name!r} is not the state of a step")
         if not path.is_file():
@@ -139,10 +139,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _rename_tokenizers(directory: Path, root: Path | None) -> None:
-    """Point the stored names at the directory's own tokenizer folders: relative, or paths under ``root``.
+    """Set the stored names to the directory's own tokenizer folders: relative, or paths under `root`.
 
-    LeRobot's action tokenizer step forgets two fields when it is saved; they are written back from
-    config.json, or a reload would give every action another token.
+    LeRobot's action tokenizer step does not save two of its fields; they are restored from config.json, since
+    without them a reload would map every action to another token.
     """
 
     def rename(fields: dict[str, Any]) -> None:

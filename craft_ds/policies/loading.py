@@ -1,7 +1,7 @@
-"""Strict loading of a policy directory or a hub policy: what is missing or does not fit is an error.
+"""Strict loading of a policy directory or a hub policy: a missing or mismatching part is an error.
 
-LeRobot's ``from_pretrained`` prints a line and returns a part-random model when a file or a key is missing;
-nothing here does.
+LeRobot's `from_pretrained` prints a line and returns a partly random model when a file or a key is missing;
+the functions here raise an error.
 """
 
 import hashlib
@@ -28,14 +28,15 @@ from craft_ds.policies.directory import (
     read_config,
     read_pipeline,
 )
+from craft_ds.policies.lerobot_internals import check_internals
 from craft_ds.policies.meta_init import build_on_meta, materialize_
 from craft_ds.policies.remote_code import check_step, check_tokenizer
 from craft_ds.policies.tiny_pi0_fast.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
 from craft_ds.policies.weights import WEIGHTS_INDEX, WeightReader, is_per_rank, unique_tensors, weight_files
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
-# No size of a policy is above this, and none has more layers.
-_MOST, _MOST_LAYERS = 1 << 24, 1000
+# Upper bounds of the sizes and the number of layers in a policy's configuration.
+_MAX_SIZE, _MAX_LAYERS = 1 << 24, 1000
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = [
     CONFIG,
@@ -49,10 +50,10 @@ _HUB_FILES = [
 
 
 def resolve_policy_path(path: str | Path) -> Path:
-    """The local folder of a policy: itself, or the snapshot of a hub policy (downloaded when needed).
+    """Return the local folder of a policy: `path` itself, or the downloaded snapshot of a hub policy.
 
     Raises:
-        UserError: If ``path`` is no folder, and no hub policy that can be fetched.
+        UserError: `path` is not a folder, and not a hub policy that can be fetched.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -63,19 +64,19 @@ def resolve_policy_path(path: str | Path) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"policy path '{path}' is not a folder here, and not fetched from the hub: {reason}"
+            f"policy path '{path}' is not a local folder, and cannot be fetched from the hub: {reason}"
         ) from error
 
 
 def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None) -> PreTrainedConfig:
-    """A policy's configuration, with the tokenizers of its own directory where it has them.
+    """Load a policy's configuration, with the tokenizers of its own directory if it has them.
 
     Args:
         path: A policy directory or a hub id.
-        cli_overrides: Flags in draccus' form without the ``policy.`` prefix, such as ``--dtype=bfloat16``.
+        cli_overrides: Flags in draccus' form without the `policy.` prefix, such as `--dtype=bfloat16`.
 
     Raises:
-        UserError: If there is no readable configuration of a known policy type, or a tokenizer is missing.
+        UserError: There is no readable configuration of a known policy type, or a tokenizer is missing.
     """
     directory = resolve_policy_path(path)
     if not (directory / CONFIG).is_file():
@@ -92,7 +93,7 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
     reroot_tokenizers(config, directory)
     for field in ("text_tokenizer_name", "action_tokenizer_name"):
         name = getattr(config, field, None)
-        # transformers would ask the hub for minutes before giving up on such a name.
+        # transformers would query the hub for minutes before rejecting such a name.
         if name and not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
             raise UserError(f"{directory / CONFIG}: {field} '{name}' is neither a folder nor a hub id")
     _check_tokenizers(config, directory / CONFIG)
@@ -106,27 +107,27 @@ def _check_tokenizers(config: PreTrainedConfig, named_in: Path | str = "the poli
 
 
 def policy_cameras(config: PreTrainedConfig) -> list[str]:
-    """The batch keys of the policy's real cameras, in the policy's order.
+    """Return the batch keys of the policy's real cameras, in the policy's order.
 
-    Empty cameras, which the policy fills with blank images itself, are in no data set.
+    Empty cameras, which the policy itself fills with blank images, are not in data sets.
     """
     return [name for name in config.image_features if ".empty_camera_" not in name]
 
 
 def load_policy(config: PreTrainedConfig, path: str | Path, device: str = "cpu") -> PreTrainedPolicy:
-    """Build a policy and read its weights, all of them or none.
+    """Build a policy and read all its weights.
 
     Args:
-        config: From ``load_policy_config``; not changed.
+        config: From `load_policy_config`; not changed.
         path: A policy directory or a hub id.
-        device: Where the policy goes.
+        device: Device of the policy.
 
     Returns:
         The policy in evaluation mode.
 
     Raises:
-        UserError: If a tokenizer cannot be loaded, a weight file is missing or damaged, or names or shapes do
-            not fit.
+        UserError: A tokenizer cannot be loaded, a weight file is missing or damaged, or names or
+            shapes do not match.
     """
     directory = resolve_policy_path(path)
     policy = build_policy(config, directory)
@@ -137,12 +138,12 @@ def load_policy(config: PreTrainedConfig, path: str | Path, device: str = "cpu")
 
 @torch.no_grad()
 def fill_policy_(policy: PreTrainedPolicy, read: ReadRange, device: str) -> None:
-    """Give a policy without weights memory on a device, and its values.
+    """Allocate the memory of a policy on a device and read its values.
 
     Args:
         policy: From `build_policy`.
         read: Reads its parameters and persistent buffers by range.
-        device: Where the policy goes.
+        device: Device of the policy.
     """
     materialize_(policy, device)
     policy.config.device = device
@@ -151,7 +152,7 @@ def fill_policy_(policy: PreTrainedPolicy, read: ReadRange, device: str) -> None
 
 
 def build_policy(config: PreTrainedConfig, directory: Path) -> PreTrainedPolicy:
-    """A policy without weights, as `build_on_meta`, where its weights are there to be read.
+    """Build a policy on the meta device (see `build_on_meta`) after checking that its weight files exist.
 
     Raises:
         UserError: A weight file is missing, or the policy cannot be built (a tokenizer cannot be loaded).
@@ -161,41 +162,43 @@ def build_policy(config: PreTrainedConfig, directory: Path) -> PreTrainedPolicy:
     _check_sizes(config, directory)
     _check_tokenizers(config)
     try:
-        return build_on_meta(config)
-    except Exception as error:  # whatever constructors and tokenizers say to values that they did not expect
+        policy = build_on_meta(config)
+    except Exception as error:  # constructors and tokenizers raise many types for unexpected values
         raise UserError(
             f"cannot build the policy of '{directory}': {one_line(error.__cause__ or error)}"
         ) from error
+    check_internals(policy)
+    return policy
 
 
 def _check_sizes(config: PreTrainedConfig, directory: Path) -> None:
-    """Stop before memory and time are spent on what no policy has: a file may say anything."""
+    """Refuse absurd sizes before memory and time are spent: a file may hold any number."""
     for name, value in vars(config).items():
         numbers = value if isinstance(value, (list, tuple)) else (value,)
         size = math.prod(abs(number) for number in numbers if type(number) is int)
-        most = _MOST_LAYERS if name.endswith(("depth", "layers")) else _MOST
+        most = _MAX_LAYERS if name.endswith(("depth", "layers")) else _MAX_SIZE
         if size > most and not name.endswith(("steps", "seed")):
-            raise UserError(f"{directory}: the policy's {name}={value} is beyond all measure")
+            raise UserError(f"{directory}: the policy's {name}={value} is too large")
 
 
 def load_processors(
     config: PreTrainedConfig, path: str | Path, device: str = "cpu"
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """The frozen processors of a policy, with the statistics they were trained with.
+    """Load the frozen processors of a policy, with the statistics of its training.
 
-    The tokenizer steps get their names and offsets from ``config``: LeRobot's saved action tokenizer step has
-    lost two of them, and would otherwise give every action another token.
+    The tokenizer steps get their names and offsets from `config`: LeRobot's action tokenizer step does not
+    save two of them, and without them would map every action to another token.
 
     Args:
-        config: From ``load_policy_config``.
+        config: From `load_policy_config`.
         path: A policy directory or a hub id.
-        device: Where the preprocessor puts the batch.
+        device: Device on which the preprocessor puts the batch.
 
     Returns:
         The preprocessor and the postprocessor.
 
     Raises:
-        UserError: If a file is missing or cannot be read.
+        UserError: A file is missing or cannot be read.
     """
     directory = resolve_policy_path(path)
     for name in (PREPROCESSOR, POSTPROCESSOR):
@@ -216,7 +219,7 @@ def load_processors(
 
 
 def _check_steps(file: Path, overrides: dict[str, dict[str, Any]]) -> set[str]:
-    """Check what the steps of a processor would load and run; returns their registered names."""
+    """Check the classes and tokenizers of a processor's steps; return their registered names."""
     names = set()
     for step in read_pipeline(file)["steps"]:
         check_step(step, file)
@@ -229,7 +232,7 @@ def _check_steps(file: Path, overrides: dict[str, dict[str, Any]]) -> set[str]:
 
 
 def _overrides(config: PreTrainedConfig, device: str) -> dict[str, dict[str, Any]]:
-    """Constructor arguments by step name that a saved preprocessor may have wrong."""
+    """Return constructor arguments, by step name, that may be wrong in a saved preprocessor."""
     overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": device}}
     if hasattr(config, "action_tokenizer_name"):
         overrides["tokenizer_processor"] = {"tokenizer_name": config.text_tokenizer_name}
@@ -243,10 +246,10 @@ def _overrides(config: PreTrainedConfig, device: str) -> dict[str, dict[str, Any
 
 
 def tokenizer_fingerprint(config: PreTrainedConfig) -> str:
-    """A SHA-256 over what decides the token ids of a policy, whatever folders its tokenizers lie in.
+    """Return a SHA-256 of all that decides the token ids of a policy, independent of tokenizer folders.
 
     Args:
-        config: From ``load_policy_config``.
+        config: From `load_policy_config`.
 
     Raises:
         UserError: A tokenizer cannot be loaded.
@@ -274,5 +277,5 @@ def tokenizer_fingerprint(config: PreTrainedConfig) -> str:
 
 
 def _backend(tokenizer: Any) -> dict[str, Any]:
-    """A tokenizer's own serialisation, without the padding and truncation that its last call left in it."""
+    """Serialise a tokenizer without the padding and truncation of its last call."""
     return json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}

@@ -1,13 +1,12 @@
-"""A policy without its weights: parameters on the meta device, buffers real.
+"""Build a policy on the meta device: parameters without memory, buffers with values.
 
 Buffers that are not stored with the weights (rotary frequencies, embedding scales, position ids) are computed
-by the constructors. Building everything on the meta device would lose them.
+by the constructors, and would be lost if everything was built on the meta device.
 """
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest.mock import patch
 
 import torch
 from lerobot.configs import PreTrainedConfig
@@ -15,6 +14,8 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
+
+from craft_ds.policies.replace_attribute import replace_attribute
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
@@ -25,7 +26,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
     """
     config = copy.copy(config)
     config.device = "meta"
-    # The initial weights are never seen: drawing them would take time and touch memory.
+    # Initial weights are not used; sampling them would take time and memory.
     with no_init_weights(), _parameters_on_meta():
         policy = get_policy_class(config.type)(config)
     return policy.eval()
@@ -33,10 +34,10 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Move parameters to the meta device as they are registered, and keep buffers where they were made.
+    """Move parameters to the meta device as they are registered, and keep buffers on their device.
 
-    As accelerate's `init_empty_weights`, with two differences: parameters that a constructor ties stay tied,
-    and buffers that it moves to the meta device with everything else are put back.
+    Unlike accelerate's `init_empty_weights`, parameters that a constructor ties stay tied, and buffers that a
+    constructor moves to the meta device are restored.
     """
     buffers: dict[tuple[nn.Module, str], Tensor | None] = {}
     register_parameter, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
@@ -46,31 +47,31 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register_parameter(module, name, parameter)
 
-    def remembered(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+    def recorded_buffer(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         register_buffer(module, name, tensor, persistent)
         buffers[module, name] = tensor
 
     with (
-        patch.object(nn.Module, "register_parameter", parameter_on_meta),
-        patch.object(nn.Module, "register_buffer", remembered),
+        replace_attribute(nn.Module, "register_parameter", parameter_on_meta),
+        replace_attribute(nn.Module, "register_buffer", recorded_buffer),
     ):
         yield
     for (module, name), tensor in buffers.items():
-        if tensor is not None and name in module._buffers:
-            module._buffers[name] = tensor
+        if tensor is not None and name in dict(module.named_buffers(recurse=False)):
+            setattr(module, name, tensor)
 
 
 def materialize_(module: nn.Module, device: torch.device | str) -> None:
-    """Give parameters on the meta device memory on `device`, without values, and move all else there.
+    """Allocate parameters from the meta device on `device`, uninitialised, and move everything else there.
 
     Tied parameters stay tied.
     """
     made: dict[int, nn.Parameter] = {}
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta:
+        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.is_meta:
                 if id(parameter) not in made:
                     empty = torch.empty_like(parameter, device=device)
                     made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                part._parameters[name] = made[id(parameter)]
+                setattr(part, name, made[id(parameter)])
     module.to(device)

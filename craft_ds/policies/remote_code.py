@@ -1,7 +1,7 @@
-"""No file of a policy directory makes this process run code that is not installed here.
+"""Protection from policy directories that would make this process run code from their files.
 
-LeRobot imports whatever class a processor's file names, and lets transformers run the Python files beside a
-tokenizer. Who downloads a policy does not expect its files to be programs.
+LeRobot imports any class that a processor's file names, and lets transformers run the Python files beside a
+tokenizer. A downloaded policy should not be able to run a program.
 """
 
 import os
@@ -15,44 +15,44 @@ from craft_ds.errors import UserError
 from craft_ds.tensor_io.safe_json import read_object
 
 TRUST_VARIABLE = "CRAFT_DS_TRUST_REMOTE_CODE"
-# FAST tokenizers come with code in the hub's form of them; PaliGemma's comes without.
+# Hub repositories of FAST tokenizers contain code; PaliGemma's does not.
 _TRUSTED_OWNERS = ("google", "lerobot", "physical-intelligence")
 _OWN_PROCESSOR = "FastActionProcessor"
 
 
 def check_step(step: dict[str, Any], file: Path) -> None:
-    """Check that a step of a processor is of a class that is loaded already.
+    """Check that the class of a processor step is already imported.
 
     Args:
-        step: Its entry in the file.
-        file: The file, for the message.
+        step: The entry of the step in the file.
+        file: The file, for the error message.
 
     Raises:
-        UserError: The entry would import a module, or call something that is no processor step.
+        UserError: The entry would import a module, or call something that is not a processor step.
     """
     if "registry_name" in step:
-        return  # LeRobot knows no other names than those of its own registry
+        return  # LeRobot accepts the names of its own registry only
     module, _, name = str(step.get("class")).rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     if not (isinstance(found, type) and issubclass(found, ProcessorStep)):
         raise UserError(
-            f"{file} names the class '{module}.{name}', which is no processor step known here: it is not "
-            "imported; register your own steps before training"
+            f"{file} names the class '{module}.{name}', which is not a registered processor step "
+            "and is not imported: register your own steps before training"
         )
 
 
 def check_tokenizer(name: str, named_in: Path | str) -> None:
-    """Check that a tokenizer brings no Python code with it, or may.
+    """Check that a tokenizer contains no Python code, or that its code is trusted.
 
     The embedded FAST tokenizer has a copy of its class beside it for stock LeRobot, which is never run here.
 
     Args:
         name: A folder or a hub id.
-        named_in: What names it, for the message.
+        named_in: The file that names it, for the error message.
 
     Raises:
-        UserError: It does, is not from those who publish the tokenizers of pi0_fast, and the environment does
-            not allow it; or its folder cannot be read safely.
+        UserError: It contains code, is not from the publishers of pi0_fast's tokenizers, and the environment
+            does not allow it; or its folder cannot be read safely.
     """
     if os.environ.get(TRUST_VARIABLE) == "1":
         return
@@ -63,9 +63,9 @@ def check_tokenizer(name: str, named_in: Path | str) -> None:
         return
     for file in sorted(folder.rglob("*")):
         if not (file.is_file() or (file.is_dir() and not file.suffix)):
-            raise UserError(f"{file} is no regular file: remove it, or put the policy's own in its place")
+            raise UserError(f"{file} is not a regular file: remove it, or replace it by the policy's own")
         if file.suffix == ".json" and "config" in file.name and _runs_code(file):
-            raise UserError(_complaint(f"{file} (auto_map) asks to run Python code that lies beside it"))
+            raise UserError(_complaint(f"{file} (auto_map) asks to run Python code from its folder"))
 
 
 def _runs_code(file: Path) -> bool:

@@ -1,7 +1,7 @@
-"""The loss of a policy as a sum and a count, so that gradients can be weighted by token across ranks.
+"""Loss of a policy as a sum and a count, so that gradients are weighted by token across ranks.
 
-A mean of per-rank means is not the mean over all tokens: ranks with short samples would weigh too much. The
-trainer therefore divides the summed loss by the count of *all* ranks.
+A mean of per-rank means is not the mean over all tokens: short samples would weigh too much. The trainer
+therefore divides the summed loss by the count of *all* ranks.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class TokenLoss(NamedTuple):
 
     Attributes:
         total: Sum of the loss over the supervised tokens; fp32 scalar that carries the graph.
-        count: How many tokens were supervised; fp32 scalar on the same device, without a graph.
+        count: Number of supervised tokens; fp32 scalar on the same device, without a graph.
     """
 
     total: Tensor
@@ -29,13 +29,13 @@ class TokenLoss(NamedTuple):
 
 @singledispatch
 def token_loss(policy: PreTrainedPolicy, batch: Batch) -> TokenLoss:
-    """The loss of one batch.
+    """Compute the loss of one batch.
 
-    Policies without an adapter of their own count samples: their mean loss times the batch size.
+    Policy types without a registered function count samples: mean loss times batch size.
 
     Args:
         policy: Any LeRobot policy.
-        batch: A policy batch, as the policy's preprocessor gives it.
+        batch: A policy batch from the policy's preprocessor.
     """
     mean, _ = policy.forward(batch)
     samples = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
@@ -43,11 +43,11 @@ def token_loss(policy: PreTrainedPolicy, batch: Batch) -> TokenLoss:
 
 
 class PolicyWithLoss(nn.Module):
-    """The module that engines wrap: whatever is done with the policy is a ``forward``, so that the root's
-    hooks of sharding fire.
+    """The module that engines wrap. All uses of the policy go through `forward`, so that the root's
+    sharding hooks fire.
 
     Attributes:
-        policy: The policy; parameters are named ``policy.<name in the policy>``.
+        policy: The policy; parameters are named `policy.<name in the policy>`.
     """
 
     def __init__(self, policy: PreTrainedPolicy):
@@ -55,10 +55,10 @@ class PolicyWithLoss(nn.Module):
         self.policy = policy
 
     def forward(self, batch: Batch, call: Callable[[PreTrainedPolicy, Batch], Any] = token_loss) -> Any:
-        """What ``call`` makes of the policy and a batch.
+        """Return the result of `call` on the policy and a batch.
 
         Args:
-            batch: What ``call`` expects.
-            call: ``token_loss`` by default; ``craft_ds.policies.pi0_fast.generation.action_chunk`` to act.
+            batch: Input of `call`.
+            call: `token_loss` by default; `craft_ds.policies.pi0_fast.generation.action_chunk` to act.
         """
         return call(self.policy, batch)

@@ -1,7 +1,7 @@
-"""The weights of a policy directory, read by range: a rank reads what it keeps, and no rank reads it all."""
+"""Weights of a policy directory, read by range: each rank reads its own part only."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -21,25 +21,38 @@ _EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
 class WeightReader:
-    """Ranges of a policy's parameters and persistent buffers, in one file or in several.
+    """Reader of ranges of a policy's parameters and persistent buffers, from one or several files.
 
     Args:
         directory: A policy directory.
-        policy: The policy, on any device: its names and shapes must be the files'.
+        policy: The policy, on any device: the files must have its names and shapes.
+        stored_name: Maps the name of a tensor in the policy to its name in the files; None where the files
+            do not hold the tensor.
 
     Raises:
         UserError: As `locate_weights`.
     """
 
-    def __init__(self, directory: Path, policy: nn.Module):
+    def __init__(
+        self, directory: Path, policy: nn.Module, stored_name: Callable[[str], str | None] = lambda name: name
+    ):
         self._files = ExitStack()
         self._places: dict[str, tuple[TensorFile | PerRankFile, str]] = {}
         opened: dict[Path, TensorFile] = {}
-        shapes = {name: tuple(tensor.shape) for name, tensor in unique_tensors(policy).items()}
+        shapes = {
+            stored: tuple(tensor.shape)
+            for name, tensor in unique_tensors(policy).items()
+            if (stored := stored_name(name)) is not None
+        }
+        aliases = {
+            stored: stored_name(first) or first
+            for name, first in tied_names(policy).items()
+            if (stored := stored_name(name)) is not None
+        }
         if is_per_rank(directory):
             self._open_pieces(directory / WEIGHTS, shapes)
             return
-        for name, (path, key) in locate_weights(directory, shapes, tied_names(policy)).items():
+        for name, (path, key) in locate_weights(directory, shapes, aliases).items():
             if path not in opened:
                 try:
                     opened[path] = self._files.enter_context(TensorFile(path))
@@ -64,13 +77,13 @@ class WeightReader:
         self._files.close()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened tensor, 1-D, in the dtype of the file."""
+        """Return elements [start, stop) of a flattened tensor, 1-D, in the dtype of the file."""
         file, key = self._places[name]
         return file.read(key, start, stop)
 
 
 def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer, each under its first name: what a policy's file holds."""
+    """Return every parameter and persistent buffer under its first name, as in a policy's file."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in policy.state_dict(keep_vars=True).items():
@@ -81,7 +94,7 @@ def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
 
 
 def tied_names(policy: nn.Module) -> dict[str, str]:
-    """The further names of tied tensors, with the first name of each."""
+    """Map the further names of tied tensors to the first name of each."""
     first: dict[int, str] = {}
     names = {
         name: first.setdefault(id(tensor), name) for name, tensor in policy.state_dict(keep_vars=True).items()
@@ -90,15 +103,15 @@ def tied_names(policy: nn.Module) -> dict[str, str]:
 
 
 def is_per_rank(directory: Path) -> bool:
-    """Whether the weights lie in pieces, as a checkpoint of `--checkpoint.layout=per_rank` has them."""
+    """Return True if the weights are in one file per rank (`--checkpoint.layout=per_rank`)."""
     return not (directory / WEIGHTS).is_file() and bool(pieces_of(directory / WEIGHTS))
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a policy directory: ``model.safetensors``, or those that the index names.
+    """Return the weight files of a policy directory: `model.safetensors`, or those that the index names.
 
     Raises:
-        UserError: If there is neither, or the index names a file that is not there, or outside the directory.
+        UserError: There is neither, or the index names a file that is missing or outside the directory.
     """
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
@@ -120,7 +133,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def weights_sha256(directory: Path) -> str:
-    """A SHA-256 over the weight files of a policy directory, their names and every byte.
+    """Return a SHA-256 of the names and bytes of a policy directory's weight files.
 
     Raises:
         UserError: As `weight_files`.
@@ -135,21 +148,21 @@ def weights_sha256(directory: Path) -> str:
 def locate_weights(
     directory: Path, shapes: dict[str, tuple[int, ...]], aliases: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, tuple[Path, str]]:
-    """Where each tensor of a policy lies.
+    """Locate each tensor of a policy.
 
-    Names may lack the leading ``model.``, and ``embed_tokens`` may be missing where it equals ``lm_head``, as
-    in LeRobot's and openpi's own files.
+    Names may lack the leading `model.`, and `embed_tokens` may be missing where it equals `lm_head`, as in
+    files of LeRobot and openpi.
 
     Args:
         directory: A policy directory.
         shapes: Names and shapes of the policy's tensors.
-        aliases: Further names of tied tensors, with the name in `shapes` that each stands for.
+        aliases: Maps further names of tied tensors to names in `shapes`.
 
     Returns:
         For each name, the file and the tensor's key in it.
 
     Raises:
-        UserError: If names or shapes of the files and of the policy differ, or a file is damaged.
+        UserError: Names or shapes differ between the files and the policy, or a file is damaged.
     """
     found: dict[str, tuple[Path, str]] = {}
     found_shapes: dict[str, tuple[int, ...]] = {}
@@ -163,7 +176,7 @@ def locate_weights(
                     found[name] = (file, key)
                     found_shapes[name] = tuple(reader.get_slice(key).get_shape())
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or no safetensors file: {one_line(error)}") from error
+            raise UserError(f"{file} is damaged or not a safetensors file: {one_line(error)}") from error
 
     for name in shapes:
         head = name.replace(_EMBEDDING, "lm_head.weight")

@@ -1,8 +1,8 @@
-"""Which modules of a policy are gathered as one when it is sharded, and which are computed again.
+"""Modules of a policy that are sharded as units, and layers whose activations may be recomputed.
 
 FSDP2 gathers a unit's parameters when the unit is *called*. A unit that is too large makes every rank hold
-much of the model at once; a module that is used in another way than by calling it (by `.forward(`, by reading
-its weight) must not be a unit, since its parameters would not be there.
+much of the model at once. A module that is used without calling it (through `.forward(`, or by reading its
+weight) must not be a unit, since its parameters would not be gathered.
 """
 
 import inspect
@@ -17,8 +17,8 @@ from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# Shares of the model: a unit above the first is split where that is possible; a module below the others is
-# not worth a collective of its own. Members of a list come in numbers, so they may be smaller.
+# Shares of the model: a unit above the first is split if possible; a module below the others is not worth a
+# collective of its own. Members of a list are many, so they may be smaller.
 _SPLIT_ABOVE, _MEMBER, _ATTRIBUTE = 1 / 8, 1 / 1000, 1 / 50
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # These read the weights of their parts without calling them.
@@ -27,14 +27,14 @@ _INDIVISIBLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Transforme
 
 @singledispatch
 def shard_units(policy: nn.Module) -> list[nn.Module]:
-    """Disjoint modules of a policy that are sharded as one each; what is in none of them goes to the root.
+    """Return disjoint modules of a policy to shard as one unit each; the root shards all other parameters.
 
-    A policy without an adapter of its own is split by size: members of lists and sequences, and submodules
-    that the source of their parent calls, until none holds more than an eighth of the parameters or it
-    cannot be split. Register an adapter where `wrapping_warning` says that this was not enough.
+    A policy type without a registered function is split by size: members of lists and sequences, and
+    submodules that the source of their parent calls, until none holds more than an eighth of the parameters
+    or can be split. Register a function where `wrapping_warning` reports that this is not enough.
 
     Args:
-        policy: Any policy; its parameters may lie on the meta device.
+        policy: Any policy; its parameters may be on the meta device.
     """
     return without_tied(policy, list(_split(policy, parameter_count(policy))))
 
@@ -48,10 +48,10 @@ def _pi0_fast_units(policy: PI0FastPolicy) -> list[nn.Module]:
 
 @singledispatch
 def checkpoint_units(policy: nn.Module) -> list[nn.Module]:
-    """Disjoint layers whose activations may be computed again in the backward pass.
+    """Return disjoint layers whose activations may be recomputed in the backward pass.
 
-    Without an adapter: the units that are more than one layer. A batch normalisation would count every batch
-    twice, so what holds one is left out.
+    Without a registered function: the units with submodules. Units with batch normalisation are excluded,
+    since it would count every batch twice.
     """
     return [
         unit
@@ -70,20 +70,25 @@ def _pi0_fast_layers(policy: PI0FastPolicy) -> list[nn.Module]:
 
 
 def without_tied(policy: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
-    """The units that share no parameter with the rest of the policy.
+    """Return the units that share no parameter with the rest of the policy.
 
-    Tied parameters must be gathered together, whichever of their modules runs first: by the root.
+    Tied parameters must be gathered together, whichever module runs first: by the root.
     """
     uses = _uses(policy)
     return [unit for unit in units if all(uses[key] == n for key, n in _uses(unit).items())]
 
 
 def _uses(module: nn.Module) -> Counter[int]:
-    return Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
+    """Count the attributes, over all modules, that hold each parameter."""
+    return Counter(
+        id(parameter)
+        for part in module.modules()
+        for _, parameter in part.named_parameters(recurse=False, remove_duplicate=False)
+    )
 
 
 def parameter_count(module: nn.Module) -> int:
-    """How many parameters a module has, each counted once."""
+    """Return the number of parameters of a module, each counted once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -91,25 +96,25 @@ def _split(module: nn.Module, total: int) -> Iterator[nn.Module]:
     for name, child in module.named_children():
         size = parameter_count(child)
         smallest = _MEMBER if isinstance(module, _CONTAINERS) else _ATTRIBUTE
-        whole = size >= smallest * total and _is_called(module, name, child)
-        if whole and size <= _SPLIT_ABOVE * total:
+        is_unit = size >= smallest * total and _is_called(module, name, child)
+        if is_unit and size <= _SPLIT_ABOVE * total:
             yield child
             continue
         parts = [] if isinstance(child, _INDIVISIBLE) else list(_split(child, total))
-        if whole and sum(map(parameter_count, parts)) < size / 2:
+        if is_unit and sum(map(parameter_count, parts)) < size / 2:
             yield child
         else:
             yield from parts
 
 
 def _is_called(parent: nn.Module, name: str, child: nn.Module) -> bool:
-    """Whether a submodule is known to be used by calling it, and in no other way."""
+    """Return True if a submodule is known to be used by calling it only."""
     if isinstance(child, nn.ModuleList | nn.ModuleDict):
         return False
     if isinstance(parent, _CONTAINERS):
         return True
     try:
-        # Without the constructor: setting an initial weight there is no use of it.
+        # Without the constructor, where setting an initial weight does not count as a use.
         source = inspect.getsource(type(parent)).replace(inspect.getsource(type(parent).__init__), "")
     except (OSError, TypeError):
         return False
@@ -118,12 +123,12 @@ def _is_called(parent: nn.Module, name: str, child: nn.Module) -> bool:
 
 
 class LargestUnit(NamedTuple):
-    """The unit that decides how much of a model a rank must hold at once.
+    """The unit that decides how much of a model each rank must hold at once.
 
     Attributes:
-        name: Its name in the policy; empty: what belongs to no unit.
-        share: Its part of all parameters.
-        gathered_bytes: What it takes on every rank while it is gathered.
+        name: Its name in the policy; empty for the parameters outside of all units.
+        share: Its fraction of all parameters.
+        gathered_bytes: Memory per rank while it is gathered.
     """
 
     name: str
@@ -134,11 +139,11 @@ class LargestUnit(NamedTuple):
 def largest_unit(
     policy: nn.Module, units: list[nn.Module], dtype: torch.dtype = torch.float32
 ) -> LargestUnit:
-    """The largest of some units and of what they leave to the root.
+    """Return the largest of the units and of the parameters outside of them.
 
     Args:
-        policy: The whole model, before it is sharded; it may lie on the meta device.
-        units: Disjoint modules of it.
+        policy: The full model, before sharding; it may be on the meta device.
+        units: Disjoint modules of the model.
         dtype: Dtype in which parameters are gathered.
     """
     names = {id(module): name for name, module in policy.named_modules()}
@@ -150,16 +155,16 @@ def largest_unit(
 
 
 def wrapping_warning(policy: nn.Module, dtype: torch.dtype = torch.float32) -> str | None:
-    """One line where more than half of a policy is gathered at once, with its price; else None.
+    """Return a warning with the cost where more than half of a policy is gathered at once, else None.
 
     Args:
-        policy: The policy, before it is sharded; it may lie on the meta device.
+        policy: The policy, before sharding; it may be on the meta device.
         dtype: Dtype in which parameters are gathered.
     """
     name, share, gathered = largest_unit(policy, shard_units(policy), dtype)
     if share <= 0.5:
         return None
-    what = f"the unit {name}" if name else "what belongs to no unit"
+    what = f"the unit {name}" if name else "those outside of all units"
     return (
         f"{share:.0%} of the parameters are gathered at once ({what}): every rank holds {_size(gathered)} of "
         f"them beside its shard, and as much again for their gradient; register smaller units for "

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from craft_ds.config.configs import LoraConfig
-from craft_ds.lora.adapters import ADAPTER_WEIGHTS, AdapterPlan, plan_adapters
+from craft_ds.lora.adapters import ADAPTER_WEIGHTS, AdapterPlan, add_adapters, plan_adapters
 from craft_ds.lora.peft_config import write_adapter_config
 from craft_ds.lora.weights import BASE_SHA256, AdaptedWeights
 from craft_ds.policies.directory import copy_policy_files
@@ -33,11 +33,12 @@ def make_test_adapters(base: Path, path: Path, lora: LoraConfig | None = None, s
     plan = plan_adapters(lora, policy_config, base)
     assert isinstance(plan, AdapterPlan)
     policy, base_sha256 = build_policy(policy_config, base), weights_sha256(base)
-    with AdaptedWeights(policy, plan, base_sha256, seed) as weights:
+    adapters = add_adapters(policy, plan.config, base_sha256)
+    with AdaptedWeights(policy, plan, adapters, seed) as weights:
         copy_policy_files(base, path, path)
         write_adapter_config(path, dataclasses.replace(plan.config))
         shapes = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
-        keys = weights.adapters.keys
+        keys = adapters.keys
         specs = [TensorSpec(key, shapes[name], torch.float32) for name, key in keys.items()]
         create_tensor_file(path / ADAPTER_WEIGHTS, specs, {"format": "pt", BASE_SHA256: base_sha256})
         generator = torch.Generator().manual_seed(seed)

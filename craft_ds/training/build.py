@@ -33,8 +33,8 @@ from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Engine
 from craft_ds.engines.fsdp_wrapping import gathered_dtype
 from craft_ds.errors import Preempted, UserError
-from craft_ds.lora.adapters import Adapters
-from craft_ds.lora.weights import AdaptedWeights, open_weights
+from craft_ds.lora.adapters import Adapters, add_adapters
+from craft_ds.lora.weights import open_weights
 from craft_ds.policies.loading import build_policy, load_processors, policy_cameras
 from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import weights_sha256
@@ -96,10 +96,8 @@ def _build(
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
     base_sha256 = rank0_only(weights_sha256)(inputs.weights_dir) if inputs.plan else ""
-    weights = fail_together(open_weights)(
-        policy, inputs.policy_dir, inputs.plan, base_sha256, config.seed or 0
-    )
-    adapters = weights.adapters if isinstance(weights, AdaptedWeights) else None
+    adapters = fail_together(add_adapters)(policy, inputs.plan.config, base_sha256) if inputs.plan else None
+    weights = fail_together(open_weights)(policy, inputs.policy_dir, inputs.plan, adapters, config.seed or 0)
     if config.craft.enabled and config.craft.vision_features:
         fail_together(check_frozen_tower)(policy)
     size = _describe_size(policy, adapters)

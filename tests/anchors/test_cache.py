@@ -50,7 +50,7 @@ def test_missing_directory_names_the_builder(tmp_path):
     refuses(tmp_path / "nowhere", tmp_path / "nowhere", "scripts/build_anchor_cache.py")
 
 
-def test_interrupted_build_says_so(tmp_path):
+def test_an_interrupted_build_is_reported(tmp_path):
     partial_directory(tmp_path / "cache").mkdir()
     refuses(tmp_path / "cache", "interrupted", "again to finish")
 

@@ -24,36 +24,45 @@ data_sets = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_s
 
 def test_equal_tasks_and_episodes_get_equal_shares():
     task, episode = frames([[20] * 3, [20] * 3])
-    draw = select_anchors(task, episode, 24, 0.2, seed=0)
-    assert Counter(task[draw.rows]) == {0: 12, 1: 12}
-    assert set(Counter(episode[draw.rows]).values()) == {4}
-    assert len(draw.heldout_episodes) == 2
-    assert set(task[np.isin(episode, draw.heldout_episodes)]) == {0, 1}
-    assert draw.heldout.sum() == 8
+    selection = select_anchors(task, episode, 24, 0.2, seed=0)
+    assert Counter(task[selection.frames]) == {0: 12, 1: 12}
+    assert set(Counter(episode[selection.frames]).values()) == {4}
+    assert len(selection.heldout_episodes) == 2
+    assert set(task[np.isin(episode, selection.heldout_episodes)]) == {0, 1}
+    assert selection.heldout.sum() == 8
 
 
 def test_a_short_task_gives_all_it_has():
     task, episode = frames([[3, 2], [50, 50]])
-    draw = select_anchors(task, episode, 40, 0.0, seed=0)
-    assert Counter(task[draw.rows]) == {0: 5, 1: 35}
-    assert draw.heldout_episodes == []
+    selection = select_anchors(task, episode, 40, 0.0, seed=0)
+    assert Counter(task[selection.frames]) == {0: 5, 1: 35}
+    assert selection.heldout_episodes == []
 
 
 @settings(max_examples=50, deadline=None)
 @given(data_sets, st.floats(0, 1), st.floats(0, 0.9), st.integers(0, 100))
-def test_draw(lengths, part, fraction, seed):
+def test_selection_properties(lengths, part, fraction, seed):
     task, episode = frames(lengths)
     count = max(1, int(part * len(task)))
-    draw = select_anchors(task, episode, count, fraction, seed)
-    assert len(set(draw.rows.tolist())) == count
+    selection = select_anchors(task, episode, count, fraction, seed)
+    assert len(set(selection.frames.tolist())) == count
     again = select_anchors(task, episode, count, fraction, seed)
-    assert again.rows.tolist() == draw.rows.tolist()
-    assert again.heldout_episodes == draw.heldout_episodes
-    assert np.array_equal(draw.heldout, np.isin(episode[draw.rows], draw.heldout_episodes))
-    keys = list(zip(draw.heldout, task[draw.rows], episode[draw.rows], draw.rows, strict=True))
+    assert again.frames.tolist() == selection.frames.tolist()
+    assert np.array_equal(selection.task, task[selection.frames])
+    assert again.heldout_episodes == selection.heldout_episodes
+    assert np.array_equal(selection.heldout, np.isin(episode[selection.frames], selection.heldout_episodes))
+    keys = list(
+        zip(
+            selection.heldout,
+            task[selection.frames],
+            episode[selection.frames],
+            selection.frames,
+            strict=True,
+        )
+    )
     assert keys == sorted(keys)
     for one_task, episodes in enumerate(lengths):
-        heldout = set(episode[task == one_task]) & set(draw.heldout_episodes)
+        heldout = set(episode[task == one_task]) & set(selection.heldout_episodes)
         assert len(heldout) < len(episodes)
         if fraction > 0 and len(episodes) > 1:
             assert heldout

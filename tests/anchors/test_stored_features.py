@@ -12,7 +12,7 @@ from craft_ds.anchors import build
 from craft_ds.anchors.build import build_anchor_cache
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.sampler import to_policy_batch
-from craft_ds.anchors.vision import check_frozen_tower, check_vision_features, read_tower
+from craft_ds.anchors.vision import check_frozen_tower, check_vision_features, read_vision_tower
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy, load_policy_config
 from craft_ds.policies.pi0_fast.vision import vision_features, vision_tower
@@ -26,7 +26,7 @@ def with_features(options, tmp_path_factory):
     return path
 
 
-def test_features_are_what_the_teachers_tower_makes_of_the_images(with_features, teacher):
+def test_features_are_the_output_of_the_teachers_tower(with_features, teacher):
     cache = AnchorCache.open(with_features)
     everything = range(len(cache))
     images, features = cache.read(everything), cache.read(everything, vision_features=True)
@@ -79,7 +79,7 @@ def test_images_are_not_read_with_features(with_features):
 def test_an_interrupted_build_of_features_is_continued(with_features, options, tmp_path, monkeypatch, moment):
     output = tmp_path / "cache"
     calls = []
-    name, on_call = {"in a shard": ("half_features", 4), "behind a shard": ("_write_json", 3)}[moment]
+    name, on_call = {"in a shard": ("fp16_vision_features", 4), "behind a shard": ("_write_json", 3)}[moment]
     original = getattr(build, name)
 
     def die(*args):
@@ -138,7 +138,7 @@ def test_features_fit_the_tower_that_made_them(with_features, built, teacher, tm
     line = refused(cache, other)
     for word in (with_features, other, cache.vision_fingerprint[:12], "--craft.vision_features"):
         assert str(word) in line
-    assert read_tower(config, other).fingerprint[:12] in line
+    assert read_vision_tower(config, other).fingerprint[:12] in line
     assert f"{built} holds no vision features" in refused(AnchorCache.open(built), teacher)
 
 

@@ -1,4 +1,4 @@
-"""How a step is dealt out: every sample once, nobody without one."""
+"""Partition of a step: every sample once, no rank without a sample."""
 
 import pytest
 from hypothesis import given
@@ -27,7 +27,7 @@ def test_every_sample_is_dealt_once_and_no_part_is_empty(total, world_size, size
 
 
 @given(totals, world_sizes, sizes)
-def test_micro_batches_are_no_larger_than_asked_where_that_can_be(total, world_size, size):
+def test_micro_batches_are_not_larger_than_asked(total, world_size, size):
     if total < world_size:
         return
     share = partition_step(total, world_size, size, "samples")

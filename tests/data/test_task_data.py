@@ -113,7 +113,7 @@ def test_epochs_and_seeds_have_other_orders():
     assert steps_of(50, 50, 1, 1, 1, 1) != stream[:1]
 
 
-def test_iterating_again_begins_again():
+def test_iterating_again_starts_again():
     sampler = sampler_of(7, 2, 1, 0, 1, 0)
     assert take(sampler, 9) == take(sampler, 9)
 

@@ -20,7 +20,7 @@ from craft_ds.engines.base import Batch, Engine, ReadRange
 from craft_ds.engines.deepspeed_config import read_ds_config, resolve_ds_config
 from craft_ds.engines.fsdp import FsdpEngine
 from craft_ds.engines.single import SingleEngine
-from craft_ds.lora.adapters import Adapters, plan_adapters
+from craft_ds.lora.adapters import Adapters, add_adapters, plan_adapters
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.loading import build_policy, load_policy_config
 from craft_ds.policies.token_loss import PolicyWithLoss
@@ -194,11 +194,12 @@ class Lab:
         config.pretrained_path = self.policy_dir
         plan = plan_adapters(lora, config, directory or self.policy_dir)
         policy = build_policy(config, plan.base)
-        with open_weights(policy, self.policy_dir, plan, weights_sha256(plan.base)) as weights:
+        adapters = add_adapters(policy, plan.config, weights_sha256(plan.base))
+        with open_weights(policy, self.policy_dir, plan, adapters) as weights:
             if recompute:
                 checkpoint_activations(policy)
             engine = self.engine(policy, weights.read, eps=1e-4, lr=1e-3, **options)
-        return engine, weights.adapters
+        return engine, adapters
 
     def toy_batches(self, step: int, accumulation: int, *, retention: bool = False) -> list[Batch]:
         return list(deal(samples(step, retention=retention), accumulation, self.rank, self.world_size))

@@ -338,7 +338,7 @@ def test_a_base_that_was_moved_is_named_by_its_flag(adapted, inputs, tmp_path, m
     renew_manifest(checkpoint)
     shutil.copytree(inputs.policy, moved)
     if merge_lora:
-        with pytest.raises(UserError, match=r"is not there .*put it back, or say where it is by --base_path"):
+        with pytest.raises(UserError, match=r"is missing .*restore it, or set --base_path to"):
             export_checkpoint(checkpoint, tmp_path / "policy", merge_lora=True)
     export_checkpoint(checkpoint, tmp_path / "policy", merge_lora=merge_lora, base_path=str(moved))
     if not merge_lora:

@@ -12,7 +12,7 @@ from torch import nn
 
 from craft_ds.errors import UserError
 from craft_ds.export.lora_merge import MergedWeights
-from craft_ds.lora.adapters import ADAPTER_WEIGHTS, AdapterPlan, plan_stored
+from craft_ds.lora.adapters import ADAPTER_WEIGHTS, AdapterPlan, plan_stored_adapters
 from craft_ds.lora.peft_config import ADAPTER_CONFIG
 from craft_ds.memory_planner.tensor_memory import MemoryCounter
 from craft_ds.policies.loading import build_policy, load_policy_config
@@ -25,7 +25,7 @@ LANGUAGE = r".*\.language_model\.layers\.\d+\.self_attn\.[qv]_proj"
 
 
 def open_merged(directory, base_path=""):
-    plan = plan_stored(directory, str(base_path))
+    plan = plan_stored_adapters(directory, str(base_path))
     return MergedWeights(build_policy(load_policy_config(plan.base), plan.base), plan)
 
 
@@ -166,9 +166,9 @@ def test_a_base_that_is_not_named_is_asked_for_by_the_commands_flag(adapted, inp
     shutil.copytree(adapted("attention_mlp"), directory)
     content = json.loads((directory / ADAPTER_CONFIG).read_text()) | {"base_model_name_or_path": None}
     (directory / ADAPTER_CONFIG).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"names no base policy .*: say where it is by --base_path"):
-        plan_stored(directory, flag="--base_path")
-    assert plan_stored(directory, str(inputs.policy)).base == inputs.policy
+    with pytest.raises(UserError, match=r"names no base policy .*: set --base_path to"):
+        plan_stored_adapters(directory, flag="--base_path")
+    assert plan_stored_adapters(directory, str(inputs.policy)).base == inputs.policy
 
 
 def test_a_weight_that_two_layers_share_is_not_merged(tmp_path):

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from craft_ds.anchors.cache import METADATA_FILE, AnchorCache
 from craft_ds.config.parser import parse_arguments
-from craft_ds.lora.peft_config import read_stored
+from craft_ds.lora.peft_config import read_adapter_config
 from craft_ds.policies.directory import copy_policy_files
 from craft_ds.policies.loading import load_policy_config, load_processors
 from craft_ds.policies.weights import weight_files
@@ -320,7 +320,7 @@ def test_adapters_are_refused_or_known(fuzz, checkpoint):
 
     def examined(text: bytes) -> None:
         (checkpoint / "adapter_config.json").write_bytes(text)
-        found = read_or_refused(lambda: read_stored(checkpoint))
+        found = read_or_refused(lambda: read_adapter_config(checkpoint))
         assert found is None or found.r >= 1
 
     fuzz(100, examined, jsons(whole))

@@ -1,4 +1,4 @@
-"""Adapters in a policy: what trains, what it is called, how it begins, and what is refused."""
+"""Adapters in a policy: trainable parameters, names, initial values, and refused flags."""
 
 import json
 import math
@@ -12,8 +12,8 @@ from torch import nn
 
 from craft_ds.config.configs import LoraConfig
 from craft_ds.errors import UserError
-from craft_ds.lora.adapters import add_adapters, plan_adapters, plan_stored
-from craft_ds.lora.peft_config import to_peft
+from craft_ds.lora.adapters import add_adapters, plan_adapters, plan_stored_adapters
+from craft_ds.lora.peft_config import make_peft_config
 from craft_ds.lora.weights import AdaptedWeights, load_trained_policy
 from craft_ds.policies.loading import build_policy, load_policy, load_policy_config
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastPolicy
@@ -33,9 +33,9 @@ def build(policy_dir, **lora):
 
 
 def values_of(policy_dir, seed=0, **lora):
-    """Every trainable parameter's beginning, by name."""
+    """Return the initial value of every trainable parameter, by name."""
     policy, plan = build(policy_dir, **lora)
-    with AdaptedWeights(policy, plan, "base", seed) as weights:
+    with AdaptedWeights(policy, plan, add_adapters(policy, plan.config, "base"), seed) as weights:
         return {
             name: weights.read(name, 0, p.numel()).view(p.shape)
             for name, p in policy.named_parameters()
@@ -69,7 +69,7 @@ def test_the_real_pi0_fast_has_the_layers():
     for preset in ("attention", "attention_mlp", "attention_mlp_vision"):
         config = PI0FastConfig(device="cpu", dtype="float32")
         policy = meta_policy_without_tokenizers(config)
-        add_adapters(policy, to_peft(LoraConfig(enabled=True, preset=preset), config, "base"))
+        add_adapters(policy, make_peft_config(LoraConfig(enabled=True, preset=preset), config, "base"))
         counts[preset] = len([name for name, p in policy.named_parameters() if p.requires_grad])
     assert counts == {
         "attention": 2 * 18 * 4,
@@ -94,7 +94,7 @@ def test_names_on_disk_are_pefts(policy_dir, lora):
         assert shapes[name] == theirs[key].shape, key
 
 
-def test_new_adapters_begin_as_pefts(policy_dir):
+def test_new_adapters_start_as_pefts(policy_dir):
     found = values_of(policy_dir)
     for name, values in found.items():
         if ".lora_B." in name:
@@ -115,7 +115,7 @@ def test_the_seed_decides(policy_dir):
         assert torch.equal(values, other[name]) == (".lora_B." in name)
 
 
-def test_gaussian_beginnings(policy_dir):
+def test_gaussian_initial_values(policy_dir):
     drawn = torch.cat(
         [v.flatten() for n, v in values_of(policy_dir, init="gaussian").items() if ".lora_A." in n]
     )
@@ -123,7 +123,7 @@ def test_gaussian_beginnings(policy_dir):
     assert drawn.abs().max() > 2.5 / RANK  # a uniform distribution ends at √3 standard deviations
 
 
-def test_doras_magnitudes_begin_as_the_norms_of_the_rows(policy_dir):
+def test_doras_magnitudes_start_as_the_norms_of_the_rows(policy_dir):
     base = load_file(policy_dir / "model.safetensors")
     found = {n: v for n, v in values_of(policy_dir, use_dora=True).items() if "magnitude" in n}
     assert len(found) == 14
@@ -132,9 +132,9 @@ def test_doras_magnitudes_begin_as_the_norms_of_the_rows(policy_dir):
         torch.testing.assert_close(values, weight.norm(dim=1))
 
 
-def test_parts_of_a_tensor_are_parts_of_the_whole(policy_dir):
+def test_ranges_of_a_tensor_are_ranges_of_the_full_tensor(policy_dir):
     policy, plan = build(policy_dir, use_dora=True, full_modules=["lm_head"])
-    with AdaptedWeights(policy, plan, "base", 0) as weights:
+    with AdaptedWeights(policy, plan, add_adapters(policy, plan.config, "base"), 0) as weights:
         for name, parameter in policy.named_parameters():
             count = parameter.numel()
             cut = count // 3
@@ -148,7 +148,7 @@ def test_new_adapters_change_nothing(policy_dir, tmp_path):
     base, batch = load_policy(load_policy_config(policy_dir), policy_dir), None
     for use_dora in (False, True):
         policy, plan = build(policy_dir, use_dora=use_dora)
-        with AdaptedWeights(policy, plan, "base", 0) as weights:
+        with AdaptedWeights(policy, plan, add_adapters(policy, plan.config, "base"), 0) as weights:
             from craft_ds.policies.loading import fill_policy_
 
             fill_policy_(policy, weights.read, "cpu")
@@ -182,7 +182,7 @@ def test_modules_that_train_fully_are_not_doubled(policy_dir):
         ({"full_modules": ["self_attn"]}, "--lora.full_modules=self_attn has adapters too"),
     ],
 )
-def test_targets_that_cannot_be(policy_dir, lora, message):
+def test_unusable_targets_are_refused(policy_dir, lora, message):
     policy, plan = build(policy_dir, **lora)
     with pytest.raises(UserError, match=message):
         add_adapters(policy, plan.config)
@@ -202,7 +202,7 @@ def test_stored_adapters_load_as_peft_loads_them(policy_dir, tmp_path, lora):
     torch.testing.assert_close(token_loss(ours, batch).total, expected, rtol=1e-6, atol=0)
 
 
-def test_the_hub_name_or_the_whole_path_of_the_base_is_stored(policy_dir, monkeypatch):
+def test_the_hub_id_or_the_absolute_path_of_the_base_is_stored(policy_dir, monkeypatch):
     config = load_policy_config(policy_dir)
     monkeypatch.chdir(policy_dir.parent)
     config.pretrained_path = policy_dir.name
@@ -224,9 +224,9 @@ def adapters(policy_dir, tmp_path):
 def test_a_moved_base_policy(adapters, tmp_path):
     base = tmp_path / "base"
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=f"base policy of the adapters in {adapters} is not there"):
-        plan_stored(adapters)
-    plan = plan_stored(adapters, str(moved))
+    with pytest.raises(UserError, match=f"base policy of the adapters in {adapters} is missing"):
+        plan_stored_adapters(adapters)
+    plan = plan_stored_adapters(adapters, str(moved))
     assert plan.base == moved
     assert plan.config.base_model_name_or_path == str(moved)
     load_trained_policy(load_policy_config(adapters), adapters, base_path=str(moved))
@@ -244,14 +244,14 @@ def test_another_base_policy_is_refused(adapters, tmp_path):
 def test_adapters_that_name_no_base(adapters, tmp_path):
     path = adapters / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
-    with pytest.raises(UserError, match=r"names no base policy .* say where it is by --lora\.base_path"):
-        plan_stored(adapters)
-    assert plan_stored(adapters, str(tmp_path / "base")).base == tmp_path / "base"
+    with pytest.raises(UserError, match=r"names no base policy .* set --lora\.base_path to"):
+        plan_stored_adapters(adapters)
+    assert plan_stored_adapters(adapters, str(tmp_path / "base")).base == tmp_path / "base"
 
 
 def test_a_base_of_adapters_is_refused(adapters):
     with pytest.raises(UserError, match="holds adapters itself: merge those first"):
-        plan_stored(adapters, str(adapters))
+        plan_stored_adapters(adapters, str(adapters))
 
 
 def _truncate(path):

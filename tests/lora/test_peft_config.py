@@ -12,7 +12,7 @@ from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from craft_ds.config.configs import LoraConfig
 from craft_ds.config.train_config import from_lerobot
 from craft_ds.errors import UserError
-from craft_ds.lora.peft_config import check_same, read_stored, to_peft
+from craft_ds.lora.peft_config import check_adapters_match, make_peft_config, read_adapter_config
 from craft_ds.lora.targets import describe_targets, lora_presets, preset_targets
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastConfig
 
@@ -30,7 +30,7 @@ def test_every_flag_reaches_peft():
         init="gaussian",
         full_modules=["lm_head"],
     )
-    config = to_peft(lora, TINY, "someone/policy")
+    config = make_peft_config(lora, TINY, "someone/policy")
     assert (config.r, config.lora_alpha, config.lora_dropout) == (5, 7, 0.1)
     assert (config.use_rslora, config.use_dora, config.init_lora_weights) == (True, True, "gaussian")
     assert config.modules_to_save == ["lm_head"]
@@ -47,7 +47,7 @@ def test_lerobots_flags_mean_the_same():
         given = dataclasses.replace(flags, **changed)
         policy = PI0Policy.__new__(PI0Policy)
         theirs = policy._build_peft_config(dataclasses.asdict(given))
-        ours = to_peft(from_lerobot(given), TINY, "base")
+        ours = make_peft_config(from_lerobot(given), TINY, "base")
         for field in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"):
             assert getattr(ours, field) == getattr(theirs, field), field
         assert ours.init_lora_weights == theirs.init_lora_weights
@@ -106,17 +106,17 @@ def test_presets_are_told_by_name():
     ],
 )
 def test_adapters_of_another_shape_are_refused(changed, message, tmp_path):
-    stored = to_peft(LoraConfig(enabled=True), TINY, "base")
-    asked = to_peft(LoraConfig(enabled=True, **changed), TINY, "base")
+    stored = make_peft_config(LoraConfig(enabled=True), TINY, "base")
+    asked = make_peft_config(LoraConfig(enabled=True, **changed), TINY, "base")
     with pytest.raises(UserError, match=message):
-        check_same(asked, stored, TINY, tmp_path)
-    check_same(asked, asked, TINY, tmp_path)
+        check_adapters_match(asked, stored, TINY, tmp_path)
+    check_adapters_match(asked, asked, TINY, tmp_path)
 
 
 def test_a_stored_configuration_reads_back(tmp_path):
-    config = to_peft(LoraConfig(enabled=True, full_modules=["lm_head"]), TINY, "base")
+    config = make_peft_config(LoraConfig(enabled=True, full_modules=["lm_head"]), TINY, "base")
     config.save_pretrained(str(tmp_path))
-    assert read_stored(tmp_path) == config
+    assert read_adapter_config(tmp_path) == config
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_stored_configuration_reads_back(tmp_path):
         (json.dumps({"peft_type": "IA3", "base_model_name_or_path": "base"}), "holds a PeftType.IA3 adapter"),
         (
             json.dumps({"peft_type": "LORA", "bias": "all", "base_model_name_or_path": "base"}),
-            "uses bias, which craft-ds does not know",
+            "uses bias, which craft-ds does not support",
         ),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_configuration_that_cannot_be_used(content, message, tmp_path):
     if content is not None:
         (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        read_stored(tmp_path)
+        read_adapter_config(tmp_path)
 
 
 def test_known_fields_are_pefts():

@@ -8,7 +8,7 @@ from small_policies import WORKLOAD, full_batch, read, small_config
 from craft_ds.config.configs import CraftConfig, LoraConfig
 from craft_ds.engines.single import SingleEngine
 from craft_ds.lora.adapters import add_adapters
-from craft_ds.lora.peft_config import to_peft
+from craft_ds.lora.peft_config import make_peft_config
 from craft_ds.memory_planner import ENGINES
 from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import plan_memory
@@ -37,7 +37,7 @@ def test_the_plan_matches_a_measured_retention_step(lora, dtype):
     config = small_config()
     policy = meta_policy_without_tokenizers(config)
     if lora:
-        add_adapters(policy, to_peft(lora, config, base_path=""))
+        add_adapters(policy, make_peft_config(lora, config, base_path=""))
     task, anchors = full_batch(config, 1), full_batch(config, 2)
     with MemoryCounter() as counter:
         engine = SingleEngine(

@@ -11,7 +11,7 @@ from craft_ds.config.configs import LoraConfig
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import add_adapters
-from craft_ds.lora.peft_config import to_peft
+from craft_ds.lora.peft_config import make_peft_config
 from craft_ds.memory_planner.engine_models import SingleMemoryModel
 from craft_ds.memory_planner.shapes import Workload, meta_policy_without_tokenizers
 from craft_ds.memory_planner.simulate import simulate_pass
@@ -26,7 +26,7 @@ def real_peak(config, *, autocast=False, checkpointing=False, lora=None):
     """Return the peak bytes of a real pass, gradients included."""
     policy = meta_policy_without_tokenizers(config)
     if lora:
-        add_adapters(policy, to_peft(lora, config, base_path=""))
+        add_adapters(policy, make_peft_config(lora, config, base_path=""))
         for parameter in policy.parameters():
             if autocast and not parameter.requires_grad:
                 parameter.data = parameter.to(torch.bfloat16)

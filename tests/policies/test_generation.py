@@ -71,7 +71,7 @@ def rows(batch, chosen):
     return {key: value[chosen] for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
-def test_the_teacher_says_and_does_what_lerobot_makes_it(teacher, observations):
+def test_the_teachers_tokens_and_actions_are_lerobots(teacher, observations):
     tokens = greedy_action_tokens(teacher, observations)
     lengths = (tokens == end_of_action(teacher)).int().argmax(dim=1)
     assert len(lengths.unique()) > 1  # they end at different lengths, and end
@@ -157,7 +157,7 @@ def test_a_rank_goes_on_until_all_have_finished(teacher, observations, monkeypat
     assert torch.equal(tokens, expected)
 
 
-def test_a_policy_that_forgot_how_to_begin_gets_zeros_or_worse_but_no_error(policy):
+def test_a_policy_without_the_prefix_raises_no_error(policy):
     policy.config.validate_action_token_prefix = True
     batch = random_batch(policy.config, 2, seed=0)
     with pytest.raises(AssertionError, match="does not start with"):
@@ -167,7 +167,7 @@ def test_a_policy_that_forgot_how_to_begin_gets_zeros_or_worse_but_no_error(poli
     policy.config.validate_action_token_prefix = False
 
 
-def test_other_policies_act_by_their_own_method_and_through_the_wrapper():
+def test_other_policies_act_by_their_own_method():
     class Plain(nn.Module):
         config = SimpleNamespace()
 
@@ -178,7 +178,7 @@ def test_other_policies_act_by_their_own_method_and_through_the_wrapper():
     assert torch.equal(module(batch, call=action_chunk), torch.full((2, 3, 1), 2.0))
 
 
-def test_acting_leaves_the_loss_alone(policy):
+def test_acting_does_not_change_the_loss(policy):
     batch = random_batch(policy.config, 3, seed=1)
     policy.train()
     expected = token_loss(policy, batch).total.item()

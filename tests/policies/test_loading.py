@@ -75,7 +75,7 @@ def test_flags_override_the_configuration(policy_dir):
     assert load_policy_config(policy_dir, ["--dtype=bfloat16"]).dtype == "bfloat16"
 
 
-def test_loading_leaves_the_given_configuration_alone(policy_dir):
+def test_loading_does_not_change_the_configuration(policy_dir):
     config = load_policy_config(policy_dir)
     config.device = "cuda"
     assert load_policy(config, policy_dir, device="cpu").config.device == "cpu"
@@ -190,7 +190,7 @@ def test_a_path_that_is_neither_folder_nor_hub_id(tmp_path, monkeypatch):
         raise OSError("the hub cannot be reached\nsecond line")
 
     monkeypatch.setattr(loading, "snapshot_download", unreachable)
-    with pytest.raises(UserError, match=r"'outputs/run' is not a folder here.*cannot be reached$"):
+    with pytest.raises(UserError, match=r"'outputs/run' is not a local folder.*cannot be reached$"):
         load_policy_config("outputs/run")
 
 
@@ -331,7 +331,7 @@ def test_fingerprint_knows_the_tokens_and_not_the_place(policy_dir, own_dir, tmp
     assert tokenizer_fingerprint(load_policy_config(own_dir)) != fingerprint
 
 
-def test_fingerprint_ignores_the_padding_that_a_used_tokenizer_was_saved_with(own_dir):
+def test_fingerprint_ignores_padding_of_a_used_tokenizer(own_dir):
     config = load_policy_config(own_dir)
     fingerprint = tokenizer_fingerprint(config)
     policy = load_policy(config, own_dir)

@@ -14,10 +14,10 @@ from craft_ds.testing.policies import make_test_policy_dir
 
 @pytest.fixture(scope="module")
 def policy_dir(tmp_path_factory):
-    return make_test_policy_dir(tmp_path_factory.mktemp("skeleton") / "policy")
+    return make_test_policy_dir(tmp_path_factory.mktemp("meta_init") / "policy")
 
 
-def test_parameters_are_on_meta_and_buffers_are_what_lerobot_computes(policy_dir):
+def test_parameters_are_on_meta_and_buffers_have_values(policy_dir):
     config = load_policy_config(policy_dir)
     policy = build_on_meta(config)
     whole = type(policy)(config)
@@ -32,7 +32,7 @@ def test_parameters_are_on_meta_and_buffers_are_what_lerobot_computes(policy_dir
         assert torch.equal(found[name], buffer), name
 
 
-def test_the_configuration_is_left_alone(policy_dir):
+def test_the_configuration_is_not_changed(policy_dir):
     config = load_policy_config(policy_dir)
     before = repr(config)
     build_on_meta(config)
@@ -61,7 +61,7 @@ def tied(monkeypatch, policy_dir):
     return build_on_meta(config)
 
 
-def test_ties_survive_the_skeleton_and_its_materialisation(tied):
+def test_ties_survive_meta_init_and_materialisation(tied):
     assert tied.head.weight is tied.embedding.weight
     assert tied.head.weight.is_meta
     materialize_(tied, "cpu")

@@ -188,7 +188,7 @@ def test_tokens_on_padding_do_not_matter(policy):
     )
 
 
-def test_the_logits_are_of_the_supervised_tokens_one_sample_after_the_other(policy):
+def test_logits_are_of_the_supervised_tokens_sample_by_sample(policy):
     batch = uneven_batch(policy.config)
     logits, targets = supervised_logits(policy, batch)
     assert torch.equal(targets, batch[ACTION_TOKENS][:, 1:][batch[ACTION_TOKEN_MASK][:, 1:]])

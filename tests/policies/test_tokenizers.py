@@ -29,7 +29,7 @@ def test_text_tokenizer_has_the_pieces_that_pi0_fast_needs(text):
     assert text.bos_token_id is not None
 
 
-def test_prompts_begin_with_bos_and_digits_stand_alone(text):
+def test_prompts_start_with_bos_and_digits_are_single_tokens(text):
     pieces = text.convert_ids_to_tokens(text.encode("Task: Press a button from the top, State: 128 -1 7;\n"))
     assert pieces[0] == "<bos>"
     assert all(len(piece) == 1 for piece in pieces if any(c.isdigit() for c in piece))
@@ -50,7 +50,7 @@ def test_the_vocabulary_ends_with_the_action_tokens(text):
     )
 
 
-def test_action_is_one_piece_even_when_the_texts_have_more_frequent_pieces(tmp_path):
+def test_action_is_one_piece_among_more_frequent_pieces(tmp_path):
     words = ["".join(chr(97 + (7 * i + 3 * k * k) % 26) for k in range(6)) for i in range(40)]
     tokenizer = build_text_tokenizer([" ".join(words * 3)] * 20, tmp_path)
     assert tokenizer.tokenize("Action: ")[0] == "Action"

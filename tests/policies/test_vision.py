@@ -163,7 +163,7 @@ def test_the_tower_is_not_called(policy, batch):
     }
 
 
-def test_features_in_fp32_give_the_loss_and_gradient_of_the_images(policy, batch):
+def test_fp32_features_give_the_loss_and_gradient_of_the_images(policy, batch):
     freeze(policy)
     loss, gradients = loss_and_gradients(policy, batch)
     stored_loss, stored = loss_and_gradients(policy, with_features(policy, batch, torch.float32))
@@ -211,7 +211,7 @@ def test_a_missing_camera_is_masked(policy, batch):
 
 
 @two_cameras
-def test_images_of_one_camera_and_features_of_another_are_refused(policy, batch):
+def test_images_mixed_with_features_are_refused(policy, batch):
     batch |= vision_features(policy, {SIDE: batch[SIDE]})
     del batch[SIDE]
     with pytest.raises(ValueError, match=r"images of observation\.images\.top"):
@@ -294,5 +294,5 @@ def test_the_same_values_in_another_dtype_are_the_same_tower(original, directory
 
 
 def test_other_policies_have_no_such_features():
-    with pytest.raises(UserError, match="Linear: leave --vision_features"):
+    with pytest.raises(UserError, match="Linear: omit --vision_features"):
         vision_tower(nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Which modules are sharded as one."""
+"""Sharding units of policies."""
 
 import pytest
 import torch
@@ -157,7 +157,9 @@ def test_a_policy_that_is_mostly_one_unit_is_warned_of():
     policy = Policy(width=8, layers=2, classes=4096, tied=True)
     warning = wrapping_warning(policy, torch.bfloat16)
     share = 2 * 4096 * 8 / parameter_count(policy)
-    assert warning.startswith(f"{share:.0%} of the parameters are gathered at once (what belongs to no unit)")
+    assert warning.startswith(
+        f"{share:.0%} of the parameters are gathered at once (those outside of all units)"
+    )
     assert "holds 0.1 MiB" in warning
     assert "shard_units" in warning
     assert "\n" not in warning

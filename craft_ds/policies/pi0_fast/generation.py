@@ -1,8 +1,8 @@
-"""Acting: greedy action chunks of a policy, whole or sharded over ranks.
+"""Greedy action chunks of a policy, sharded over ranks or not.
 
-Where a policy is sharded, every forward pass is a collective. Greedy decoding ends at another length on each
-rank, and a rank that stopped by itself would leave the others waiting for its shards for ever: all ranks
-decode until the last of them has finished.
+Every forward pass of a sharded policy is a collective. Greedy decoding ends at a different length on each
+rank, and the others would wait forever for the shards of a rank that stopped: all ranks decode until the last
+one has finished.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
+from craft_ds.policies.lerobot_internals import text_tokenizer
 from craft_ds.policies.pi0_fast.loss import longest
 from craft_ds.policies.pi0_fast.vision import image_tokens
 from craft_ds.policies.token_loss import Batch
@@ -27,15 +28,15 @@ _END_OF_ACTION = "|"
 
 @singledispatch
 def action_chunk(policy: PreTrainedPolicy, batch: Batch) -> Tensor:
-    """A policy's actions for a batch of observations, before its postprocessor.
+    """Return a policy's actions for a batch of observations, before its postprocessor.
 
-    Collective where there is a process group: call on all ranks, equally often; each has observations of its
-    own. Policies without an adapter of their own must act in a number of forward passes that does not depend
-    on what they see, as those do that predict or denoise a chunk.
+    Collective where there is a process group: call equally often on all ranks, each with its own
+    observations. Policy types without a registered function must act in a number of forward passes that does
+    not depend on the observations, as those do that predict or denoise a chunk.
 
     Args:
-        policy: Any LeRobot policy; it is put into evaluation mode.
-        batch: A policy batch, as the policy's preprocessor gives it; actions in it are not read.
+        policy: Any LeRobot policy; set to evaluation mode.
+        batch: A policy batch from the policy's preprocessor; actions in it are not read.
 
     Returns:
         (B, steps, action width).
@@ -45,9 +46,9 @@ def action_chunk(policy: PreTrainedPolicy, batch: Batch) -> Tensor:
 
 @action_chunk.register
 def pi0_fast_action_chunk(policy: PI0FastPolicy, batch: Batch) -> Tensor:
-    """The actions that the greedy tokens spell; a sample that spells none gets zeros."""
+    """Return the actions of the greedy tokens; zeros for a sample whose tokens give no actions."""
     tokens = greedy_action_tokens(policy, batch)
-    with _lenient(policy.config):
+    with _without_prefix_validation(policy.config):
         return policy.detokenize_actions(
             tokens, policy.config.n_action_steps, policy.config.output_features[ACTION].shape[0]
         )
@@ -55,22 +56,22 @@ def pi0_fast_action_chunk(policy: PI0FastPolicy, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def greedy_action_tokens(policy: PI0FastPolicy, batch: Batch) -> Tensor:
-    """The most probable action tokens, one after the other, whatever the policy's temperature.
+    """Decode the most probable action tokens, ignoring the policy's temperature.
 
-    The tokens of `PI0FastPytorch.sample_actions_fast_kv_cache` at temperature 0, up to each sample's end of
-    action, from less work: the prompt is cut to the longest of the batch, and all cameras pass the vision
-    tower in one call. As there, the token that begins an action is part of the bidirectional prefix.
+    Equals the tokens of `PI0FastPytorch.sample_actions_fast_kv_cache` at temperature 0, up to each sample's
+    end of action, with less work: the prompt is cut to the longest of the batch, and all cameras pass the
+    vision tower in one call. As there, the token that starts an action is part of the bidirectional prefix.
     Collective where there is a process group.
 
     Args:
-        policy: A pi0_fast of any size; it is put into evaluation mode.
+        policy: A pi0_fast of any size; set to evaluation mode.
         batch: Images (B, C, H, W) in [0, 1] or their vision features; prompt tokens and mask (B, P).
 
     Returns:
         Text tokenizer ids (B, max_decoding_steps), int64; zeros after the end of action.
     """
     policy.eval()
-    model, tokenizer, limit = policy.model, policy._paligemma_tokenizer, policy.config.max_decoding_steps
+    model, tokenizer, limit = policy.model, text_tokenizer(policy), policy.config.max_decoding_steps
     decoder = model.paligemma_with_expert.paligemma.model.language_model
     lm_head = model.paligemma_with_expert.paligemma.lm_head
     embed_words = model.paligemma_with_expert.embed_language_tokens
@@ -117,7 +118,7 @@ def greedy_action_tokens(policy: PI0FastPolicy, batch: Batch) -> Tensor:
 
 
 def _on_all_ranks(flag: Tensor) -> bool:
-    """Whether a flag, a bool scalar, is true on every rank: a collective of 4 bytes."""
+    """Return True if a bool scalar is true on every rank: a collective of 4 bytes."""
     if dist.is_initialized():
         flag = flag.int()
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
@@ -125,10 +126,10 @@ def _on_all_ranks(flag: Tensor) -> bool:
 
 
 @contextmanager
-def _lenient(config: PreTrainedConfig) -> Iterator[None]:
-    """Let a policy that forgot how to begin an action fail its episode.
+def _without_prefix_validation(config: PreTrainedConfig) -> Iterator[None]:
+    """Do not raise an error for actions without the expected prefix: the episode fails instead.
 
-    pi0_fast would raise, and on the ranks of one sharded policy some would then wait for the others.
+    An error on one rank of a sharded policy would make the other ranks wait.
     """
     strict = config.validate_action_token_prefix
     config.validate_action_token_prefix = False

@@ -1,13 +1,13 @@
 """pi0_fast's next-token loss on trimmed input, summed over tokens.
 
-The same function as ``PI0FastPolicy.forward``, times the number of supervised tokens, without the work that
-cannot reach it:
+The same function as `PI0FastPolicy.forward`, times the number of supervised tokens, without the work that
+does not affect it:
 
 - prompt and action padding is cut to the longest sample of the batch;
-- the last action token is a target but no input: nothing is predicted after it;
-- ``lm_head``, 257,152 wide on the real model, runs only where a token is supervised;
-- all cameras pass the vision tower in one call, so that a sharded tower is gathered once, and none where
-  the batch holds the tower's features already (`craft_ds.policies.pi0_fast.vision`).
+- the last action token is a target but not an input: nothing is predicted after it;
+- `lm_head`, 257,152 wide on the real model, runs only where a token is supervised;
+- all cameras pass the vision tower in one call, so that a sharded tower is gathered once; they skip the
+  tower where the batch holds its features already (`craft_ds.policies.pi0_fast.vision`).
 """
 
 import torch
@@ -22,18 +22,19 @@ from lerobot.utils.constants import (
 )
 from torch import Tensor
 
+from craft_ds.policies.lerobot_internals import apply_checkpoint, attention_mask
 from craft_ds.policies.pi0_fast.vision import image_tokens
 from craft_ds.policies.token_loss import Batch, TokenLoss, token_loss
 
 
 @token_loss.register
 def pi0_fast_token_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
-    """The cross-entropy of the supervised action tokens of a batch.
+    """Compute the cross-entropy of the supervised action tokens of a batch.
 
-    Token ``t + 1`` is supervised where its mask is true, and predicted from the images, the prompt and the
-    action tokens up to ``t``.
+    Token `t + 1` is supervised where its mask is true, and predicted from the images, the prompt and the
+    action tokens up to `t`.
 
-    The masks decide shapes, so they are read on the host: masks on the CPU save this function its only
+    The masks decide shapes, so they are read on the host: with masks on the CPU, this function needs no
     synchronisation with the device.
 
     Args:
@@ -50,14 +51,14 @@ def pi0_fast_token_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
 
 
 def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What the policy thinks of each supervised action token of a batch, and the token that it should be.
+    """Compute the logits of each supervised action token of a batch, and the target tokens.
 
     Args:
         policy: A pi0_fast of any size.
         batch: As for `pi0_fast_token_loss`.
 
     Returns:
-        Logits (N, vocabulary) in fp32 at least, and the N tokens; one sample's after the other's.
+        Logits (N, vocabulary) in fp32 at least, and the N target tokens, sample by sample.
     """
     model = policy.model
     decoder = model.paligemma_with_expert.paligemma.model.language_model
@@ -72,8 +73,8 @@ def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tens
     supervised = action_mask[:, 1:action_length].flatten().nonzero().squeeze(1).to(device)
 
     vision, camera_masks = image_tokens(policy, batch)
-    words = model._apply_checkpoint(
-        model.paligemma_with_expert.embed_language_tokens, torch.cat([prompt, actions[:, :-1]], dim=1)
+    words = apply_checkpoint(
+        model, model.paligemma_with_expert.embed_language_tokens, torch.cat([prompt, actions[:, :-1]], dim=1)
     )
     embeddings = torch.cat([vision, words], dim=1)
     if decoder.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16:
@@ -88,7 +89,7 @@ def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tens
         ],
         dim=1,
     )
-    attention = model._create_custom_attention_mask_fast(segments, present, present.shape[0])
+    attention = attention_mask(model, segments, present)
     hidden = decoder(
         inputs_embeds=embeddings,
         attention_mask=prepare_attention_masks_4d(attention, dtype=embeddings.dtype),
@@ -103,6 +104,6 @@ def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tens
 
 
 def longest(mask: Tensor) -> int:
-    """The length that keeps every true entry of a (B, L) mask on the host."""
+    """Return the length that keeps every true entry of a (B, L) mask on the host."""
     used = mask.any(dim=0).nonzero()
     return int(used[-1]) + 1 if len(used) else 0

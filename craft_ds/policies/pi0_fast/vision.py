@@ -1,7 +1,7 @@
-"""What pi0_fast sees: from images, or from what its vision tower made of them before.
+"""Image tokens of pi0_fast, from images or from stored features of its vision tower.
 
-A tower of which no parameter trains is a fixed function of the images. No graph is kept for it, and what it
-makes of an anchor may be computed once and stored; `vision_fingerprint` says of which tower it is.
+A tower without trainable parameters is a fixed function of the images. It needs no graph, and its features of
+an anchor may be computed once and stored; `vision_fingerprint` identifies the tower.
 """
 
 import hashlib
@@ -14,46 +14,47 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from craft_ds.errors import UserError
+from craft_ds.policies.lerobot_internals import apply_checkpoint, preprocess_images
 from craft_ds.policies.token_loss import Batch
 from craft_ds.policies.weights import WeightReader, unique_tensors
 
 _PIECE = 1 << 22
-# What a tower computes depends on these too, and the shapes of its weights do not show them.
+# The output of a tower depends on these too, and the shapes of its weights do not show them.
 _SETTINGS = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
 
 
 def features_key(camera: str) -> str:
-    """The batch key of a camera's features, which stand for its images."""
+    """Return the batch key of a camera's features, which replace its images."""
     return f"{camera}.vision_features"
 
 
 def vision_tower(policy: PreTrainedPolicy) -> nn.Module:
-    """The part of a policy that turns images into features, before they are projected to token width.
+    """Return the module that turns images into features, before they are projected to token width.
 
     Raises:
         UserError: The policy is not a pi0_fast.
     """
     if not isinstance(policy, PI0FastPolicy):
         raise UserError(
-            f"vision features are known of pi0_fast only, not of {type(policy).__name__}: leave "
-            "--vision_features (in training --craft.vision_features) out"
+            f"vision features are supported for pi0_fast only, not for {type(policy).__name__}: omit "
+            "--vision_features (in training --craft.vision_features)"
         )
     return policy.model.paligemma_with_expert.paligemma.model.vision_tower
 
 
 def tower_trains(policy: PreTrainedPolicy) -> bool:
-    """Whether any parameter of the vision tower requires a gradient."""
+    """Return True if any parameter of the vision tower requires a gradient."""
     return any(parameter.requires_grad for parameter in vision_tower(policy).parameters())
 
 
 def feature_shape(policy: PreTrainedPolicy) -> tuple[int, int]:
-    """Patches an image, and the width of their features; the policy's weights are not needed."""
+    """Return patches per image and the width of their features; the policy's weights are not needed."""
     config: Any = vision_tower(policy).config
     return (config.image_size // config.patch_size) ** 2, config.hidden_size
 
 
 def image_tokens(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """What the decoder reads of all cameras, from one call of the vision tower, or from stored features.
+    """Compute the image tokens of all cameras, from one call of the vision tower or from stored features.
 
     Equals LeRobot's `embed_image` of every camera. Cameras of the policy that are not in the batch come last
     and are masked.
@@ -68,12 +69,12 @@ def image_tokens(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, list[Tens
     """
     stored = _stored_features(policy, batch)
     if stored is None:
-        images, masks = policy._preprocess_images(batch)
+        images, masks = preprocess_images(policy, batch)
         features = _run_tower(policy, torch.cat(images))
     else:
         features, masks = stored
     paligemma = policy.model.paligemma_with_expert.paligemma.model
-    tokens = policy.model._apply_checkpoint(paligemma.multi_modal_projector, features)
+    tokens = apply_checkpoint(policy.model, paligemma.multi_modal_projector, features)
     scale = 2048**0.5
     # As in LeRobot, to the bit: a division and a multiplication that round.
     tokens = (tokens / scale * scale).float()
@@ -83,29 +84,29 @@ def image_tokens(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, list[Tens
 
 @torch.no_grad()
 def vision_features(policy: PI0FastPolicy, batch: Batch) -> Batch:
-    """What the vision tower makes of the images of a batch, under the keys where `image_tokens` looks.
+    """Compute the vision tower's features of a batch, under the keys that `image_tokens` reads.
 
     Args:
         policy: A pi0_fast of any size.
         batch: Images (B, C, H, W) in [0, 1] of some cameras of the policy.
 
     Returns:
-        (B, patches, tower width) a camera, in the dtype that the tower computes.
+        (B, patches, tower width) per camera, in the dtype of the tower.
     """
     cameras = [camera for camera in policy.config.image_features if camera in batch]
-    images, _ = policy._preprocess_images(batch)
+    images, _ = preprocess_images(policy, batch)
     features = _run_tower(policy, torch.cat(images[: len(cameras)])).chunk(len(cameras))
     return {features_key(camera): part for camera, part in zip(cameras, features, strict=True)}
 
 
 def vision_fingerprint(policy: PreTrainedPolicy, weights: WeightReader) -> str:
-    """A SHA-256 over the vision tower as it is stored, and over what else decides its features.
+    """Return a SHA-256 of the stored vision tower and of all else that decides its features.
 
-    Values count as fp32, so that a tower stored in bf16 is the one that an fp32 checkpoint keeps of it.
+    Values are hashed as fp32, so that a tower in bf16 and its copy in an fp32 checkpoint are equal.
 
     Args:
-        policy: The policy on any device, without adapters: names and shapes are read from it, no values.
-        weights: Reads its weights; a few of them at a time are in memory.
+        policy: The policy on any device, without adapters: only names and shapes are read from it.
+        weights: Reader of its weights; few of them are in memory at a time.
     """
     tower = vision_tower(policy)
     prefix = next(name for name, module in policy.named_modules() if module is tower) + "."
@@ -122,17 +123,17 @@ def vision_fingerprint(policy: PreTrainedPolicy, weights: WeightReader) -> str:
 
 
 def _run_tower(policy: PI0FastPolicy, images: Tensor) -> Tensor:
-    """The tower's last hidden state for images in [-1, 1]; with a graph only where the tower trains."""
-    # Called, not asked for its weights: sharded parameters are there while their modules run.
+    """Return the tower's last hidden state for images in [-1, 1], with a graph only if the tower trains."""
+    # Sharded parameters are gathered only while their modules run, so the tower must be called.
     tower = vision_tower(policy)
     if tower_trains(policy):
-        return policy.model._apply_checkpoint(lambda pixels: tower(pixels).last_hidden_state, images)
+        return apply_checkpoint(policy.model, lambda pixels: tower(pixels).last_hidden_state, images)
     with torch.no_grad():
         return tower(images).last_hidden_state
 
 
 def _stored_features(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, list[Tensor]] | None:
-    """The features that a batch holds, camera after camera, and the masks; None where it holds none.
+    """Return the features in a batch, camera by camera, and the masks; None without features.
 
     Raises:
         ValueError: A camera has images and no features, while another has features.
@@ -141,9 +142,9 @@ def _stored_features(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, list[
     stored = [features_key(camera) for camera in cameras if features_key(camera) in batch]
     if not stored:
         return None
-    seen = [camera for camera in cameras if camera in batch and features_key(camera) not in batch]
-    if seen:
-        raise ValueError(f"the batch has features of some cameras, but images of {', '.join(seen)}")
+    images_only = [camera for camera in cameras if camera in batch and features_key(camera) not in batch]
+    if images_only:
+        raise ValueError(f"the batch has features of some cameras, but images of {', '.join(images_only)}")
     # The projector's own dtype: fp32 where autocast casts, else that of the gathered weights.
     dtype = next(policy.model.paligemma_with_expert.paligemma.model.multi_modal_projector.parameters()).dtype
     device = next(policy.parameters()).device

@@ -1,9 +1,9 @@
 """The embedded policy: LeRobot's pi0_fast with about one million parameters.
 
-Only constructors differ from ``PI0FastPolicy``: its sizes are fixed to PaliGemma's, here the configuration
-has them. Forward, loss, sampling and action selection are inherited, so what works on this policy works on
-pi0_fast. LeRobot finds the policy and its processors by name in the configuration's own module: all three
-stay in this file.
+Only the constructors differ from `PI0FastPolicy`, whose sizes are fixed to PaliGemma's; here they are fields
+of the configuration. Forward pass, loss, sampling and action selection are inherited, so code that works with
+this policy works with pi0_fast. LeRobot finds the policy and its processors by name in the configuration's
+own module: all three stay in this file.
 """
 
 from dataclasses import dataclass, field
@@ -66,7 +66,7 @@ class TinyPI0FastConfig(PI0FastConfig):
     text_tokenizer_name: str = TEXT_TOKENIZER
     action_tokenizer_name: str = ACTION_TOKENIZER
     fast_skip_tokens: int = 0
-    # The state is spelled in 256 bins of [-1, 1]: MEAN_STD would clip it beyond one standard deviation.
+    # The state is encoded in 256 bins of [-1, 1]: MEAN_STD would clip it beyond one standard deviation.
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
             "VISUAL": NormalizationMode.IDENTITY,
@@ -116,7 +116,7 @@ class TinyPaliGemma(PI0FastPaliGemma):
         )
         hf_config.text_config.use_adarms = False
         self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(config=hf_config)
-        # At SigLIP's own 0.02 so small an encoder never learns where things are.
+        # With SigLIP's own 0.02, so small an encoder does not learn positions.
         vision = self.paligemma.model.vision_tower.vision_model
         nn.init.normal_(vision.embeddings.position_embedding.weight, std=0.5)
         self.to_bfloat16_for_selected_params(config.dtype)
@@ -163,7 +163,7 @@ class TinyPI0FastPolicy(PI0FastPolicy):
     def from_pretrained(
         cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **kwargs: Any
     ) -> "TinyPI0FastPolicy":
-        """As PI0FastPolicy's, with the tokenizers read from the folders beside the weights."""
+        """Load as PI0FastPolicy does, with the tokenizers from the folders beside the weights."""
         if config is None:
             config = PreTrainedConfig.from_pretrained(pretrained_name_or_path)
         reroot_tokenizers(config, pretrained_name_or_path)
@@ -173,10 +173,10 @@ class TinyPI0FastPolicy(PI0FastPolicy):
 @ProcessorStepRegistry.register(name="craft_action_tokenizer_processor")
 @dataclass
 class ReloadableActionTokenizerStep(ActionTokenizerProcessorStep):
-    """ActionTokenizerProcessorStep whose saved form keeps all that decides the token ids."""
+    """ActionTokenizerProcessorStep that saves every field that decides the token ids."""
 
     def get_config(self) -> dict[str, Any]:
-        """The step's parameters; LeRobot's own step loses the last two."""
+        """Return the step's parameters; LeRobot's own step omits the last two."""
         return super().get_config() | {
             "fast_skip_tokens": self.fast_skip_tokens,
             "paligemma_tokenizer_name": self.paligemma_tokenizer_name,
@@ -186,10 +186,10 @@ class ReloadableActionTokenizerStep(ActionTokenizerProcessorStep):
 def make_tiny_pi0_fast_pre_post_processors(
     config: TinyPI0FastConfig, dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None
 ) -> Processors:
-    """LeRobot's processors of pi0_fast, with an action tokenizer step that survives saving.
+    """Make LeRobot's processors of pi0_fast, with an action tokenizer step that can be saved and reloaded.
 
     Args:
-        config: The policy's configuration; its tokenizer names must be loadable as they stand.
+        config: The policy's configuration; its tokenizer names must be loadable.
         dataset_stats: Statistics of the data set whose normalisation the policy keeps.
     """
     preprocessor, postprocessor = make_pi0_fast_pre_post_processors(config, dataset_stats)
@@ -215,14 +215,14 @@ def build_tiny_policy(
     seed: int,
     **overrides: Any,
 ) -> tuple[TinyPI0FastPolicy, PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """A fresh policy with its processors.
+    """Build a new policy with its processors.
 
     Args:
-        dataset: A LeRobotDatasetMetadata, or the ``features`` dictionary of one.
-        stats: The data set's statistics, with ``min`` and ``max`` of state and action.
-        text_tokenizer_dir: A folder made by ``build_text_tokenizer``.
-        action_tokenizer_dir: A folder made by ``fit_action_tokenizer``.
-        seed: Seeds the initial weights; the global random state is left as it was.
+        dataset: A LeRobotDatasetMetadata, or the `features` dictionary of one.
+        stats: The data set's statistics, with `min` and `max` of state and action.
+        text_tokenizer_dir: A folder made by `build_text_tokenizer`.
+        action_tokenizer_dir: A folder made by `fit_action_tokenizer`.
+        seed: Seeds the initial weights; the global random state does not change.
         **overrides: Fields of TinyPI0FastConfig.
 
     Returns:

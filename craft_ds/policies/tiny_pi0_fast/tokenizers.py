@@ -1,7 +1,7 @@
-"""Locally made tokenizers that stand in for PaliGemma's and FAST's, and the folders they live in.
+"""Locally trained tokenizers that replace PaliGemma's and FAST's, and their folders.
 
-pi0_fast writes action token t as text token ``vocab_size - 1 - fast_skip_tokens - t``: the text vocabulary
-made here ends with the action tokens, so that no word shares an id with an action.
+pi0_fast writes action token t as text token `vocab_size - 1 - fast_skip_tokens - t`: the text vocabulary
+made here ends with the action tokens, so that words and actions share no id.
 """
 
 import json
@@ -24,7 +24,7 @@ _MERGED_PIECES = 64
 
 
 class FastTokenizerConfig(PretrainedConfig):
-    """The key under which ``AutoProcessor`` finds FastActionProcessor without remote code."""
+    """Registration key under which `AutoProcessor` finds FastActionProcessor without remote code."""
 
     model_type = "craft_fast"
 
@@ -37,20 +37,20 @@ def build_text_tokenizer(
 ) -> GemmaTokenizer:
     """Train a Gemma-class tokenizer (byte-fallback BPE) on task texts and save it.
 
-    Digits, ``:`` and ``|`` are always tokens of their own, ``Action`` is one token: pi0_fast's prompt and its
+    Digits, `:` and `|` are always tokens of their own, `Action` is one token: pi0_fast's prompt and its
     decoding rely on that. Unknown characters fall back to bytes.
 
     Args:
         texts: Task texts.
-        out_dir: The folder to write.
-        action_vocab_size: How many ids to append for action tokens.
+        out_dir: Output folder.
+        action_vocab_size: Number of ids to append for action tokens.
 
     Returns:
-        The tokenizer; ``vocab_size`` is the size that the policy's configuration must have.
+        The tokenizer; `vocab_size` is the size that the policy's configuration must have.
     """
     corpus = [text.strip() for text in texts]
     prompts = [f"Task: {text}, State: 0 1;\nAction: |" for text in corpus]
-    # BPE's pieces come from what is frequent: "Action" must become one piece whatever the texts are.
+    # BPE merges frequent pieces: "Action" must become one piece for any texts.
     corpus = prompts + ["Action: |"] * (10 * len(prompts) + 10)
 
     learner = Tokenizer(models.BPE())
@@ -92,9 +92,9 @@ def fit_action_tokenizer(
 
     Args:
         chunks: Actions normalised to [-1, 1], shape (samples, time, action_dim).
-        out_dir: The folder to write.
+        out_dir: Output folder.
         scale: The factor before rounding; see FastActionProcessor.
-        vocab_size: The most action tokens.
+        vocab_size: Maximum number of action tokens.
     """
     tokenizer = FastActionProcessor.fit(chunks, scale=scale, vocab_size=vocab_size)
     tokenizer.save_pretrained(out_dir)
@@ -102,9 +102,9 @@ def fit_action_tokenizer(
 
 
 def reroot_tokenizers(config: PreTrainedConfig, directory: str | Path) -> None:
-    """Point a configuration's tokenizer names at the folders in its own policy directory, where they exist.
+    """Set a configuration's tokenizer names to the folders in its own policy directory, where they exist.
 
-    A policy directory stays whole when it is moved or cloned: the stored name may be relative or stale.
+    A policy directory may be moved or cloned, so the stored names may be relative or stale.
     """
     for field, folder in (
         ("text_tokenizer_name", TEXT_TOKENIZER),
