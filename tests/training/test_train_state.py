@@ -18,7 +18,7 @@ SKIPPED = StepResult(math.nan, math.nan, applied=False)
 @pytest.fixture
 def progress():
     progress = Progress()
-    progress.share(3, 2, 4, world_size=2)
+    progress.set_step_size(3, 2, 4, world_size=2)
     return progress
 
 
@@ -40,9 +40,9 @@ def test_a_skipped_step_is_counted_and_has_no_loss(progress):
 
 
 def test_another_number_of_ranks_changes_no_step_but_other_flags_do(progress):
-    progress.share(3, 2, 4, world_size=5)
+    progress.set_step_size(3, 2, 4, world_size=5)
     assert (progress.samples_per_step, progress.anchors_per_step) == (12, 8)
-    progress.share(4, 2, 4, world_size=5)
+    progress.set_step_size(4, 2, 4, world_size=5)
     assert (progress.samples_per_step, progress.anchors_per_step) == (40, 20)
 
 
