@@ -77,7 +77,7 @@ def test_a_launcher_that_may_restart_goes_on_by_itself(inputs, whole, tmp_path):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert killed.exists()
-    assert f"going on from {run}/step_000004" in output
+    assert f"resuming from {run}/step_000004" in output
     assert_same_bits(run / "final", whole / "final")
     assert untimed(run) == untimed(whole)
 
@@ -97,5 +97,5 @@ def test_deepspeeds_launcher_ends_with_the_rank_that_dies_and_goes_on_when_asked
     process = launch(DEEPSPEED, DYING, *flags, DIES_AT="4", KILLED=str(killed))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert f"going on from {run}/step_000004" in output
+    assert f"resuming from {run}/step_000004" in output
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)

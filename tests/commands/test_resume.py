@@ -40,8 +40,8 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_skipped_are_named(train, u
     ended = train(None, f"--config_path={begun / named}", "--resume=true")
     assert ended.status == 0, ended.errors
     assert "step_000004/optimizer.safetensors is damaged (checksum)" in ended.output
-    assert f"going on from {begun}/step_000002" in ended.output
-    assert f"step_000004 is {begun}/step_000004.aside-1 now" in ended.output
+    assert f"resuming from {begun}/step_000002" in ended.output
+    assert f"step_000004 to {begun}/step_000004.aside-1" in ended.output
     verify_checkpoint(begun / "step_000004", 0, 1)
     assert_same_bits(begun / "final", unbroken / "final")
     assert untimed(begun) == untimed(unbroken)
@@ -75,7 +75,7 @@ def test_without_a_whole_checkpoint_resuming_is_refused(refuses, begun):
     for step in (2, 4):
         flip_a_byte(begun / f"step_{step:06d}" / "model.safetensors")
     line = refuses(None, f"--config_path={begun}", "--resume=true", untouched=begun)
-    assert "holds no whole checkpoint" in line
+    assert "holds no complete checkpoint" in line
     assert "step_000002/model.safetensors is damaged" in line
     assert "step_000004/model.safetensors is damaged" in line
 
@@ -99,7 +99,7 @@ def test_auto_begins_goes_on_and_ends(train, saving, unbroken, tmp_path, monkeyp
     assert (run / "step_000004.tmp").is_dir()
     ended = train(run, *again)
     assert ended.status == 0, ended.errors
-    assert f"going on from {run}/step_000002" in ended.output
+    assert f"resuming from {run}/step_000002" in ended.output
     assert sorted(path.name for path in run.iterdir()) == [
         "final", "last", "metrics.jsonl", "step_000002", "step_000004"
     ]  # fmt: skip
@@ -108,7 +108,7 @@ def test_auto_begins_goes_on_and_ends(train, saving, unbroken, tmp_path, monkeyp
 
     ended = train(run, *again)
     assert (ended.status, ended.errors) == (0, "")
-    assert "has done all of --steps=6: there is nothing left to do" in ended.output
+    assert "has done all --steps=6: nothing left to do" in ended.output
 
 
 def test_auto_begins_anew_where_nothing_was_saved_yet(train, saving, unbroken, tmp_path):
@@ -117,7 +117,7 @@ def test_auto_begins_anew_where_nothing_was_saved_yet(train, saving, unbroken, t
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     ended = train(run, "--resume=auto", *saving)
     assert ended.status == 0, ended.errors
-    assert "the run begins anew" in ended.output
+    assert "starting a new run" in ended.output
     assert_same_bits(run / "final", unbroken / "final")
     assert (tmp_path / "run.aside-1" / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
@@ -159,7 +159,7 @@ def test_nothing_is_listed_where_nothing_changed(train, begun):
 def test_another_run_is_refused(refuses, begun, flag):
     line = refuses(None, f"--config_path={begun}", "--resume=true", flag, untouched=begun)
     assert line.startswith(f"{flag}, but the checkpoint was trained with ")
-    assert "begin a new run" in line
+    assert "start a new run" in line
 
 
 def test_other_samples_are_refused(refuses, begun):
@@ -216,8 +216,8 @@ def test_a_signal_saves_and_leaves_in_order(train, saving, unbroken, tmp_path, m
         ended = train(run, *again)
     assert ended.status == 75
     assert ended.errors == (
-        f"{number.name} received: saved {run}/step_000004; go on with --resume=auto, or --resume=true "
-        f"--config_path={run}/last\n"
+        f"{number.name} received: saved {run}/step_000004; resume with: python train_craft.py "
+        f"--config_path={run}/last/train_config.json --resume=true\n"
     )
     assert sorted(path.name for path in run.iterdir() if path.is_dir() and not path.is_symlink()) == [
         "step_000002", "step_000004"

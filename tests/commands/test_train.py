@@ -265,7 +265,7 @@ def test_divergence_ends_with_one_line(train, tmp_path):
     assert ended.status == 1
     assert ended.errors.startswith("error: 3 steps in a row")
     assert ended.errors.count("\n") == 1
-    skipped = [line for line in ended.output.splitlines() if "skipped, not finite" in line]
+    skipped = [line for line in ended.output.splitlines() if "skipped, non-finite" in line]
     assert len(skipped) == 3
     dump = json.loads((tmp_path / "run" / "diverged.json").read_text())
     assert [json.loads(line.split(": ", 1)[1]) for line in skipped] == dump["skipped"]
