@@ -55,6 +55,7 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     """Check the inputs, build the run, and close it at the end. Collective: call on all ranks.
 
     Raises:
+        KeyboardInterrupt: SIGINT before the first step, or where nothing is saved.
         RankLost: Another rank has failed, died or hangs.
         UserError: On all ranks, before anything is written, and before the model is built where that
             is possible.
@@ -69,9 +70,12 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     with preemption.listening(), RankWatchdog(config.rank_timeout) as watchdog:
         run = _build(config, ds_config, preemption, watchdog, owns_process_group)
         try:
-            yield run
+            with preemption.deferring_interrupts():
+                yield run
         except Preempted:
             run.close()
+            if preemption.interrupted and not config.save_checkpoint:
+                raise KeyboardInterrupt from None
             raise
         except BaseException:
             # The other ranks may be in the middle of a step: a collective here could wait forever.

@@ -51,7 +51,8 @@ def whole(inputs, tmp_path_factory):
     return run
 
 
-def test_a_launcher_that_is_terminated_leaves_a_checkpoint_behind(inputs, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_that_is_signalled_saves_on_all_ranks(inputs, tmp_path, number):
     run = tmp_path / "run"
     flags = [*inputs.flags(run), *inputs.craft_flags(), *FLAGS, "--save_freq=0", "--steps=100000"]
     process = launch(TORCHRUN, TRAIN, *flags)
@@ -60,9 +61,11 @@ def test_a_launcher_that_is_terminated_leaves_a_checkpoint_behind(inputs, tmp_pa
         (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 3
     ):
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    found = re.search(r"(SIGTERM received|another rank was asked to leave): saved (\S+step_(\d+));", output)
+    found = re.search(
+        rf"({number.name} received|another rank was asked to stop): saved (\S+step_(\d+));", output
+    )
     assert found, output
     manifest = json.loads((Path(found[2]) / "manifest.json").read_text())
     assert manifest["step"] == int(found[3]) == metrics(run)[-1]["step"]

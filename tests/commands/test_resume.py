@@ -195,11 +195,11 @@ def test_another_batch_size_counts_from_there(train, begun, unbroken):
     assert losses(begun)[4:] != losses(unbroken)[4:]
 
 
-# --- being asked to leave -------------------------------------------------------------------------------
+# --- preemption -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves_in_order(train, saving, unbroken, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_exits(train, saving, unbroken, tmp_path, monkeypatch, number):
     run, again = tmp_path / "run", ["--resume=auto", *saving]
 
     record = Run.record
@@ -225,6 +225,22 @@ def test_a_signal_saves_and_leaves_in_order(train, saving, unbroken, tmp_path, m
     assert train(run, *again).status == 0
     assert_same_bits(run / "final", unbroken / "final")
     assert untimed(run) == untimed(unbroken)
+
+
+def test_an_interrupt_that_saves_nothing_has_status_130(train, tmp_path, monkeypatch):
+    record = Run.record
+
+    def interrupted(run, *args, **kwargs):
+        record(run, *args, **kwargs)
+        if run.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            while not run.preemption.requested:
+                time.sleep(0.01)
+
+    monkeypatch.setattr(Run, "record", interrupted)
+    ended = train(tmp_path / "run", "--save_checkpoint=false")
+    assert (ended.status, ended.errors) == (130, "interrupted\n")
+    assert [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row] == [1, 2]
 
 
 def test_the_time_is_over(train, saving, unbroken, tmp_path, monkeypatch):
