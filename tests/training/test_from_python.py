@@ -22,8 +22,6 @@ def test_the_python_example_trains_with_four_workers(inputs, tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1] == f"trained: {output}/final"
-    assert (output / "final" / "lambda_history.csv").read_text().count(
-        "\n"
-    ) == 2
+    assert (output / "final" / "lambda_history.csv").read_text().count("\n") == 2
     assert "Traceback" not in ended.stderr
     assert ended.stdout.count("✓ optimizer step") == 1  # no worker trains
