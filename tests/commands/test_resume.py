@@ -1,4 +1,4 @@
-"""A run goes on: from the newest whole checkpoint, with the same flags or others, after it had to leave."""
+"""Resume: from the newest complete checkpoint, with the same or other flags, after preemption."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def flip_a_byte(path):
 
 
 @pytest.mark.parametrize("named", ["", "last", "last/train_config.json"])
-def test_the_newest_whole_checkpoint_is_taken_and_the_skipped_are_named(train, unbroken, begun, named):
+def test_the_newest_complete_checkpoint_is_resumed(train, unbroken, begun, named):
     flip_a_byte(begun / "step_000004" / "optimizer.safetensors")
     ended = train(None, f"--config_path={begun / named}", "--resume=true")
     assert ended.status == 0, ended.errors
@@ -57,21 +57,21 @@ def test_a_directory_without_a_manifest_is_moved_out_of_the_way(train, unbroken,
     assert_same_bits(begun / "final", unbroken / "final")
 
 
-def test_a_lost_link_is_no_loss(train, unbroken, begun):
+def test_a_missing_last_link_is_not_needed(train, unbroken, begun):
     (begun / "last").unlink()
     ended = train(None, f"--config_path={begun}/last", "--resume=true")
     assert ended.status == 0, ended.errors
     assert_same_bits(begun / "final", unbroken / "final")
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is(train, unbroken, begun, tmp_path):
+def test_a_moved_run_resumes_in_its_new_place(train, unbroken, begun, tmp_path):
     moved = begun.rename(tmp_path / "moved")
     assert train(None, f"--config_path={moved}", "--resume=true").status == 0
     assert_same_bits(moved / "final", unbroken / "final")
     assert not begun.exists()
 
 
-def test_without_a_whole_checkpoint_resuming_is_refused(refuses, begun):
+def test_resuming_without_a_complete_checkpoint_is_refused(refuses, begun):
     for step in (2, 4):
         flip_a_byte(begun / f"step_{step:06d}" / "model.safetensors")
     line = refuses(None, f"--config_path={begun}", "--resume=true", untouched=begun)
@@ -83,7 +83,7 @@ def test_without_a_whole_checkpoint_resuming_is_refused(refuses, begun):
 # --- the same command again and again -------------------------------------------------------------------
 
 
-def test_auto_begins_goes_on_and_ends(train, saving, unbroken, tmp_path, monkeypatch):
+def test_auto_starts_resumes_and_ends(train, saving, unbroken, tmp_path, monkeypatch):
     run = tmp_path / "run"
     again = ["--resume=auto", *saving]
     writes = PendingCheckpoint._commit
@@ -111,7 +111,7 @@ def test_auto_begins_goes_on_and_ends(train, saving, unbroken, tmp_path, monkeyp
     assert "has done all --steps=6: nothing left to do" in ended.output
 
 
-def test_auto_begins_anew_where_nothing_was_saved_yet(train, saving, unbroken, tmp_path):
+def test_auto_starts_again_where_nothing_was_saved(train, saving, unbroken, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -255,10 +255,10 @@ def test_the_time_is_over(train, saving, unbroken, tmp_path, monkeypatch):
     assert saved.name == "step_000001"
 
 
-# --- what goes on besides parameters, moments and λ -----------------------------------------------------
+# --- state besides parameters, moments and λ -------------------------------------------------------------
 
 
-def test_wandb_goes_on_under_the_same_identity_in_another_directory(train, tmp_path, monkeypatch):
+def test_wandb_continues_its_run_in_another_directory(train, tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     wandb = ["--wandb.enable=true", "--wandb.mode=offline", "--wandb.project=craft"]
@@ -273,7 +273,7 @@ def test_wandb_goes_on_under_the_same_identity_in_another_directory(train, tmp_p
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_random_image_transforms_go_on_where_they_were(train, tmp_path, workers):
+def test_random_image_transforms_are_resumed(train, tmp_path, workers):
     flags = ["--dataset.image_transforms.enable=true", "--save_freq=2", f"--num_workers={workers}"]
     flags += ["--dataloader_multiprocessing_context=fork"] if workers else []
     assert train(tmp_path / "whole", *flags).status == 0
@@ -285,7 +285,7 @@ def test_random_image_transforms_go_on_where_they_were(train, tmp_path, workers)
     assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
 
 
-def test_a_state_of_another_kind_is_refused(refuses, begun):
+def test_a_malformed_state_is_refused(refuses, begun):
     path = begun / "step_000004" / "craft_state.pt"
     state = torch.load(path, weights_only=True)
     torch.save({**state, "progress": {**state["progress"], "samples_seen": -1}}, path)

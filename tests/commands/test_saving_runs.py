@@ -37,7 +37,7 @@ def test_the_oldest_are_deleted_and_the_periodic_ones_kept(train, inputs, tmp_pa
         verify_checkpoint(run / name, 0, 1)
 
 
-def test_nothing_is_deleted_before_the_newer_one_is_whole(train, saving, tmp_path, monkeypatch):
+def test_nothing_is_deleted_before_the_newer_one_is_complete(train, saving, tmp_path, monkeypatch):
     run = tmp_path / "run"
 
     def fail(*_: object, **__: object):
@@ -74,7 +74,7 @@ def test_a_background_save_is_the_same_save(train, saving, unbroken, tmp_path, m
     assert ended.output.count("saved ") == 3
 
 
-def test_a_background_save_that_fails_is_heard_of(train, saving, tmp_path, disk_full_at_step_2):
+def test_a_failed_background_save_is_reported(train, saving, tmp_path, disk_full_at_step_2):
     run = tmp_path / "run"
     ended = train(run, *saving, "--checkpoint.background=true")
     assert ended.status == 0, ended.errors
@@ -85,7 +85,7 @@ def test_a_background_save_that_fails_is_heard_of(train, saving, tmp_path, disk_
 
 
 @pytest.mark.parametrize("lora", [(), ("--lora=preset",)], ids=["full", "lora"])
-def test_pieces_a_rank_resume_and_export(train, saving, tmp_path, lora):
+def test_shards_per_rank_resume_and_export(train, saving, tmp_path, lora):
     weights = "adapter_model" if lora else "model"
     one, pieces = tmp_path / "one", tmp_path / "pieces"
     assert train(one, *saving, *lora).status == 0

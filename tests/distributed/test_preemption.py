@@ -39,7 +39,7 @@ def test_the_time_is_over():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_asks(number):
+def test_the_first_signal_requests_a_stop(number):
     preemption = Preemption()
     with preemption.listening():
         os.kill(os.getpid(), number)
@@ -122,7 +122,7 @@ def test_a_second_signal_ends_a_process_that_is_stuck_in_c():
         assert time.monotonic() - began < 5
 
 
-def test_a_forked_process_does_not_answer_for_its_parent():
+def test_a_forked_process_has_default_handlers():
     ended = subprocess.run(
         [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60, check=False
     )

@@ -1,4 +1,4 @@
-"""Counters of a run, and what a changed number of ranks does to its steps."""
+"""Counters of a run and the size of its steps."""
 
 import math
 
@@ -39,14 +39,14 @@ def test_a_skipped_step_is_counted_and_has_no_loss(progress):
     assert progress.take_mean_loss() == 1.0
 
 
-def test_another_number_of_ranks_changes_no_step_but_other_flags_do(progress):
+def test_step_size_depends_on_flags_not_on_ranks(progress):
     progress.set_step_size(3, 2, 4, world_size=5)
     assert (progress.samples_per_step, progress.anchors_per_step) == (12, 8)
     progress.set_step_size(4, 2, 4, world_size=5)
     assert (progress.samples_per_step, progress.anchors_per_step) == (40, 20)
 
 
-def test_the_state_goes_through(progress):
+def test_state_round_trip(progress):
     progress.advance(applied(2.0), retention=True)
     progress.latest["craft/lambda"] = 0.5
     assert Progress.from_state_dict(progress.state_dict()) == progress
@@ -55,7 +55,7 @@ def test_the_state_goes_through(progress):
 @pytest.mark.parametrize(
     "odd", [{"step": -1}, {"step": True}, {"samples_seen": 1.5}, {"losses": None}, {"latest": []}]
 )
-def test_a_state_of_another_kind_is_refused(progress, odd):
+def test_a_malformed_state_is_refused(progress, odd):
     with pytest.raises(ValueError, match=next(iter(odd))):
         Progress.from_state_dict(progress.state_dict() | odd)
     with pytest.raises(TypeError):
