@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-from craft_ds.training.train_state import Progress
+from craft_ds.algorithm.multiplier import DualState
+from craft_ds.config.configs import CraftConfig
+from craft_ds.training.train_state import Progress, TrainState
 from craft_ds.training.train_step import StepResult
 
 
@@ -60,3 +62,25 @@ def test_a_malformed_state_is_refused(progress, odd):
         Progress.from_state_dict(progress.state_dict() | odd)
     with pytest.raises(TypeError):
         Progress.from_state_dict({"nonsense": 1})
+
+
+def test_train_state_round_trip_with_the_keys_of_the_file(progress):
+    progress.advance(applied(2.0), retention=True)
+    state = TrainState(progress, DualState(CraftConfig(initial_lambda=0.25)), 40, "run-1")
+    saved = state.state_dict()
+    assert saved.keys() == {"multiplier", "history", "progress", "dataset_samples", "wandb_run_id"}
+
+    restored = TrainState(Progress(), DualState(CraftConfig()))
+    restored.load_state_dict(saved)
+    assert restored.progress == progress
+    assert restored.dual.multiplier == 0.25
+    assert (restored.dataset_samples, restored.wandb_run_id) == (40, "run-1")
+
+
+@pytest.mark.parametrize("missing", ["multiplier", "history", "progress", "dataset_samples"])
+def test_an_incomplete_train_state_is_refused(progress, missing):
+    state = TrainState(progress, DualState(CraftConfig()), 40)
+    saved = state.state_dict()
+    del saved[missing]
+    with pytest.raises((KeyError, ValueError), match=missing):
+        state.load_state_dict(saved)

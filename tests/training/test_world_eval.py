@@ -52,7 +52,7 @@ def test_a_world_needs_the_tasks_and_a_policy_made_for_it(tmp_path):
     with pytest.raises(UserError, match=r"has 2 numbers in observation\.state, but the policy has \[4\]"):
         check_world(WorldEvalConfig(name="blocks"), other)
     other = load_policy_config(make_test_policy_dir(tmp_path / "two_cameras", cameras=2))
-    with pytest.raises(UserError, match=r"but the policy looks at"):
+    with pytest.raises(UserError, match=r"but the policy uses"):
         check_world(WorldEvalConfig(name="blocks"), other)
 
 
