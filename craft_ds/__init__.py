@@ -5,6 +5,7 @@
 ... # doctest: +SKIP
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from craft_ds.config.configs import CraftConfig
@@ -13,6 +14,9 @@ from craft_ds.errors import UserError
 if TYPE_CHECKING:
     from craft_ds.config.train_config import TrainConfig
     from craft_ds.training.trainer import train_craft
+
+# LeRobot logs several screens of loader tracebacks where FFmpeg is absent, then decodes with PyAV.
+logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
 
 __all__ = ["CraftConfig", "TrainConfig", "UserError", "train_craft"]
 

@@ -1,6 +1,5 @@
 """`craft-ds`: dispatch to the subcommands; errors become one line per node and an exit code on every rank."""
 
-import logging
 import os
 import sys
 import traceback
@@ -36,8 +35,6 @@ def run_main(action: Callable[[], object]) -> None:
     died or hangs; 75 (`EX_TEMPFAIL`): the run was asked to leave and has saved, to be started again; 130:
     interrupted from the keyboard.
     """
-    # LeRobot logs several screens of loader tracebacks where FFmpeg is absent, then decodes with PyAV.
-    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
     try:
         action()
     except UserError as error:

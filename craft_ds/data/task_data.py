@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import StepPartition
 from craft_ds.data.lerobot_dataset import check_dataset_root
-from craft_ds.distributed.preemption import ignore_in_worker
+from craft_ds.distributed.preemption import ignore_signals_in_worker
 from craft_ds.errors import UserError
 
 
@@ -175,7 +175,7 @@ def _loader(config: TrainConfig, dataset: Dataset, batches: Any) -> DataLoader:
     workers: dict[str, Any] = {}
     if config.num_workers > 0:
         workers = {
-            "worker_init_fn": ignore_in_worker,
+            "worker_init_fn": ignore_signals_in_worker,
             "prefetch_factor": config.prefetch_factor,
             "multiprocessing_context": config.dataloader_multiprocessing_context,
         }

@@ -1,16 +1,17 @@
-"""Opening a run: everything is checked and built in the order in which it can fail."""
+"""Build a run: check and build everything, cheap and likely failures first."""
 
 import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.processor import RenameObservationsProcessorStep
+from lerobot.processor import PolicyProcessorPipeline, RenameObservationsProcessorStep
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from craft_ds.algorithm.multiplier import DualState
@@ -40,21 +41,24 @@ from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import weights_sha256
 from craft_ds.policies.wrapping import wrapping_warning
 from craft_ds.tensor_io.safe_json import read_object
+from craft_ds.training.checkpointer import Checkpointer
+from craft_ds.training.evaluator import Evaluator
 from craft_ds.training.metrics import MetricsLogger
 from craft_ds.training.preflight import check_inputs
 from craft_ds.training.resume import changed_flags
-from craft_ds.training.run import Run
-from craft_ds.training.train_state import Progress
+from craft_ds.training.run import Run, TaskStream
+from craft_ds.training.train_state import Progress, TrainState
 
 
 @contextlib.contextmanager
 def open_run(config: TrainConfig) -> Iterator[Run]:
-    """Check everything, then build everything; close it in the end. Collective: call on all ranks.
+    """Check the inputs, build the run, and close it at the end. Collective: call on all ranks.
 
     Raises:
+        KeyboardInterrupt: SIGINT before the first step, or where nothing is saved.
         RankLost: Another rank has failed, died or hangs.
-        UserError: On all ranks alike, before anything is written, and before the model is built
-            wherever that can be known.
+        UserError: On all ranks, before anything is written, and before the model is built where that
+            is possible.
     """
     preemption = Preemption(parse_duration("--max_runtime", config.max_runtime))
     config.validate()
@@ -62,16 +66,19 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     torch.backends.cudnn.benchmark = not config.cudnn_deterministic
     ds_config = check_engine(config, launched_world_size())
     owns_process_group = init_engine_process_group(config)
-    # A launcher that has lost a rank signals the others, which are to say first who it was.
+    # A launcher that lost a rank signals the others, which must first report the lost rank.
     with preemption.listening(), RankWatchdog(config.rank_timeout) as watchdog:
         run = _build(config, ds_config, preemption, watchdog, owns_process_group)
         try:
-            yield run
+            with preemption.deferring_interrupts():
+                yield run
         except Preempted:
             run.close()
+            if preemption.interrupted and not config.save_checkpoint:
+                raise KeyboardInterrupt from None
             raise
         except BaseException:
-            # The other ranks may be in the middle of a step: to meet them here could take for ever.
+            # The other ranks may be in the middle of a step: a collective here could wait forever.
             run.logger.close()
             raise
         run.close()
@@ -84,15 +91,15 @@ def _build(
     watchdog: RankWatchdog,
     owns_process_group: bool,
 ) -> Run:
-    """In the order in which it can fail."""
+    """Build the parts of a run, cheap and likely failures first. Collective: call on all ranks."""
     world_size = launched_world_size()
     if config.resume and config.verified_checkpoint != config.checkpoint_path:
         verify_checkpoint(config.checkpoint_path, launched_rank(), world_size)
-    kept = fail_together(_read_kept)(config)
-    inputs = fail_together(check_inputs)(config)
-    cameras = policy_cameras(config.policy)
-    train, heldout = rank0_first(load_datasets)(config, cameras, world_size)
-    progress = fail_together(_settle_progress)(config, kept, len(train), world_size)
+    saved = _read_saved(config) if config.resume else None
+    messages = _resolve_changed_flags(config, saved) if saved else []
+    inputs = check_inputs(config)
+    train, heldout = rank0_first(load_datasets)(config, policy_cameras(config.policy), world_size)
+    state = _build_state(config, saved, len(train), world_size)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
     base_sha256 = rank0_only(weights_sha256)(inputs.weights_dir) if inputs.plan else ""
@@ -100,8 +107,9 @@ def _build(
     weights = fail_together(open_weights)(policy, inputs.policy_dir, inputs.plan, adapters, config.seed or 0)
     if config.craft.enabled and config.craft.vision_features:
         fail_together(check_frozen_tower)(policy)
-    size = _describe_size(policy, adapters)
-    warning = _wrapping_warning(config, policy)
+    description = _describe_policy(config, policy, adapters)
+    if warning := _wrapping_warning(config, policy):
+        messages.append(f"warning: {warning}")
     if config.activation_checkpointing == "full":
         checkpoint_activations(policy)
     with weights:
@@ -112,109 +120,115 @@ def _build(
             lambda: config.optimizer.build(policy.get_optim_params()),
             ds_config,
         )
-    preprocessor, postprocessor = fail_together(load_processors)(
-        config.policy, inputs.policy_dir, str(engine.device)
-    )
-    for processor in preprocessor.steps:
-        if config.rename_map and isinstance(processor, RenameObservationsProcessorStep):
-            processor.rename_map = config.rename_map
+
+    preprocessor, postprocessor = _load_processors(config, inputs.policy_dir, engine)
     fail_together(check_processors)(config, train, preprocessor)
+    anchors = _open_anchors(config, inputs.cache, engine, state.progress)
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
-    anchors = fail_together(_open_anchors)(config, inputs.cache, engine, progress)
-    dual = DualState(config.craft)
-    if config.resume:
+    if saved is not None:
         fail_together(load_optimizer)(config.checkpoint_path, engine, adapters)
-        fail_together(_restore)(config.checkpoint_path, kept, dual, scheduler)
-    share = partition_step(progress.samples_per_step, engine.world_size, config.batch_size, "task samples")
-    sampler = StepSampler(len(train), share, engine.rank, config.seed or 0, progress.samples_seen)
-    batches = fail_together(training_batches)(config, train, sampler)
-    saver = BackgroundSaver() if config.checkpoint.background and config.save_checkpoint else None
-    engine.barrier()  # nobody makes the output directory before everybody has seen that it is free
-    moved = rank0_only(_move_incomplete_aside)(config)
-    logger = fail_together(_open_logger)(config, engine, progress.step)
+        _restore_scheduler(config.checkpoint_path, saved.scheduler, scheduler)
+    tasks = _open_tasks(config, train, preprocessor, engine, state.progress)
+    background = BackgroundSaver() if config.checkpoint.background and config.save_checkpoint else None
+
+    engine.barrier()  # no rank creates the output directory before all have found it free
+    messages += rank0_only(_move_incomplete_aside)(config)
+    logger = _open_logger(config, engine, state.progress.step)
+    state.wandb_run_id = logger.wandb_run_id
     logger.say(f"✓ data set: {train.num_episodes} episodes, {len(train)} samples")
-    logger.say(f"✓ policy: {config.policy.type}, {size}, {_describe(engine, config)}")
-    for line in (*kept.get("changed", ()), *moved, *([f"warning: {warning}"] if warning else [])):
-        logger.say(line)
+    logger.say(f"✓ policy: {description}, {_describe_engine(config, engine)}")
+    for message in messages:
+        logger.say(message)
     return Run(
         config=config,
         engine=engine,
-        dual=dual,
+        state=state,
+        tasks=tasks,
         anchors=anchors,
-        progress=progress,
-        preemption=preemption,
-        watchdog=watchdog,
-        output_dir=Path(config.output_dir),
-        owns_process_group=owns_process_group,
-        adapters=adapters,
-        policy_dir=inputs.policy_dir,
-        preprocessor=preprocessor,
-        postprocessor=postprocessor,
-        heldout=heldout,
         scheduler=scheduler,
         logger=logger,
-        batches=batches,
-        share=share,
-        sampler=sampler,
-        saver=saver,
+        evaluator=Evaluator(config, engine, watchdog, preprocessor, postprocessor, heldout, anchors),
+        checkpointer=Checkpointer(
+            config, engine, state, scheduler, adapters, inputs.policy_dir, logger, watchdog, background
+        ),
+        preemption=preemption,
+        watchdog=watchdog,
+        owns_process_group=owns_process_group,
     )
 
 
-def _read_kept(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint keeps besides tensors, and what flags say otherwise; nothing where the run begins."""
-    if not config.resume:
-        return {}
-    directory = config.checkpoint_path
-    scheduler_state, craft_state = read_states(directory)
+class _Saved(NamedTuple):
+    """Content of a checkpoint besides tensors.
+
+    Attributes:
+        config: The configuration of the run that wrote it.
+        scheduler: State of the learning-rate schedule; None: there was none.
+        craft: Content of `craft_state.pt`.
+    """
+
+    config: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    craft: dict[str, Any]
+
+
+@fail_together
+def _read_saved(config: TrainConfig) -> _Saved:
+    """Read the checkpoint to resume from, all but tensors."""
+    path = config.checkpoint_path / TRAIN_CONFIG_NAME
+    scheduler, craft = read_states(config.checkpoint_path)
     try:
-        saved = read_object(directory / TRAIN_CONFIG_NAME)
+        return _Saved(read_object(path), scheduler, craft)
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory / TRAIN_CONFIG_NAME} is damaged ({error})") from error
-    changed = changed_flags(saved, config.to_dict())
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
+@fail_together
+def _resolve_changed_flags(config: TrainConfig, saved: _Saved) -> list[str]:
+    """Complete the configuration of a resumed run; return a message that names the changed flags.
+
+    The policy's presets are renewed if one of their flags changed; the tracker's run continues.
+    """
+    changed = changed_flags(saved.config, config.to_dict())
     if config.use_policy_training_preset and any(
         flag.startswith(("--policy.optimizer_", "--policy.scheduler_")) for flag in changed
     ):
-        # As at a run's beginning, where the policy's own flags make the preset.
+        # As in a new run, where the policy's own flags determine the preset.
         config.optimizer = config.policy.get_optimizer_preset()
         config.scheduler = config.policy.get_scheduler_preset()
     if config.wandb.run_id is None:
-        config.wandb.run_id = craft_state.get("wandb_run_id")
-    said = [f"changed since {directory}: {', '.join(changed)}"] if changed else []
-    return {"scheduler": scheduler_state, "craft": craft_state, "changed": said}
+        config.wandb.run_id = saved.craft.get("wandb_run_id")
+    return [f"changed since {config.checkpoint_path}: {', '.join(changed)}"] if changed else []
 
 
-def _settle_progress(config: TrainConfig, kept: dict[str, Any], samples: int, world_size: int) -> Progress:
-    """Where the run stands, and what its steps take on so many ranks."""
-    progress = Progress()
-    if kept:
+@fail_together
+def _build_state(config: TrainConfig, saved: _Saved | None, samples: int, world_size: int) -> TrainState:
+    """Build the state at the run's first step, and compute the size of a step for this number of ranks."""
+    state = TrainState(Progress(), DualState(config.craft), samples)
+    if saved is not None:
         path = config.checkpoint_path
         try:
-            progress = Progress.from_state_dict(kept["craft"]["progress"])
-            had = int(kept["craft"]["dataset_samples"])
+            state.load_state_dict(saved.craft)
         except (KeyError, TypeError, ValueError) as error:
             raise damaged_state(path / CRAFT_STATE, error) from error
-        if had != samples:
+        if state.dataset_samples != samples:
             raise UserError(
                 f"--dataset.repo_id={config.dataset.repo_id} has {samples} training samples, but {path} was "
-                f"trained on {had}: give the same data set and --dataset.eval_split, or begin a new run with "
-                "--policy.path instead of --resume"
+                f"trained on {state.dataset_samples}: give the same data set and --dataset.eval_split, or "
+                "start a new run with --policy.path instead of --resume"
             )
     anchors = config.craft.anchor_batch_size if config.craft.enabled else 0
-    progress.share(config.batch_size, config.gradient_accumulation_steps, anchors, world_size)
-    check_step(config, progress.samples_per_step)
-    return progress
+    state.progress.set_step_size(config.batch_size, config.gradient_accumulation_steps, anchors, world_size)
+    check_step(config, state.progress.samples_per_step)
+    return state
 
 
-def _restore(directory: Path, kept: dict[str, Any], dual: DualState, scheduler: LRScheduler | None) -> None:
-    """λ, its history and the place in the schedule. The schedule's own rates are those of the flags."""
+@fail_together
+def _restore_scheduler(directory: Path, saved: dict[str, Any] | None, scheduler: LRScheduler | None) -> None:
+    """Restore the position in the schedule. Its base learning rates remain those of the flags."""
+    if scheduler is None or saved is None:
+        return
     try:
-        dual.load_state_dict(kept["craft"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged_state(directory / CRAFT_STATE, error) from error
-    try:
-        if scheduler is None or kept["scheduler"] is None:
-            return
-        state = dict(kept["scheduler"])
+        state = dict(saved)
         if isinstance(scheduler, LambdaLR):
             del state["base_lrs"]
             scheduler.load_state_dict(state)
@@ -232,19 +246,46 @@ def _restore(directory: Path, kept: dict[str, Any], dual: DualState, scheduler: 
 
 
 def _move_incomplete_aside(config: TrainConfig) -> list[str]:
-    """Move what is no whole checkpoint from where this run will write one."""
+    """Rename directories without a complete checkpoint that this run would otherwise overwrite."""
     if not (config.resume and config.save_checkpoint):
         return []
     _, broken = complete_checkpoints(Path(config.output_dir))
-    return [f"{reason}: {path} is {move_aside(path)} now" for path, reason in broken.items()]
+    return [f"{reason}: renamed {path} to {move_aside(path)}" for path, reason in broken.items()]
+
+
+@fail_together
+def _load_processors(
+    config: TrainConfig, policy_dir: Path, engine: Engine
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    """Load the policy's processors for the engine's device, with the run's `rename_map`."""
+    preprocessor, postprocessor = load_processors(config.policy, policy_dir, str(engine.device))
+    for processor in preprocessor.steps:
+        if config.rename_map and isinstance(processor, RenameObservationsProcessorStep):
+            processor.rename_map = config.rename_map
+    return preprocessor, postprocessor
+
+
+@fail_together
+def _open_tasks(
+    config: TrainConfig,
+    train: LeRobotDataset,
+    preprocessor: PolicyProcessorPipeline,
+    engine: Engine,
+    progress: Progress,
+) -> TaskStream:
+    partition = partition_step(
+        progress.samples_per_step, engine.world_size, config.batch_size, "task samples"
+    )
+    sampler = StepSampler(len(train), partition, engine.rank, config.seed or 0, progress.samples_seen)
+    return TaskStream(training_batches(config, train, sampler), preprocessor, partition, sampler)
 
 
 def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedPolicy:
-    """The policy without weights, whose parameters will be fp32 whatever dtype its configuration names.
+    """Build the policy without weights and with fp32 parameters, regardless of its configuration's dtype.
 
     `dtype=bfloat16`, as hub policies have it, would round the master weights before the first step and
-    mix dtypes within a layer. The engine casts for forward and backward (`--engine.dtype`). Nor does the
-    policy checkpoint its own activations: `--activation_checkpointing` does, in every engine.
+    mix dtypes within a layer. The engine casts for forward and backward (`--engine.dtype`). The policy's own
+    activation checkpointing is off: `--activation_checkpointing` works in every engine.
     """
     config = copy.copy(config)
     if hasattr(config, "dtype"):
@@ -254,17 +295,19 @@ def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedP
     return build_policy(config, policy_dir)
 
 
+@fail_together
 def _open_anchors(
     config: TrainConfig, cache: AnchorCache | None, engine: Engine, progress: Progress
 ) -> AnchorStream | None:
     if cache is None:
         return None
-    share = partition_step(progress.anchors_per_step, engine.world_size, config.batch_size, "anchors")
+    partition = partition_step(progress.anchors_per_step, engine.world_size, config.batch_size, "anchors")
     return AnchorStream(
-        cache, config.craft, share, device=engine.device, rank=engine.rank, seed=config.seed or 0
+        cache, config.craft, partition, device=engine.device, rank=engine.rank, seed=config.seed or 0
     )
 
 
+@fail_together
 def _open_logger(config: TrainConfig, engine: Engine, start_step: int) -> MetricsLogger:
     try:
         return MetricsLogger(
@@ -280,21 +323,21 @@ def _open_logger(config: TrainConfig, engine: Engine, start_step: int) -> Metric
 
 
 def _wrapping_warning(config: TrainConfig, policy: PreTrainedPolicy) -> str | None:
-    """FSDP2 gathers a unit at once; DeepSpeed gathers layer by layer, whatever the policy."""
+    """Warn of large FSDP2 units, which are gathered at once; DeepSpeed gathers layer by layer."""
     if config.engine.name != "fsdp":
         return None
     return wrapping_warning(policy, gathered_dtype(config.engine.fsdp, getattr(torch, config.engine.dtype)))
 
 
-def _describe_size(policy: PreTrainedPolicy, adapters: Adapters | None) -> str:
+def _describe_policy(config: TrainConfig, policy: PreTrainedPolicy, adapters: Adapters | None) -> str:
     count = sum(parameter.numel() for parameter in policy.parameters())
     trainable = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    described = f"{count / 1e6:.2f} M parameters"
+    described = f"{config.policy.type}, {count / 1e6:.2f} M parameters"
     if adapters is not None:
         described += f", {trainable / 1e6:.2f} M of them train ({adapters.describe()})"
     return described
 
 
-def _describe(engine: Engine, config: TrainConfig) -> str:
+def _describe_engine(config: TrainConfig, engine: Engine) -> str:
     ranks = f"{engine.world_size} rank{'s' if engine.world_size > 1 else ''}"
     return f"{config.engine.name} engine on {ranks} ({engine.device.type}, {config.engine.dtype})"

@@ -1,4 +1,4 @@
-"""What a run reads, checked before data and model are loaded."""
+"""Check the inputs of a run before data and model are loaded."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +8,7 @@ from craft_ds.anchors.vision import check_vision_features
 from craft_ds.checkpoints import complete_checkpoints, read_manifest
 from craft_ds.checkpoints.run_directory import FINAL
 from craft_ds.config.train_config import TrainConfig
+from craft_ds.distributed.collectives import fail_together
 from craft_ds.distributed.env import is_local_rank0
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import AdapterPlan, has_adapters, plan_adapters
@@ -16,11 +17,11 @@ from craft_ds.training.world_eval import check_world
 
 
 class PreflightResult(NamedTuple):
-    """What is there for a run.
+    """Inputs of a run.
 
     Attributes:
         cache: The anchors; None for the baseline.
-        policy_dir: The policy's configuration and processors, and its weights or its adapters.
+        policy_dir: Directory with the policy's configuration and processors, and its weights or adapters.
         plan: The adapters to train; None: the policy's own weights train.
     """
 
@@ -30,20 +31,23 @@ class PreflightResult(NamedTuple):
 
     @property
     def weights_dir(self) -> Path:
-        """Where the policy's whole weights lie: with adapters, their base's."""
+        """Directory of the policy's full weights; with adapters, that of their base policy."""
         return self.plan.base if self.plan else self.policy_dir
 
 
+@fail_together
 def check_inputs(config: TrainConfig) -> PreflightResult:
-    """Find what the flags name and check that it fits together. Checksums are read once a node.
+    """Locate the inputs and check that they fit together. Collective: call on all ranks.
+
+    One rank per node verifies checksums.
 
     Args:
         config: A validated configuration.
 
     Raises:
-        UserError: Names the flag or file and the mend.
+        UserError: An input is missing or does not fit; names the flag or file and the fix.
     """
-    assert config.policy is not None  # `TrainConfig.validate` has seen to it
+    assert config.policy is not None  # checked by `TrainConfig.validate`
     assert config.policy.pretrained_path is not None
     policy_dir = resolve_policy_path(config.policy.pretrained_path)
     check_world(config.world, config.policy)
@@ -64,14 +68,14 @@ def _check_resumable(config: TrainConfig) -> None:
     if config.lora.enabled and not has_adapters(config.checkpoint_path):
         raise UserError(
             f"--lora.enabled=true, but {config.checkpoint_path} is a checkpoint of full training: leave "
-            "--lora.* out, or begin a new run with --policy.path instead of --resume"
+            "--lora.* out, or start a new run with --policy.path instead of --resume"
         )
     if step >= config.steps:
         raise UserError(
-            f"{config.checkpoint_path} has done {step} of --steps={config.steps}: raise --steps to go on"
+            f"{config.checkpoint_path} has done {step} of --steps={config.steps}: raise --steps to continue"
         )
-    whole, _ = complete_checkpoints(Path(config.output_dir))
-    later = [path for number, path in whole if number > step or path.name == FINAL]
+    complete, _ = complete_checkpoints(Path(config.output_dir))
+    later = [path for number, path in complete if number > step or path.name == FINAL]
     if later:
         raise UserError(
             f"resuming at step {step} would overwrite {min(later)}: resume from the last checkpoint, move "

@@ -1,6 +1,8 @@
-"""Which checkpoint a command goes on from, and whether it is the same run."""
+"""Resolve `--resume`: find the checkpoint to resume from and check that it belongs to the same run."""
 
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ from craft_ds.distributed.collectives import init_process_group, rank0_only
 from craft_ds.distributed.env import launched_rank, launched_world_size
 from craft_ds.errors import UserError
 
-# Another value of these makes another run of it.
+# These cannot change within a run.
 _FIXED = ("policy.", "dataset.repo_id", "dataset.revision", "dataset.episodes")
 _FREE_OF_POLICY = (
     "optimizer_",
@@ -32,7 +34,7 @@ _FREE_OF_POLICY = (
     "tags",
     "license",
 )
-# Where things lie, and how this command was given.
+# Locations, and flags of this command alone.
 _NOT_LISTED = (
     "resume",
     "checkpoint_path",
@@ -44,40 +46,42 @@ _NOT_LISTED = (
 
 
 class ResumeChoice(NamedTuple):
-    """What a command line came down to.
+    """A command line with `--resume` resolved.
 
     Attributes:
-        arguments: It, with the checkpoint that was chosen.
-        checkpoint: The checkpoint, verified; None: the run begins.
-        step: Steps that it has done.
-        said: What there is to say about the choice.
-        begins_if_new: Whether `--resume=auto` was given, for which a finished run is no error.
+        arguments: The command line, with the chosen checkpoint.
+        checkpoint: The checkpoint, verified; None: the run is new.
+        step: Steps done in the checkpoint.
+        messages: Log lines about the choice.
+        auto: True for `--resume=auto`, for which a finished run is not an error.
     """
 
     arguments: list[str]
     checkpoint: Path | None = None
     step: int = 0
-    said: tuple[str, ...] = ()
-    begins_if_new: bool = False
+    messages: tuple[str, ...] = ()
+    auto: bool = False
 
     def is_finished(self, steps: int) -> bool:
-        """Whether there is nothing to do for a command that may be given again and again."""
-        return self.begins_if_new and self.checkpoint is not None and self.step >= steps
+        """Return True if `--resume=auto` found a run that has done all its steps."""
+        return self.auto and self.checkpoint is not None and self.step >= steps
 
 
-def choose_checkpoint(arguments: Sequence[str]) -> ResumeChoice:
-    """Find and verify what `--resume` goes on from. Collective under a launcher: call on all ranks.
+def resolve_resume(arguments: Sequence[str]) -> ResumeChoice:
+    """Find and verify the checkpoint to resume from. Collective under a launcher: call on all ranks.
 
-    `--resume=true` goes on from the checkpoint whose directory or `train_config.json` is `--config_path`, or
-    from the newest whole one where that names a run's directory, its `last`, or nothing (then `--output_dir`
-    does). `--resume=auto` goes on from the newest whole one of `--output_dir` and begins the run where there
-    is none, so that the same command can be given again and again.
+    `--resume=true` resumes from the checkpoint whose directory or `train_config.json` is `--config_path`, or
+    from the newest complete one if `--config_path` is a run's directory or its `last`, or is not given (then
+    `--output_dir` names the run). `--resume=auto` resumes from the newest complete checkpoint of
+    `--output_dir`, or starts the run if there is none: the same command can be repeated.
+
+    Damaged checkpoints that the run would overwrite are renamed; nothing is deleted.
 
     Args:
         arguments: In the form of `normalise_arguments`.
 
     Raises:
-        UserError: There is no such checkpoint, or the one that was named is damaged.
+        UserError: There is no such checkpoint, or the one named by `--config_path` is damaged.
     """
     flags = dict(argument.partition("=")[::2] for argument in arguments)
     mode = flags.get("--resume", "false").lower()
@@ -89,9 +93,7 @@ def choose_checkpoint(arguments: Sequence[str]) -> ResumeChoice:
     output_dir = flags.get("--output_dir") or _output_dir_of(config_path)
     if mode == "auto":
         if not output_dir:
-            raise UserError(
-                "--resume=auto needs --output_dir, the directory of the run to begin or to go on with"
-            )
+            raise UserError("--resume=auto needs --output_dir, the directory of the run to start or resume")
         run: Path | None = Path(output_dir)
     else:
         run = _named_run(config_path, output_dir)
@@ -104,26 +106,27 @@ def choose_checkpoint(arguments: Sequence[str]) -> ResumeChoice:
     if found is None:
         if mode == "true":
             reasons = "".join(f"; {reason}" for reason in skipped.values())
-            raise UserError(f"--resume=true: {run} holds no whole checkpoint{reasons}")
+            raise UserError(f"--resume=true: {run} holds no complete checkpoint{reasons}")
         moved = rank0_only(lambda: move_aside(run) if run.exists() else None)()
-        said = [f"warning: {reason}" for reason in skipped.values()]
-        said += [f"no whole checkpoint in {run}, which is {moved} now: the run begins anew"] if moved else []
-        return ResumeChoice([a for a in arguments if not a.startswith("--resume=")], said=tuple(said))
+        messages = [f"warning: {reason}" for reason in skipped.values()]
+        if moved:
+            messages.append(f"no complete checkpoint in {run}: renamed it to {moved}; starting a new run")
+        return ResumeChoice([a for a in arguments if not a.startswith("--resume=")], messages=tuple(messages))
     step, checkpoint = found
-    # The same command begins a run and goes on with it: what the run began with has done its part.
+    # The same command starts and resumes a run; the initial policy is not needed to resume.
     replaced = ("--resume", "--config_path", *(("--policy.path",) if mode == "auto" else ()))
     kept = [argument for argument in arguments if argument.partition("=")[0] not in replaced]
     if "--output_dir" not in flags:
         kept.append(f"--output_dir={run}")
     kept += [f"--config_path={checkpoint / TRAIN_CONFIG_NAME}", "--resume=true"]
-    said = [f"warning: skipped: {reason}" for reason in skipped.values()]
+    messages = [f"warning: skipped: {reason}" for reason in skipped.values()]
     if Path(flags.get("--output_dir") or run).resolve() == run.resolve():
-        said += rank0_only(lambda: [f"{path} is {move_aside(path)} now" for path in skipped])()
-    return ResumeChoice(kept, checkpoint, step, (*said, f"going on from {checkpoint}"), mode == "auto")
+        messages += rank0_only(lambda: [f"renamed {path} to {move_aside(path)}" for path in skipped])()
+    return ResumeChoice(kept, checkpoint, step, (*messages, f"resuming from {checkpoint}"), mode == "auto")
 
 
 def _named_run(config_path: Path | None, output_dir: str | None) -> Path | None:
-    """The run whose newest checkpoint is meant; None: `config_path` names one checkpoint."""
+    """Return the run whose newest checkpoint to use; None: `config_path` names one checkpoint."""
     if config_path is not None and config_path.name == LAST:
         return config_path.parent
     if config_path is None or config_path.name != TRAIN_CONFIG_NAME:
@@ -139,7 +142,7 @@ def _named_run(config_path: Path | None, output_dir: str | None) -> Path | None:
 
 
 def _output_dir_of(config_path: Path | None) -> str | None:
-    """`output_dir` of a configuration file. Whether that file is sound is for the parser to say."""
+    """Return `output_dir` of a configuration file, or None; the parser reports a damaged file."""
     if config_path is None:
         return None
     try:
@@ -150,9 +153,9 @@ def _output_dir_of(config_path: Path | None) -> str | None:
 
 
 def _newest(run: Path) -> tuple[tuple[int, Path] | None, dict[Path, str]]:
-    """The newest checkpoint of which every byte is right, and why others were passed over. Collective."""
-    whole, skipped = rank0_only(complete_checkpoints)(run)
-    for step, path in whole:
+    """Return the newest undamaged checkpoint, and why others were skipped. Collective."""
+    complete, skipped = rank0_only(complete_checkpoints)(run)
+    for step, path in complete:
         try:
             verify_checkpoint(path, launched_rank(), launched_world_size())
         except UserError as error:
@@ -162,11 +165,29 @@ def _newest(run: Path) -> tuple[tuple[int, Path] | None, dict[Path, str]]:
     return None, skipped
 
 
+def resume_command(run: Path) -> str:
+    """Return the command line that resumes a run from its newest checkpoint, as this process was started.
+
+    Only the arguments are known where a user's own program called `train_craft`.
+    """
+    program = Path(sys.argv[0])
+    arguments = shlex.join([f"--config_path={run / LAST / TRAIN_CONFIG_NAME}", "--resume=true"])
+    if program.name == "craft-ds":
+        command = f"craft-ds train {arguments}"
+    elif program.parts[-2:] == ("craft_ds", "__main__.py"):
+        command = f"python -m craft_ds train {arguments}"
+    elif program.name == "train_craft.py":
+        command = f"python {shlex.quote(str(program))} {arguments}"
+    else:
+        return arguments
+    return f"{command} (under the same launcher)" if launched_world_size() > 1 else command
+
+
 def changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Flags that differ from those of a checkpoint, as `--flag=new (was old)`.
+    """Return the flags that differ from those of a checkpoint, as `--flag=new (was old)`.
 
     Raises:
-        UserError: One of them makes it another run.
+        UserError: A flag differs that cannot change within a run.
     """
     before, now = _flat(saved), _flat(current)
     changed = []
@@ -175,13 +196,13 @@ def changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         if old == new or name in _NOT_LISTED or name.startswith("checkpoint_"):
             continue
         if name.endswith("tokenizer_name") and old and new and Path(old).name == Path(new).name:
-            continue  # the checkpoint's own, wherever the checkpoint lies
+            continue  # the checkpoint's own tokenizer, in another location
         field = name.removeprefix("policy.")
         free = field != name and field.startswith(_FREE_OF_POLICY)
         if name.startswith(_FIXED) and not free:
             raise UserError(
                 f"--{name}={_shown(new)}, but the checkpoint was trained with {_shown(old)}: leave the flag "
-                "out, or begin a new run with --policy.path instead of --resume"
+                "out, or start a new run with --policy.path instead of --resume"
             )
         changed.append(f"--{name}={_shown(new)} (was {_shown(old)})")
     return changed

@@ -1,28 +1,29 @@
-"""Where a run is: what a checkpoint keeps besides the model, the schedule and λ."""
+"""State of a run besides model, optimizer and schedule: the content of `craft_state.pt`."""
 
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from craft_ds.algorithm.multiplier import DualState
 from craft_ds.training.train_step import StepResult
 
 
 @dataclass
 class Progress:
-    """Counters that go on where they stood, and what was measured since the last line of the log.
+    """Counters of a run, and the measurements since the last logged step.
 
     Attributes:
         step: Optimizer steps done, skipped ones included.
-        samples_seen: Place in the stream of task samples.
-        anchors_seen: Place in the stream of anchors.
-        samples_per_step: Task samples of a step over all ranks.
-        anchors_per_step: Anchors of a retention step over all ranks; 0: the baseline.
-        asked: `batch_size`, `gradient_accumulation_steps` and `anchor_batch_size` as the flags had them when
-            the two above were worked out: while they stay, another number of ranks changes no step.
-        skipped: Steps that were not finite.
-        skipped_in_a_row: Of these the last ones.
+        samples_seen: Position in the stream of task samples.
+        anchors_seen: Position in the stream of anchors.
+        samples_per_step: Task samples per step over all ranks.
+        anchors_per_step: Anchors per retention step over all ranks; 0: the baseline.
+        asked: `batch_size`, `gradient_accumulation_steps` and `anchor_batch_size` from which the two above
+            were computed: while these flags stay the same, another number of ranks does not change a step.
+        skipped: Steps with a non-finite loss or gradient.
+        skipped_in_a_row: The most recent consecutive ones of these.
         losses: Task losses since the last logged step.
-        latest: What the last retention step saw, by the log's keys.
+        latest: Metrics of the last retention step, by their names in the log.
     """
 
     step: int = 0
@@ -36,13 +37,15 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     latest: dict[str, float] = field(default_factory=dict)
 
-    def share(self, batch_size: int, accumulation: int, anchor_batch_size: int, world_size: int) -> None:
-        """Work out what a step takes, unless the flags are those for which it is known.
+    def set_step_size(
+        self, batch_size: int, accumulation: int, anchor_batch_size: int, world_size: int
+    ) -> None:
+        """Compute the size of a step, unless the flags are unchanged since it was computed.
 
         Args:
-            batch_size: Task samples a rank and micro-batch.
-            accumulation: Micro-batches a step.
-            anchor_batch_size: Anchors a rank and retention step; 0: the baseline.
+            batch_size: Task samples per rank and micro-batch.
+            accumulation: Micro-batches per step.
+            anchor_batch_size: Anchors per rank and retention step; 0: the baseline.
             world_size: Number of ranks.
         """
         asked = [batch_size, accumulation, anchor_batch_size]
@@ -65,21 +68,21 @@ class Progress:
             self.skipped_in_a_row += 1
 
     def take_mean_loss(self) -> float:
-        """Mean task loss of the applied steps since the last call; NaN where there was none."""
+        """Return the mean task loss of the steps applied since the last call; NaN if there was none."""
         losses, self.losses = self.losses, []
         return sum(losses) / len(losses) if losses else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain Python values, fit for `torch.load(weights_only=True)`."""
+        """Return plain Python values, which `torch.load(weights_only=True)` accepts."""
         return asdict(self)
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Progress":
-        """The inverse of `state_dict`.
+        """Return the progress that `state_dict` described.
 
         Raises:
             TypeError: The state has other entries.
-            ValueError: An entry is of another kind.
+            ValueError: An entry has the wrong type or is negative.
         """
         progress = cls(**state)
         for name, value in asdict(cls()).items():
@@ -87,3 +90,42 @@ class Progress:
             if type(found) is not type(value) or (isinstance(found, int) and found < 0):
                 raise ValueError(f"{name}={found!r}")
         return progress
+
+
+@dataclass
+class TrainState:
+    """Content of `craft_state.pt`.
+
+    Attributes:
+        progress: Counters of the run.
+        dual: λ and its history.
+        dataset_samples: Number of training samples; a data set of another size is another run.
+        wandb_run_id: Identity of the run at the tracker; None: not tracked.
+    """
+
+    progress: Progress
+    dual: DualState
+    dataset_samples: int = 0
+    wandb_run_id: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain Python values, which `torch.load(weights_only=True)` accepts."""
+        return {
+            **self.dual.state_dict(),
+            "progress": self.progress.state_dict(),
+            "dataset_samples": self.dataset_samples,
+            "wandb_run_id": self.wandb_run_id,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state that `state_dict` described.
+
+        Raises:
+            KeyError: An entry is missing.
+            TypeError: An entry has the wrong type.
+            ValueError: An entry has the wrong type or value.
+        """
+        self.progress = Progress.from_state_dict(state["progress"])
+        self.dataset_samples = int(state["dataset_samples"])
+        self.dual.load_state_dict(state)
+        self.wandb_run_id = state.get("wandb_run_id")

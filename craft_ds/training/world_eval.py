@@ -1,4 +1,4 @@
-"""Closed-loop success while a policy trains: the flags ``--world.*`` and what they ask for."""
+"""Closed-loop success during training, as the flags ``--world.*`` configure it."""
 
 from lerobot.configs import PreTrainedConfig
 from lerobot.processor import PolicyProcessorPipeline
@@ -14,14 +14,14 @@ from craft_ds.worlds.evaluation import Act, ClosedLoopPolicy, evaluate
 
 
 def check_world(config: WorldEvalConfig, policy: PreTrainedConfig) -> None:
-    """Check that the world runs here, has the tasks, and is one that the policy can act in.
+    """Check that the world runs on this machine, has the tasks, and fits the policy.
 
     Args:
         config: A validated configuration.
         policy: The policy's configuration.
 
     Raises:
-        UserError: Names the flag, or what is not installed, and the mend.
+        UserError: A flag does not fit, or the world cannot run; names the flag and the fix.
     """
     if not config.name:
         return
@@ -32,7 +32,7 @@ def check_world(config: WorldEvalConfig, policy: PreTrainedConfig) -> None:
             raise UserError(f"--world.tasks: {config.name} has no task {task}: choose among {known}")
     if policy_cameras(policy) != [CAMERA]:
         raise UserError(
-            f"--world.name={config.name} has one camera, {CAMERA}, but the policy looks at "
+            f"--world.name={config.name} has one camera, {CAMERA}, but the policy uses "
             f"{', '.join(policy_cameras(policy))}: leave --world.name out"
         )
     features = {**policy.input_features, **policy.output_features}
@@ -42,7 +42,7 @@ def check_world(config: WorldEvalConfig, policy: PreTrainedConfig) -> None:
                 f"--world.name={config.name} has {len(names)} numbers in {key}, but the policy has "
                 f"{list(features[key].shape)}: leave --world.name out"
             )
-    # A frame is rendered on trial, which takes seconds: once a node.
+    # Rendering a test frame takes seconds: once per node.
     if config.name == "metaworld" and is_local_rank0() and (problem := gl_problem()):
         raise UserError(f"--world.name=metaworld: {problem}")
 
@@ -55,10 +55,10 @@ def evaluate_in_world(
     rank: int,
     world_size: int,
 ) -> dict[str, float]:
-    """Closed-loop success of a policy in training. Collective: call on all ranks.
+    """Measure the closed-loop success of a policy in training. Collective: call on all ranks.
 
-    Training goes on as if there had been no evaluation: the scenes have generators of their own, and the
-    global ones of Python, numpy and torch are left as they were found.
+    Evaluation does not affect training: the scenes have generators of their own, and the global ones of
+    Python, numpy and torch are restored.
 
     Args:
         config: A checked configuration.
@@ -88,4 +88,4 @@ def evaluate_in_world(
         )
     finally:
         set_rng_state(state)
-    return {f"eval/success/{task}": share for task, share in success.items()}
+    return {f"eval/success/{task}": rate for task, rate in success.items()}

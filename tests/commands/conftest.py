@@ -1,4 +1,4 @@
-"""A run from which others go on."""
+"""A run that other runs resume from."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def saving(inputs) -> list[str]:
-    """Flags of a CRaFT run of 6 steps with a checkpoint after each second."""
+    """Flags of a CRaFT run of 6 steps with a checkpoint after every second step."""
     return [*inputs.craft_flags(), "--steps=6", "--save_freq=2"]
 
 

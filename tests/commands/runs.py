@@ -1,4 +1,4 @@
-"""What a run left behind, read back for comparison."""
+"""Read the output of a run for comparison."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def untimed(run: Path) -> list[dict]:
-    """What a run has logged, without time and memory."""
+    """Return the logged metrics without time and memory."""
     rows = [
         {key: value for key, value in row.items() if key.split("/")[0] not in ("time", "memory")}
         for row in metrics(run)
@@ -57,7 +57,7 @@ def assert_same_bits_of_adapters(found: Path, expected: Path) -> None:
 
 
 def assert_trained(checkpoint: Path, policy: Path) -> None:
-    """The parameters are others than the policy's."""
+    """Assert that the parameters differ from the policy's."""
     weights, initial = load_file(checkpoint / "model.safetensors"), load_file(policy / "model.safetensors")
     assert weights.keys() == initial.keys()
     assert any(not torch.equal(weights[name], initial[name]) for name in initial)

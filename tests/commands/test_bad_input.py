@@ -57,7 +57,7 @@ def flip_a_byte(path):
         (["--engine=zero"], ["--ds_config"]),
         (["--env.type=pusht"], ["--env"]),
         (["--optimizer.type=adamw"], ["--optimizer", "--policy.optimizer_"]),
-        (["--resume=true"], ["--resume=true", "holds no whole checkpoint"]),
+        (["--resume=true"], ["--resume=true", "holds no complete checkpoint"]),
         (["--resume=auto", "--output_dir="], ["--resume=auto", "--output_dir"]),
         (["--checkpoint.layout=zip"], ["--checkpoint.layout=zip", "per_rank"]),
         (["--max_runtime=soon"], ["--max_runtime=soon", "30m"]),

@@ -59,7 +59,7 @@ def one_process(teaching, inputs, tmp_path_factory):
     return run
 
 
-def test_success_is_logged_beside_the_losses_and_is_that_of_the_checkpoint(one_process):
+def test_logged_success_is_that_of_the_checkpoint(one_process):
     run, rows = one_process, evaluations(one_process)
     assert [row["step"] for row in rows] == [2, 4]
     assert [list(success(row)) for row in rows] == [TASKS, TASKS]
@@ -97,14 +97,12 @@ def test_a_saved_configuration_runs_the_same_world(one_process):
         ("--eval_freq=0", "--world.name=blocks is tried every --eval_freq steps: set --eval_freq too"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_built(refuses, teaching, tmp_path, flag, message):
+def test_bad_input_is_refused_before_the_build(refuses, teaching, tmp_path, flag, message):
     assert message in refuses(tmp_path / "run", *teaching, *WORLD, flag)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_of_a_sharded_policy_find_what_one_process_finds(
-    engine, teaching, one_process, inputs, tmp_path
-):
+def test_two_ranks_measure_the_success_of_one_process(engine, teaching, one_process, inputs, tmp_path):
     flags = [*inputs.flags(tmp_path / "run"), *teaching, *WORLD, *ENGINES[engine], "--batch_size=1"]
     ends = run_ranks([sys.executable, str(SCRIPT), *flags], 2, timeout=240)
     assert [end.status for end in ends] == [0, 0], "\n".join(end.output for end in ends)

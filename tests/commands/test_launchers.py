@@ -75,7 +75,7 @@ def whole_run(engine, inputs, tmp_path_factory):
     return output, ended
 
 
-def test_the_run_is_whole(engine, whole_run, inputs):
+def test_the_run_is_complete(engine, whole_run, inputs):
     output, ended = whole_run
     assert sorted(path.name for path in output.iterdir()) == ["final", "last", "metrics.jsonl", "step_000002"]
     assert read_manifest(output / "final")["world_size"] == 2
@@ -85,7 +85,7 @@ def test_the_run_is_whole(engine, whole_run, inputs):
     assert "Traceback" not in ended.stdout + ended.stderr
 
 
-def test_it_is_the_run_of_one_process_with_the_same_global_batch(whole_run, inputs, train, tmp_path):
+def test_losses_are_those_of_one_process(whole_run, inputs, train, tmp_path):
     output, _ = whole_run
     flags = [*inputs.craft_flags(), *RUN, "--batch_size=4", "--craft.anchor_batch_size=4"]
     assert train(tmp_path / "single", *flags).status == 0
@@ -110,7 +110,7 @@ def test_resume_is_the_uninterrupted_run_bit_by_bit(engine, whole_run, tmp_path)
     assert losses(tmp_path / "on") == losses(output)[2:]
 
 
-def test_a_run_goes_on_in_the_other_engine(engine, whole_run, tmp_path):
+def test_a_run_resumes_in_the_other_engine(engine, whole_run, tmp_path):
     output, _ = whole_run
     other = OTHER[engine]
     flags = [f"--engine={other}", f"--ds_config={ZERO3 if other == 'zero' else 'null'}"]
@@ -122,7 +122,7 @@ def test_a_run_goes_on_in_the_other_engine(engine, whole_run, tmp_path):
 
 
 @pytest.mark.parametrize("flags", ENGINE.values(), ids=ENGINE)
-def test_without_a_launcher_a_sharded_engine_runs_on_one_process(inputs, tmp_path, flags):
+def test_a_sharded_engine_runs_without_a_launcher(inputs, tmp_path, flags):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in names}
     ended = subprocess.run(

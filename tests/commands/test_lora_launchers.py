@@ -1,4 +1,4 @@
-"""The LoRA presets as files, under their own launchers: two ranks train, and go on in the other engine."""
+"""The LoRA presets as files, under their own launchers: two ranks train, and resume in the other engine."""
 
 import subprocess
 from pathlib import Path
@@ -51,7 +51,7 @@ def resume(engine, run, output, *flags):
     return output / "final"
 
 
-def test_the_run_leaves_adapters(engine, whole_run):
+def test_the_run_saves_adapters(engine, whole_run):
     assert read_manifest(whole_run / "final")["world_size"] == 2
     adapters = load_file(whole_run / "final" / "adapter_model.safetensors")
     assert len(adapters) == 28
@@ -64,7 +64,7 @@ def test_resume_is_the_uninterrupted_run_bit_by_bit(engine, whole_run, tmp_path)
     assert losses(tmp_path / "on") == losses(whole_run)[2:]
 
 
-def test_a_run_goes_on_in_the_other_engine(engine, whole_run, tmp_path):
+def test_a_run_resumes_in_the_other_engine(engine, whole_run, tmp_path):
     resume(OTHER[engine], whole_run, tmp_path / "on", *SWITCH[engine])
     # Both compute in bf16, each in an order of its own.
     assert losses(tmp_path / "on") == pytest.approx(losses(whole_run)[2:], rel=2e-3)

@@ -1,4 +1,4 @@
-"""`scripts/train_craft.py --lora…`: a run of adapters, what it leaves, who loads it, what is refused."""
+"""`scripts/train_craft.py --lora…`: runs with adapters, their checkpoints, loading, and refusals."""
 
 import json
 import shutil
@@ -118,7 +118,7 @@ def test_resuming_other_adapters_is_refused(refuses, whole_run, tmp_path, flags,
 
 
 def test_resuming_adapters_without_lora_is_refused(refuses, whole_run, tmp_path):
-    """A configuration that never heard of adapters, as LeRobot's own would be."""
+    """Resume with a configuration without LoRA flags, such as LeRobot's own."""
     copy = tmp_path / "run" / "step_000002"
     shutil.copytree(whole_run / "step_000002", copy)
     config = json.loads((copy / "train_config.json").read_text())
@@ -139,7 +139,7 @@ def test_resuming_full_training_with_lora_is_refused(train, refuses, inputs, tmp
     assert "is a checkpoint of full training" in message
 
 
-def test_a_new_run_begins_with_stored_adapters(train, refuses, whole_run, tmp_path):
+def test_a_new_run_starts_with_stored_adapters(train, refuses, whole_run, tmp_path):
     final = whole_run / "final"
     assert "holds LoRA adapters" in refuses(tmp_path / "a", f"--policy.path={final}")
     ended = train(

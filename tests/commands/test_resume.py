@@ -1,4 +1,4 @@
-"""A run goes on: from the newest whole checkpoint, with the same flags or others, after it had to leave."""
+"""Resume: from the newest complete checkpoint, with the same or other flags, after preemption."""
 
 import json
 import os
@@ -35,13 +35,13 @@ def flip_a_byte(path):
 
 
 @pytest.mark.parametrize("named", ["", "last", "last/train_config.json"])
-def test_the_newest_whole_checkpoint_is_taken_and_the_skipped_are_named(train, unbroken, begun, named):
+def test_the_newest_complete_checkpoint_is_resumed(train, unbroken, begun, named):
     flip_a_byte(begun / "step_000004" / "optimizer.safetensors")
     ended = train(None, f"--config_path={begun / named}", "--resume=true")
     assert ended.status == 0, ended.errors
     assert "step_000004/optimizer.safetensors is damaged (checksum)" in ended.output
-    assert f"going on from {begun}/step_000002" in ended.output
-    assert f"step_000004 is {begun}/step_000004.aside-1 now" in ended.output
+    assert f"resuming from {begun}/step_000002" in ended.output
+    assert f"step_000004 to {begun}/step_000004.aside-1" in ended.output
     verify_checkpoint(begun / "step_000004", 0, 1)
     assert_same_bits(begun / "final", unbroken / "final")
     assert untimed(begun) == untimed(unbroken)
@@ -57,25 +57,25 @@ def test_a_directory_without_a_manifest_is_moved_out_of_the_way(train, unbroken,
     assert_same_bits(begun / "final", unbroken / "final")
 
 
-def test_a_lost_link_is_no_loss(train, unbroken, begun):
+def test_a_missing_last_link_is_not_needed(train, unbroken, begun):
     (begun / "last").unlink()
     ended = train(None, f"--config_path={begun}/last", "--resume=true")
     assert ended.status == 0, ended.errors
     assert_same_bits(begun / "final", unbroken / "final")
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is(train, unbroken, begun, tmp_path):
+def test_a_moved_run_resumes_in_its_new_place(train, unbroken, begun, tmp_path):
     moved = begun.rename(tmp_path / "moved")
     assert train(None, f"--config_path={moved}", "--resume=true").status == 0
     assert_same_bits(moved / "final", unbroken / "final")
     assert not begun.exists()
 
 
-def test_without_a_whole_checkpoint_resuming_is_refused(refuses, begun):
+def test_resuming_without_a_complete_checkpoint_is_refused(refuses, begun):
     for step in (2, 4):
         flip_a_byte(begun / f"step_{step:06d}" / "model.safetensors")
     line = refuses(None, f"--config_path={begun}", "--resume=true", untouched=begun)
-    assert "holds no whole checkpoint" in line
+    assert "holds no complete checkpoint" in line
     assert "step_000002/model.safetensors is damaged" in line
     assert "step_000004/model.safetensors is damaged" in line
 
@@ -83,7 +83,7 @@ def test_without_a_whole_checkpoint_resuming_is_refused(refuses, begun):
 # --- the same command again and again -------------------------------------------------------------------
 
 
-def test_auto_begins_goes_on_and_ends(train, saving, unbroken, tmp_path, monkeypatch):
+def test_auto_starts_resumes_and_ends(train, saving, unbroken, tmp_path, monkeypatch):
     run = tmp_path / "run"
     again = ["--resume=auto", *saving]
     writes = PendingCheckpoint._commit
@@ -99,7 +99,7 @@ def test_auto_begins_goes_on_and_ends(train, saving, unbroken, tmp_path, monkeyp
     assert (run / "step_000004.tmp").is_dir()
     ended = train(run, *again)
     assert ended.status == 0, ended.errors
-    assert f"going on from {run}/step_000002" in ended.output
+    assert f"resuming from {run}/step_000002" in ended.output
     assert sorted(path.name for path in run.iterdir()) == [
         "final", "last", "metrics.jsonl", "step_000002", "step_000004"
     ]  # fmt: skip
@@ -108,16 +108,16 @@ def test_auto_begins_goes_on_and_ends(train, saving, unbroken, tmp_path, monkeyp
 
     ended = train(run, *again)
     assert (ended.status, ended.errors) == (0, "")
-    assert "has done all of --steps=6: there is nothing left to do" in ended.output
+    assert "has done all --steps=6: nothing left to do" in ended.output
 
 
-def test_auto_begins_anew_where_nothing_was_saved_yet(train, saving, unbroken, tmp_path):
+def test_auto_starts_again_where_nothing_was_saved(train, saving, unbroken, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     ended = train(run, "--resume=auto", *saving)
     assert ended.status == 0, ended.errors
-    assert "the run begins anew" in ended.output
+    assert "starting a new run" in ended.output
     assert_same_bits(run / "final", unbroken / "final")
     assert (tmp_path / "run.aside-1" / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
@@ -159,7 +159,7 @@ def test_nothing_is_listed_where_nothing_changed(train, begun):
 def test_another_run_is_refused(refuses, begun, flag):
     line = refuses(None, f"--config_path={begun}", "--resume=true", flag, untouched=begun)
     assert line.startswith(f"{flag}, but the checkpoint was trained with ")
-    assert "begin a new run" in line
+    assert "start a new run" in line
 
 
 def test_other_samples_are_refused(refuses, begun):
@@ -195,11 +195,11 @@ def test_another_batch_size_counts_from_there(train, begun, unbroken):
     assert losses(begun)[4:] != losses(unbroken)[4:]
 
 
-# --- being asked to leave -------------------------------------------------------------------------------
+# --- preemption -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves_in_order(train, saving, unbroken, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_exits(train, saving, unbroken, tmp_path, monkeypatch, number):
     run, again = tmp_path / "run", ["--resume=auto", *saving]
 
     record = Run.record
@@ -216,8 +216,8 @@ def test_a_signal_saves_and_leaves_in_order(train, saving, unbroken, tmp_path, m
         ended = train(run, *again)
     assert ended.status == 75
     assert ended.errors == (
-        f"{number.name} received: saved {run}/step_000004; go on with --resume=auto, or --resume=true "
-        f"--config_path={run}/last\n"
+        f"{number.name} received: saved {run}/step_000004; resume with: python train_craft.py "
+        f"--config_path={run}/last/train_config.json --resume=true\n"
     )
     assert sorted(path.name for path in run.iterdir() if path.is_dir() and not path.is_symlink()) == [
         "step_000002", "step_000004"
@@ -225,6 +225,22 @@ def test_a_signal_saves_and_leaves_in_order(train, saving, unbroken, tmp_path, m
     assert train(run, *again).status == 0
     assert_same_bits(run / "final", unbroken / "final")
     assert untimed(run) == untimed(unbroken)
+
+
+def test_an_interrupt_that_saves_nothing_has_status_130(train, tmp_path, monkeypatch):
+    record = Run.record
+
+    def interrupted(run, *args, **kwargs):
+        record(run, *args, **kwargs)
+        if run.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            while not run.preemption.requested:
+                time.sleep(0.01)
+
+    monkeypatch.setattr(Run, "record", interrupted)
+    ended = train(tmp_path / "run", "--save_checkpoint=false")
+    assert (ended.status, ended.errors) == (130, "interrupted\n")
+    assert [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row] == [1, 2]
 
 
 def test_the_time_is_over(train, saving, unbroken, tmp_path, monkeypatch):
@@ -239,10 +255,10 @@ def test_the_time_is_over(train, saving, unbroken, tmp_path, monkeypatch):
     assert saved.name == "step_000001"
 
 
-# --- what goes on besides parameters, moments and λ -----------------------------------------------------
+# --- state besides parameters, moments and λ -------------------------------------------------------------
 
 
-def test_wandb_goes_on_under_the_same_identity_in_another_directory(train, tmp_path, monkeypatch):
+def test_wandb_continues_its_run_in_another_directory(train, tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     wandb = ["--wandb.enable=true", "--wandb.mode=offline", "--wandb.project=craft"]
@@ -257,7 +273,7 @@ def test_wandb_goes_on_under_the_same_identity_in_another_directory(train, tmp_p
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_random_image_transforms_go_on_where_they_were(train, tmp_path, workers):
+def test_random_image_transforms_are_resumed(train, tmp_path, workers):
     flags = ["--dataset.image_transforms.enable=true", "--save_freq=2", f"--num_workers={workers}"]
     flags += ["--dataloader_multiprocessing_context=fork"] if workers else []
     assert train(tmp_path / "whole", *flags).status == 0
@@ -269,7 +285,7 @@ def test_random_image_transforms_go_on_where_they_were(train, tmp_path, workers)
     assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
 
 
-def test_a_state_of_another_kind_is_refused(refuses, begun):
+def test_a_malformed_state_is_refused(refuses, begun):
     path = begun / "step_000004" / "craft_state.pt"
     state = torch.load(path, weights_only=True)
     torch.save({**state, "progress": {**state["progress"], "samples_seen": -1}}, path)

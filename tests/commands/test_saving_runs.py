@@ -37,7 +37,7 @@ def test_the_oldest_are_deleted_and_the_periodic_ones_kept(train, inputs, tmp_pa
         verify_checkpoint(run / name, 0, 1)
 
 
-def test_nothing_is_deleted_before_the_newer_one_is_whole(train, saving, tmp_path, monkeypatch):
+def test_nothing_is_deleted_before_the_newer_one_is_complete(train, saving, tmp_path, monkeypatch):
     run = tmp_path / "run"
 
     def fail(*_: object, **__: object):
@@ -52,7 +52,7 @@ def test_nothing_is_deleted_before_the_newer_one_is_whole(train, saving, tmp_pat
         )
         ended = train(run, *saving, "--steps=4", "--save_freq=1", "--save_total_limit=1")
     assert ended.status == 0
-    assert "Input/output error; training goes on, earlier checkpoints are as they were" in ended.output
+    assert "Input/output error; training continues, earlier checkpoints are unchanged" in ended.output
     assert [path.name for path in run.glob("step_*")] == ["step_000002"]
 
 
@@ -61,7 +61,7 @@ def test_a_background_save_is_the_same_save(train, saving, unbroken, tmp_path, m
 
     def slow(save):
         seen.append(threading.current_thread().name)
-        time.sleep(0.3)  # training goes on, and changes what is being saved
+        time.sleep(0.3)  # training continues, and changes what is being saved
         writes(save)
 
     monkeypatch.setattr(PendingCheckpoint, "_write_shards", slow)
@@ -74,18 +74,18 @@ def test_a_background_save_is_the_same_save(train, saving, unbroken, tmp_path, m
     assert ended.output.count("saved ") == 3
 
 
-def test_a_background_save_that_fails_is_heard_of(train, saving, tmp_path, disk_full_at_step_2):
+def test_a_failed_background_save_is_reported(train, saving, tmp_path, disk_full_at_step_2):
     run = tmp_path / "run"
     ended = train(run, *saving, "--checkpoint.background=true")
     assert ended.status == 0, ended.errors
-    assert "No space left on device; training goes on" in ended.output
+    assert "No space left on device; training continues" in ended.output
     assert sorted(path.name for path in run.iterdir() if path.is_dir() and not path.is_symlink()) == [
         "final", "step_000004"
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("lora", [(), ("--lora=preset",)], ids=["full", "lora"])
-def test_pieces_a_rank_resume_and_export(train, saving, tmp_path, lora):
+def test_shards_per_rank_resume_and_export(train, saving, tmp_path, lora):
     weights = "adapter_model" if lora else "model"
     one, pieces = tmp_path / "one", tmp_path / "pieces"
     assert train(one, *saving, *lora).status == 0

@@ -77,7 +77,7 @@ def test_the_history_holds_the_retention_steps(whole_run):
     assert (whole_run / "final" / "lambda_analysis.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_log_lines_are_the_guides_and_nothing_else_is_printed(train, inputs, tmp_path):
+def test_the_log_lines_are_those_of_the_guide(train, inputs, tmp_path):
     ended = train(tmp_path / "run", *inputs.craft_flags())
     assert ended.status == 0
     lines = [line for line in ended.output.splitlines() if line.startswith("Step")]
@@ -202,7 +202,7 @@ def test_the_baseline_reads_no_anchor(train, inputs, tmp_path, monkeypatch):
     assert_trained(tmp_path / "run" / "final", inputs.policy)
 
 
-def test_craft_differs_from_the_baseline_from_the_first_retention_step_on(train, inputs, tmp_path):
+def test_craft_differs_from_the_baseline_at_retention_steps(train, inputs, tmp_path):
     assert train(tmp_path / "plain").status == 0
     assert train(tmp_path / "craft", *inputs.craft_flags()).status == 0
     plain, craft = losses(tmp_path / "plain"), losses(tmp_path / "craft")
@@ -265,7 +265,7 @@ def test_divergence_ends_with_one_line(train, tmp_path):
     assert ended.status == 1
     assert ended.errors.startswith("error: 3 steps in a row")
     assert ended.errors.count("\n") == 1
-    skipped = [line for line in ended.output.splitlines() if "skipped, not finite" in line]
+    skipped = [line for line in ended.output.splitlines() if "skipped, non-finite" in line]
     assert len(skipped) == 3
     dump = json.loads((tmp_path / "run" / "diverged.json").read_text())
     assert [json.loads(line.split(": ", 1)[1]) for line in skipped] == dump["skipped"]
@@ -278,7 +278,7 @@ class Stopped(KeyboardInterrupt):
     pass
 
 
-def test_ctrl_c_in_a_save_keeps_the_last_checkpoint(train, inputs, whole_run, tmp_path, monkeypatch):
+def test_an_interrupted_save_keeps_the_last_checkpoint(train, inputs, whole_run, tmp_path, monkeypatch):
     from craft_ds.checkpoints.save import PendingCheckpoint
 
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""One rank that runs several training commands after one another: to start a rank takes seconds.
+"""Run several training commands in one rank process: starting a rank takes seconds.
 
 Arguments: a JSON file with the flags of each command by name, and a directory for what came of them.
 """

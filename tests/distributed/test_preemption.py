@@ -1,4 +1,4 @@
-"""Being asked to leave: by signals, to real processes, and by the clock."""
+"""Requests to stop: signals to real processes, and the end of the run time."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def test_the_time_is_over():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_asks(number):
+def test_the_first_signal_requests_a_stop(number):
     preemption = Preemption()
     with preemption.listening():
         os.kill(os.getpid(), number)
@@ -56,6 +56,26 @@ def test_handlers_are_as_before_afterwards():
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_an_interrupt_is_noted_once_there_is_something_to_save():
+    preemption = Preemption()
+    with preemption.listening():
+        with pytest.raises(KeyboardInterrupt):
+            _interrupt_and_wait(preemption)
+        assert not preemption.requested
+        with preemption.deferring_interrupts():
+            _interrupt_and_wait(preemption)
+        assert preemption.interrupted
+        assert preemption.reason == "SIGINT received"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _interrupt_and_wait(preemption):
+    os.kill(os.getpid(), signal.SIGINT)
+    deadline = time.monotonic() + 10
+    while not preemption.requested and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 STUCK = """
@@ -102,7 +122,7 @@ def test_a_second_signal_ends_a_process_that_is_stuck_in_c():
         assert time.monotonic() - began < 5
 
 
-def test_a_forked_process_does_not_answer_for_its_parent():
+def test_a_forked_process_has_default_handlers():
     ended = subprocess.run(
         [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60, check=False
     )

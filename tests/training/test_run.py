@@ -1,4 +1,4 @@
-"""What a run does before its first step."""
+"""Preparation of a run before its first step."""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from craft_ds.training.build import _wrapping_warning, build_fp32_policy
 from craft_ds.training.run import seed_step
 
 
-def test_masters_are_fp32_whatever_the_policy_was_saved_as(tmp_path):
+def test_master_weights_are_fp32_for_a_bf16_policy(tmp_path):
     make_test_policy_dir(tmp_path / "policy")
     file = tmp_path / "policy" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}))
@@ -32,7 +32,7 @@ def test_masters_are_fp32_whatever_the_policy_was_saved_as(tmp_path):
             torch.device("cpu"),
         )
 
-    assert config.dtype == "bfloat16"  # what is saved with a checkpoint stays the teacher's
+    assert config.dtype == "bfloat16"  # checkpoints keep the policy's own dtype
     stored = load_file(tmp_path / "policy" / "model.safetensors")
     for name, parameter in policy.named_parameters():
         assert parameter.dtype == torch.float32
@@ -50,7 +50,7 @@ def test_seeds_differ_by_step_and_rank_and_repeat():
 
 
 class OneBlock(nn.Module):
-    """All but a bias is in one layer, which cannot be split."""
+    """One layer, which cannot be split, with almost all parameters."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class OneBlock(nn.Module):
         return self.layer(x)
 
 
-def test_a_run_says_what_one_large_unit_costs_under_fsdp():
+def test_a_large_fsdp_unit_is_warned_of():
     config = SimpleNamespace(engine=EngineConfig(name="fsdp", dtype="bfloat16"))
     warning = _wrapping_warning(config, OneBlock())
     assert "100% of the parameters are gathered at once" in warning

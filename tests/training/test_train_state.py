@@ -1,10 +1,12 @@
-"""Counters of a run, and what a changed number of ranks does to its steps."""
+"""Counters of a run and the size of its steps."""
 
 import math
 
 import pytest
 
-from craft_ds.training.train_state import Progress
+from craft_ds.algorithm.multiplier import DualState
+from craft_ds.config.configs import CraftConfig
+from craft_ds.training.train_state import Progress, TrainState
 from craft_ds.training.train_step import StepResult
 
 
@@ -18,7 +20,7 @@ SKIPPED = StepResult(math.nan, math.nan, applied=False)
 @pytest.fixture
 def progress():
     progress = Progress()
-    progress.share(3, 2, 4, world_size=2)
+    progress.set_step_size(3, 2, 4, world_size=2)
     return progress
 
 
@@ -39,14 +41,14 @@ def test_a_skipped_step_is_counted_and_has_no_loss(progress):
     assert progress.take_mean_loss() == 1.0
 
 
-def test_another_number_of_ranks_changes_no_step_but_other_flags_do(progress):
-    progress.share(3, 2, 4, world_size=5)
+def test_step_size_depends_on_flags_not_on_ranks(progress):
+    progress.set_step_size(3, 2, 4, world_size=5)
     assert (progress.samples_per_step, progress.anchors_per_step) == (12, 8)
-    progress.share(4, 2, 4, world_size=5)
+    progress.set_step_size(4, 2, 4, world_size=5)
     assert (progress.samples_per_step, progress.anchors_per_step) == (40, 20)
 
 
-def test_the_state_goes_through(progress):
+def test_state_round_trip(progress):
     progress.advance(applied(2.0), retention=True)
     progress.latest["craft/lambda"] = 0.5
     assert Progress.from_state_dict(progress.state_dict()) == progress
@@ -55,8 +57,30 @@ def test_the_state_goes_through(progress):
 @pytest.mark.parametrize(
     "odd", [{"step": -1}, {"step": True}, {"samples_seen": 1.5}, {"losses": None}, {"latest": []}]
 )
-def test_a_state_of_another_kind_is_refused(progress, odd):
+def test_a_malformed_state_is_refused(progress, odd):
     with pytest.raises(ValueError, match=next(iter(odd))):
         Progress.from_state_dict(progress.state_dict() | odd)
     with pytest.raises(TypeError):
         Progress.from_state_dict({"nonsense": 1})
+
+
+def test_train_state_round_trip_with_the_keys_of_the_file(progress):
+    progress.advance(applied(2.0), retention=True)
+    state = TrainState(progress, DualState(CraftConfig(initial_lambda=0.25)), 40, "run-1")
+    saved = state.state_dict()
+    assert saved.keys() == {"multiplier", "history", "progress", "dataset_samples", "wandb_run_id"}
+
+    restored = TrainState(Progress(), DualState(CraftConfig()))
+    restored.load_state_dict(saved)
+    assert restored.progress == progress
+    assert restored.dual.multiplier == 0.25
+    assert (restored.dataset_samples, restored.wandb_run_id) == (40, "run-1")
+
+
+@pytest.mark.parametrize("missing", ["multiplier", "history", "progress", "dataset_samples"])
+def test_an_incomplete_train_state_is_refused(progress, missing):
+    state = TrainState(progress, DualState(CraftConfig()), 40)
+    saved = state.state_dict()
+    del saved[missing]
+    with pytest.raises((KeyError, ValueError), match=missing):
+        state.load_state_dict(saved)

@@ -1,4 +1,4 @@
-"""The flags `--world.*`, and that an evaluation leaves no trace in a training run."""
+"""The flags `--world.*`, and evaluation without effect on training."""
 
 import random
 from pathlib import Path
@@ -31,7 +31,7 @@ TEACHER = Path(craft_ds.worlds.__file__).parent / "assets" / "blocks_teacher"
         (WorldEvalConfig(name="blocks"), 0, "--world.name=blocks is tried every --eval_freq steps"),
     ],
 )
-def test_flags_that_cannot_be_meant_are_refused(config, eval_freq, message):
+def test_contradictory_world_flags_are_refused(config, eval_freq, message):
     with pytest.raises(UserError, match=message):
         config.validate(eval_freq)
 
@@ -52,11 +52,11 @@ def test_a_world_needs_the_tasks_and_a_policy_made_for_it(tmp_path):
     with pytest.raises(UserError, match=r"has 2 numbers in observation\.state, but the policy has \[4\]"):
         check_world(WorldEvalConfig(name="blocks"), other)
     other = load_policy_config(make_test_policy_dir(tmp_path / "two_cameras", cameras=2))
-    with pytest.raises(UserError, match=r"but the policy looks at"):
+    with pytest.raises(UserError, match=r"but the policy uses"):
         check_world(WorldEvalConfig(name="blocks"), other)
 
 
-def test_a_machine_that_cannot_render_is_told_by_one_process_a_node(metaworld, monkeypatch):
+def test_missing_rendering_is_reported_once_per_node(metaworld, monkeypatch):
     teacher = load_policy_config(TEACHER.with_name("metaworld_teacher"))
     monkeypatch.setattr(craft_ds.training.world_eval, "gl_problem", lambda: "no EGL here: install it")
     with pytest.raises(UserError, match=r"--world.name=metaworld: no EGL here: install it"):
@@ -65,7 +65,7 @@ def test_a_machine_that_cannot_render_is_told_by_one_process_a_node(metaworld, m
     check_world(WorldEvalConfig(name="metaworld"), teacher)
 
 
-def test_an_evaluation_leaves_every_generator_as_it_was():
+def test_an_evaluation_restores_every_generator():
     def act(batch):
         random.random(), np.random.random(), torch.rand(1)
         return torch.zeros(len(batch["task"]), 8, 2)

@@ -1,4 +1,4 @@
-"""`scripts/train_craft.py` on ranks of which one is killed once, at a step that the environment names."""
+"""`scripts/train_craft.py` with rank 1 killed once, at step DIES_AT of the environment."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ seed_step = trainer.seed_step
 killed = Path(os.environ["KILLED"])
 
 
-def dies_once(seed, step, rank):
+def kill_once(seed, step, rank):
     if step == int(os.environ["DIES_AT"]) and rank == 1 and not killed.exists():
         killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -20,5 +20,5 @@ def dies_once(seed, step, rank):
 
 
 if __name__ == "__main__":
-    trainer.seed_step = dies_once
+    trainer.seed_step = kill_once
     exit_without_teardown(lambda: run_command("train", sys.argv[1:]))

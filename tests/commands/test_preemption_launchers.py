@@ -1,4 +1,4 @@
-"""Launchers for real: they are told to leave, or lose a rank, and the same command goes on."""
+"""Real launchers that are signalled or lose a rank; the same command resumes."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from runs import assert_same_bits, losses, metrics, untimed
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "scripts" / "train_craft.py"
-DYING = Path(__file__).with_name("dying_rank.py")
+KILLED_RANK = Path(__file__).with_name("killed_rank.py")
 FLAGS = ["--engine=fsdp", "--resume=auto", "--save_freq=2"]
 
 
@@ -24,7 +24,7 @@ DEEPSPEED = ["deepspeed", "--num_gpus=2", "--master_port"]
 
 
 def launch(launcher: list[str], program: object, *arguments: object, **environment: str) -> subprocess.Popen:
-    """Two ranks of a program."""
+    """Start two ranks of a program."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -42,16 +42,17 @@ def launch(launcher: list[str], program: object, *arguments: object, **environme
 
 
 @pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory):
+def uninterrupted(inputs, tmp_path_factory):
     """An uninterrupted run of 6 steps on 2 ranks."""
-    run = tmp_path_factory.mktemp("leaving") / "whole"
+    run = tmp_path_factory.mktemp("preemption") / "uninterrupted"
     process = launch(TORCHRUN, TRAIN, *inputs.flags(run), *inputs.craft_flags(), *FLAGS, "--steps=6")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     return run
 
 
-def test_a_launcher_that_is_terminated_leaves_a_checkpoint_behind(inputs, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_that_is_signalled_saves_on_all_ranks(inputs, tmp_path, number):
     run = tmp_path / "run"
     flags = [*inputs.flags(run), *inputs.craft_flags(), *FLAGS, "--save_freq=0", "--steps=100000"]
     process = launch(TORCHRUN, TRAIN, *flags)
@@ -60,42 +61,42 @@ def test_a_launcher_that_is_terminated_leaves_a_checkpoint_behind(inputs, tmp_pa
         (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 3
     ):
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    found = re.search(r"(SIGTERM received|another rank was asked to leave): saved (\S+step_(\d+));", output)
+    found = re.search(
+        rf"({number.name} received|another rank was asked to stop): saved (\S+step_(\d+));", output
+    )
     assert found, output
     manifest = json.loads((Path(found[2]) / "manifest.json").read_text())
     assert manifest["step"] == int(found[3]) == metrics(run)[-1]["step"]
-    assert "exitcode" not in output or "-9" not in output  # nobody had to be killed
+    assert "exitcode" not in output or "-9" not in output  # no rank was killed
 
 
-def test_a_launcher_that_may_restart_goes_on_by_itself(inputs, whole, tmp_path):
+def test_torchrun_restarts_and_resumes(inputs, uninterrupted, tmp_path):
     run, killed = tmp_path / "run", tmp_path / "killed"
     flags = [*inputs.flags(run), *inputs.craft_flags(), *FLAGS, "--steps=6"]
     restarting = [TORCHRUN[0], "--max-restarts=1", *TORCHRUN[1:]]
-    process = launch(restarting, DYING, *flags, DIES_AT="4", KILLED=str(killed))
+    process = launch(restarting, KILLED_RANK, *flags, DIES_AT="4", KILLED=str(killed))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert killed.exists()
-    assert f"going on from {run}/step_000004" in output
-    assert_same_bits(run / "final", whole / "final")
-    assert untimed(run) == untimed(whole)
+    assert f"resuming from {run}/step_000004" in output
+    assert_same_bits(run / "final", uninterrupted / "final")
+    assert untimed(run) == untimed(uninterrupted)
 
 
-def test_deepspeeds_launcher_ends_with_the_rank_that_dies_and_goes_on_when_asked_again(
-    inputs, whole, tmp_path
-):
+def test_deepspeed_stops_with_a_killed_rank_and_resumes(inputs, uninterrupted, tmp_path):
     run, killed = tmp_path / "run", tmp_path / "killed"
     zero3 = ["--ds_config", ROOT / "ds_configs" / "zero3.json", "--engine=zero"]
     flags = [*inputs.flags(run), *inputs.craft_flags(), *FLAGS, *zero3, "--steps=6"]
-    process = launch(DEEPSPEED, DYING, *flags, DIES_AT="4", KILLED=str(killed))
+    process = launch(DEEPSPEED, KILLED_RANK, *flags, DIES_AT="4", KILLED=str(killed))
     output, _ = process.communicate(timeout=120)
     assert process.returncode, output
     assert killed.exists()
     assert "error: rank 1 has stopped or its machine is gone" in output
 
-    process = launch(DEEPSPEED, DYING, *flags, DIES_AT="4", KILLED=str(killed))
+    process = launch(DEEPSPEED, KILLED_RANK, *flags, DIES_AT="4", KILLED=str(killed))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert f"going on from {run}/step_000004" in output
-    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+    assert f"resuming from {run}/step_000004" in output
+    assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-5)

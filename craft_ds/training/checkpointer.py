@@ -1,0 +1,128 @@
+"""Saving during training: periodic, in the background, on preemption, and at the end."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from craft_ds.checkpoints import BackgroundSaver, prepare_checkpoint, step_directory
+from craft_ds.checkpoints.run_directory import FINAL
+from craft_ds.checkpoints.save import PendingCheckpoint
+from craft_ds.config.train_config import TrainConfig
+from craft_ds.distributed.watchdog import RankWatchdog
+from craft_ds.engines.base import Engine
+from craft_ds.errors import UserError
+from craft_ds.lora.adapters import Adapters
+from craft_ds.training.metrics import MetricsLogger
+from craft_ds.training.plots import plot_lambda_analysis
+from craft_ds.training.train_state import TrainState
+
+HISTORY_CSV = "lambda_history.csv"
+HISTORY_PLOT = "lambda_analysis.png"
+
+
+@dataclass(frozen=True)
+class Checkpointer:
+    """Write the checkpoints of a run and report how each save ended.
+
+    Attributes:
+        config: The validated configuration; `output_dir` is the run's directory.
+        engine: Model, optimizer and ranks.
+        state: Content of `craft_state.pt`.
+        scheduler: Learning-rate schedule; None: constant.
+        adapters: The adapters that train; None: the policy's own weights train.
+        policy_dir: Directory with the policy's configuration and processors.
+        logger: Receives a line per save.
+        watchdog: Told of progress while files are written.
+        background: Writes periodic checkpoints beside training; None: training waits for them.
+    """
+
+    config: TrainConfig
+    engine: Engine
+    state: TrainState
+    scheduler: LRScheduler | None
+    adapters: Adapters | None
+    policy_dir: Path
+    logger: MetricsLogger
+    watchdog: RankWatchdog
+    background: BackgroundSaver | None
+
+    def save_periodic(self) -> None:
+        """Save at the current step; if that fails, log it and continue. Collective: call on all ranks."""
+        try:
+            if self.background is None:
+                self._save(self._step_directory)
+            else:
+                self.report_finished_saves(wait=True)
+                self.background.start(self._prepare(self._step_directory))
+        except UserError as error:
+            self._log_failed_save(error)
+
+    def save_before_exit(self) -> Path:
+        """Save at the current step and wait for it. Collective: call on all ranks.
+
+        Returns:
+            The checkpoint's directory.
+
+        Raises:
+            UserError: The checkpoint cannot be written.
+        """
+        self._save(self._step_directory)
+        return self._step_directory
+
+    def save_final(self) -> Path:
+        """Save the final checkpoint, with λ's history and plot. Collective: call on all ranks.
+
+        Returns:
+            The checkpoint's directory.
+
+        Raises:
+            UserError: The checkpoint cannot be written.
+        """
+        directory = Path(self.config.output_dir) / FINAL
+        self._save(directory, final=True)
+        return directory
+
+    def report_finished_saves(self, *, wait: bool = False) -> None:
+        """Log how the save in the background ended, if it ended. Collective: call on all ranks.
+
+        Args:
+            wait: Wait for its end.
+        """
+        if self.background is not None and (wait or self.background.idle):
+            try:
+                if (directory := self.background.wait()) is not None:
+                    self.logger.say(f"saved {directory}")
+            except UserError as error:
+                self._log_failed_save(error)
+
+    @property
+    def _step_directory(self) -> Path:
+        return step_directory(Path(self.config.output_dir), self.state.progress.step)
+
+    def _log_failed_save(self, error: UserError) -> None:
+        self.logger.say(f"error: {error}; training continues, earlier checkpoints are unchanged")
+
+    def _save(self, directory: Path, *, final: bool = False) -> None:
+        self.report_finished_saves(wait=True)
+        self._prepare(directory, final=final).write()
+        self.logger.say(f"saved {directory}")
+
+    def _prepare(self, directory: Path, *, final: bool = False) -> PendingCheckpoint:
+        return prepare_checkpoint(
+            directory,
+            engine=self.engine,
+            config=self.config,
+            policy_dir=self.policy_dir,
+            scheduler_state=self.scheduler.state_dict() if self.scheduler else None,
+            craft_state=self.state.state_dict(),
+            step=self.state.progress.step,
+            adapters=self.adapters,
+            extra=self._write_history if final and self.config.craft.enabled else None,
+            progress=self.watchdog.progress,
+        )
+
+    def _write_history(self, directory: Path) -> None:
+        self.state.dual.write_csv(directory / HISTORY_CSV)
+        if self.state.dual.history:
+            plot_lambda_analysis(directory / HISTORY_CSV, directory / HISTORY_PLOT)
