@@ -1,7 +1,7 @@
 """Which scenarios run on which kind of engine and number of ranks.
 
-Ranks are dear to start (each imports torch, transformers and DeepSpeed), so all kinds of one family share the
-spawns of that family.
+Ranks are expensive to start (each imports torch, transformers and DeepSpeed), so all kinds of one
+family share the spawns of that family.
 """
 
 from collections.abc import Callable
@@ -34,8 +34,8 @@ from scenarios_lora import (
     lora_surgery,
     lora_trajectory,
 )
+from scenarios_non_finite import non_finite
 from scenarios_saving import holes, saving
-from scenarios_sick import sick
 
 Scenarios = dict[str, Callable[[Lab], Output]]
 
@@ -58,7 +58,7 @@ CORE: Scenarios = {
     "tied": partial(trajectory, accumulation=2, max_norm=0.05, tied=True),
     "save_and_resume": save_and_resume,
     "acting": acting,
-    "sick": sick,
+    "non_finite": non_finite,
 }
 WHOLE: Scenarios = {
     **{

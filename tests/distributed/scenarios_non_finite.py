@@ -1,4 +1,4 @@
-"""Steps that are not finite on one rank only: none may take them, and the next is as if they had not been."""
+"""Steps that are non-finite on one rank only: no rank takes them, and later steps are unaffected."""
 
 import math
 
@@ -9,7 +9,7 @@ from craft_ds.engines.base import Batch, Engine
 from craft_ds.training.train_step import StepResult, retention_step, task_step
 
 
-def sick(lab: Lab) -> Output:
+def non_finite(lab: Lab) -> Output:
     """Non-finite task batches, anchors and constraints of the last rank alone; then two sound steps."""
     engine, output = lab.pi0_engine(), Output()
     output.add("before", masters(engine))
@@ -46,7 +46,7 @@ def _retention(engine: Engine, *batches: list[Batch]) -> StepResult:
 
 
 def _spoilt(lab: Lab, batches: list[Batch]) -> list[Batch]:
-    """The batches; on the last rank with a pixel in the last of them that is no number."""
+    """The batches; on the last rank with one NaN pixel in the last of them."""
     if lab.rank < lab.world_size - 1:
         return batches
     *rest, last = batches
