@@ -5,6 +5,7 @@
 ... # doctest: +SKIP
 """
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from craft_ds.config.configs import CraftConfig
@@ -14,7 +15,12 @@ if TYPE_CHECKING:
     from craft_ds.config.train_config import TrainConfig
     from craft_ds.training.trainer import train_craft
 
-__all__ = ["CraftConfig", "TrainConfig", "UserError", "train_craft"]
+__all__ = ["CraftConfig", "TrainConfig", "UserError", "__version__", "train_craft"]
+
+try:
+    __version__ = version("craft-ds")
+except PackageNotFoundError:  # a checkout on the module path that was never installed
+    __version__ = "unknown"
 
 
 def __getattr__(name: str) -> Any:
