@@ -6,6 +6,7 @@
 """
 
 import logging
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from craft_ds.config.configs import CraftConfig
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 # LeRobot logs several screens of loader tracebacks where FFmpeg is absent, then decodes with PyAV.
 logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
 
-__all__ = ["CraftConfig", "TrainConfig", "UserError", "train_craft"]
+__all__ = ["CraftConfig", "TrainConfig", "UserError", "__version__", "train_craft"]
+
+try:
+    __version__ = version("craft-ds")
+except PackageNotFoundError:  # a checkout on the module path that was never installed
+    __version__ = "unknown"
 
 
 def __getattr__(name: str) -> Any:

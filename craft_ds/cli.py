@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ COMMANDS = {
         "list the embedded worlds, record demonstrations, or pretrain a teacher",
     ),
     "doctor": ("doctor", "check this machine: what will not work, and how to fix it"),
+    "version": ("version", "print the version of craft-ds and of the packages it was tested with"),
 }
 """Name of each subcommand, its module in `craft_ds.commands`, and its line in `craft-ds --help`."""
 
@@ -93,6 +95,9 @@ def _dispatch(arguments: Sequence[str]) -> None:
         print("usage: craft-ds COMMAND ...\n\ncommands:")
         for command, (_, line) in COMMANDS.items():
             print(f"  {command:<10}{line}")
+        print("\n`craft-ds COMMAND --help` lists the flags of a command.")
+    elif name == "--version":
+        run_command("version", [])
     elif name in COMMANDS:
         run_command(name, arguments[1:])
     else:
@@ -100,4 +105,6 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 
 def _refuse(name: str) -> NoReturn:
-    raise UserError(f"craft-ds {name}: no such command; choose one of {', '.join(COMMANDS)}")
+    nearest = get_close_matches(name, COMMANDS, n=1)
+    meant = f"did you mean {nearest[0]}? The" if nearest else "the"
+    raise UserError(f"craft-ds {name}: no such command; {meant} commands are {', '.join(COMMANDS)}")

@@ -1,19 +1,35 @@
 """`craft-ds train`: fine-tune a policy under a retention constraint."""
 
+import contextlib
+import io
+import sys
 from collections.abc import Sequence
 
+from craft_ds.config.arguments import normalise_arguments
+from craft_ds.config.help import train_help, without_refused
+from craft_ds.config.suggestions import refuse_misspelt_flags
+from craft_ds.config.versions import untested_versions
 from craft_ds.distributed.env import is_local_rank0, launched_rank
 
 
 def main(arguments: Sequence[str]) -> None:
     """Train with the given flags. Collective under a launcher: call on all ranks."""
+    if "--help=all" in arguments:
+        _print_all_flags([argument for argument in arguments if argument != "--help=all"])
+        return
+    if "--help" in arguments or "-h" in arguments:
+        print(train_help())
+        return
+    refuse_misspelt_flags(normalise_arguments(arguments))
     # Imported here: LeRobot and torch take seconds, and their failures become one line too.
     from craft_ds.checkpoints.run_directory import repair_last_link
-    from craft_ds.config.parser import normalise_arguments, parse_arguments
+    from craft_ds.config.parser import parse_arguments
     from craft_ds.distributed.collectives import destroy_process_group, process_group_is_initialized
     from craft_ds.training.resume import resolve_resume
     from craft_ds.training.trainer import train_craft
 
+    for package in untested_versions() if is_local_rank0() else ():
+        print(f"warning: craft-ds was not tested with {package}", file=sys.stderr, flush=True)
     created_by_caller = process_group_is_initialized()
     chosen = resolve_resume(normalise_arguments(arguments))
     for line in chosen.messages if is_local_rank0() else ():
@@ -28,3 +44,12 @@ def main(arguments: Sequence[str]) -> None:
         train_craft(config)
     if not created_by_caller:
         destroy_process_group()
+
+
+def _print_all_flags(arguments: Sequence[str]) -> None:
+    from craft_ds.config.parser import parse_arguments  # imports LeRobot, which takes seconds
+
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        parse_arguments(["--help", *arguments])
+    print(without_refused(shown.getvalue()))

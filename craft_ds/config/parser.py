@@ -11,15 +11,12 @@ from typing import Any
 import draccus
 import yaml
 from lerobot.configs import parser
-from lerobot.configs.train import TRAIN_CONFIG_NAME
 
+from craft_ds.config.arguments import normalise_arguments
 from craft_ds.config.secret_scan import redact
+from craft_ds.config.suggestions import suggestion
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.errors import UserError, exits_as_user_error
-
-# Written by the user as the launcher or the guide has it; understood as the field it means.
-_ALIASES = {"--engine": "--engine.name", "--ds_config": "--engine.ds_config", "--lora": "--lora.preset"}
-_LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 
 
 def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
@@ -52,39 +49,10 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         message = " ".join(str(error.__cause__ or error).split())
         # draccus writes a flag as `name`.
         message = re.sub(r"^`([\w.]+)`", r"--\1", message)
+        unknown = re.match(r"unrecognized arguments: (--[\w.-]+)", message)
+        if unknown:
+            message += suggestion(unknown[1])
         raise UserError(redact(message) + where) from error
-
-
-def normalise_arguments(arguments: Sequence[str]) -> list[str]:
-    """Bring every flag into the form `--name=value`, once.
-
-    The short forms (`--engine=zero`, `--ds_config FILE`, `--lora=PRESET`) become the fields that they mean,
-    and the launcher's own flag goes. Of a flag that is given twice the last counts, for `--policy.path` too,
-    of which LeRobot would take the first: so a script's own flags can be followed by the user's.
-    """
-    joined: list[str] = []
-    for argument in arguments:
-        if joined and _is_flag(joined[-1]) and "=" not in joined[-1] and not _is_flag(argument):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    last: dict[str, str] = {}
-    for argument in joined:
-        name, equals, value = argument.partition("=")
-        name = _ALIASES.get(name, name)
-        if name == "--config_path" and Path(value).is_dir():
-            value = str(Path(value) / TRAIN_CONFIG_NAME)
-        last.pop(name, None)
-        if name == "--lora.preset" and argument.startswith("--lora="):
-            last["--lora.enabled"] = "--lora.enabled=true"
-            value = "default" if value == "preset" else value
-        if name not in _LAUNCHER_FLAGS:
-            last[name] = name + equals + value
-    return list(last.values())
-
-
-def _is_flag(argument: str) -> bool:
-    return argument.startswith("--") or argument == "-h"
 
 
 def _check_config_file(path: Path) -> None:

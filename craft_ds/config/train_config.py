@@ -9,7 +9,7 @@ from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.default import PeftConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 
-from craft_ds.config.configs import CheckpointConfig, CraftConfig, EngineConfig, LoraConfig, WorldEvalConfig
+from craft_ds.config.configs import ActivationCheckpointing, LoraConfig, RunOptions, check_choice
 from craft_ds.config.secret_scan import refuse_secrets
 from craft_ds.distributed.preemption import parse_duration
 from craft_ds.errors import UserError
@@ -18,47 +18,9 @@ from craft_ds.policies.tiny_pi0_fast.tokenizers import reroot_tokenizers
 
 
 @dataclass
-class TrainConfig(TrainPipelineConfig):
-    """Every `lerobot-train` flag keeps its meaning; these come on top.
+class TrainConfig(RunOptions, TrainPipelineConfig):
+    """The flags of `lerobot-train`, which keep their meaning, and those of craft-ds."""
 
-    Attributes:
-        craft: The retention constraint, `--craft.*`.
-        engine: How the model is sharded, `--engine.*`.
-        lora: Adapters to train instead of the policy's own weights, `--lora.*`. LeRobot's `--peft.*` means
-            the same in its own words.
-        world: An embedded world in which the policy is tried every `eval_freq` steps, `--world.*`.
-        eval_freq: Report held-out task loss and anchor loss every so many steps; 0 turns it off. Needs
-            `--dataset.eval_split`, of which 0.05 is taken where none is given. (`--eval_steps` is
-            LeRobot's name for the same.)
-        gradient_accumulation_steps: Micro-batches of `batch_size` a rank and step.
-        activation_checkpointing: `full` keeps only the inputs of decoder and encoder layers and runs them
-            again in the backward pass: less memory, about a third more computing. `none` keeps everything.
-            LeRobot's `--policy.gradient_checkpointing=true` means `full`.
-        checkpoint: How checkpoints are written, `--checkpoint.*`.
-        save_total_limit: How many of the newest periodic checkpoints stay; 0: all. An older one is deleted
-            once a newer one is whole and verified. `final` always stays.
-        keep_period: Periodic checkpoints whose step is a multiple of this stay in any case; 0: none does.
-        max_runtime: Time after which the run finishes its step, saves and ends with status 75: seconds, or
-            with a unit, as 30m, 3.5h, 2d. Empty: none. Leave room for a step and a save.
-        rank_timeout: Seconds without progress after which a run ends and names the rank that it waited for.
-        max_skipped_steps: Steps with a non-finite loss or gradient that may follow one another; they
-            change nothing, and one more ends the run.
-    """
-
-    craft: CraftConfig = field(default_factory=CraftConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    world: WorldEvalConfig = field(default_factory=WorldEvalConfig)
-    eval_freq: int = 0
-    eval_steps: int = 0
-    gradient_accumulation_steps: int = 1
-    activation_checkpointing: str = "none"
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    save_total_limit: int = 0
-    keep_period: int = 0
-    max_runtime: str = ""
-    rank_timeout: float = 600.0
-    max_skipped_steps: int = 10
     # The checkpoint to resume, once every byte of it was checked.
     verified_checkpoint: Path | None = field(init=False, default=None)
 
@@ -92,10 +54,7 @@ class TrainConfig(TrainPipelineConfig):
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"--{name}={getattr(self, name)} must be at least {minimum}")
-        if self.activation_checkpointing not in ("none", "full"):
-            raise UserError(
-                f"--activation_checkpointing={self.activation_checkpointing}: choose one of none, full"
-            )
+        check_choice("--activation_checkpointing", self.activation_checkpointing, ActivationCheckpointing)
         self._refuse_unsupported()
         if not self.resume and self.output_dir and Path(self.output_dir).exists():
             raise UserError(

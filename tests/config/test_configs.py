@@ -56,7 +56,7 @@ def test_bounds_are_valid(changes):
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"anchor_cache_dir": ""}, ["--craft.anchor_cache_dir", "build_anchor_cache.py"]),
+        ({"anchor_cache_dir": ""}, ["--craft.anchor_cache_dir", "craft-ds anchors"]),
         ({"anchor_batch_size": 0}, ["--craft.anchor_batch_size=0"]),
         ({"retention_freq": 0}, ["--craft.retention_freq=0"]),
         ({"retention_freq": -5}, ["--craft.retention_freq=-5"]),

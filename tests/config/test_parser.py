@@ -65,8 +65,14 @@ def test_flags_reach_their_fields():
     ("arguments", "message"),
     [
         (["--nonsense=1"], r"unrecognized arguments: --nonsense=1 \(see --help\)"),
-        (["--craft.nonsense=1"], r"unrecognized arguments: --craft.nonsense=1 \(see --help\)"),
-        (["--craft.enable=true"], r"unrecognized arguments: --craft.enable=true \(see --help\)"),
+        (
+            ["--craft.nonsense=1"],
+            r"unrecognized arguments: --craft.nonsense=1; did you mean --craft.enabled\? \(see --help\)",
+        ),
+        (
+            ["--craft.enable=true"],
+            r"unrecognized arguments: --craft.enable=true; did you mean --craft.enabled\? \(see --help\)",
+        ),
         (["nonsense"], r"unrecognized arguments: nonsense \(see --help\)"),
         (["--steps=abc"], r"--steps: Couldn't parse 'abc' into an int \(see --help\)"),
         (["--craft.enabled=maybe"], r"--craft.enabled: Couldn't parse 'maybe' into a bool \(see --help\)"),
@@ -74,7 +80,7 @@ def test_flags_reach_their_fields():
         (["--dataset.eval_split=2"], r"eval_split must be in \[0.0, 1.0\), got 2.0 \(see --help\)"),
         (["--policy.path=a", "--policy.type=act"], r"Cannot specify both --policy.path and --policy.type .*"),
         (["--config_path=none.json"], r"--config_path=none.json: no such file"),
-        (["--config_path=none"], r"--config_path=none: must be a .json or .yaml file, .*"),
+        (["--config_path=none"], r"--config_path=none: no such file; must be a .json or .yaml file, .*"),
     ],
 )
 def test_a_complaint_is_one_line(arguments, message, capfd):
