@@ -1,6 +1,7 @@
 """`craft-ds`: dispatch to the subcommands; errors become one line per node and an exit code on every rank."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -58,23 +59,34 @@ def _exit(line: str, status: int, *, speaks: bool | None = None) -> NoReturn:
 
 
 def exit_without_teardown(command: Callable[[], None]) -> NoReturn:
-    """Run a command and end the process with its status, without the interpreter's own leave-taking.
+    """Run a command and end the process with its status, without the interpreter's own teardown.
 
-    Everything is written and closed by then. Threads of gloo and of the autograd engine still hold tensors;
-    where one lets go of them while the interpreter is being taken down, it aborts the process, and a launcher
-    would report a finished run as failed.
+    Everything is written and closed by then. Threads of gloo and of the autograd engine still hold tensors; if
+    one frees them while the interpreter is torn down, the process aborts, and a launcher would report a
+    finished run as failed.
     """
     status: Any = 0
     try:
         command()
-    except SystemExit as leaving:
-        status = leaving.code
+    except SystemExit as ended:
+        status = ended.code
     except BaseException:
+        if _stdout_is_closed():  # as in `craft-ds train --help | head`
+            os._exit(128 + signal.SIGPIPE)
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
+    if _stdout_is_closed():
+        os._exit(128 + signal.SIGPIPE)
     sys.stderr.flush()
     os._exit(status if isinstance(status, int) else bool(status))
+
+
+def _stdout_is_closed() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
