@@ -27,6 +27,23 @@ def pytest_addoption(parser):
     )
 
 
+_ONE_PROCESS = ("test_collectives.py", "test_diagnosis.py", "test_preemption.py", "test_watchdog.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark tests by what they use; single tests elsewhere carry their marker themselves."""
+    for item in items:
+        folder = item.path.parent.name
+        if folder == "faults":
+            item.add_marker("faults")
+        if folder == "distributed" and item.path.name not in _ONE_PROCESS:
+            item.add_marker("distributed")
+        if "metaworld" in item.fixturenames:
+            item.add_marker("world")
+        if "compiled_cpu_adam" in item.fixturenames:
+            item.add_marker("slow")
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a run reads: a teacher, the new task's data (80 frames), the old tasks' data and anchors."""

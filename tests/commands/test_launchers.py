@@ -17,6 +17,8 @@ from craft_ds.checkpoints import read_manifest
 from craft_ds.testing.datasets import edit_metadata, make_test_dataset
 from craft_ds.testing.launch_ranks import run_ranks
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parents[2]
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
 RUN = [

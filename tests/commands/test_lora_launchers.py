@@ -13,6 +13,8 @@ from craft_ds.checkpoints import read_manifest
 from craft_ds.config.configs import LoraConfig
 from craft_ds.engines.deepspeed_config import read_ds_config
 
+pytestmark = pytest.mark.distributed
+
 PRESET = {
     "fsdp": ["--config_path=fsdp_configs/lora.yaml"],
     "zero": [

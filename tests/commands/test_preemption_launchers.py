@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from runs import assert_same_bits, losses, metrics, untimed
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "scripts" / "train_craft.py"
 KILLED_RANK = Path(__file__).with_name("killed_rank.py")

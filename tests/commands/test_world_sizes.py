@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parents[2]
 KEYS = ("train/loss", "craft/retention_loss", "craft/lambda")
 
