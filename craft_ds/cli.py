@@ -61,8 +61,8 @@ def _exit(line: str, status: int, *, speaks: bool | None = None) -> NoReturn:
 def exit_without_teardown(command: Callable[[], None]) -> NoReturn:
     """Run a command and end the process with its status, without the interpreter's own teardown.
 
-    Everything is written and closed by then. Threads of gloo and of the autograd engine still hold tensors; if
-    one frees them while the interpreter is torn down, the process aborts, and a launcher would report a
+    Everything is written and closed by then. Threads of gloo and of the autograd engine still hold tensors;
+    if one frees them while the interpreter is torn down, the process aborts, and a launcher would report a
     finished run as failed.
     """
     status: Any = 0
