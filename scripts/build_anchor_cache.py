@@ -1,4 +1,4 @@
-"""The same as `craft-ds anchors`."""
+"""Run `craft-ds anchors`."""
 
 import sys
 

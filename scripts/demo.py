@@ -1,4 +1,4 @@
-"""The same as `craft-ds demo`."""
+"""Run `craft-ds demo`."""
 
 import sys
 

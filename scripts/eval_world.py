@@ -1,4 +1,4 @@
-"""The same as `craft-ds eval`."""
+"""Run `craft-ds eval`."""
 
 import sys
 

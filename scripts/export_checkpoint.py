@@ -1,4 +1,4 @@
-"""The same as `craft-ds export`."""
+"""Run `craft-ds export`."""
 
 import sys
 

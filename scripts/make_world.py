@@ -1,4 +1,4 @@
-"""The same as `craft-ds worlds record`."""
+"""Run `craft-ds worlds record`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The same as `craft-ds plan`."""
+"""Run `craft-ds plan`."""
 
 import sys
 

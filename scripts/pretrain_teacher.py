@@ -1,4 +1,4 @@
-"""The same as `craft-ds worlds pretrain`."""
+"""Run `craft-ds worlds pretrain`."""
 
 import sys
 

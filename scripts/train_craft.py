@@ -1,4 +1,4 @@
-"""The same as `craft-ds train`."""
+"""Run `craft-ds train`."""
 
 import sys
 

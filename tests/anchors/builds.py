@@ -1,4 +1,4 @@
-"""What tests of building anchor caches share beside their fixtures."""
+"""Helpers of the tests that build anchor caches."""
 
 from pathlib import Path
 

@@ -22,7 +22,7 @@ from craft_ds.testing.datasets import make_test_dataset
 
 
 def dataset_batch(data, config, teacher, rows):
-    """What the teacher's preprocessor gives for rows of the data set: the reference."""
+    """Return the output of the teacher's preprocessor for rows of the data set: the reference."""
     dataset = LeRobotDataset("craft-ds/test", root=data, video_backend="pyav")
     deltas = resolve_delta_timestamps(config, dataset.meta)
     dataset = LeRobotDataset("craft-ds/test", root=data, video_backend="pyav", delta_timestamps=deltas)

@@ -17,7 +17,7 @@ from craft_ds.testing.datasets import write_test_cache
 
 
 class Tasks:
-    """As much of a cache as the sampler looks at: anchors of the given counts by task."""
+    """The part of a cache that the sampler reads: anchors of the given counts by task."""
 
     def __init__(self, counts):
         self.path = "cache"
@@ -26,7 +26,7 @@ class Tasks:
 
 
 def draw(cache, batch_size, world_size, steps, seed=0):
-    """What all ranks together draw, by step."""
+    """Return the draws of all ranks together, by step."""
     share = partition_step(batch_size * world_size, world_size, batch_size, "anchors")
     sampler = AnchorSampler(cache, "train", share, seed)
     return [

@@ -71,7 +71,7 @@ def engine(request):
 @pytest.fixture(scope="module")
 def whole_run(engine, inputs, tmp_path_factory):
     """An uninterrupted CRaFT run of 4 steps: accumulation, evaluation, a checkpoint after 2."""
-    output = tmp_path_factory.mktemp(engine) / "whole"
+    output = tmp_path_factory.mktemp(engine) / "complete"
     ended = launch(engine, *ENGINE[engine], *inputs.flags(output), *inputs.craft_flags(), *RUN)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return output, ended

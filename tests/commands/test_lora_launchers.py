@@ -38,7 +38,7 @@ def engine(request):
 
 @pytest.fixture(scope="module")
 def whole_run(engine, inputs, tmp_path_factory):
-    output = tmp_path_factory.mktemp(f"lora_{engine}") / "whole"
+    output = tmp_path_factory.mktemp(f"lora_{engine}") / "complete"
     flags = [*inputs.flags(output), *inputs.craft_flags(), "--save_freq=2", "--policy.optimizer_lr=0.01"]
     ended = launch(engine, *PRESET[engine], *flags)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -73,7 +73,7 @@ def test_a_run_resumes_in_the_other_engine(engine, whole_run, tmp_path):
 
 
 def test_both_files_are_the_same_preset():
-    """What the FSDP2 file says of adapters is the default; both mean bf16."""
+    """The FSDP2 file has the default adapters; both files mean bf16."""
     content = yaml.safe_load((ROOT / "fsdp_configs" / "lora.yaml").read_text())
     named = {"attention_mlp": "default"}
     lora = content["lora"] | {"preset": named[content["lora"]["preset"]]}

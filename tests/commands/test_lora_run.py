@@ -28,7 +28,7 @@ def whole_run(inputs, tmp_path_factory):
     """An uninterrupted CRaFT run of 4 steps on adapters, with a checkpoint after 2."""
     from craft_ds.config.parser import parse_arguments
 
-    output = tmp_path_factory.mktemp("runs") / "whole"
+    output = tmp_path_factory.mktemp("runs") / "complete"
     flags = [*inputs.flags(output), *inputs.craft_flags(), *LORA, "--save_freq=2"]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", ["train_craft.py"])
@@ -150,10 +150,10 @@ def test_a_new_run_starts_with_stored_adapters(train, refuses, whole_run, tmp_pa
         "--policy.scheduler_decay_lr=1e-31",
     )
     assert ended.status == 0, ended.errors
-    begun, ended_with = (
+    interrupted, ended_with = (
         load_file(directory / "adapter_model.safetensors") for directory in (final, tmp_path / "b" / "final")
     )
-    for key, tensor in begun.items():
+    for key, tensor in interrupted.items():
         assert torch.equal(ended_with[key], tensor), key
 
 

@@ -1,4 +1,4 @@
-"""Real launchers that are signalled or lose a rank; the same command resumes."""
+"""Launchers that receive a signal or lose a rank; the same command resumes."""
 
 import json
 import os

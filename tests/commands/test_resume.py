@@ -17,7 +17,7 @@ from craft_ds.training.run import Run
 
 
 @pytest.fixture
-def begun(unbroken, tmp_path):
+def interrupted(unbroken, tmp_path):
     """A copy of it that has not got to its end."""
     run = tmp_path / "run"
     shutil.copytree(unbroken, run, symlinks=True)
@@ -35,46 +35,46 @@ def flip_a_byte(path):
 
 
 @pytest.mark.parametrize("named", ["", "last", "last/train_config.json"])
-def test_the_newest_complete_checkpoint_is_resumed(train, unbroken, begun, named):
-    flip_a_byte(begun / "step_000004" / "optimizer.safetensors")
-    ended = train(None, f"--config_path={begun / named}", "--resume=true")
+def test_the_newest_complete_checkpoint_is_resumed(train, unbroken, interrupted, named):
+    flip_a_byte(interrupted / "step_000004" / "optimizer.safetensors")
+    ended = train(None, f"--config_path={interrupted / named}", "--resume=true")
     assert ended.status == 0, ended.errors
     assert "step_000004/optimizer.safetensors is damaged (checksum)" in ended.output
-    assert f"resuming from {begun}/step_000002" in ended.output
-    assert f"step_000004 to {begun}/step_000004.aside-1" in ended.output
-    verify_checkpoint(begun / "step_000004", 0, 1)
-    assert_same_bits(begun / "final", unbroken / "final")
-    assert untimed(begun) == untimed(unbroken)
+    assert f"resuming from {interrupted}/step_000002" in ended.output
+    assert f"step_000004 to {interrupted}/step_000004.aside-1" in ended.output
+    verify_checkpoint(interrupted / "step_000004", 0, 1)
+    assert_same_bits(interrupted / "final", unbroken / "final")
+    assert untimed(interrupted) == untimed(unbroken)
 
 
-def test_a_directory_without_a_manifest_is_moved_out_of_the_way(train, unbroken, begun):
-    (begun / "step_000004" / "manifest.json").unlink()
-    ended = train(None, f"--output_dir={begun}", "--resume=true")
+def test_a_directory_without_a_manifest_is_moved_out_of_the_way(train, unbroken, interrupted):
+    (interrupted / "step_000004" / "manifest.json").unlink()
+    ended = train(None, f"--output_dir={interrupted}", "--resume=true")
     assert ended.status == 0, ended.errors
     assert "step_000004 is no checkpoint of craft-ds" in ended.output
-    assert (begun / "step_000004.aside-1" / "model.safetensors").is_file()
-    verify_checkpoint(begun / "step_000004", 0, 1)
-    assert_same_bits(begun / "final", unbroken / "final")
+    assert (interrupted / "step_000004.aside-1" / "model.safetensors").is_file()
+    verify_checkpoint(interrupted / "step_000004", 0, 1)
+    assert_same_bits(interrupted / "final", unbroken / "final")
 
 
-def test_a_missing_last_link_is_not_needed(train, unbroken, begun):
-    (begun / "last").unlink()
-    ended = train(None, f"--config_path={begun}/last", "--resume=true")
+def test_a_missing_last_link_is_not_needed(train, unbroken, interrupted):
+    (interrupted / "last").unlink()
+    ended = train(None, f"--config_path={interrupted}/last", "--resume=true")
     assert ended.status == 0, ended.errors
-    assert_same_bits(begun / "final", unbroken / "final")
+    assert_same_bits(interrupted / "final", unbroken / "final")
 
 
-def test_a_moved_run_resumes_in_its_new_place(train, unbroken, begun, tmp_path):
-    moved = begun.rename(tmp_path / "moved")
+def test_a_moved_run_resumes_in_its_new_place(train, unbroken, interrupted, tmp_path):
+    moved = interrupted.rename(tmp_path / "moved")
     assert train(None, f"--config_path={moved}", "--resume=true").status == 0
     assert_same_bits(moved / "final", unbroken / "final")
-    assert not begun.exists()
+    assert not interrupted.exists()
 
 
-def test_resuming_without_a_complete_checkpoint_is_refused(refuses, begun):
+def test_resuming_without_a_complete_checkpoint_is_refused(refuses, interrupted):
     for step in (2, 4):
-        flip_a_byte(begun / f"step_{step:06d}" / "model.safetensors")
-    line = refuses(None, f"--config_path={begun}", "--resume=true", untouched=begun)
+        flip_a_byte(interrupted / f"step_{step:06d}" / "model.safetensors")
+    line = refuses(None, f"--config_path={interrupted}", "--resume=true", untouched=interrupted)
     assert "holds no complete checkpoint" in line
     assert "step_000002/model.safetensors is damaged" in line
     assert "step_000004/model.safetensors is damaged" in line
@@ -122,20 +122,20 @@ def test_auto_starts_again_where_nothing_was_saved(train, saving, unbroken, tmp_
     assert (tmp_path / "run.aside-1" / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-def test_auto_reads_the_output_directory_of_a_file(train, unbroken, begun, tmp_path):
+def test_auto_reads_the_output_directory_of_a_file(train, unbroken, interrupted, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(f"output_dir: {begun}\n")
+    file.write_text(f"output_dir: {interrupted}\n")
     ended = train(None, f"--config_path={file}", "--resume=auto")
     assert ended.status == 0, ended.errors
-    assert_same_bits(begun / "final", unbroken / "final")
+    assert_same_bits(interrupted / "final", unbroken / "final")
 
 
 # --- what may change, and what may not ------------------------------------------------------------------
 
 
-def test_changed_flags_are_listed_in_one_line_and_count(train, unbroken, begun):
+def test_changed_flags_are_listed_in_one_line_and_count(train, unbroken, interrupted):
     ended = train(
-        None, f"--config_path={begun}", "--resume=true", "--policy.optimizer_lr=0.5", "--log_freq=5"
+        None, f"--config_path={interrupted}", "--resume=true", "--policy.optimizer_lr=0.5", "--log_freq=5"
     )
     assert ended.status == 0, ended.errors
     [line] = [line for line in ended.output.splitlines() if line.startswith("changed since")]
@@ -143,12 +143,12 @@ def test_changed_flags_are_listed_in_one_line_and_count(train, unbroken, begun):
     assert "--log_freq=5 (was 1)" in line
     assert "tokenizer" not in line
     assert "pretrained_path" not in line
-    rates = [row["train/lr"] for run in (unbroken, begun) for row in metrics(run) if row["step"] == 5]
+    rates = [row["train/lr"] for run in (unbroken, interrupted) for row in metrics(run) if row["step"] == 5]
     assert rates[1] > 100 * rates[0]
 
 
-def test_nothing_is_listed_where_nothing_changed(train, begun):
-    ended = train(None, f"--config_path={begun}", "--resume=true")
+def test_nothing_is_listed_where_nothing_changed(train, interrupted):
+    ended = train(None, f"--config_path={interrupted}", "--resume=true")
     assert "changed since" not in ended.output
 
 
@@ -156,20 +156,20 @@ def test_nothing_is_listed_where_nothing_changed(train, begun):
     "flag",
     ["--policy.tokenizer_max_length=100", "--dataset.repo_id=craft-ds/other", "--dataset.episodes=[0]"],
 )
-def test_another_run_is_refused(refuses, begun, flag):
-    line = refuses(None, f"--config_path={begun}", "--resume=true", flag, untouched=begun)
+def test_another_run_is_refused(refuses, interrupted, flag):
+    line = refuses(None, f"--config_path={interrupted}", "--resume=true", flag, untouched=interrupted)
     assert line.startswith(f"{flag}, but the checkpoint was trained with ")
     assert "start a new run" in line
 
 
-def test_other_samples_are_refused(refuses, begun):
+def test_other_samples_are_refused(refuses, interrupted):
     flags = ["--eval_freq=2", "--dataset.eval_split=0.25"]
-    line = refuses(None, f"--config_path={begun}", "--resume=true", *flags, untouched=begun)
+    line = refuses(None, f"--config_path={interrupted}", "--resume=true", *flags, untouched=interrupted)
     assert "has 60 training samples, but" in line
     assert "was trained on 80" in line
 
 
-def test_the_checkpoints_statistics_win(train, inputs, unbroken, begun, tmp_path):
+def test_the_checkpoints_statistics_win(train, inputs, unbroken, interrupted, tmp_path):
     """The data set says something else by now; states and actions must mean what they meant."""
     data = tmp_path / "data"
     shutil.copytree(inputs.new, data)
@@ -181,18 +181,18 @@ def test_the_checkpoints_statistics_win(train, inputs, unbroken, begun, tmp_path
                 [value + 1 for value in values[name]] if isinstance(values[name][0], float) else values[name]
             )
     stats.write_text(json.dumps(content))
-    ended = train(None, f"--config_path={begun}", "--resume=true", f"--dataset.root={data}")
+    ended = train(None, f"--config_path={interrupted}", "--resume=true", f"--dataset.root={data}")
     assert ended.status == 0, ended.errors
-    assert_same_bits(begun / "final", unbroken / "final")
+    assert_same_bits(interrupted / "final", unbroken / "final")
 
 
-def test_another_batch_size_counts_from_there(train, begun, unbroken):
-    ended = train(None, f"--config_path={begun}", "--resume=true", "--batch_size=3")
+def test_another_batch_size_counts_from_there(train, interrupted, unbroken):
+    ended = train(None, f"--config_path={interrupted}", "--resume=true", "--batch_size=3")
     assert ended.status == 0, ended.errors
-    progress = torch.load(begun / "final" / "craft_state.pt", weights_only=True)["progress"]
+    progress = torch.load(interrupted / "final" / "craft_state.pt", weights_only=True)["progress"]
     assert progress["samples_seen"] == 4 * 2 + 2 * 3
-    assert losses(begun)[:4] == losses(unbroken)[:4]
-    assert losses(begun)[4:] != losses(unbroken)[4:]
+    assert losses(interrupted)[:4] == losses(unbroken)[:4]
+    assert losses(interrupted)[4:] != losses(unbroken)[4:]
 
 
 # --- preemption -----------------------------------------------------------------------------------------
@@ -276,21 +276,21 @@ def test_wandb_continues_its_run_in_another_directory(train, tmp_path, monkeypat
 def test_random_image_transforms_are_resumed(train, tmp_path, workers):
     flags = ["--dataset.image_transforms.enable=true", "--save_freq=2", f"--num_workers={workers}"]
     flags += ["--dataloader_multiprocessing_context=fork"] if workers else []
-    assert train(tmp_path / "whole", *flags).status == 0
+    assert train(tmp_path / "complete", *flags).status == 0
     on = ["--resume=true", f"--output_dir={tmp_path}/on"]
-    ended = train(None, f"--config_path={tmp_path}/whole/step_000002", *on)
+    ended = train(None, f"--config_path={tmp_path}/complete/step_000002", *on)
     assert ended.status == 0, ended.errors
-    assert_same_bits(tmp_path / "on" / "final", tmp_path / "whole" / "final")
+    assert_same_bits(tmp_path / "on" / "final", tmp_path / "complete" / "final")
     assert train(tmp_path / "plain").status == 0
-    assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
+    assert losses(tmp_path / "plain") != losses(tmp_path / "complete")
 
 
-def test_a_malformed_state_is_refused(refuses, begun):
-    path = begun / "step_000004" / "craft_state.pt"
+def test_a_malformed_state_is_refused(refuses, interrupted):
+    path = interrupted / "step_000004" / "craft_state.pt"
     state = torch.load(path, weights_only=True)
     torch.save({**state, "progress": {**state["progress"], "samples_seen": -1}}, path)
-    renew_manifest(begun / "step_000004")
-    line = refuses(None, f"--config_path={begun}", "--resume=true", untouched=begun)
+    renew_manifest(interrupted / "step_000004")
+    line = refuses(None, f"--config_path={interrupted}", "--resume=true", untouched=interrupted)
     assert "craft_state.pt is damaged (samples_seen=-1)" in line
 
 

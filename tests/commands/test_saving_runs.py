@@ -1,4 +1,4 @@
-"""How a run writes its checkpoints: which stay, in what form, beside training, on a disk that is full."""
+"""Checkpoints of a run: retention, layouts, background saves, and a full disk."""
 
 import shutil
 import threading

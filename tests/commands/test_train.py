@@ -26,7 +26,7 @@ def whole_run(inputs, tmp_path_factory):
     """An uninterrupted CRaFT run of 4 steps: accumulation, evaluation, a checkpoint after 2."""
     from craft_ds.config.parser import parse_arguments
 
-    output = tmp_path_factory.mktemp("runs") / "whole"
+    output = tmp_path_factory.mktemp("runs") / "complete"
     flags = ["--save_freq=2", "--eval_freq=2", "--dataset.eval_split=0.25", "--gradient_accumulation_steps=2"]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", ["train_craft.py"])

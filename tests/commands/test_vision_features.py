@@ -88,11 +88,11 @@ def test_a_run_on_features_is_the_run_on_images(train, craft_flags, frozen_tower
 def test_such_a_run_is_resumed(train, craft_flags, frozen_tower, tmp_path):
     """The checkpoint holds the same tower, so the cache still fits."""
     flags = ["--craft.vision_features=true", "--save_freq=2"]
-    assert train(tmp_path / "whole", *craft_flags, *flags).status == 0
-    config = f"--config_path={tmp_path}/whole/step_000002/train_config.json"
+    assert train(tmp_path / "complete", *craft_flags, *flags).status == 0
+    config = f"--config_path={tmp_path}/complete/step_000002/train_config.json"
     ended = train(None, config, "--resume=true", f"--output_dir={tmp_path}/on")
     assert ended.status == 0, ended.errors
-    one, other = (trained(tmp_path / name / "final") for name in ("whole", "on"))
+    one, other = (trained(tmp_path / name / "final") for name in ("complete", "on"))
     assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
     saved = json.loads((tmp_path / "on" / "final" / "train_config.json").read_text())
     assert saved["craft"]["vision_features"] is True

@@ -82,7 +82,7 @@ def test_every_epoch_takes_each_sample_once(size, batch, accumulation, world, se
 @given(sizes, small, small, small, st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_within_a_step_nothing_repeats_but_at_an_epochs_end(size, batch, accumulation, world, seed):
-    """Ranks draw other samples: so many of one step as fit into an epoch are different ones."""
+    """Ranks draw different samples: all samples of a step within an epoch differ."""
     for number, step in enumerate(steps_of(size, batch, accumulation, world, seed, 4)):
         first = number * len(step)
         into_epoch = [first // size == position // size for position in range(first, first + len(step))]

@@ -53,7 +53,7 @@ def test_a_rank_outside_a_collective_is_reported(late):
     )
 
 
-def test_the_rank_with_the_fewest_collectives_is_reported_on_gpus():
+def test_the_rank_with_the_fewest_collectives_is_reported():
     statuses = [
         alive(collectives=12),
         alive("data/dataset.py:123 in get", collectives=9),

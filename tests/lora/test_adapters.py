@@ -138,9 +138,9 @@ def test_ranges_of_a_tensor_are_ranges_of_the_full_tensor(policy_dir):
         for name, parameter in policy.named_parameters():
             count = parameter.numel()
             cut = count // 3
-            whole = weights.read(name, 0, count)
+            complete = weights.read(name, 0, count)
             parts = [weights.read(name, 0, cut), weights.read(name, cut, count)]
-            torch.testing.assert_close(torch.cat(parts), whole)
+            torch.testing.assert_close(torch.cat(parts), complete)
 
 
 def test_new_adapters_change_nothing(policy_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""From flags to PEFT's configuration, and which stored adapters are those that were asked for."""
+"""PEFT's configuration from flags, and the check of stored adapters against it."""
 
 import dataclasses
 import json

@@ -70,7 +70,7 @@ def test_zero3_copies_prefetched_parameters_from_a_buffer(trace):
     steady, most, _ = held(replace(trace, units=units), **options)
     assert steady[:4] == [0, 100 + 300, 100 + 300, 100 + 300]
     assert most == 100 + 2 * 300
-    # A parameter that is asked for alone is gathered where it stays.
+    # A parameter that is prefetched alone is gathered in place.
     assert held(trace, **options, reduce_bucket=1000)[1] == 410
     # No room to ask for more.
     assert held(trace, **options, max_live=100)[0][:4] == [0, 100, 100, 400]
@@ -79,7 +79,7 @@ def test_zero3_copies_prefetched_parameters_from_a_buffer(trace):
 def test_zero3_keeps_prefetched_parameters(trace):
     options = {"engine": "zero3", "ranks": 2, "persistence": 0, "max_reuse": 600}
     assert held(trace, **options)[0][:5] == [0, 400, 400, 400, 400]
-    # With room for b alone, the backward pass of a is not looked at in time: a is asked for again.
+    # With room for b alone, the backward pass of a is not seen in time: a is prefetched again.
     assert held(trace, **options, prefetch=300)[0][:5] == [0, 400, 300, 400, 400]
 
 

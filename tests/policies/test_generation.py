@@ -36,7 +36,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def observations():
-    """What needs no simulator: images of noise, and all tasks, whose prompts have different lengths."""
+    """Return noise images for all tasks, whose prompts have different lengths; needs no simulator."""
     preprocessor, _ = load_processors(load_policy_config(TEACHER), TEACHER)
     texts = ["Press a button from the top", "Push and close a drawer", "Rotate the faucet clockwise"]
     noise = torch.Generator().manual_seed(0)

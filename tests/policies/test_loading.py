@@ -217,7 +217,7 @@ def raw_batch():
 
 @pytest.fixture
 def stock_dir(own_dir):
-    """What LeRobot itself saves for a pi0_fast with a skip other than its default: two fields are lost."""
+    """Return what LeRobot saves for a pi0_fast with another skip than its default: two fields are lost."""
     tiny = load_policy_config(own_dir)
     config = PI0FastConfig(
         input_features=tiny.input_features,
@@ -296,8 +296,8 @@ def test_copied_files_are_all_but_the_weights_and_point_home(policy_dir, tmp_pat
     copy_policy_files(policy_dir, tmp_path / "final.tmp", tmp_path / "final")
     (tmp_path / "final.tmp").rename(tmp_path / "final")
     copied = {p.relative_to(tmp_path / "final") for p in (tmp_path / "final").rglob("*") if p.is_file()}
-    whole = {p.relative_to(policy_dir) for p in policy_dir.rglob("*") if p.is_file()}
-    assert {str(p) for p in whole - copied} == {"model.safetensors"}
+    complete = {p.relative_to(policy_dir) for p in policy_dir.rglob("*") if p.is_file()}
+    assert {str(p) for p in complete - copied} == {"model.safetensors"}
     names = json.loads((tmp_path / "final" / "config.json").read_text())
     assert names["text_tokenizer_name"] == str(tmp_path / "final" / TEXT_TOKENIZER)
     preprocess, _ = make_pre_post_processors(

@@ -20,12 +20,12 @@ def policy_dir(tmp_path_factory):
 def test_parameters_are_on_meta_and_buffers_have_values(policy_dir):
     config = load_policy_config(policy_dir)
     policy = build_on_meta(config)
-    whole = type(policy)(config)
+    complete = type(policy)(config)
     assert all(parameter.is_meta for parameter in policy.parameters())
     assert {name: p.shape for name, p in policy.named_parameters()} == {
-        name: p.shape for name, p in whole.named_parameters()
+        name: p.shape for name, p in complete.named_parameters()
     }
-    found, expected = dict(policy.named_buffers()), dict(whole.named_buffers())
+    found, expected = dict(policy.named_buffers()), dict(complete.named_buffers())
     assert found.keys() == expected.keys()
     assert any("inv_freq" in name for name in found)
     for name, buffer in expected.items():

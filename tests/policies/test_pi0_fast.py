@@ -109,10 +109,10 @@ def test_a_batch_without_supervised_tokens_has_a_zero_gradient(policy):
 
 def test_the_sum_over_samples_is_the_loss_of_the_batch(policy):
     batch = random_batch(policy.config, 4, seed=5)
-    whole = token_loss(policy, batch)
+    complete = token_loss(policy, batch)
     parts = [token_loss(policy, {k: v[i : i + 1] for k, v in batch.items()}) for i in range(4)]
-    assert sum(p.count for p in parts) == whole.count
-    assert sum(p.total for p in parts).item() == pytest.approx(whole.total.item(), rel=1e-5)
+    assert sum(p.count for p in parts) == complete.count
+    assert sum(p.total for p in parts).item() == pytest.approx(complete.total.item(), rel=1e-5)
 
 
 def test_lm_head_and_decoder_see_only_what_they_need(policy):

@@ -1,4 +1,4 @@
-"""What a frozen vision tower costs, and features in the place of images."""
+"""Cost of a frozen vision tower, and features instead of images."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def tower_calls(policy, action):
 
 
 def kept(action):
-    """How many tensors a graph keeps of an action, and their elements."""
+    """Return the number of tensors that an action's graph keeps, and their elements."""
     sizes = []
     with saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor):
         action()
@@ -197,13 +197,13 @@ def test_features_in_bf16_training(policy, batch, how):
 @two_cameras
 def test_a_missing_camera_is_masked(policy, batch):
     freeze(policy)
-    whole = token_loss(policy, batch).total.item()
+    complete = token_loss(policy, batch).total.item()
     del batch[SIDE]
     stored = with_features(policy, batch, torch.float32)
     assert features_key(SIDE) not in stored
     loss, gradients = loss_and_gradients(policy, batch)
     stored_loss, found = loss_and_gradients(policy, stored)
-    assert abs(loss / whole - 1) > 1e-5
+    assert abs(loss / complete - 1) > 1e-5
     assert stored_loss == pytest.approx(loss, rel=1e-6)
     assert cosine(found, gradients) == pytest.approx(1.0, abs=1e-9)
     tokens = greedy_action_tokens(policy, batch)

@@ -54,7 +54,7 @@ def test_eval_line():
 
 def test_json_row_is_strict():
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     line = json_row(3, {"train/loss": float("nan"), "train/grad_norm": float("inf"), "train/lr": 0.1})
     row = json.loads(line, parse_constant=refuse)
