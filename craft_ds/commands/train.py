@@ -26,6 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     from craft_ds.config.parser import parse_arguments
     from craft_ds.distributed.collectives import destroy_process_group, process_group_is_initialized
     from craft_ds.training.resume import resolve_resume
+    from craft_ds.training.start_report import first_line
     from craft_ds.training.trainer import train_craft
 
     for package in untested_versions() if is_local_rank0() else ():
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str]) -> None:
     for line in chosen.messages if is_local_rank0() else ():
         print(line, flush=True)
     config = parse_arguments(chosen.arguments)
+    if launched_rank() == 0:
+        print(first_line(config), flush=True)
     config.verified_checkpoint = chosen.checkpoint
     if chosen.checkpoint is not None and chosen.is_finished(config.steps):
         if launched_rank() == 0:

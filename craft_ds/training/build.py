@@ -47,6 +47,7 @@ from craft_ds.training.metrics import MetricsLogger
 from craft_ds.training.preflight import check_inputs
 from craft_ds.training.resume import changed_flags
 from craft_ds.training.run import Run, TaskStream
+from craft_ds.training.start_report import anchor_line, dataset_line, epsilon_lines, size_lines
 from craft_ds.training.train_state import Progress, TrainState
 
 
@@ -135,9 +136,15 @@ def _build(
     messages += rank0_only(_move_incomplete_aside)(config)
     logger = _open_logger(config, engine, state.progress.step)
     state.wandb_run_id = logger.wandb_run_id
-    logger.say(f"✓ data set: {train.num_episodes} episodes, {len(train)} samples")
+    held_out = len(heldout) if heldout is not None else 0
+    logger.say(dataset_line(train.num_episodes, len(train), held_out, _task_texts(train)))
     logger.say(f"✓ policy: {description}, {_describe_engine(config, engine)}")
-    for message in messages:
+    if inputs.cache is not None:
+        logger.say(anchor_line(inputs.cache, config.craft))
+        messages += epsilon_lines(
+            config.craft, inputs.cache.teacher_loss[config.craft.constraint_split]["overall"]
+        )
+    for message in (*size_lines(config, state.progress, len(train), engine.world_size), *messages):
         logger.say(message)
     return Run(
         config=config,
@@ -320,6 +327,11 @@ def _open_logger(config: TrainConfig, engine: Engine, start_step: int) -> Metric
         )
     except OSError as error:
         raise UserError(f"--output_dir={config.output_dir} cannot be written: {error}") from error
+
+
+def _task_texts(train: LeRobotDataset) -> list[str]:
+    """Return the texts of the data set's tasks; of all episodes, held-out ones included."""
+    return [] if train.meta.tasks is None else list(train.meta.tasks.index)
 
 
 def _wrapping_warning(config: TrainConfig, policy: PreTrainedPolicy) -> str | None:

@@ -1,9 +1,6 @@
-"""What a run says of itself: the console line, ``metrics.jsonl`` and Weights & Biases.
+"""Logging of a run: console lines, `metrics.jsonl` and Weights & Biases.
 
-One call of `MetricsLogger.log` feeds all three, under the same keys: ``train/loss``, ``train/grad_norm``,
-``train/lr``; on CRaFT runs ``craft/retention_loss``, ``craft/lambda``, ``craft/epsilon``,
-``craft/grad_conflict``, ``craft/grad_cos``; and whatever else the caller measures (``eval/task_loss``,
-``time/step_s``, ...), which the console line leaves out.
+One call of `MetricsLogger.log` feeds all three under the same keys, which docs/logging.md lists.
 """
 
 import contextlib
@@ -15,6 +12,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Mapping
+from datetime import timedelta
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -33,13 +31,14 @@ def console_line(step: int, total_steps: int, metrics: Mapping[str, float]) -> s
 
     Args:
         step: Optimizer steps done so far.
-        total_steps: Optimizer steps of the whole run.
-        metrics: At least the three ``train/`` values; the retention fields appear when
-            ``craft/retention_loss`` is among them.
+        total_steps: Optimizer steps of the complete run.
+        metrics: At least `train/loss`, `train/grad_norm` and `train/lr`; with `craft/retention_loss` the
+            retention values too, with `time/step_s` the speed and the time left.
 
     Returns:
-        For example ``Step 100/10000 | loss=0.523 | grdn=1.234 | lr=3.0e-04 | L_ret=0.456 | λ=1.23 | ε=0.95 |
-        conflict=✓ | cos=-0.15`` (✓: the gradients conflicted at the last retention step).
+        For example `Step 100/10000 | loss=0.523 | grdn=1.234 | lr=3.0e-04 | L_ret=0.456 | λ=1.23 | ε=0.95 |
+        conflict=✓ | cos=-0.15 | 0.21 s/step | 76 samples/s | 0:34:39 left` (✓: the gradients conflicted in
+        the last retention step).
     """
     fields = [
         f"Step {step}/{total_steps}",
@@ -55,17 +54,24 @@ def console_line(step: int, total_steps: int, metrics: Mapping[str, float]) -> s
             f"conflict={'✓' if metrics['craft/grad_conflict'] else '✗'}",
             f"cos={metrics['craft/grad_cos']:.2f}",
         ]
+    if "time/samples_per_s" in metrics:
+        left = timedelta(seconds=round((total_steps - step) * metrics["time/step_s"]))
+        fields += [
+            f"{metrics['time/step_s']:.2f} s/step",
+            f"{metrics['time/samples_per_s']:.3g} samples/s",
+            f"{left} left",
+        ]
     return " | ".join(fields)
 
 
 def eval_line(step: int, total_steps: int, metrics: Mapping[str, float]) -> str:
-    """Format the ``eval/`` values: ``Step 100/10000 | eval | task_loss=0.412 | anchor_loss=0.298``."""
+    """Format the `eval/` values: `Step 100/10000 | eval | task_loss=0.412 | anchor_loss=0.298`."""
     values = [f"{key[5:]}={value:.3f}" for key, value in metrics.items() if key.startswith("eval/")]
     return " | ".join([f"Step {step}/{total_steps}", "eval", *values])
 
 
 def json_row(step: int, metrics: Mapping[str, float]) -> str:
-    """Return one line of ``metrics.jsonl``: strict JSON, so NaN and infinities become ``null``."""
+    """Return one line of `metrics.jsonl`: strict JSON, so NaN and infinities become `null`."""
     row: dict[str, float | int | None] = {"step": step}
     for key, value in metrics.items():
         row[key] = value if math.isfinite(value) else None

@@ -1,6 +1,7 @@
 """A training run: what the loop calls around the algorithm."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TaskStream:
     """This rank's task samples, micro-batch by micro-batch.
 
@@ -44,17 +45,27 @@ class TaskStream:
         preprocessor: From samples to the policy's input.
         partition: This rank's part of every step.
         sampler: Order of the samples.
+        seconds: Time spent waiting for samples and in the preprocessor, since the last `take_seconds`.
     """
 
     batches: Iterator[dict[str, Any]]
     preprocessor: PolicyProcessorPipeline
     partition: StepPartition
     sampler: StepSampler
+    seconds: float = 0.0
 
     def next_step(self) -> Iterator[Batch]:
         """Yield this rank's micro-batches of the next step."""
         for _ in range(self.partition.micro_batches):
-            yield self.preprocessor(images_to_float(next(self.batches)))
+            started = time.perf_counter()
+            batch = self.preprocessor(images_to_float(next(self.batches)))
+            self.seconds += time.perf_counter() - started
+            yield batch
+
+    def take_seconds(self) -> float:
+        """Return `seconds` and reset it."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
     def indices(self, samples_seen: int) -> list[int]:
         """Return the indices of the samples of all ranks in the step that starts after `samples_seen`."""
@@ -135,7 +146,7 @@ class Run:
         if retention is not None:
             progress.latest |= {
                 "craft/retention_loss": retention.retention_loss,
-                "craft/lambda": self.dual.multiplier,
+                "craft/lambda": retention.lambda_,
                 "craft/epsilon": retention.epsilon,
                 "craft/grad_conflict": float(retention.conflict),
                 "craft/grad_dot": retention.dot,
@@ -155,12 +166,25 @@ class Run:
                     "train/grad_norm": result.grad_norm,
                     "train/lr": self.engine.optimizer.param_groups[0]["lr"],
                     "train/skipped_steps": progress.skipped,
+                    "train/samples_seen": progress.samples_seen,
+                    "train/tokens_seen": progress.tokens_seen,
                     **progress.latest,
-                    "time/step_s": sum(self._seconds) / len(self._seconds),
+                    **self._times(),
                     "memory/peak_mb": peak_memory_bytes(self.engine.device) / 2**20,
                 },
             )
-            self._seconds.clear()
+
+    def _times(self) -> dict[str, float]:
+        """Return the mean times since the last logged step, in LeRobot's terms, and the wall-clock time."""
+        steps, seconds, data_s = len(self._seconds), sum(self._seconds), self.tasks.take_seconds()
+        self._seconds.clear()
+        return {
+            "time/step_s": seconds / steps,
+            "time/data_s": data_s / steps,
+            "time/update_s": (seconds - data_s) / steps,
+            "time/samples_per_s": self.progress.samples_per_step * steps / seconds,
+            "time/unix_s": time.time(),
+        }
 
     def _applied(self) -> None:
         self._skipped.clear()
@@ -243,7 +267,10 @@ class Run:
         """
         peaks = gather_objects(peak_memory_bytes(self.engine.device) / 2**20)
         self.logger.say("peak memory per rank: " + ", ".join(f"{peak:.0f} MiB" for peak in peaks))
-        self.logger.log(self.config.steps, {"memory/peak_mb": max(peaks)})
+        summary = {"memory/peak_mb": max(peaks)}
+        if self.anchors is not None:
+            summary["craft/lambda_final"] = self.dual.multiplier  # after the last dual step
+        self.logger.log(self.config.steps, summary)
         if not self.config.save_checkpoint:
             return self.output_dir
         return self.checkpointer.save_final()

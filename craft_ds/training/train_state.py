@@ -16,6 +16,7 @@ class Progress:
         step: Optimizer steps done, skipped ones included.
         samples_seen: Position in the stream of task samples.
         anchors_seen: Position in the stream of anchors.
+        tokens_seen: Supervised task tokens of all ranks.
         samples_per_step: Task samples per step over all ranks.
         anchors_per_step: Anchors per retention step over all ranks; 0: the baseline.
         asked: `batch_size`, `gradient_accumulation_steps` and `anchor_batch_size` from which the two above
@@ -29,6 +30,7 @@ class Progress:
     step: int = 0
     samples_seen: int = 0
     anchors_seen: int = 0
+    tokens_seen: int = 0
     samples_per_step: int = 0
     anchors_per_step: int = 0
     asked: list[int] = field(default_factory=list)
@@ -58,6 +60,7 @@ class Progress:
         """Count a step."""
         self.step += 1
         self.samples_seen += self.samples_per_step
+        self.tokens_seen += result.tokens
         if retention:
             self.anchors_seen += self.anchors_per_step
         if result.applied:

@@ -82,7 +82,14 @@ def test_the_log_lines_are_those_of_the_guide(train, inputs, tmp_path):
     assert ended.status == 0
     lines = [line for line in ended.output.splitlines() if line.startswith("Step")]
     assert [LINE.fullmatch(line) and LINE.fullmatch(line)[1] for line in lines] == list("1234")
-    for said in ("✓ data set", "✓ policy", "✓ forward pass", "✓ backward pass", "✓ optimizer step"):
+    for said in (
+        "✓ data set",
+        "✓ policy",
+        "✓ anchors",
+        "✓ forward pass",
+        "✓ backward pass",
+        "✓ optimizer step",
+    ):
         assert said in ended.output
     assert "Traceback" not in ended.output + ended.errors
     assert not re.search("error|warning", ended.errors, re.IGNORECASE), ended.errors

@@ -43,6 +43,13 @@ def test_console_line_is_the_guides():
     assert "conflict=✗" in console_line(100, 10_000, CRAFT | {"craft/grad_conflict": 0.0})
 
 
+def test_console_line_ends_with_speed_and_time_left():
+    times = {"time/step_s": 0.5, "time/samples_per_s": 32.0}
+    assert console_line(100, 10_000, CRAFT | times) == (
+        console_line(100, 10_000, CRAFT) + " | 0.50 s/step | 32 samples/s | 1:22:30 left"
+    )
+
+
 def test_console_line_of_the_baseline_has_no_retention_fields():
     assert console_line(1, 10, PLAIN) == "Step 1/10 | loss=0.523 | grdn=1.234 | lr=3.0e-04"
 

@@ -1,0 +1,101 @@
+"""Lines that a run prints before its first step: what it trains, on what, and how much."""
+
+from collections import Counter
+from pathlib import Path
+
+import craft_ds
+from craft_ds.anchors.cache import AnchorCache
+from craft_ds.config.configs import CraftConfig
+from craft_ds.config.train_config import TrainConfig
+from craft_ds.distributed.env import launched_world_size
+from craft_ds.training.train_state import Progress
+
+_NEVER_BINDS = 3.0
+_NEVER_MET = 0.9
+
+
+def first_line(config: TrainConfig) -> str:
+    """Return the line that a run prints before it opens anything."""
+    ranks = launched_world_size()
+    return (
+        f"craft-ds {craft_ds.__version__}: {config.steps} steps on {ranks} rank{'s' if ranks > 1 else ''}, "
+        f"writing to {config.output_dir or 'outputs/'}"
+    )
+
+
+def dataset_line(episodes: int, samples: int, heldout: int, tasks: list[str]) -> str:
+    """Return the data set's size.
+
+    Args:
+        episodes: Episodes that train.
+        samples: Frames that train.
+        heldout: Frames held out for `--eval_freq`.
+        tasks: Their texts.
+    """
+    held_out = f", {heldout} held out" if heldout else ""
+    return f"✓ data set: {episodes} episodes, {samples} samples{held_out}; {_texts(tasks)}"
+
+
+def anchor_line(cache: AnchorCache, craft: CraftConfig) -> str:
+    """Return the number of anchors, and L0, the teacher's own loss, by task."""
+    counts = Counter(cache.tasks[int(cache.task[index])] for index in cache.splits["train"])
+    losses = cache.teacher_loss[craft.constraint_split]["by_task"]
+    by_task = "; ".join(
+        f"{text[:40]!r} {count}" + (f" (L0 {losses[text]:.3f})" if text in losses else "")
+        for text, count in counts.items()
+    )
+    held_out = len(cache.splits["heldout"])
+    return f"✓ anchors: {len(cache.splits['train'])}, and {held_out} held out; {by_task}"
+
+
+def size_lines(config: TrainConfig, progress: Progress, samples: int, world_size: int) -> list[str]:
+    """Return the effective batch with its factors, and the steps with their epochs.
+
+    Args:
+        config: A validated configuration.
+        progress: Has the size of a step, which a resumed run keeps on another number of ranks.
+        samples: Samples of the data set that train.
+        world_size: Number of ranks.
+    """
+    batch = progress.samples_per_step
+    factors = (config.batch_size, config.gradient_accumulation_steps, world_size)
+    named = " × ".join(
+        f"{value} {name}"
+        for value, name in zip(factors, ("batch_size", "accumulation", "ranks"), strict=True)
+    )
+    kept = "" if batch == factors[0] * factors[1] * factors[2] else ", kept from the checkpoint"
+    lines = [f"effective batch: {batch} samples per step ({named}{kept})"]
+    epochs = config.steps * batch / samples
+    line = f"{config.steps} steps, {epochs:.3g} epochs"
+    if config.craft.enabled:
+        every, anchors = config.craft.retention_freq, progress.anchors_per_step
+        line += f"; a retention step every {every}, {anchors} anchors each"
+    return [*lines, line, f"output: {Path(config.output_dir)}"]
+
+
+def epsilon_lines(craft: CraftConfig, teacher_loss: float) -> list[str]:
+    """Return ε against L0, with a warning if the constraint can never bind or never be met.
+
+    A policy does not stay far below the teacher's own loss on anchors that it does not train on: an ε below
+    0.9 · L0 drives λ to `lambda_max`. Plain fine-tuning of the embedded Meta-World teacher ends at about
+    2 · L0, so an ε that stays above 3 · L0 protects nothing.
+
+    Args:
+        craft: The ε flags.
+        teacher_loss: L0 on the anchors that measure the constraint.
+    """
+    unit = teacher_loss if craft.epsilon_relative else 1.0
+    start, end = craft.epsilon_start * unit, craft.epsilon_end * unit
+    lines = [f"ε: {start:.3f} to {end:.3f}; the teacher's own loss L0 is {teacher_loss:.3f}"]
+    advice = "set --craft.epsilon_relative=true --craft.epsilon_start=1.3 --craft.epsilon_end=1.1"
+    if end >= _NEVER_BINDS * teacher_loss:
+        lines.append(f"warning: ε ends {end / teacher_loss:.1f} times above L0 and may never bind: {advice}")
+    if end < _NEVER_MET * teacher_loss:
+        lines.append(f"warning: ε ends below L0 and may never be met, so that λ grows: {advice}")
+    return lines
+
+
+def _texts(tasks: list[str]) -> str:
+    shown = ", ".join(repr(text[:60]) for text in tasks[:3])
+    more = f", and {len(tasks) - 3} more" if len(tasks) > 3 else ""
+    return f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {shown}{more}"

@@ -1,0 +1,69 @@
+"""Lines that a run prints before its first step."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from craft_ds.config.configs import CraftConfig
+from craft_ds.training.start_report import anchor_line, dataset_line, epsilon_lines, size_lines
+from craft_ds.training.train_state import Progress
+
+
+def config(**changes):
+    given = {"batch_size": 8, "gradient_accumulation_steps": 2, "steps": 100, "output_dir": "outputs/run"}
+    return SimpleNamespace(craft=CraftConfig(enabled=True, retention_freq=5), **(given | changes))
+
+
+def progress(world_size, batch_size=8):
+    counters = Progress()
+    counters.set_step_size(batch_size, 2, 4, world_size)
+    return counters
+
+
+def test_the_effective_batch_names_its_factors():
+    batch, steps, _ = size_lines(config(), progress(3), samples=480, world_size=3)
+    assert batch == "effective batch: 48 samples per step (8 batch_size × 2 accumulation × 3 ranks)"
+    assert steps == "100 steps, 10 epochs; a retention step every 5, 12 anchors each"
+
+
+def test_a_resumed_run_says_that_its_batch_is_kept():
+    batch, *_ = size_lines(config(), progress(3), samples=480, world_size=2)
+    assert batch.endswith("(8 batch_size × 2 accumulation × 2 ranks, kept from the checkpoint)")
+
+
+def test_the_data_set_names_its_tasks():
+    line = dataset_line(38, 388, 22, ["a", "b", "c", "d"])
+    assert line == "✓ data set: 38 episodes, 388 samples, 22 held out; 4 tasks: 'a', 'b', 'c', and 1 more"
+
+
+def test_anchors_are_counted_by_task_with_l0():
+    cache = SimpleNamespace(
+        tasks=["reach", "push"],
+        task=[0, 1, 1, 0],
+        splits={"train": [0, 1, 2], "heldout": [3]},
+        teacher_loss={"heldout": {"by_task": {"reach": 0.25}}},
+    )
+    line = anchor_line(cache, CraftConfig(enabled=True))
+    assert line == "✓ anchors: 3, and 1 held out; 'reach' 1 (L0 0.250); 'push' 2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ({"epsilon_start": 1.0, "epsilon_end": 0.1}, "may never be met"),
+        ({"epsilon_start": 3.0, "epsilon_end": 2.5}, "may never bind"),
+        ({"epsilon_start": 1.0, "epsilon_end": 0.6}, None),
+        ({"epsilon_relative": True, "epsilon_start": 1.3, "epsilon_end": 1.1}, None),
+        ({"epsilon_relative": True, "epsilon_start": 1.0, "epsilon_end": 0.1}, "may never be met"),
+        ({"epsilon_relative": True, "epsilon_start": 5.0, "epsilon_end": 4.0}, "may never bind"),
+    ],
+)
+def test_an_epsilon_out_of_reach_is_a_warning(flags, warned):
+    first, *warnings = epsilon_lines(CraftConfig(enabled=True, **flags), teacher_loss=0.6)
+    assert first.endswith("L0 is 0.600")
+    assert [warned in line for line in warnings] == ([True] if warned else [])
+
+
+def test_a_relative_epsilon_is_shown_in_absolute_units():
+    craft = CraftConfig(enabled=True, epsilon_relative=True, epsilon_start=1.5, epsilon_end=1.0)
+    assert epsilon_lines(craft, 0.6)[0] == "ε: 0.900 to 0.600; the teacher's own loss L0 is 0.600"
