@@ -35,12 +35,7 @@ DOCUMENTS = [
     ROOT / "ds_configs" / "README.md",
 ]
 NOT_PARSED = {
-    "git clone": "needs the network",
     "pip install": "needs a package registry",
-    "pre-commit": "another program; its hooks are the three below",
-    "ruff": "another program, which .ci/run starts",
-    "mypy": "another program, which .ci/run starts",
-    "lint-imports": "another program, which .ci/run starts",
     "lerobot-eval": "LeRobot's program; needs its simulators",
     "lerobot-record": "LeRobot's program; needs a robot",
     "python -m lerobot.": "commands of the guide's own package, shown beside ours",
@@ -48,11 +43,11 @@ NOT_PARSED = {
 }
 """Beginnings of the commands that are not ours to parse, with the reason."""
 
-DEEPSPEED_FLAGS = {"--hostfile", "--include", "--master_port", "--num_gpus", "--num_nodes"}
+DEEPSPEED_FLAGS = {"--hostfile", "--num_gpus", "--num_nodes"}
 """Flags of DeepSpeed's launcher that the documents use."""
 
-PYTEST_FLAGS = {"--quick", "--all", "--faults-seed", "-k", "-m", "-n", "-q", "-x"}
-"""Flags of scripts/test.sh and of pytest that the documents use."""
+TEST_FLAGS = {"--quick", "--all"}
+"""Flags of scripts/test.sh that the documents use."""
 
 SCRIPTS: dict[str, str] = {"demo.sh": "demo", "train_craft.sh": "train", "train_craft_lora.sh": "train"}
 """Shell scripts that hand their arguments to a subcommand."""
@@ -184,7 +179,7 @@ def check_shell_script(words: list[str], *, complete: bool) -> None:
     elif name == "train_craft_dryrun.sh":
         check_training(arguments)
     elif name == "test.sh":
-        check_names(arguments, PYTEST_FLAGS)
+        check_names(arguments, TEST_FLAGS)
         for argument in arguments:
             if argument.startswith("tests"):
                 existing(argument.partition("::")[0])
@@ -315,6 +310,21 @@ def test_documents_have_commands_of_every_class():
     programs = {command.words[0] for command in COMMANDS_OF_DOCUMENTS if command.complete}
     assert {"craft-ds", "torchrun", "bash"} <= programs
     assert len(COMMANDS_OF_DOCUMENTS) > 30
+
+
+@pytest.mark.parametrize("start", NOT_PARSED)
+def test_exceptions_are_used(start):
+    assert any(" ".join(command.words).startswith(start) for command in COMMANDS_OF_DOCUMENTS)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_blocks_of_commands_are_marked_as_bash(path):
+    fence = None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            fence = line.strip().removeprefix("```") if fence is None else None
+        elif fence == "":
+            assert not re.match(r" *(\$ |craft-ds |torchrun |deepspeed |bash |python )", line), line
 
 
 @pytest.mark.parametrize(
