@@ -270,14 +270,7 @@ def training_command(engine: str, ranks: int) -> list[str]:
     ranks_flags = [f"--num_gpus={ranks}", f"--master_port={port}"]
     # Without --no_local_rank, the launcher writes --local_rank=… before the name of the command.
     module = ["--no_local_rank", "--module", "craft_ds"]
-    return [*deepspeed, *ranks_flags, *module, "train", f"--ds_config={_zero3_config()}"]
-
-
-def _zero3_config() -> Path:
-    """Return the path of the shipped `zero3.json`, in the package or in the repository."""
-    package = Path(__file__).resolve().parents[1]
-    files = [directory / "ds_configs" / "zero3.json" for directory in (package, package.parent)]
-    return next((file for file in files if file.is_file()), files[0])
+    return [*deepspeed, *ranks_flags, *module, "train", "--ds_config=zero3"]
 
 
 def run_figures(run: Path) -> dict[str, float]:
