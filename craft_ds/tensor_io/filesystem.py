@@ -1,4 +1,4 @@
-"""Durable file operations that the standard library lacks."""
+"""Durable and atomic file operations."""
 
 import ctypes
 import errno
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or the names in a directory, to the disk.
+    """Flush a file, or the entries of a directory, to the disk.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The disk fails.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -20,15 +20,15 @@ def fsync(path: Path) -> None:
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Give an open file its size, and room on the disk where the file system can promise it.
+    """Set the size of an open file, and allocate its disk space if the file system supports it.
 
-    `os.posix_fallocate` would write into every block of the file where it cannot (NFS before version 4.2,
-    many FUSE file systems), and all would travel twice.
+    `os.posix_fallocate` writes into every block if it does not (NFS before version 4.2, many FUSE file
+    systems), which would send all data twice.
 
     Raises:
-        OSError: The disk or the quota has no room for it.
+        OSError: The disk or the quota has too little space.
     """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # Linux has it
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # on Linux
     if fallocate is not None:
         fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
         if fallocate(descriptor, 0, 0, size) == 0:

@@ -190,10 +190,10 @@ def test_damage_is_found_and_named(saved, name, damage):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (None, "is no checkpoint of craft-ds"),
+        (None, "is not a craft-ds checkpoint"),
         ("{", "is damaged"),
         ("[1]", "is damaged"),
-        (json.dumps({"format_version": 99}), "format version 99"),
+        (json.dumps({"format_version": 99}), "has format version 99"),
     ],
 )
 def test_a_directory_without_a_readable_manifest_is_no_checkpoint(saved, text, reason):
@@ -245,7 +245,7 @@ def test_a_save_that_fails_leaves_nothing_that_looks_whole(save, saved, monkeypa
             assert "No space left on device" in str(raised.value)
     assert not target.exists()
     assert (saved.parent / "last").resolve() == saved
-    with pytest.raises(UserError, match="is no checkpoint of craft-ds"):
+    with pytest.raises(UserError, match="is not a craft-ds checkpoint"):
         read_manifest(target)
     verify_checkpoint(saved, 0, 1)
 

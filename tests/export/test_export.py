@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_not_exported(final, tmp_path):
 @pytest.mark.parametrize("kind", ["policy", "nothing"])
 def test_what_is_no_checkpoint_is_named(inputs, tmp_path, kind):
     path = inputs.policy if kind == "policy" else tmp_path / "none"
-    with pytest.raises(UserError, match=f"{path} is no checkpoint"):
+    with pytest.raises(UserError, match=f"{path} is not a craft-ds checkpoint"):
         export_checkpoint(path, tmp_path / "policy")
     assert not list(tmp_path.iterdir())
 
@@ -279,7 +279,7 @@ def test_a_merge_with_one_wrong_tensor_is_refused_and_leaves_nothing(adapted, tm
 
     with monkeypatch.context() as patched:
         patched.setattr(lora_merge.MergedWeights, "read", wrong)
-        with pytest.raises(UserError, match="the merged policy in float32 is not the one that was trained"):
+        with pytest.raises(UserError, match="the merged policy in float32 differs from the trained one"):
             export_checkpoint(adapted("attention_mlp"), tmp_path / "policy", merge_lora=True)
     assert list(tmp_path.iterdir()) == []
     export_checkpoint(adapted("attention_mlp"), tmp_path / "policy", merge_lora=True)
@@ -305,7 +305,7 @@ def test_the_bound_on_tokens_is_the_flags(adapted, tmp_path, monkeypatch):
 def test_adapters_alone_load_by_stock_lerobot_on_their_base(adapted, inputs, tmp_path, dtype):
     checkpoint, output = adapted("full_modules"), tmp_path / "policy"
     said = export_checkpoint(checkpoint, output, dtype)
-    assert f"the LoRA adapters alone, which PEFT and LeRobot load on {inputs.policy}" in said
+    assert f"only the LoRA adapters, which PEFT and LeRobot load on {inputs.policy}" in said
     assert not (output / "model.safetensors").exists()
     assert not {path.name for path in output.iterdir()} & TRAINING_STATE
     exact, written = (load_file(path / "adapter_model.safetensors") for path in (checkpoint, output))
@@ -366,17 +366,17 @@ def test_damaged_adapters_are_not_exported(adapted, tmp_path):
 
 def test_flags_without_a_meaning_are_refused(adapted, final, inputs, tmp_path):
     for flags, message in (
-        ({"merge_lora": True}, "--merge_lora has no meaning for .* full training"),
-        ({"base_path": str(inputs.policy)}, "--base_path has no meaning for .* full training"),
-        ({"max_token_difference": 0.1}, "--max_token_difference has no meaning without --merge_lora"),
+        ({"merge_lora": True}, "--merge_lora does not apply to .* full training"),
+        ({"base_path": str(inputs.policy)}, "--base_path does not apply to .* full training"),
+        ({"max_token_difference": 0.1}, "--max_token_difference applies only with --merge_lora"),
     ):
         with pytest.raises(UserError, match=message):
             export_checkpoint(final, tmp_path / "policy", **flags)
-    with pytest.raises(UserError, match=r"--max_token_difference 1\.5 is a share and lies in"):
+    with pytest.raises(UserError, match=r"--max_token_difference=1\.5 must be a fraction in"):
         export_checkpoint(
             adapted("attention"), tmp_path / "policy", merge_lora=True, max_token_difference=1.5
         )
-    with pytest.raises(UserError, match=r"--device nowhere is not here \(.*\): leave it out"):
+    with pytest.raises(UserError, match=r"--device=nowhere is not available \(.*\): remove the flag"):
         export_checkpoint(adapted("attention"), tmp_path / "policy", merge_lora=True, device="nowhere")
     assert list(tmp_path.iterdir()) == []
 

@@ -181,5 +181,5 @@ def test_a_weight_that_two_layers_share_is_not_merged(tmp_path):
 
     save_file({"words.weight": torch.ones(6, 4)}, tmp_path / "model.safetensors")
     config = peft.LoraConfig(target_modules=["head"], r=2, base_model_name_or_path=str(tmp_path))
-    with pytest.raises(UserError, match=r"head.weight has adapters and is another layer's weight too"):
+    with pytest.raises(UserError, match=r"head.weight has adapters and is shared with another layer"):
         MergedWeights(Tied(), AdapterPlan(config, tmp_path, None))

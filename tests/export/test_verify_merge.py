@@ -72,11 +72,11 @@ def test_differences_are_counted_up_to_the_end_of_the_longer_action():
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_what_is_not_finite_is_never_the_same(side):
+def test_non_finite_logits_are_refused(side):
     tokens = torch.ones(1, 2, dtype=torch.int64)
     both = [Outputs(torch.ones(1, 2), tokens), Outputs(torch.ones(1, 2), tokens)]
     both[side].logits[0, 1] = torch.nan
-    with pytest.raises(UserError, match=f"{('with adapters', 'merged policy')[side]} are not finite"):
+    with pytest.raises(UserError, match=f"{('with adapters', 'merged policy')[side]} has non-finite logits"):
         compare(*both)
 
 
@@ -145,7 +145,7 @@ def test_without_either_samples_are_made_up(adapted, merged, inputs, tmp_path):
     checkpoint = checkpoint_of(adapted, tmp_path, "anchors", **gone)
     config = load_policy_config(checkpoint)
     samples = draw_samples(checkpoint, config)
-    assert samples.origin == "32 made-up samples (neither data nor anchors of the run open here)"
+    assert samples.origin == "32 synthetic samples (the run's data set and anchors cannot be opened)"
     tokens = torch.cat([batch[OBS_LANGUAGE_TOKENS] for batch in samples.batches])
     assert 0 <= tokens.min() < tokens.max() < config.vocab_size
     assert len(tokens.unique(dim=0)) == 32
@@ -209,7 +209,7 @@ def test_the_bound_is_what_is_asked_for_or_that_of_the_dtype(adapted, merged, mo
 def test_a_wrong_merge_that_says_the_same_tokens_is_refused_by_its_logits(adapted, merged, tmp_path):
     wrong = corrupted(merged("attention_mlp"), tmp_path, 0.02)
     with pytest.raises(
-        UserError, match=r"rounding explains 0\.001 of the largest logit at most: export again"
+        UserError, match=r"rounding explains at most 0\.001 of the largest logit: export again"
     ):
         verify_merge(adapted("attention_mlp"), wrong, dtype="float32", max_token_difference=1.0)
     assert (
@@ -219,7 +219,7 @@ def test_a_wrong_merge_that_says_the_same_tokens_is_refused_by_its_logits(adapte
 
 def test_a_policy_without_action_tokens_is_refused():
     config = PreTrainedConfig.get_choice_class("act")(device="cpu")
-    with pytest.raises(UserError, match="a policy of type act has none: leave it out"):
+    with pytest.raises(UserError, match="a policy of type act has none: export without it"):
         check_comparable(config)
 
 

@@ -59,13 +59,13 @@ def pieces(tmp_path):
 @pytest.mark.parametrize("rank", range(3))
 def test_a_missing_piece_is_an_error_and_no_zeros(pieces, rank):
     piece_path(pieces, rank).unlink()
-    with pytest.raises(ValueError, match="do not make up a: one is missing"):
+    with pytest.raises(ValueError, match="do not cover a: one is missing"):
         PerRankFile(pieces)
 
 
 def test_a_piece_twice_is_an_error(pieces):
     piece_path(pieces, 3).write_bytes(piece_path(pieces, 1).read_bytes())
-    with pytest.raises(ValueError, match="do not make up"):
+    with pytest.raises(ValueError, match="do not cover"):
         PerRankFile(pieces)
 
 
@@ -73,7 +73,7 @@ def test_a_piece_twice_is_an_error(pieces):
 def test_damaged_metadata_is_an_error(pieces, parts):
     spec = TensorSpec("a", (10,), torch.float32)
     write_tensor_file(piece_path(pieces, 0), [spec], lambda *_: torch.zeros(10), {"parts": parts})
-    with pytest.raises(ValueError, match=r"damaged|disagree|make up"):
+    with pytest.raises(ValueError, match=r"damaged|disagree|cover"):
         PerRankFile(pieces)
 
 
