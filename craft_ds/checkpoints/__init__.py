@@ -1,4 +1,4 @@
-"""Checkpoints written by all ranks in parallel, consolidated from the start; each directory appears atomically.
+"""Checkpoints: written by all ranks in parallel, already consolidated; each directory appears atomically.
 
 A checkpoint is a LeRobot policy directory with `optimizer.safetensors`, `scheduler.pt`, `craft_state.pt`,
 `train_config.json` and `manifest.json`. Parameters and moments are stored by name, in fp32 and in full shape,

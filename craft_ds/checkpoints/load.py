@@ -42,7 +42,7 @@ def load_optimizer(directory: Path, engine: Engine, adapters: Adapters | None = 
 
 
 def read_states(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Return the scheduler state and the CRaFT state of a verified checkpoint: plain Python values, never code.
+    """Return scheduler state and CRaFT state of a verified checkpoint: plain Python values, never code.
 
     Raises:
         UserError: A file is damaged or holds another type.
@@ -66,7 +66,7 @@ def damaged_state(path: Path, why: BaseException | str) -> UserError:
 
 
 def _by_parameter_name(read: ReadRange, adapters: Adapters) -> ReadRange:
-    """Translate parameter names to those of PEFT's file, under which optimizer state of adapters is stored."""
+    """Translate parameter names to those of PEFT's file, which the adapters' optimizer state is stored by."""
 
     def by_name(name: str, start: int, stop: int) -> Tensor:
         parameter, key = name.rsplit(".", 1)

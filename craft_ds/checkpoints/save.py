@@ -239,7 +239,7 @@ def prepare_checkpoint(
     extra: Callable[[Path], None] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> PendingCheckpoint:
-    """Collect the contents of a checkpoint; tensors stay views of the engine's. Collective: call on all ranks.
+    """Collect the contents of a checkpoint as views of the engine's tensors. Collective: call on all ranks.
 
     Args:
         directory: The checkpoint's final path, `step_001000` or `final`; must not exist.

@@ -62,7 +62,7 @@ def export_checkpoint(
 
     Raises:
         UserError: The checkpoint is incomplete or damaged, the output exists, or a flag does not apply to
-            this checkpoint; the base policy is missing or a different one; the merged policy differs too much.
+            this checkpoint; the base policy is missing or different; the merged policy differs too much.
     """
     if output.exists():
         raise UserError(f"--output={output} exists already: choose another or move it away")
