@@ -48,7 +48,7 @@ _TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class _Watch:
-    """Counter and log of the calls that change something below a directory; kills the process at one of them."""
+    """Counter of the calls that change something below a directory; kills the process at one of them."""
 
     def __init__(self, directory: str, log: str, kill: dict[str, Any] | None):
         self._directory = Path(directory).resolve()

@@ -5,9 +5,9 @@ its own id, environment and output. Before each fork the server checks that it h
 forked: threads (their locks would stay locked in the rank forever), a process group or a CUDA context.
 
 It reads requests from standard input, one JSON object per line, and answers each with one line on standard
-output: `{"fork": {...}}` with the rank's process id, `{"ended": true}` with the exit statuses of the ranks that
-have exited since, by id. A rank keeps its id until then, so that a signal cannot reach another process. At the
-end of its input the server kills the ranks that are still running.
+output: `{"fork": {...}}` with the rank's process id, `{"ended": true}` with the exit statuses of the ranks
+that have exited since, by id. A rank keeps its id until then, so that a signal cannot reach another process.
+At the end of its input the server kills the ranks that are still running.
 """
 
 import faulthandler

@@ -1,4 +1,4 @@
-"""Room for a file: promised where the file system can, and never bought by writing it full."""
+"""Durable and atomic file operations."""
 
 import ctypes
 import errno
@@ -11,7 +11,7 @@ from craft_ds.tensor_io.filesystem import reserve
 SIZE = 1 << 20
 
 
-def test_room_is_taken_at_once(tmp_path):
+def test_reserve_allocates_disk_space(tmp_path):
     with (tmp_path / "file").open("wb") as file:
         reserve(file.fileno(), SIZE)
     found = (tmp_path / "file").stat()
@@ -20,7 +20,7 @@ def test_room_is_taken_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS])
-def test_where_no_room_can_be_promised_the_file_is_sparse(tmp_path, monkeypatch, number):
+def test_reserve_makes_a_sparse_file_without_fallocate(tmp_path, monkeypatch, number):
     def fallocate(*_: int) -> int:
         ctypes.set_errno(number)
         return -1
@@ -33,7 +33,7 @@ def test_where_no_room_can_be_promised_the_file_is_sparse(tmp_path, monkeypatch,
     assert found.st_blocks == 0
 
 
-def test_a_disk_without_room_says_so(tmp_path):
+def test_reserve_fails_on_a_full_disk(tmp_path):
     with (tmp_path / "file").open("wb") as file, pytest.raises(OSError, match=r"No space left|too large"):
         reserve(file.fileno(), 1 << 55)
     assert (tmp_path / "file").stat().st_size == 0
