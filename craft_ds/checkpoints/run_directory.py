@@ -9,11 +9,10 @@ from pathlib import Path
 
 from craft_ds.checkpoints.manifest import read_manifest
 from craft_ds.errors import UserError
-from craft_ds.tensor_io.filesystem import fsync
+from craft_ds.tensor_io.filesystem import UNFINISHED, fsync, unfinished_path
 
 FINAL = "final"
 LAST = "last"
-UNFINISHED = ".tmp"
 _STEP = re.compile(r"step_\d{6,}")
 # Object stores and some network file systems have no symbolic links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -52,7 +51,7 @@ def point_last_at(directory: Path) -> None:
     Raises:
         OSError: The disk is full or not writable.
     """
-    temporary = directory.with_name(f"{LAST}{UNFINISHED}")
+    temporary = unfinished_path(directory.with_name(LAST))
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(directory.name)
@@ -97,9 +96,7 @@ def prune(output_dir: Path, save_total_limit: int, keep_period: int) -> list[Pat
     ]
     for path in surplus:
         # Renamed first: an interrupted deletion must not leave half a checkpoint under its name.
-        doomed = path.with_name(path.name + UNFINISHED)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(path.rename(unfinished_path(path)))
     return surplus
 
 

@@ -20,13 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from craft_ds.checkpoints.manifest import hash_files, write_manifest
-from craft_ds.checkpoints.run_directory import (
-    UNFINISHED,
-    complete_checkpoints,
-    point_last_at,
-    prune,
-    remove_unfinished,
-)
+from craft_ds.checkpoints.run_directory import complete_checkpoints, point_last_at, prune, remove_unfinished
 from craft_ds.checkpoints.shard_plan import ShardPlan, plan_shards
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.collectives import fail_together, rank0_only
@@ -36,7 +30,7 @@ from craft_ds.lora.adapters import ADAPTER_WEIGHTS, Adapters
 from craft_ds.lora.peft_config import write_adapter_config
 from craft_ds.lora.weights import BASE_SHA256
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
-from craft_ds.tensor_io.filesystem import fsync
+from craft_ds.tensor_io.filesystem import fsync, publish_directory, unfinished_path
 from craft_ds.tensor_io.per_rank_file import Part, create_piece, piece_path
 from craft_ds.tensor_io.tensor_file import TensorFile, TensorSpec, create_tensor_file
 
@@ -76,7 +70,7 @@ class PendingCheckpoint:
     @property
     def temporary(self) -> Path:
         """Path of the directory until it is complete."""
-        return self.directory.with_name(self.directory.name + UNFINISHED)
+        return unfinished_path(self.directory)
 
     def write(self, group: dist.ProcessGroup | None = None) -> None:
         """Write the checkpoint. Collective: call on all ranks.
@@ -211,11 +205,7 @@ class PendingCheckpoint:
             engine=self.config.engine.name,
             files=files,
         )
-        for path in self.temporary.rglob("*"):
-            fsync(path)
-        fsync(self.temporary)
-        self.temporary.rename(self.directory)
-        fsync(self.directory.parent)
+        publish_directory(self.temporary, self.directory)
         point_last_at(self.directory)
         prune(self.directory.parent, self.config.save_total_limit, self.config.keep_period)
 

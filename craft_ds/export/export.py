@@ -6,7 +6,6 @@ the weights of their base policy in the same way; a model is built only to compa
 adapters.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from craft_ds.lora.peft_config import read_adapter_config, remove_adapter_config
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
 from craft_ds.policies.loading import build_policy, load_policy_config
-from craft_ds.tensor_io.filesystem import fsync
+from craft_ds.tensor_io.filesystem import atomic_directory
 from craft_ds.tensor_io.per_rank_file import open_tensors
 from craft_ds.tensor_io.tensor_file import TensorSpec, write_tensor_file
 
@@ -69,35 +68,25 @@ def export_checkpoint(
     verify_checkpoint(checkpoint, rank=0, world_size=1)
     _check_flags(checkpoint, merge_lora, base_path, max_token_difference)
     _check_device(device)
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        copy_policy_files(checkpoint, temporary, output)
-        if merge_lora:
-            _merge(checkpoint, temporary, dtype, base_path)
-            summary = verify_merge(
-                checkpoint,
-                temporary,
-                dtype=dtype,
-                max_token_difference=max_token_difference,
-                base_path=base_path,
-                device=device,
-            )
-        elif has_adapters(checkpoint):
-            summary = _export_adapters(checkpoint, temporary, dtype, base_path)
-        else:
+        with atomic_directory(output) as temporary:
+            copy_policy_files(checkpoint, temporary, output)
+            if merge_lora:
+                _merge(checkpoint, temporary, dtype, base_path)
+                return verify_merge(
+                    checkpoint,
+                    temporary,
+                    dtype=dtype,
+                    max_token_difference=max_token_difference,
+                    base_path=base_path,
+                    device=device,
+                )
+            if has_adapters(checkpoint):
+                return _export_adapters(checkpoint, temporary, dtype, base_path)
             _convert(checkpoint / WEIGHTS, temporary / WEIGHTS, DTYPES[dtype])
-            summary = "the complete policy"
-        for path in (*temporary.rglob("*"), temporary):
-            fsync(path)
-        temporary.rename(output)
-        fsync(output.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"--output={output} cannot be written: {error}") from error
-        raise
-    return summary
+            return "the complete policy"
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written: {error}") from error
 
 
 def _check_flags(
