@@ -10,9 +10,14 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from craft_ds.distributed.env import is_local_rank0
-from craft_ds.errors import LOST_RANK_STATUS, Preempted, RankLost, TrainingDiverged, UserError
-
-PREEMPTED_STATUS = 75
+from craft_ds.errors import (
+    LOST_RANK_STATUS,
+    PREEMPTED_STATUS,
+    Preempted,
+    RankLost,
+    TrainingDiverged,
+    UserError,
+)
 
 COMMANDS = {
     "train": ("train", "fine-tune a policy, with or without the retention constraint"),
@@ -32,12 +37,7 @@ COMMANDS = {
 
 
 def run_main(action: Callable[[], object]) -> None:
-    """Run a command. What the user can mend, or did, ends it with one line on stderr and no traceback.
-
-    Status 2: bad input, or an output that cannot be written; 1: training diverged; 69: another rank failed,
-    died or hangs; 75 (`EX_TEMPFAIL`): the run was asked to leave and has saved, to be started again; 130:
-    interrupted from the keyboard.
-    """
+    """Run a command; expected errors print one line on stderr and exit with a status of `craft_ds.errors`."""
     try:
         action()
     except UserError as error:
@@ -47,13 +47,13 @@ def run_main(action: Callable[[], object]) -> None:
     except Preempted as notice:
         _exit(str(notice), PREEMPTED_STATUS)
     except RankLost as error:
-        _exit(f"error: {error}", LOST_RANK_STATUS, speaks=error.speaks)
+        _exit(f"error: {error}", LOST_RANK_STATUS, prints=error.prints)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
 
 
-def _exit(line: str, status: int, *, speaks: bool | None = None) -> NoReturn:
-    if is_local_rank0() if speaks is None else speaks:
+def _exit(line: str, status: int, *, prints: bool | None = None) -> NoReturn:
+    if is_local_rank0() if prints is None else prints:
         print(line, file=sys.stderr, flush=True)
     raise SystemExit(status) from None
 

@@ -18,7 +18,7 @@ from craft_ds.worlds import gl_problem
 
 def pytest_addoption(parser):
     group = parser.getgroup("craft-ds")
-    group.addoption("--all", action="store_true", help="run the whole campaign of tests/faults, not a sample")
+    group.addoption("--all", action="store_true", help="run the full campaign of tests/faults, not a sample")
     group.addoption(
         "--faults-seed",
         type=int,

@@ -46,7 +46,7 @@ from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.loading import load_policy_config, load_processors, resolve_policy_path
 from craft_ds.policies.pi0_fast.vision import features_key
 from craft_ds.policies.token_loss import token_loss
-from craft_ds.tensor_io.filesystem import fsync
+from craft_ds.tensor_io.filesystem import atomic_file, publish_directory
 
 
 class AnchorEncoder:
@@ -222,11 +222,9 @@ def _uniform_batches(selection: AnchorSelection, start: int, options: BuildOptio
 
 def _write_shard(partial: Path, number: int, shard: dict[str, Tensor], losses: list[dict[str, Any]]) -> None:
     file = partial / "cache" / shard_name(number)
-    temporary = file.with_suffix(".tmp")
-    save_file(shard, temporary)
-    temporary.chmod(0o644)  # safetensors makes files readable by their owner alone
-    fsync(temporary)
-    temporary.rename(file)
+    with atomic_file(file) as temporary:
+        save_file(shard, temporary)
+        temporary.chmod(0o644)  # safetensors makes files readable by their owner alone
     record = {
         "samples": len(shard["task"]),
         "bytes": file.stat().st_size,
@@ -243,7 +241,7 @@ def _publish(output: Path, partial: Path, plan: dict[str, Any]) -> None:
     losses = [loss for record in records for loss in record.pop("losses")]
     metadata = {**plan, "teacher_loss": _teacher_loss(losses, plan["dataset"]["tasks"]), "shards": records}
     _write_json(partial / "cache" / METADATA_FILE, {**metadata, "sha256": metadata_sha256(metadata)})
-    (partial / "cache").rename(output)
+    publish_directory(partial / "cache", output)
     shutil.rmtree(partial)
 
 
@@ -280,8 +278,5 @@ def _record_file(partial: Path, number: int) -> Path:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a file atomically."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    fsync(temporary)
-    temporary.rename(file)
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

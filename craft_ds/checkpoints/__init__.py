@@ -1,9 +1,9 @@
-"""Checkpoints: written by all ranks at once, consolidated from the start, whole or not there.
+"""Checkpoints: written by all ranks in parallel, already consolidated; each directory appears atomically.
 
 A checkpoint is a LeRobot policy directory with `optimizer.safetensors`, `scheduler.pt`, `craft_state.pt`,
-`train_config.json` and `manifest.json`. Parameters and moments are stored by name in fp32 and whole shape,
-so it resumes at any world size and in any engine. With LoRA it holds PEFT's two adapter files instead of
-`model.safetensors`, and nothing of the base policy.
+`train_config.json` and `manifest.json`. Parameters and moments are stored by name, in fp32 and in full shape,
+so that a run resumes at any world size and in any engine. With LoRA it holds PEFT's two adapter files instead
+of `model.safetensors`, and nothing of the base policy.
 """
 
 from craft_ds.checkpoints.load import load_optimizer, read_states

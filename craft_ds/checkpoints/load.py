@@ -1,4 +1,4 @@
-"""Loading: each rank reads its own ranges, whatever wrote them."""
+"""Load training state from a checkpoint; each rank reads its own ranges, whichever engine wrote them."""
 
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from craft_ds.tensor_io.tensor_file import ReadRange
 
 
 def load_optimizer(directory: Path, engine: Engine, adapters: Adapters | None = None) -> None:
-    """Set the optimizer state from a verified checkpoint; the parameters come with the policy directory.
+    """Load the optimizer state from a verified checkpoint; the policy's weights are loaded separately.
 
     Collective: call on all ranks.
 
     Args:
         directory: The checkpoint.
         engine: Holds the parameters.
-        adapters: What trains, if not the policy's own weights.
+        adapters: The trained adapters; None for full training.
 
     Raises:
         UserError: The file does not hold what this engine trains.
@@ -31,7 +31,7 @@ def load_optimizer(directory: Path, engine: Engine, adapters: Adapters | None = 
     try:
         with open_tensors(path) as moments:
             keys = sorted({name.rsplit(".", 1)[1] for name, *_ in moments.specs()})
-            if keys:  # else no step was applied yet, and the optimizer makes its state at its first
+            if keys:  # else no step was applied yet; the optimizer creates its state in the first one
                 read = moments.read if adapters is None else _by_parameter_name(moments.read, adapters)
                 engine.load_optimizer(read, keys, int(moments.metadata["steps"]))
     except (OSError, ValueError, LookupError) as error:
@@ -42,10 +42,10 @@ def load_optimizer(directory: Path, engine: Engine, adapters: Adapters | None = 
 
 
 def read_states(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Scheduler state and CRaFT state of a verified checkpoint: plain Python values, never code.
+    """Return scheduler state and CRaFT state of a verified checkpoint: plain Python values, never code.
 
     Raises:
-        UserError: A file holds anything else.
+        UserError: A file is damaged or holds another type.
     """
     return _read_state(directory / SCHEDULER, dict | None), _read_state(directory / CRAFT_STATE, dict)
 
@@ -53,21 +53,20 @@ def read_states(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]
 def _read_state(path: Path, kind: Any) -> Any:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its readers raise
+    except Exception as error:  # torch.load passes on any error of its readers
         raise damaged_state(path, error) from error
     if not isinstance(state, kind):
         raise damaged_state(path, f"holds a {type(state).__name__}")
     return state
 
 
-def damaged_state(path: Path, why: object) -> UserError:
-    """The error for a file of plain values that does not hold what it should."""
-    reason = one_line(why) if isinstance(why, BaseException) else why
-    return UserError(f"{path} is damaged ({reason}): resume from an older checkpoint")
+def damaged_state(path: Path, why: BaseException | str) -> UserError:
+    """Return the error for a state file with unexpected contents."""
+    return UserError(f"{path} is damaged ({one_line(why)}): resume from an older checkpoint")
 
 
 def _by_parameter_name(read: ReadRange, adapters: Adapters) -> ReadRange:
-    """Reads optimizer state of adapters, which is stored under the names of PEFT's file."""
+    """Translate parameter names to those of PEFT's file, which the adapters' optimizer state is stored by."""
 
     def by_name(name: str, start: int, stop: int) -> Tensor:
         parameter, key = name.rsplit(".", 1)

@@ -1,9 +1,9 @@
-"""The manifest: what makes a directory a checkpoint.
+"""The manifest of a checkpoint: sizes and checksums of its files.
 
-`manifest.json` is written last. It names every other file with its size and the XXH3 checksum (128 bits,
-https://xxhash.com) of each segment of it, and carries a SHA-256 of itself. A directory without one that fits
-is never loaded. The checksums find damage, not forgery: whoever can write the files can write the manifest,
-and what is read is trusted no further than its format.
+`manifest.json` is written last. It lists every other file with its size and the XXH3 checksum (128 bits,
+https://xxhash.com) of each segment, and contains a SHA-256 of itself. A directory without a matching manifest
+is never loaded. The checksums detect damage, not forgery: anyone who can write the files can write the
+manifest, so the contents of all files are still validated as untrusted input.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from craft_ds.tensor_io.safe_json import is_count, path_inside, read_object
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
-# Ranks hash different segments of a file side by side.
+# Ranks hash different segments of a file in parallel.
 SEGMENT = 1 << 28
 CHECKSUMS = "xxh3_128"
 _CHECKSUM = re.compile("[0-9a-f]{32}")
-_WANTED = [
+_REQUIRED = [
     re.compile(pattern)
     for pattern in (
         r"config\.json",
@@ -49,7 +49,7 @@ def write_manifest(
         step: Optimizer steps done.
         world_size: Number of ranks that wrote it.
         engine: Name of their engine.
-        files: What `hash_files` found.
+        files: From `hash_files`.
 
     Raises:
         OSError: The disk is full or not writable.
@@ -69,36 +69,33 @@ def write_manifest(
 def hash_files(
     directory: Path, rank: int, world_size: int, group: dist.ProcessGroup | None = None
 ) -> dict[str, Any]:
-    """Size and segment hashes of every file of a checkpoint, read back. Collective: call on all ranks.
+    """Read back every file of a checkpoint; return sizes and segment hashes. Collective: call on all ranks.
 
     Args:
-        directory: The checkpoint, which no rank writes to any more.
+        directory: The checkpoint; no rank may write to it any more.
         rank: This rank.
-        world_size: Number of ranks, which share the work.
+        world_size: Number of ranks that share the work.
         group: As for `gather_objects`.
 
     Raises:
         UserError: On all ranks: a file cannot be read.
     """
 
-    def hash_own_files() -> tuple[dict[Path, int], dict[tuple[str, int], str]]:
+    def hash_own_segments() -> tuple[dict[Path, int], dict[tuple[str, int], str]]:
         try:
-            return hash_some()
+            paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+            sizes = {path: path.stat().st_size for path in paths}
+            segments = [(path, start) for path in paths for start in range(0, max(sizes[path], 1), SEGMENT)]
+            mine = {
+                (str(path.relative_to(directory)), start): _hash(path, start, SEGMENT)
+                for path, start in segments[rank::world_size]
+            }
         except OSError as error:
             raise UserError(f"{directory} cannot be read back: {error}") from error
-
-    def hash_some() -> tuple[dict[Path, int], dict[tuple[str, int], str]]:
-        paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
-        sizes = {path: path.stat().st_size for path in paths}
-        segments = [(path, start) for path in paths for start in range(0, max(sizes[path], 1), SEGMENT)]
-        mine = {
-            (str(path.relative_to(directory)), start): _hash(path, start, SEGMENT)
-            for path, start in segments[rank::world_size]
-        }
         return sizes, mine
 
-    sizes, mine = fail_together(hash_own_files, group)()
-    # From here on the main rank may give the directory its final name: no other rank looks into it again.
+    sizes, mine = fail_together(hash_own_segments, group)()
+    # From here on rank 0 may rename the directory: the other ranks must not access it again.
     found = {key: value for part in gather_objects(mine, group) for key, value in part.items()}
     return {
         name: {
@@ -122,28 +119,29 @@ def _hash(path: Path, start: int, length: int) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after a look at the sizes of its files.
+    """Read the manifest of a checkpoint and check the sizes of its files.
 
     Raises:
-        UserError: The directory is no checkpoint, its manifest is damaged or of another format, or a file of
-            it is missing or has another size.
+        UserError: The directory is not a checkpoint, the manifest is damaged or of another format version,
+            or a file is missing or has another size.
     """
     path = directory / MANIFEST
     try:
         manifest = read_object(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{directory} is no checkpoint of craft-ds: it has no {MANIFEST}") from None
+        raise UserError(f"{directory} is not a craft-ds checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError):
         raise _damaged(path) from None
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {manifest.get('format_version')}, this craft-ds reads {FORMAT_VERSION}"
+            f"{path} has format version {manifest.get('format_version')}, but this craft-ds reads version "
+            f"{FORMAT_VERSION}"
         )
-    if manifest.pop("sha256", None) != _own_sha256(manifest) or not _is_sound(directory, manifest):
+    if manifest.pop("sha256", None) != _own_sha256(manifest) or not _is_valid(directory, manifest):
         raise _damaged(path)
-    for wanted in _WANTED:
+    for wanted in _REQUIRED:
         if not any(wanted.fullmatch(name) for name in manifest["files"]):
-            raise UserError(f"{path} names no {wanted.pattern}: resume from an older checkpoint")
+            raise UserError(f"{path} does not list {wanted.pattern}: resume from an older checkpoint")
     for name, entry in manifest["files"].items():
         file = directory / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
@@ -159,8 +157,8 @@ def _own_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _is_sound(directory: Path, manifest: dict[str, Any]) -> bool:
-    """Whether every entry is what it should be: whoever can write a checksum of nonsense can be wrong."""
+def _is_valid(directory: Path, manifest: dict[str, Any]) -> bool:
+    """Return whether every entry is valid: a matching checksum does not imply valid contents."""
     counts = [manifest.get(name) for name in ("step", "world_size", "segment_bytes")]
     segment, files = counts[-1], manifest.get("files")
     return (
@@ -191,7 +189,7 @@ def _is_inside(directory: Path, name: str) -> bool:
 
 
 def verify_checkpoint(directory: Path, rank: int, world_size: int) -> dict[str, Any]:
-    """Check every byte of a checkpoint, the ranks side by side. Collective: call on all ranks.
+    """Check every byte of a checkpoint, the ranks in parallel. Collective: call on all ranks.
 
     Returns:
         The manifest.

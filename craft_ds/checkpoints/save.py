@@ -1,8 +1,8 @@
-"""Saving: all ranks write at once, consolidated from the start, and what is not whole is not there.
+"""Write a checkpoint from all ranks in parallel; the directory appears atomically.
 
-Each rank writes its own ranges of `model.safetensors` and `optimizer.safetensors` under a temporary name;
-nothing is gathered. While what they wrote goes to the disk the ranks read it back and hash it; once both are
-done the main rank writes the manifest and renames the directory.
+Each rank writes its own ranges of `model.safetensors` and `optimizer.safetensors` in a temporary directory;
+nothing is gathered. While the data is flushed to the disk, the ranks read it back and hash it. Once both are
+done, rank 0 writes the manifest and renames the directory.
 """
 
 import io
@@ -20,13 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from craft_ds.checkpoints.manifest import hash_files, write_manifest
-from craft_ds.checkpoints.run_directory import (
-    UNFINISHED,
-    complete_checkpoints,
-    point_last_at,
-    prune,
-    remove_unfinished,
-)
+from craft_ds.checkpoints.run_directory import complete_checkpoints, point_last_at, prune, remove_unfinished
 from craft_ds.checkpoints.shard_plan import ShardPlan, plan_shards
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.collectives import fail_together, rank0_only
@@ -36,7 +30,7 @@ from craft_ds.lora.adapters import ADAPTER_WEIGHTS, Adapters
 from craft_ds.lora.peft_config import write_adapter_config
 from craft_ds.lora.weights import BASE_SHA256
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
-from craft_ds.tensor_io.filesystem import fsync
+from craft_ds.tensor_io.filesystem import fsync, publish_directory, unfinished_path
 from craft_ds.tensor_io.per_rank_file import Part, create_piece, piece_path
 from craft_ds.tensor_io.tensor_file import TensorFile, TensorSpec, create_tensor_file
 
@@ -47,18 +41,18 @@ CRAFT_STATE = "craft_state.pt"
 
 @dataclass(frozen=True)
 class PendingCheckpoint:
-    """All that one rank needs to write its part of one checkpoint.
+    """Everything one rank needs to write its part of one checkpoint.
 
     Attributes:
-        directory: Where it will live, `step_001000` or `final`.
+        directory: The checkpoint's final path, `step_001000` or `final`.
         contents: Parameters and optimizer state.
         config: The configuration of the run.
-        policy_dir: The policy that the run began with: its config, processors and tokenizers are kept.
-        states: File name and plain Python values of what else is kept, as bytes.
+        policy_dir: The policy the run started from; its config, processors and tokenizers are copied.
+        states: Contents of further files by name.
         step: Optimizer steps done.
         rank: This rank.
         world_size: Number of ranks.
-        extra: Writes further files into the directory that it is given (main rank only).
+        extra: Writes further files into the directory it is given (rank 0 only).
         progress: Called after each piece of work.
     """
 
@@ -75,37 +69,37 @@ class PendingCheckpoint:
 
     @property
     def temporary(self) -> Path:
-        """The directory's name until it is whole."""
-        return self.directory.with_name(self.directory.name + UNFINISHED)
+        """Path of the directory until it is complete."""
+        return unfinished_path(self.directory)
 
     def write(self, group: dist.ProcessGroup | None = None) -> None:
-        """Write it. Collective: call on all ranks.
+        """Write the checkpoint. Collective: call on all ranks.
 
         Args:
             group: As for `gather_objects`.
 
         Raises:
-            UserError: On all ranks: the directory exists, the disk is full or not writable.
+            UserError: On all ranks: the directory exists, or the disk is full or not writable.
         """
         try:
-            rank0_only(self._told, group)(self._prepare)
-            fail_together(self._told, group)(self._write_shards)
-            # One waits for the disk and the other for the processor: together they take as long as one.
-            with ThreadPoolExecutor(max_workers=1) as beside:
-                synced = beside.submit(self._sync_shards)
+            rank0_only(self._as_user_error, group)(self._prepare)
+            fail_together(self._as_user_error, group)(self._write_shards)
+            # Flushing waits for the disk, hashing for the processor: run both at the same time.
+            with ThreadPoolExecutor(max_workers=1) as executor:
+                synced = executor.submit(self._sync_shards)
                 files = hash_files(self.temporary, self.rank, self.world_size, group)
-                fail_together(self._told, group)(synced.result)
-            rank0_only(self._told, group)(lambda: self._commit(files))
+                fail_together(self._as_user_error, group)(synced.result)
+            rank0_only(self._as_user_error, group)(lambda: self._commit(files))
         except UserError:
-            if self.rank == 0:  # a full disk needs the room
+            if self.rank == 0:  # free the space on a full disk
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise
 
-    def _told(self, action: Callable[[], None]) -> None:
+    def _as_user_error(self, action: Callable[[], None]) -> None:
         try:
             action()
         except OSError as error:
-            # `copytree` collects what went wrong, with both paths of each file.
+            # `copytree` collects a tuple (source, destination, reason) per file.
             reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
             raise UserError(f"checkpoint {self.directory} cannot be written: {reason}") from error
 
@@ -128,11 +122,11 @@ class PendingCheckpoint:
             self.extra(self.temporary)
 
     def _policy_source(self) -> Path:
-        """Where the policy's files are: a run may have deleted the checkpoint that it was resumed from."""
+        """Return the directory to copy policy files from: a run may delete the checkpoint it resumed from."""
         if self.policy_dir.is_dir():
             return self.policy_dir
-        whole, _ = complete_checkpoints(self.directory.parent)
-        return whole[0][1] if whole else self.policy_dir
+        complete, _ = complete_checkpoints(self.directory.parent)
+        return complete[0][1] if complete else self.policy_dir
 
     @property
     def _weights(self) -> Path:
@@ -159,7 +153,7 @@ class PendingCheckpoint:
         return [TensorSpec(name, tuple(values.shape), values.dtype) for name, values in buffers]
 
     def _shard_files(self) -> tuple[Path, Path]:
-        """Where this rank's weights and moments go: into the whole files, or into pieces of its own."""
+        """Return the files for this rank's weights and moments: the consolidated ones, or its own pieces."""
         weights, optimizer = self._weights, self.temporary / OPTIMIZER
         if self.config.checkpoint.layout == "consolidated":
             return weights, optimizer
@@ -172,7 +166,7 @@ class PendingCheckpoint:
     def _write_shards(self) -> None:
         weights, optimizer = self._shard_files()
         if self.config.checkpoint.layout == "consolidated":
-            self._fill(weights, optimizer, whole=True)
+            self._fill(weights, optimizer, consolidated=True)
             return
         layout = self.contents.layout
         shards = list(self.contents.shards())
@@ -185,10 +179,10 @@ class PendingCheckpoint:
         parts += [Part(spec, 0, math.prod(spec.shape)) for spec in self._buffer_specs()]
         create_piece(weights, parts, self._weights_metadata)
         create_piece(optimizer, moments, self._optimizer_metadata)
-        self._fill(weights, optimizer, whole=False)
+        self._fill(weights, optimizer, consolidated=False)
 
-    def _fill(self, weights_path: Path, optimizer_path: Path, *, whole: bool) -> None:
-        """Write this rank's values: in a whole file to their places, in a piece of its own from the start."""
+    def _fill(self, weights_path: Path, optimizer_path: Path, *, consolidated: bool) -> None:
+        """Write this rank's values, at their offsets in a consolidated file or from the start of a piece."""
         with (
             TensorFile(weights_path, writable=True) as weights,
             TensorFile(optimizer_path, writable=True) as moments,
@@ -198,7 +192,7 @@ class PendingCheckpoint:
             for shard in self.contents.shards():
                 self.progress()
                 stored = self.contents.layout[shard.name]
-                start = shard.start if whole else 0
+                start = shard.start if consolidated else 0
                 weights.write(stored.stored_name, start, shard.master)
                 for key, values in shard.state.items():
                     moments.write(f"{stored.stored_name}.{key}", start, values)
@@ -211,11 +205,7 @@ class PendingCheckpoint:
             engine=self.config.engine.name,
             files=files,
         )
-        for path in self.temporary.rglob("*"):
-            fsync(path)
-        fsync(self.temporary)
-        self.temporary.rename(self.directory)
-        fsync(self.directory.parent)
+        publish_directory(self.temporary, self.directory)
         point_last_at(self.directory)
         prune(self.directory.parent, self.config.save_total_limit, self.config.keep_period)
 
@@ -239,19 +229,19 @@ def prepare_checkpoint(
     extra: Callable[[Path], None] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> PendingCheckpoint:
-    """Gather what a checkpoint will hold; tensors are views of the engine's. Collective: call on all ranks.
+    """Collect the contents of a checkpoint as views of the engine's tensors. Collective: call on all ranks.
 
     Args:
-        directory: Where it will live, `step_001000` or `final`; must not exist.
+        directory: The checkpoint's final path, `step_001000` or `final`; must not exist.
         engine: Holds parameters and optimizer state.
         config: The configuration of the run.
-        policy_dir: The policy that the run began with: its config, processors and tokenizers are kept.
+        policy_dir: The policy the run started from; its config, processors and tokenizers are copied.
         scheduler_state: State of the learning-rate scheduler, if there is one.
-        craft_state: λ, its history and where the run is; plain Python values.
+        craft_state: λ, its history and the progress of the run; plain Python values.
         step: Optimizer steps done.
-        adapters: What trains, if not the policy's own weights: only they are written.
-        extra: Writes further files into the directory that it is given (main rank only).
-        progress: Called after each piece of work, by the thread that does it.
+        adapters: The trained adapters, which alone are written; None for full training.
+        extra: Writes further files into the directory it is given (rank 0 only).
+        progress: Called after each piece of work, in the thread that does it.
     """
     return PendingCheckpoint(
         directory=directory,
@@ -273,18 +263,18 @@ def save_checkpoint(directory: Path, **kept: Any) -> None:
     Takes the arguments of `prepare_checkpoint`.
 
     Raises:
-        UserError: On all ranks: the directory exists, the disk is full or not writable.
+        UserError: On all ranks: the directory exists, or the disk is full or not writable.
     """
     prepare_checkpoint(directory, **kept).write()
 
 
 class BackgroundSaver:
-    """Writes checkpoints in a thread beside training, from a copy of each rank's share in host memory.
+    """Writer of checkpoints in a background thread, from a copy of each rank's shards in host memory.
 
-    At most one save is under way. The ranks' threads speak to one another in a group
-    of their own, so that nothing of training is held up or mixed up.
+    At most one save runs at a time. The threads of the ranks use a process group of their own, so that their
+    collectives cannot interleave with those of training.
 
-    Collective: make, call and close it on all ranks.
+    Collective: create and call it on all ranks.
     """
 
     def __init__(self) -> None:
@@ -295,7 +285,7 @@ class BackgroundSaver:
         self._error: BaseException | None = None
 
     def start(self, save: PendingCheckpoint) -> None:
-        """Copy what is to be saved and write it in the background, once the save before was waited for."""
+        """Copy the contents to host memory and write them in the background. Call `wait` before the next."""
         assert self._thread is None, "call `wait` first"
         self._directory = save.directory
         save = replace(save, contents=save.contents.on_host(self._memory))
@@ -310,17 +300,17 @@ class BackgroundSaver:
 
     @property
     def idle(self) -> bool:
-        """Whether no save is under way on this rank."""
+        """True if no save is running on this rank."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> Path | None:
-        """Wait for the save that is under way.
+        """Wait for the running save.
 
         Returns:
-            What was saved; None if nothing was under way.
+            The checkpoint's directory; None if no save was running.
 
         Raises:
-            UserError: It could not be written; on all ranks.
+            UserError: On all ranks: the checkpoint could not be written.
         """
         if self._thread is None:
             return None

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the engine: which tensors, under which names, and which rank has which part."""
+"""Plan of a checkpoint's tensors: their names in the files, their shapes and the parts each rank holds."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ from craft_ds.tensor_io.tensor_file import TensorSpec
 
 
 class StoredParameter(NamedTuple):
-    """What the files hold of a parameter: its name there, its global shape, names of its optimizer state."""
+    """A parameter in the files: its name there, its global shape and the names of its optimizer state."""
 
     stored_name: str
     shape: tuple[int, ...]
@@ -24,25 +24,25 @@ class StoredParameter(NamedTuple):
 
     @property
     def weight(self) -> TensorSpec:
-        """The parameter in the weights' file."""
+        """The parameter's entry in the weights file."""
         return TensorSpec(self.stored_name, self.shape, torch.float32)
 
     @property
     def moments(self) -> list[TensorSpec]:
-        """Its optimizer state in the optimizer's file."""
+        """The entries of its optimizer state in the optimizer file."""
         return [TensorSpec(f"{self.stored_name}.{key}", self.shape, torch.float32) for key in self.keys]
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Parameters and optimizer state of one rank, to be written with those of the others.
+    """Parameters and optimizer state that one rank writes.
 
     Attributes:
-        shards: Yields this rank's parts, afresh at each call.
-        layout: Every parameter of all ranks that is written, by its name in the policy.
-        buffers: What the weights' file holds besides (main rank only).
+        shards: Returns a new iterator over this rank's shards at each call.
+        layout: Every written parameter of all ranks, by its name in the policy.
+        buffers: Further tensors of the weights file (rank 0 only).
         steps: The optimizer's own step count.
-        adapters: What trains, if not the policy's own weights: only they are written.
+        adapters: The trained adapters, which alone are written; None for full training.
     """
 
     shards: Callable[[], Iterable[Shard]]
@@ -52,11 +52,10 @@ class ShardPlan:
     adapters: Adapters | None
 
     def on_host(self, memory: dict[str, Tensor]) -> "ShardPlan":
-        """The same in host memory of its own, which training does not change.
+        """Return a copy in host memory, which training does not change.
 
         Args:
-            memory: Takes this rank's whole share. Given again it is filled again: to touch new memory takes
-                longer than to copy.
+            memory: Holds the copies by name; reused if passed again, as allocating takes longer than copying.
         """
 
         def copy(name: str, values: Tensor) -> Tensor:
@@ -77,14 +76,14 @@ class ShardPlan:
 
 
 def plan_shards(engine: Engine, adapters: Adapters | None) -> ShardPlan:
-    """Views of all that is written. Collective: call on all ranks.
+    """Plan which tensors each rank writes, as views of the engine's. Collective: call on all ranks.
 
     Args:
         engine: Holds parameters and optimizer state.
-        adapters: What trains, if not the policy's own weights.
+        adapters: The trained adapters; None for full training.
 
     Raises:
-        RuntimeError: The ranks do not hold every element exactly once: a file of theirs would have a hole.
+        RuntimeError: The ranks do not hold every element exactly once, so the file would have gaps.
     """
 
     def shards() -> Iterable[Shard]:
@@ -104,7 +103,7 @@ def plan_shards(engine: Engine, adapters: Adapters | None) -> ShardPlan:
     for part in gather_objects(mine):
         for name, (stored, place) in part.items():
             if layout.setdefault(name, stored) != stored:
-                raise RuntimeError(f"the ranks disagree on what {name} is: {layout[name]} and {stored}")
+                raise RuntimeError(f"the ranks disagree on {name}: {layout[name]} and {stored}")
             parts.setdefault(name, []).append(place)
     for name, stored in layout.items():
         end = 0

@@ -6,7 +6,6 @@ craft-ds worlds pretrain --world metaworld --output_dir outputs/teacher
 import argparse
 import json
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from craft_ds.errors import UserError
+from craft_ds.tensor_io.filesystem import atomic_directory
 from craft_ds.worlds import make_world
 from craft_ds.worlds.recording import Recipe
 from craft_ds.worlds.tasks import WORLDS
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str]) -> None:
     episodes, steps = args.episodes_per_task or plan.episodes_per_task, args.steps or plan.steps
     old, _ = write_demonstrations(Recipe(args.world, episodes), data_dir, args.processes)
 
-    temporary = args.output_dir.with_name(f".{args.output_dir.name}.{os.getpid()}.tmp")
-    try:
+    hidden = args.output_dir.with_name(f".{args.output_dir.name}.{os.getpid()}.tmp")
+    with atomic_directory(args.output_dir, hidden) as temporary:
         started = time.perf_counter()
         pretrain(world, old, temporary, steps=steps, seed=args.seed)
         record = {
@@ -68,9 +68,6 @@ def main(arguments: Sequence[str]) -> None:
             **measure(args, temporary),
         }
         (temporary / "teacher.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        temporary.rename(args.output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     for task, share in record["success"].items():
         print(f"{task:30s} {'old' if task in world.old_tasks else 'new'}  success {share:.2f}")
 

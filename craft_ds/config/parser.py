@@ -16,7 +16,7 @@ from craft_ds.config.arguments import normalise_arguments
 from craft_ds.config.secret_scan import redact
 from craft_ds.config.suggestions import suggestion
 from craft_ds.config.train_config import TrainConfig
-from craft_ds.errors import UserError, exits_as_user_error
+from craft_ds.errors import UserError, exits_as_user_error, one_line
 
 
 def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         with exits_as_user_error():
             return identity()
     except (UserError, argparse.ArgumentError, draccus.ParsingError) as error:
-        message = " ".join(str(error.__cause__ or error).split())
+        message = one_line(error.__cause__ or error, limit=None)
         # draccus writes a flag as `name`.
         message = re.sub(r"^`([\w.]+)`", r"--\1", message)
         unknown = re.match(r"unrecognized arguments: (--[\w.-]+)", message)

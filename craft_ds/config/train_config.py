@@ -12,7 +12,7 @@ from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from craft_ds.config.configs import ActivationCheckpointing, LoraConfig, RunOptions, check_choice
 from craft_ds.config.secret_scan import refuse_secrets
 from craft_ds.distributed.preemption import parse_duration
-from craft_ds.errors import UserError
+from craft_ds.errors import UserError, one_line
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.tiny_pi0_fast.tokenizers import reroot_tokenizers
 
@@ -74,7 +74,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         try:
             super().validate()
         except (ValueError, OSError) as error:
-            raise UserError(" ".join(str(error).split())) from error
+            raise UserError(one_line(error, limit=None)) from error
         refuse_secrets(self.to_dict())
 
     def _refuse_unsupported(self) -> None:

@@ -128,7 +128,7 @@ class RankWatchdog:
             self._diagnosing.release()
             return None
         self._tell(diagnosis)
-        return RankLost(diagnosis.line, speaks=self._prints_message())
+        return RankLost(diagnosis.line, prints=self._prints_message())
 
     def close(self, error: BaseException | None = None) -> None:
         """Announce this rank's exit, so that it is not reported, and end the threads. Idempotent.

@@ -1,4 +1,4 @@
-"""What a merged policy is compared on: samples of the run that trained it, where they still lie here."""
+"""Samples on which a merged policy is compared: those of its training run, or synthetic ones."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ MICRO_BATCH = 8
 
 
 class _Source(NamedTuple):
-    """Samples to choose from, and how to read some of them."""
+    """A set of samples and a function that reads some of them."""
 
     name: str
     size: int
@@ -44,8 +44,8 @@ class Samples(NamedTuple):
     """Policy batches on the CPU.
 
     Attributes:
-        batches: Of at most `MICRO_BATCH` samples each.
-        origin: How many are from where, for the log.
+        batches: At most `MICRO_BATCH` samples each.
+        origin: Number of samples from each source, for the log.
     """
 
     batches: list[Batch]
@@ -53,21 +53,21 @@ class Samples(NamedTuple):
 
 
 def draw_samples(checkpoint: Path, config: PreTrainedConfig) -> Samples:
-    """At most `SAMPLES` samples: frames that the run trained on and anchors, in equal numbers; else made up.
+    """Draw at most `SAMPLES` samples: equally many training frames and anchors, or else synthetic ones.
 
-    The frames come first: what the adapters were trained to change shows there, and least on the anchors.
-    Both are spread evenly over what there is. A data set that is not on this machine is not fetched.
+    The frames come first: there the adapters change the outputs most, and on the anchors least. Both are
+    spread evenly over their source. A data set that is not on this machine is not downloaded.
 
     Args:
-        checkpoint: Its `train_config.json` says what the run read.
-        config: Of the checkpoint's policy, a pi0_fast.
+        checkpoint: Its `train_config.json` names the run's data set and anchors.
+        config: Configuration of the checkpoint's policy, a pi0_fast.
     """
     run = json.loads((checkpoint / TRAIN_CONFIG_NAME).read_text())
     sources = []
     for open_source in (_frames, _anchors):
         with suppress(UserError):
             sources.append(open_source(run, checkpoint, config))
-    sources = sources or [_made_up(config)]
+    sources = sources or [_synthetic(config)]
     batches, origins = [], []
     for source in sources:
         count = min(SAMPLES // len(sources), source.size)
@@ -90,7 +90,7 @@ def _anchors(run: dict[str, Any], _: Path, config: PreTrainedConfig) -> _Source:
 def _frames(run: dict[str, Any], checkpoint: Path, config: PreTrainedConfig) -> _Source:
     repo_id, root = run["dataset"]["repo_id"], run["dataset"]["root"]
     if not Path(root or HF_LEROBOT_HOME / repo_id).is_dir():
-        raise UserError(f"data set {repo_id} is not here")
+        raise UserError(f"data set {repo_id} is not on this machine")
     preprocessor, _ = load_processors(config, checkpoint)
     for step in preprocessor.steps:
         if run["rename_map"] and isinstance(step, RenameObservationsProcessorStep):
@@ -102,13 +102,13 @@ def _frames(run: dict[str, Any], checkpoint: Path, config: PreTrainedConfig) -> 
 
     try:
         read([0])
-    except Exception as error:  # whatever the processors and the decoder of videos have to say
+    except Exception as error:  # any error of the processors or the video decoder
         raise UserError(f"data set {repo_id} cannot be read: {one_line(error)}") from error
     return _Source(f"frames of {repo_id}", len(dataset), read)
 
 
-def _made_up(config: PreTrainedConfig) -> _Source:
-    """Noise for images, and random tokens for words and actions."""
+def _synthetic(config: PreTrainedConfig) -> _Source:
+    """Return samples of noise images, random words and random action tokens."""
     rng = torch.Generator().manual_seed(0)
     words = AutoTokenizer.from_pretrained(config.text_tokenizer_name).vocab_size
 
@@ -126,4 +126,4 @@ def _made_up(config: PreTrainedConfig) -> _Source:
             batch[mask] = torch.arange(longest) < lengths
         return batch
 
-    return _Source("made-up samples (neither data nor anchors of the run open here)", SAMPLES, read)
+    return _Source("synthetic samples (the run's data set and anchors cannot be opened)", SAMPLES, read)

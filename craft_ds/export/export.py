@@ -1,12 +1,11 @@
-"""Export: a checkpoint as a policy directory that stock LeRobot loads.
+"""Export of a checkpoint as a policy directory that stock LeRobot loads.
 
-A checkpoint is consolidated already, so this copies it without the training state, in the dtype that
-is asked for, a few megabytes at a time: no model is built and no GPU is needed. Adapters are exported
-alone, or merged into the weights of their base policy in the same way; only to compare the merged policy
-with the adapters is a model built.
+A checkpoint is already consolidated, so this copies it without the training state, in the requested dtype, a
+few megabytes at a time: no model is built and no GPU is needed. Adapters are exported alone, or merged into
+the weights of their base policy in the same way; a model is built only to compare the merged policy with the
+adapters.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from craft_ds.lora.peft_config import read_adapter_config, remove_adapter_config
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
 from craft_ds.policies.loading import build_policy, load_policy_config
-from craft_ds.tensor_io.filesystem import fsync
+from craft_ds.tensor_io.filesystem import atomic_directory
 from craft_ds.tensor_io.per_rank_file import open_tensors
 from craft_ds.tensor_io.tensor_file import TensorSpec, write_tensor_file
 
@@ -43,61 +42,51 @@ def export_checkpoint(
     max_token_difference: float | None = None,
     device: str = "cpu",
 ) -> str:
-    """Write a checkpoint's policy to a directory of its own.
+    """Write a checkpoint's policy to a new directory.
 
     Args:
         checkpoint: `outputs/run/step_001000` or `outputs/run/final`.
-        output: The directory to make; must not exist.
-        dtype: Of the floating-point weights in the file: `float32` (as trained), `bfloat16` or
+        output: The directory to create; must not exist.
+        dtype: Dtype of the floating-point weights in the file: `float32` (as trained), `bfloat16` or
             `float16`. LeRobot casts them to the dtype of the policy's config when it loads them.
-        merge_lora: Make a whole policy of adapters and their base, and compare it with them. Without it
+        merge_lora: Merge the adapters into their base policy, and compare the result with them. Otherwise
             adapters are exported alone.
-        base_path: Where the base policy of the adapters lies now, if it was moved.
-        max_token_difference: Share of action tokens that the merged policy may choose differently; None: what
-            `craft_ds.export.verify_merge` states for the dtype.
-        device: Where merged policy and adapters are compared.
+        base_path: New path of the adapters' base policy, if it was moved.
+        max_token_difference: Fraction of action tokens that the merged policy may choose differently; None:
+            the bound for the dtype in `craft_ds.export.verify_merge`.
+        device: Device on which merged policy and adapters are compared.
 
     Returns:
-        What was exported, for the log.
+        A description of the export, for the log.
 
     Raises:
-        UserError: The checkpoint is incomplete or damaged, the output exists, or a flag has no meaning for
-            this checkpoint; the base policy is missing or another; the merged policy differs too much.
+        UserError: The checkpoint is incomplete or damaged, the output exists, or a flag does not apply to
+            this checkpoint; the base policy is missing or different; the merged policy differs too much.
     """
     if output.exists():
         raise UserError(f"--output={output} exists already: choose another or move it away")
     verify_checkpoint(checkpoint, rank=0, world_size=1)
     _check_flags(checkpoint, merge_lora, base_path, max_token_difference)
     _check_device(device)
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        copy_policy_files(checkpoint, temporary, output)
-        if merge_lora:
-            _merge(checkpoint, temporary, dtype, base_path)
-            said = verify_merge(
-                checkpoint,
-                temporary,
-                dtype=dtype,
-                max_token_difference=max_token_difference,
-                base_path=base_path,
-                device=device,
-            )
-        elif has_adapters(checkpoint):
-            said = _export_adapters(checkpoint, temporary, dtype, base_path)
-        else:
+        with atomic_directory(output) as temporary:
+            copy_policy_files(checkpoint, temporary, output)
+            if merge_lora:
+                _merge(checkpoint, temporary, dtype, base_path)
+                return verify_merge(
+                    checkpoint,
+                    temporary,
+                    dtype=dtype,
+                    max_token_difference=max_token_difference,
+                    base_path=base_path,
+                    device=device,
+                )
+            if has_adapters(checkpoint):
+                return _export_adapters(checkpoint, temporary, dtype, base_path)
             _convert(checkpoint / WEIGHTS, temporary / WEIGHTS, DTYPES[dtype])
-            said = "the whole policy"
-        for path in (*temporary.rglob("*"), temporary):
-            fsync(path)
-        temporary.rename(output)
-        fsync(output.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"--output={output} cannot be written: {error}") from error
-        raise
-    return said
+            return "the complete policy"
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written: {error}") from error
 
 
 def _check_flags(
@@ -107,25 +96,25 @@ def _check_flags(
         for flag, given in (("--merge_lora", merge_lora), ("--base_path", base_path)):
             if given:
                 raise UserError(
-                    f"{flag} has no meaning for {checkpoint}, a checkpoint of full training: leave it out"
+                    f"{flag} does not apply to {checkpoint}, a checkpoint of full training: remove the flag"
                 )
     if max_token_difference is None:
         return
     if not merge_lora:
-        raise UserError("--max_token_difference has no meaning without --merge_lora: leave it out")
+        raise UserError("--max_token_difference applies only with --merge_lora: remove the flag")
     if not 0 <= max_token_difference <= 1:
-        raise UserError(f"--max_token_difference {max_token_difference} is a share and lies in [0, 1]")
+        raise UserError(f"--max_token_difference={max_token_difference} must be a fraction in [0, 1]")
 
 
 def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} is not here ({one_line(error)}): leave it out") from error
+        raise UserError(f"--device={device} is not available ({one_line(error)}): remove the flag") from error
 
 
 def _merge(checkpoint: Path, target: Path, dtype: str, base_path: str) -> None:
-    """Write the merged weights to a copy of the checkpoint's policy files."""
+    """Write the merged weights into a copy of the checkpoint's policy files."""
     config = load_policy_config(checkpoint)
     check_comparable(config)
     plan = _plan(checkpoint, base_path)
@@ -139,15 +128,15 @@ def _export_adapters(checkpoint: Path, target: Path, dtype: str, base_path: str)
     if base_path:
         plan = _plan(checkpoint, base_path)
         config = plan.config
-        # Opening them compares them with this base.
+        # Opening the weights checks that the adapters were trained on this base.
         policy = build_policy(load_policy_config(checkpoint), plan.base)
         with open_weights(policy, plan.base, plan, add_adapters(policy, config)):
             pass
     write_adapter_config(target, config)
     _convert(checkpoint / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS, DTYPES[dtype])
     return (
-        f"the LoRA adapters alone, which PEFT and LeRobot load on {config.base_model_name_or_path}; "
-        "--merge_lora exports a whole policy"
+        f"only the LoRA adapters, which PEFT and LeRobot load on {config.base_model_name_or_path}; "
+        "--merge_lora exports a complete policy"
     )
 
 

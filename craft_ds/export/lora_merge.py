@@ -1,4 +1,4 @@
-"""Adapters merged into the weights of their base policy, by range: no tensor is ever whole in memory."""
+"""Merge adapters into the weights of their base policy by range, without a full tensor in memory."""
 
 import math
 from typing import NamedTuple, Self
@@ -14,7 +14,7 @@ from craft_ds.tensor_io.tensor_file import TensorSpec
 
 
 class _Adapter(NamedTuple):
-    """What is known of an adapter without its values: names of its tensors, s, and the sizes of A."""
+    """An adapter without its values: names of its tensors A, B and m, the scale s, and the sizes of A."""
 
     a: str
     b: str
@@ -25,29 +25,29 @@ class _Adapter(NamedTuple):
 
 
 class MergedWeights:
-    """The weights that make a policy without adapters of one with adapters, read by range.
+    """Weights of a policy with its adapters merged, read by range.
 
-    A weight W of shape (outputs, inputs) with an adapter becomes, in fp32 whatever the dtypes of the files,
+    A weight W of shape (outputs, inputs) with an adapter becomes, in fp32 for any dtypes of the files,
 
         LoRA:  W' = W + s·B·A
-        DoRA:  W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖      (the norm of each row, one m for each)
+        DoRA:  W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖      (norm and m per row)
 
-    with s as PEFT scales this very layer. Modules that trained fully are read from the adapters' file, all
-    else from the base's.
+    with s as PEFT scales this layer. Fully trained modules are read from the adapter file, all other weights
+    from the base policy.
 
     Args:
-        policy: From `build_policy`, without adapters; gets them here.
+        policy: From `build_policy`, without adapters; they are added here.
         plan: Stored adapters and their base.
 
     Attributes:
         specs: The tensors of the policy without adapters.
 
     Raises:
-        UserError: As `AdaptedWeights`; an adapter lies on a weight that other layers share.
+        UserError: As `AdaptedWeights`; or an adapter is on a weight that layers share.
     """
 
     def __init__(self, policy: nn.Module, plan: AdapterPlan):
-        # Before the adapters rename the base's parameters.
+        # Read before the adapters rename the base's parameters.
         self.specs = [
             TensorSpec(name, tuple(tensor.shape), tensor.dtype)
             for name, tensor in unique_tensors(policy).items()
@@ -60,8 +60,8 @@ class MergedWeights:
         if shared:
             self._weights.__exit__()
             raise UserError(
-                f"{min(shared)} has adapters and is another layer's weight too, which would change with it: "
-                "leave --merge_lora out"
+                f"{min(shared)} has adapters and is shared with another layer, which the merge would change: "
+                "export without --merge_lora"
             )
         self._adapters = {
             f"{name}.weight": _describe(name, layer, shapes[f"{name}.weight"][1])
@@ -75,7 +75,7 @@ class MergedWeights:
         self._weights.__exit__()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened tensor, 1-D: fp32 if merged, else in the file's dtype."""
+        """Return elements [start, stop) of a flattened tensor, 1-D: fp32 if merged, else the file's dtype."""
         adapter = self._adapters.get(name)
         if adapter is None or start == stop:
             return self._weights.read(name, start, stop)
@@ -84,7 +84,7 @@ class MergedWeights:
         return self._rows(name, adapter, first, last).view(-1)[start - offset : stop - offset]
 
     def _rows(self, name: str, adapter: _Adapter, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a merged weight."""
+        """Return rows [first, last) of a merged weight."""
 
         def matrix(name: str, width: int, first: int, last: int) -> Tensor:
             return self._weights.read(name, first * width, last * width).float().view(-1, width)

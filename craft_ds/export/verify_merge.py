@@ -1,7 +1,7 @@
-"""Whether a merged policy does what its adapters do on their base: logits and greedy action tokens compared.
+"""Comparison of a merged policy with its adapters on their base, by logits and greedy action tokens.
 
 Both compute in fp32, one after the other, so that one model is in memory at a time and only the rounding of
-the merged weights shows.
+the merged weights makes a difference.
 """
 
 import copy
@@ -22,22 +22,22 @@ from craft_ds.policies.pi0_fast.generation import greedy_action_tokens
 from craft_ds.policies.pi0_fast.loss import supervised_logits
 from craft_ds.policies.token_loss import Batch
 
-# Share of action tokens that may differ, by the dtype of the merged file. One token that changes changes
-# those after it: a sample of 32 that begins otherwise is 3 %. Adapters of rank 8 on the shipped teachers gave
-# 0, 4.6 % and 0.3 % at most on any 32 frames or anchors; adapters scaled by 0.9, 24 % of Meta-World's frames.
+# Fraction of action tokens that may differ, by the dtype of the merged file. A changed token changes those
+# after it: one of 32 samples with another first token is 3 %. Adapters of rank 8 on the shipped teachers gave
+# at most 0, 4.6 % and 0.3 % on any 32 frames or anchors; adapters scaled by 0.9, 24 % on Meta-World's frames.
 MAX_TOKEN_DIFFERENCE = {"float32": 0.0, "bfloat16": 0.1, "float16": 0.05}
-# Tokens may hide a wrong merge: a policy that kept its old tasks says on their anchors what its base says.
-# So logits may not differ by more than this share of the largest one. Measured: 1e-6, 1.1e-2 and 6e-4 at
-# most; with adapters scaled by 0.9 6e-2, by 0.5 0.37 at least on frames.
+# Tokens can hide a wrong merge: on anchors, a policy that kept its old tasks gives the tokens of its base.
+# So logits may not differ by more than this fraction of the largest one. Measured: at most 1e-6, 1.1e-2 and
+# 6e-4; with adapters scaled by 0.9 at least 6e-2 on frames, by 0.5 at least 0.37.
 MAX_LOGIT_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}
 
 
 class Outputs(NamedTuple):
-    """What a policy makes of samples.
+    """Outputs of a policy for some samples.
 
     Attributes:
-        logits: (N, vocabulary), of the first batch's supervised action tokens.
-        tokens: (samples, steps), greedy; zeros after the end of action.
+        logits: (N, vocabulary), for the supervised action tokens of the first batch.
+        tokens: (samples, steps), greedy; zeros after the end of the action.
     """
 
     logits: Tensor
@@ -45,15 +45,15 @@ class Outputs(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """How two policies differ.
+    """Differences between the outputs of two policies.
 
     Attributes:
         logit_difference: The largest absolute difference of any logit.
         largest_logit: The largest absolute logit.
-        tokens: Positions of actions, each up to the end of the longer of the two.
-        different_tokens: How many of them hold another token.
-        samples: Actions.
-        different_samples: How many of them have any such position.
+        tokens: Number of token positions, up to the end of the longer action of each sample.
+        different_tokens: Number of positions with different tokens.
+        samples: Number of samples.
+        different_samples: Number of samples with different tokens.
     """
 
     logit_difference: float
@@ -65,11 +65,11 @@ class Comparison(NamedTuple):
 
     @property
     def token_difference(self) -> float:
-        """Share of tokens that differ."""
+        """Fraction of tokens that differ."""
         return self.different_tokens / max(self.tokens, 1)
 
     def describe(self) -> str:
-        """A line for the log."""
+        """Return a line for the log."""
         return (
             f"largest logit difference {self.logit_difference:.3g} (largest logit {self.largest_logit:.3g}), "
             f"{self.different_tokens} of {self.tokens} action tokens differ ({self.token_difference:.2%}), "
@@ -81,12 +81,12 @@ def check_comparable(config: PreTrainedConfig) -> None:
     """Check that a policy has action tokens.
 
     Raises:
-        UserError: It has none.
+        UserError: The policy has none.
     """
     if not isinstance(config, PI0FastConfig):
         raise UserError(
-            f"--merge_lora compares action tokens, and a policy of type {config.type} has none: leave it "
-            "out, and merge the exported adapters by PEFT's merge_and_unload"
+            f"--merge_lora compares action tokens, but a policy of type {config.type} has none: export "
+            "without it, and merge the exported adapters with PEFT's merge_and_unload"
         )
 
 
@@ -99,22 +99,22 @@ def verify_merge(
     base_path: str = "",
     device: str = "cpu",
 ) -> str:
-    """Compare a merged policy with the adapters that it was made of.
+    """Compare a merged policy with its adapters.
 
     Args:
         checkpoint: Holds the adapters.
         merged: The merged policy's directory.
-        dtype: Of its weights.
-        max_token_difference: Share of action tokens that may differ; None: `MAX_TOKEN_DIFFERENCE` of the
+        dtype: Dtype of its weights.
+        max_token_difference: Fraction of action tokens that may differ; None: `MAX_TOKEN_DIFFERENCE` of the
             dtype.
-        base_path: Where the base policy of the adapters lies now, if it was moved.
-        device: Where both compute.
+        base_path: New path of the adapters' base policy, if it was moved.
+        device: Device on which both compute.
 
     Returns:
-        What was compared and how much it differs, for the log.
+        A description of the samples and the differences, for the log.
 
     Raises:
-        UserError: More differs than may.
+        UserError: The policies differ by more than the bounds.
     """
     config = load_policy_config(checkpoint)
     samples = draw_samples(checkpoint, config)
@@ -130,7 +130,7 @@ def verify_merge(
 
 
 def in_fp32(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the same policy with fp32 parameters."""
+    """Return the configuration of the same policy with fp32 parameters."""
     config = copy.copy(config)
     config.dtype = "float32"
     return config
@@ -138,7 +138,7 @@ def in_fp32(config: PreTrainedConfig) -> PreTrainedConfig:
 
 @torch.no_grad()
 def policy_outputs(policy: PI0FastPolicy, batches: list[Batch]) -> Outputs:
-    """Logits of the first batch and greedy action tokens of all, on the CPU."""
+    """Return logits of the first batch and greedy action tokens of all batches, on the CPU."""
     policy.eval()
     logits, _ = supervised_logits(policy, batches[0])
     tokens = [greedy_action_tokens(policy, batch).cpu() for batch in batches]
@@ -146,18 +146,18 @@ def policy_outputs(policy: PI0FastPolicy, batches: list[Batch]) -> Outputs:
 
 
 def compare(expected: Outputs, found: Outputs) -> Comparison:
-    """How the outputs of two policies for the same samples differ.
+    """Compare the outputs of two policies for the same samples.
 
     Raises:
-        UserError: A logit is not finite.
+        UserError: A logit is non-finite.
     """
     for outputs, what in ((expected, "policy with adapters"), (found, "merged policy")):
         if not outputs.logits.isfinite().all():
             raise UserError(
-                f"logits of the {what} are not finite: export an earlier checkpoint, or in another --dtype"
+                f"the {what} has non-finite logits: export an earlier checkpoint, or choose another --dtype"
             )
-    spoken = (expected.tokens != 0) | (found.tokens != 0)
-    until_end = spoken.int().flip(1).cummax(dim=1).values.flip(1).bool()
+    generated = (expected.tokens != 0) | (found.tokens != 0)
+    until_end = generated.int().flip(1).cummax(dim=1).values.flip(1).bool()
     differs = (expected.tokens != found.tokens) & until_end
     return Comparison(
         logit_difference=float((expected.logits - found.logits).abs().max()),
@@ -170,10 +170,10 @@ def compare(expected: Outputs, found: Outputs) -> Comparison:
 
 
 def _refuse_difference(comparison: Comparison, dtype: str, bound: float) -> None:
-    what = f"the merged policy in {dtype} is not the one that was trained: {comparison.describe()}"
-    mend = "export again" if dtype == "float32" else "export with --dtype float32"
+    what = f"the merged policy in {dtype} differs from the trained one: {comparison.describe()}"
+    advice = "export again" if dtype == "float32" else "export with --dtype float32"
     limit = MAX_LOGIT_DIFFERENCE[dtype]
     if comparison.logit_difference > limit * comparison.largest_logit:
-        raise UserError(f"{what}; rounding explains {limit:g} of the largest logit at most: {mend}")
+        raise UserError(f"{what}; rounding explains at most {limit:g} of the largest logit: {advice}")
     if comparison.token_difference > bound:
-        raise UserError(f"{what}; --max_token_difference is {bound:g}: {mend}, or raise it")
+        raise UserError(f"{what}; --max_token_difference is {bound:g}: {advice}, or raise it")

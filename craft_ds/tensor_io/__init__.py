@@ -1,1 +1,1 @@
-"""Tensor files and JSON read by range and with limits; durable file operations."""
+"""Tensor files by range, untrusted JSON within limits, and durable file operations."""

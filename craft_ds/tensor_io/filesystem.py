@@ -1,16 +1,80 @@
-"""Durable file operations that the standard library lacks."""
+"""Durable and atomic file operations."""
 
+import contextlib
 import ctypes
 import errno
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+UNFINISHED = ".tmp"
+"""Suffix of files and directories that are not complete yet."""
+
+
+def unfinished_path(path: Path) -> Path:
+    """Return the path beside a file or directory under which it is written until it is complete."""
+    return path.with_name(path.name + UNFINISHED)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Write a file that is complete whenever it exists: yield a temporary path, flush it and rename it.
+
+    After an error the temporary file remains; the next attempt overwrites it.
+
+    Args:
+        path: The file; an existing one is replaced.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    temporary = unfinished_path(path)
+    yield temporary
+    fsync(temporary)
+    temporary.rename(path)
+
+
+def publish_directory(temporary: Path, directory: Path) -> None:
+    """Flush everything in a directory and give it its final name, so that it appears complete.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    for path in (*temporary.rglob("*"), temporary):
+        fsync(path)
+    temporary.rename(directory)
+    fsync(directory.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(directory: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Write a directory that is complete whenever it exists: yield a temporary path, then publish it.
+
+    Leftovers under the temporary path are deleted first; after an error it is deleted too.
+
+    Args:
+        directory: The directory; must not exist.
+        temporary: Path until it is complete, which the caller creates; None: `unfinished_path`.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    temporary = temporary or unfinished_path(directory)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        publish_directory(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or the names in a directory, to the disk.
+    """Flush a file, or the entries of a directory, to the disk.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The disk fails.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -20,15 +84,15 @@ def fsync(path: Path) -> None:
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Give an open file its size, and room on the disk where the file system can promise it.
+    """Set the size of an open file, and allocate its disk space if the file system supports it.
 
-    `os.posix_fallocate` would write into every block of the file where it cannot (NFS before version 4.2,
-    many FUSE file systems), and all would travel twice.
+    `os.posix_fallocate` writes into every block if it does not (NFS before version 4.2, many FUSE file
+    systems), which would send all data twice.
 
     Raises:
-        OSError: The disk or the quota has no room for it.
+        OSError: The disk or the quota has too little space.
     """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # Linux has it
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # on Linux
     if fallocate is not None:
         fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
         if fallocate(descriptor, 0, 0, size) == 0:

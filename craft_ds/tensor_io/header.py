@@ -1,4 +1,8 @@
-"""The header of a safetensors file: nothing in it is believed before it fits the file."""
+"""Read and validate the header of a safetensors file.
+
+Own code instead of safetensors' reader: that one accepts repeated names and maps the file into memory, and
+these headers are read through a descriptor that stays open for ranges.
+"""
 
 import math
 import os
@@ -17,12 +21,12 @@ _MOST_DIMENSIONS = 64
 
 
 class Header(NamedTuple):
-    """What a header says.
+    """Contents of a header.
 
     Attributes:
-        metadata: Its `__metadata__`.
-        entries: Of each tensor `dtype`, `shape` and `data_offsets`.
-        start: Where the tensors' bytes begin in the file.
+        metadata: The `__metadata__` entry.
+        entries: `dtype`, `shape` and `data_offsets` of each tensor.
+        start: Offset of the tensors' bytes in the file.
     """
 
     metadata: dict[str, str]
@@ -31,27 +35,27 @@ class Header(NamedTuple):
 
 
 def read_header(fd: int, dtypes: Mapping[str, torch.dtype]) -> Header:
-    """Read and check the header of an open file.
+    """Read the header of an open file and check that it describes the file to the byte.
 
     Args:
         fd: Descriptor of the file.
-        dtypes: The known types of tensors by their names in the format.
+        dtypes: Supported dtypes by their names in the format.
 
     Raises:
-        ValueError: With the reason why this is no safetensors file.
+        ValueError: The file is not a valid safetensors file; the message is the reason.
         OSError: The file cannot be read.
     """
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
     room = found.st_size - 8 - length
     if not 0 < length <= _MOST_BYTES or room < 0:
-        raise ValueError(f"a header of {length} bytes in a file of {found.st_size}")
+        raise ValueError(f"it declares a header of {length} bytes, but the file has {found.st_size}")
     entries = parse_object(os.pread(fd, length, 8))
     metadata = entries.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise ValueError("its metadata are not strings")
+        raise ValueError("its metadata values are not strings")
     spans = sorted(_span(name, entry, dtypes) for name, entry in entries.items())
     reached = 0
     for begin, end in spans:
@@ -59,23 +63,23 @@ def read_header(fd: int, dtypes: Mapping[str, torch.dtype]) -> Header:
             raise ValueError(f"its tensors overlap or leave a gap at byte {min(begin, reached)}")
         reached = end
     if reached != room:
-        raise ValueError(f"its tensors have {reached} bytes, and there are {room}")
+        raise ValueError(f"its tensors have {reached} bytes, but the file holds {room}")
     return Header(metadata, entries, 8 + length)
 
 
 def _span(name: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
-    """First byte of a tensor, and the first behind it."""
+    """Return the byte range [begin, end) of a tensor, relative to the first tensor's."""
     what = repr(name[:100])
     if not isinstance(entry, dict):
-        raise ValueError(f"{what} is no tensor")
+        raise ValueError(f"{what} is not a tensor entry")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in dtypes:
         raise ValueError(f"{what} has the unknown dtype {str(dtype)[:100]!r}")
     if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not all(map(is_count, shape)):
-        raise ValueError(f"{what} has no possible shape")
+        raise ValueError(f"{what} has an invalid shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
-        raise ValueError(f"{what} has no possible offsets")
+        raise ValueError(f"{what} has invalid offsets")
     begin, end = offsets
     if end - begin != math.prod(shape) * dtypes[dtype].itemsize:
-        raise ValueError(f"{what} has another size than its shape")
+        raise ValueError(f"the byte size of {what} does not match its shape")
     return begin, end

@@ -1,8 +1,8 @@
-"""One tensor file in pieces, one a rank, for file systems on which ranks cannot write to the same file.
+"""One tensor file in pieces, one per rank, for file systems on which ranks cannot write to the same file.
 
 `model.safetensors` becomes `model.rank_00000.safetensors`, … A piece is a safetensors file of 1-D tensors,
-each a part of a flattened tensor under the tensor's own name; its metadata entry `parts` says, as JSON,
-where each part begins and what shape the whole tensor has.
+each a part of a flattened tensor under the tensor's own name. Its metadata entry `parts` holds, as JSON,
+the start of each part and the shape of the full tensor.
 """
 
 import json
@@ -29,22 +29,22 @@ class Part(NamedTuple):
 
 
 def piece_path(path: Path, rank: int) -> Path:
-    """Where a rank's piece of a file lies."""
+    """Return the path of a rank's piece of a file."""
     return path.with_name(f"{path.stem}.rank_{rank:05d}{path.suffix}")
 
 
 def pieces_of(path: Path) -> list[Path]:
-    """The pieces of a file that are there, in rank order."""
+    """Return the existing pieces of a file, in rank order."""
     return sorted(path.parent.glob(f"{path.stem}.rank_*{path.suffix}"))
 
 
 def create_piece(path: Path, parts: Iterable[Part], metadata: dict[str, str] | None = None) -> None:
-    """Create a piece of its full size without values, to be filled by `TensorFile.write` from element 0 on.
+    """Create a piece of its full size without values; `TensorFile.write` fills it, each part from element 0.
 
     Args:
         path: From `piece_path`.
-        parts: What it holds, at most one part of a tensor.
-        metadata: Strings of the whole file's header, the same in every piece.
+        parts: Contents, at most one part per tensor.
+        metadata: Strings for the header, the same in every piece.
 
     Raises:
         OSError: The disk is full or the directory is not writable.
@@ -56,10 +56,10 @@ def create_piece(path: Path, parts: Iterable[Part], metadata: dict[str, str] | N
 
 
 class PerRankFile:
-    """The pieces of a file, read as `TensorFile` reads the whole.
+    """The pieces of a file, read like a single `TensorFile`.
 
     Args:
-        path: The whole file's name.
+        path: The file's name without ranks.
 
     Raises:
         ValueError: A piece is damaged or missing, or the pieces do not belong together.
@@ -80,7 +80,7 @@ class PerRankFile:
                 if [start for start, *_ in parts] != ends[:-1] or ends[-1] != math.prod(
                     self._specs[name].shape
                 ):
-                    raise ValueError(f"the pieces of {path} do not make up {name}: one is missing")
+                    raise ValueError(f"the pieces of {path} do not cover {name}: one is missing or repeated")
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
             self._files.close()
             raise ValueError(f"a piece of {path} is damaged") from None
@@ -105,11 +105,11 @@ class PerRankFile:
         self._files.close()
 
     def specs(self) -> list[TensorSpec]:
-        """The tensors of the file."""
+        """Return name, full shape and dtype of every tensor."""
         return list(self._specs.values())
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened tensor, 1-D, on the CPU.
+        """Return elements [start, stop) of a flattened tensor, 1-D, on the CPU.
 
         Raises:
             KeyError: The file has no such tensor.
@@ -127,10 +127,10 @@ class PerRankFile:
 
 
 def open_tensors(path: Path) -> TensorFile | PerRankFile:
-    """A tensor file, whole or in pieces.
+    """Open a tensor file, consolidated or in pieces.
 
     Raises:
-        ValueError: It is damaged.
-        OSError: It is not there.
+        ValueError: The file or a piece is damaged.
+        OSError: It does not exist or cannot be read.
     """
     return PerRankFile(path) if not path.exists() and pieces_of(path) else TensorFile(path)

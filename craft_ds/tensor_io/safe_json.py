@@ -1,28 +1,28 @@
-"""Files that others may have made: read within bounds, and never beyond their own directory."""
+"""Read untrusted JSON files within limits, and resolve the file names in them inside one directory."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# The index of a policy of a hundred thousand tensors has 10 MB.
+# The weight index of a policy with a hundred thousand tensors has 10 MB.
 _MOST_BYTES = 1 << 26
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Args:
         path: The file.
 
     Raises:
-        ValueError: What is there is no regular file, too large, nested too deep, no JSON, no object, or has
-            a name twice.
-        OSError: The file is not there, or cannot be read.
+        ValueError: It is not a regular file, too large, nested too deeply, not JSON, not an object, or
+            repeats a name.
+        OSError: The file does not exist or cannot be read.
     """
     if not path.is_file():
         if path.exists():
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         raise FileNotFoundError(f"{path} is missing")
     size = path.stat().st_size
     if size > _MOST_BYTES:
@@ -31,7 +31,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """The object that a JSON text holds.
+    """Return the object in a JSON text.
 
     Raises:
         ValueError: As `read_object`.
@@ -39,39 +39,39 @@ def parse_object(text: bytes) -> dict[str, Any]:
     try:
         content = json.loads(text.decode(), object_pairs_hook=_without_repetition)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError("it is not a JSON object")
     return content
 
 
 def _without_repetition(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        # Two readers of such a file could take different ones.
+        # Two readers could choose different values.
         names = [name for name, _ in pairs]
         raise ValueError(f"it has {max(names, key=names.count)[:100]!r} twice")
     return content
 
 
 def path_inside(directory: Path, name: object) -> Path:
-    """The path of a file that something in a directory names.
+    """Return the path of a file in a directory that an untrusted file names.
 
     Args:
         directory: The directory.
-        name: What was found where the name of a file in it should be.
+        name: The untrusted value, expected to be a relative path below the directory.
 
     Raises:
-        ValueError: It is no name, or one that leaves the directory.
+        ValueError: It is not a string, or points outside the directory.
     """
     if not isinstance(name, str):
-        raise ValueError(f"{str(name)[:100]!r} is no name of a file")
+        raise ValueError(f"{str(name)[:100]!r} is not a file name")
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise ValueError(f"{name[:100]!r} is no file of this directory")
+        raise ValueError(f"{name[:100]!r} is not a file in this directory")
     return directory / path
 
 
 def is_count(value: object, least: int = 0) -> bool:
-    """Whether a value is a whole number that could count or measure something in a file."""
+    """Return whether a value is an integer in [least, 2**62), as counts and sizes in files are."""
     return type(value) is int and least <= value < 1 << 62

@@ -1,8 +1,8 @@
-"""A safetensors file that all ranks write and read at once, each its own ranges.
+"""Safetensors files that all ranks write and read concurrently, each its own ranges.
 
 The format (https://github.com/huggingface/safetensors) is a length, a JSON header and one contiguous
-block of bytes a tensor. A shard is a range of a flattened tensor, therefore a range of the file: no rank
-gathers anything, and the file of a sharded run is the file of an unsharded one.
+block of bytes per tensor. A shard is a range of a flattened tensor, and so a range of the file: no rank
+gathers anything, and sharded and unsharded runs write identical files.
 """
 
 import errno
@@ -41,10 +41,10 @@ _PIECE = 1 << 22
 
 
 def fill_(part: Tensor, read: ReadRange, name: str, start: int) -> None:
-    """Read a part of a flattened tensor into its place, piece by piece: no second copy of it ever exists.
+    """Read a part of a flattened tensor into place, piece by piece, without a second copy in memory.
 
     Args:
-        part: 1-D; elements [start, start + len(part)) of the tensor belong here, in any dtype and device.
+        part: 1-D destination for elements [start, start + len(part)), of any dtype and on any device.
         read: Reads ranges by name.
         name: The tensor.
         start: Offset of the part in the flattened tensor, in elements.
@@ -55,7 +55,7 @@ def fill_(part: Tensor, read: ReadRange, name: str, start: int) -> None:
 
 
 class TensorSpec(NamedTuple):
-    """What the header says of a tensor."""
+    """Name, shape and dtype of a tensor in a file."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class TensorSpec(NamedTuple):
 def create_tensor_file(
     path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None
 ) -> None:
-    """Create a file of its full size, with its header and without values. One rank does it.
+    """Create a file of its full size, with its header and without values. Call on one rank.
 
     Args:
         path: The new file.
@@ -77,7 +77,7 @@ def create_tensor_file(
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
-    # As the reference implementation orders them: larger items first, so that all stay aligned.
+    # The order of the reference implementation: larger items first, so that all stay aligned.
     for spec in sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name)):
         end = offset + math.prod(spec.shape) * spec.dtype.itemsize
         header[spec.name] = {
@@ -92,14 +92,14 @@ def create_tensor_file(
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
         if offset:
-            # Room for all ranks is claimed here, so that a full disk shows before anything is written.
+            # Reserve the space of all ranks, so that a full disk is found before anything is written.
             reserve(file.fileno(), file.tell() + offset)
 
 
 def write_tensor_file(
     path: Path, specs: Iterable[TensorSpec], read: ReadRange, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a file piece by piece, whatever the size of its tensors, and force it to the disk.
+    """Write a file piece by piece in bounded memory, and fsync it.
 
     Args:
         path: The new file.
@@ -121,19 +121,19 @@ def write_tensor_file(
 
 
 class TensorFile:
-    """Ranges of the tensors of a safetensors file, for reading or for filling in.
+    """A safetensors file whose tensors are read and written by range.
 
     Args:
         path: The file.
         writable: Open it for `write` too.
 
     Raises:
-        ValueError: The file is not a safetensors file: its header does not describe it, to the byte.
-        OSError: There is no such file, or it cannot be read.
+        ValueError: The file is not a valid safetensors file: its header does not describe it to the byte.
+        OSError: The file does not exist or cannot be read.
     """
 
     def __init__(self, path: Path, *, writable: bool = False):
-        # Without O_NONBLOCK a pipe in the place of the file would be waited for.
+        # Without O_NONBLOCK, opening a named pipe would block.
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK
         try:
             self._fd = os.open(path, flags)
@@ -157,14 +157,14 @@ class TensorFile:
         os.close(self._fd)
 
     def specs(self) -> list[TensorSpec]:
-        """The tensors of the file."""
+        """Return name, shape and dtype of every tensor."""
         return [
             TensorSpec(name, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
             for name, entry in self._entries.items()
         ]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened tensor, 1-D, on the CPU.
+        """Return elements [start, stop) of a flattened tensor, 1-D, on the CPU.
 
         Raises:
             KeyError: The file has no such tensor.
@@ -182,7 +182,7 @@ class TensorFile:
         Args:
             name: The tensor.
             start: First element.
-            values: 1-D, on any device; brought to the CPU and cast to the dtype of the file piece by piece.
+            values: 1-D, on any device; copied to the CPU and cast to the file's dtype piece by piece.
 
         Raises:
             KeyError: The file has no such tensor.
@@ -195,20 +195,20 @@ class TensorFile:
             offset += len(view)
 
     def sync(self) -> None:
-        """Force what was written to the disk."""
+        """Flush written data to the disk."""
         os.fsync(self._fd)
 
     def _locate(self, name: str, start: int, stop: int) -> tuple[torch.dtype, int]:
         entry = self._entries[name]
         dtype, numel = _DTYPES[entry["dtype"]], math.prod(entry["shape"])
         if not 0 <= start <= stop <= numel:
-            # The bytes beyond are the next tensor's: they would be taken for this one's.
+            # The bytes beyond belong to the next tensor.
             raise IndexError(f"{name} has {numel} elements, not [{start}, {stop})")
         return dtype, self._start + entry["data_offsets"][0] + start * dtype.itemsize
 
 
 def _fully(transfer: Any, view: memoryview, offset: int) -> None:
-    """Repeat a positioned read or write until the whole view is done: one call moves at most 2 GiB."""
+    """Repeat a positioned read or write until the full view is transferred: one call moves at most 2 GiB."""
     done = 0
     while done < len(view):
         moved = transfer(view[done:], offset + done)

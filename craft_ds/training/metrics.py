@@ -22,6 +22,7 @@ from lerobot.configs.default import WandBConfig
 from tqdm import tqdm
 
 from craft_ds.errors import UserError
+from craft_ds.tensor_io.filesystem import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -98,12 +99,8 @@ def drop_rows_after(path: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 class MetricsLogger:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from tqdm import tqdm
 
 from craft_ds.errors import UserError
+from craft_ds.tensor_io.filesystem import atomic_directory
 from craft_ds.worlds import make_world
 from craft_ds.worlds.base import ACTION, CAMERA, IMAGE_SIZE, STATE, World, scene_seed
 from craft_ds.worlds.recording import Recipe, Recorder, recorder
@@ -41,16 +41,13 @@ def write_demonstrations(recipe: Recipe, output_dir: str | Path, processes: int 
         if read_recipe(output_dir) != recipe:
             raise UserError(f"--output_dir {output_dir} exists and does not hold {recipe}: choose another")
         return output_dir / "old", output_dir / "new"
-    temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    hidden = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    with atomic_directory(output_dir, hidden) as temporary:
+        temporary.mkdir(parents=True)
         with recorder(recipe.world, processes) as record:
             for split in ("old", "new"):
                 _write_data_set(recipe, split, temporary / split, record)
         (temporary / _RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
-        temporary.rename(output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return output_dir / "old", output_dir / "new"
 
 

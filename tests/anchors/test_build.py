@@ -17,6 +17,7 @@ from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.policies.tiny_pi0_fast.tokenizers import build_text_tokenizer
 from craft_ds.policies.token_loss import token_loss
+from craft_ds.tensor_io import filesystem
 from craft_ds.testing.adapters import make_test_adapters
 from craft_ds.testing.datasets import make_test_dataset
 
@@ -91,8 +92,8 @@ def test_an_interrupted_build_is_continued(built, options, tmp_path, monkeypatch
     output = tmp_path / "cache"
     calls = []
 
-    def die(name, on_call):
-        original = getattr(build, name)
+    def die(module, name, on_call):
+        original = getattr(module, name)
 
         def wrapper(*args):
             calls.append(name)
@@ -100,13 +101,13 @@ def test_an_interrupted_build_is_continued(built, options, tmp_path, monkeypatch
                 raise Killed
             return original(*args)
 
-        monkeypatch.setattr(build, name, wrapper)
+        monkeypatch.setattr(module, name, wrapper)
 
     where = {
-        "in a shard": ("fsync", 4),
-        "behind a shard": ("_write_json", 3),
-        "before the metadata": ("_teacher_loss", 1),
-        "before the end": ("_write_json", 6),
+        "in a shard": (filesystem, "fsync", 4),
+        "behind a shard": (build, "_write_json", 3),
+        "before the metadata": (build, "_teacher_loss", 1),
+        "before the end": (build, "_write_json", 6),
     }
     die(*where[moment])
     with pytest.raises(Killed):

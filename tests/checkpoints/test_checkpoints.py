@@ -1,4 +1,4 @@
-"""Checkpoints of one process. What several ranks write and read is in tests/distributed."""
+"""Checkpoints of one process; those of several ranks are tested in tests/distributed."""
 
 import json
 import shutil
@@ -122,7 +122,7 @@ def test_states_are_plain_values(saved):
     assert torch.load(saved / "craft_state.pt", weights_only=True)["multiplier"] == 0.25
 
 
-def test_loading_gives_the_training_state_back(saved, engine):
+def test_loading_restores_the_training_state(saved, engine):
     other = make_engine(saved)
     load_optimizer(saved, other)
     scheduler_state, craft_state = read_states(saved)
@@ -149,7 +149,7 @@ def test_a_checkpoint_before_the_first_step_has_no_moments(save, inputs, tmp_pat
         assert torch.equal(expected.master, found.master)
 
 
-def test_the_manifest_knows_every_file(saved):
+def test_the_manifest_lists_every_file(saved):
     manifest = read_manifest(saved)
     files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
     assert set(manifest["files"]) == files - {"manifest.json"}
@@ -157,7 +157,7 @@ def test_the_manifest_knows_every_file(saved):
     assert verify_checkpoint(saved, 0, 1) == manifest
 
 
-def test_long_files_are_hashed_in_parts(save, tmp_path, monkeypatch):
+def test_long_files_are_hashed_in_segments(save, tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "SEGMENT", 1000)
     directory = save(tmp_path / "step_000002")
     size = (directory / "model.safetensors").stat().st_size
@@ -165,7 +165,7 @@ def test_long_files_are_hashed_in_parts(save, tmp_path, monkeypatch):
     verify_checkpoint(directory, 0, 1)
 
 
-def test_the_extra_files_belong_to_it(save, tmp_path):
+def test_extra_files_are_in_the_manifest(save, tmp_path):
     directory = save(tmp_path / "final", extra=lambda path: (path / "history.csv").write_text("a\n"))
     assert (directory / "history.csv").read_text() == "a\n"
     assert "history.csv" in read_manifest(directory)["files"]
@@ -175,7 +175,7 @@ def test_the_extra_files_belong_to_it(save, tmp_path):
     "name", ["model.safetensors", "optimizer.safetensors", "craft_state.pt", "config.json"]
 )
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damage_is_found_and_named(saved, name, damage):
+def test_damage_is_found_and_its_file_named(saved, name, damage):
     path = saved / name
     content = bytearray(path.read_bytes())
     if damage == "remove":
@@ -190,13 +190,13 @@ def test_damage_is_found_and_named(saved, name, damage):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (None, "is no checkpoint of craft-ds"),
+        (None, "is not a craft-ds checkpoint"),
         ("{", "is damaged"),
         ("[1]", "is damaged"),
-        (json.dumps({"format_version": 99}), "format version 99"),
+        (json.dumps({"format_version": 99}), "has format version 99"),
     ],
 )
-def test_a_directory_without_a_readable_manifest_is_no_checkpoint(saved, text, reason):
+def test_an_unreadable_manifest_is_refused(saved, text, reason):
     manifest = saved / "manifest.json"
     manifest.unlink() if text is None else manifest.write_text(text)
     with pytest.raises(UserError, match=reason):
@@ -212,12 +212,12 @@ def test_nothing_is_overwritten(save, saved):
 
 
 class Killed(BaseException):
-    """Stands for Ctrl-C and for the process's end."""
+    """Stand-in for Ctrl-C or a killed process."""
 
 
 @pytest.mark.parametrize("place", ["create", "write", "hash", "sync", "rename"])
 @pytest.mark.parametrize("failure", [Killed(), OSError(28, "No space left on device")])
-def test_a_save_that_fails_leaves_nothing_that_looks_whole(save, saved, monkeypatch, place, failure):
+def test_a_failed_save_leaves_no_checkpoint(save, saved, monkeypatch, place, failure):
     def fail(*_: object, **__: object) -> None:
         raise failure
 
@@ -245,11 +245,11 @@ def test_a_save_that_fails_leaves_nothing_that_looks_whole(save, saved, monkeypa
             assert "No space left on device" in str(raised.value)
     assert not target.exists()
     assert (saved.parent / "last").resolve() == saved
-    with pytest.raises(UserError, match="is no checkpoint of craft-ds"):
+    with pytest.raises(UserError, match="is not a craft-ds checkpoint"):
         read_manifest(target)
     verify_checkpoint(saved, 0, 1)
 
-    # What the failure left behind is in nobody's way.
+    # Leftovers of the failure do not prevent the next save.
     save(target, 4)
     verify_checkpoint(target, 0, 1)
     assert (saved.parent / "last").resolve() == target
@@ -263,8 +263,8 @@ def test_a_checkpoint_may_be_moved(saved, tmp_path):
     assert verify_checkpoint(moved, 0, 1)["step"] == 2
 
 
-def test_a_slow_rank_does_not_look_for_files_that_are_renamed_already(tmp_path, monkeypatch):
-    """Once all hashes are exchanged, the main rank gives the directory its final name."""
+def test_hash_files_does_not_access_files_after_the_exchange(tmp_path, monkeypatch):
+    """Once all hashes are exchanged, rank 0 may rename the directory."""
     directory = tmp_path / "final.tmp"
     directory.mkdir()
     (directory / "config.json").write_text("{}")

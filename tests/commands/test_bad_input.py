@@ -296,7 +296,7 @@ def test_resuming_from_what_is_no_checkpoint(resume):
         shutil.rmtree(run / "final")
         (run / "step_000001" / "manifest.json").unlink()
 
-    assert "step_000001 is no checkpoint of craft-ds" in resume("step_000001", change)
+    assert "step_000001 is not a craft-ds checkpoint" in resume("step_000001", change)
 
 
 def test_a_checkpoint_of_another_format(resume):

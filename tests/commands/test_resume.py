@@ -51,7 +51,7 @@ def test_a_directory_without_a_manifest_is_moved_out_of_the_way(train, unbroken,
     (interrupted / "step_000004" / "manifest.json").unlink()
     ended = train(None, f"--output_dir={interrupted}", "--resume=true")
     assert ended.status == 0, ended.errors
-    assert "step_000004 is no checkpoint of craft-ds" in ended.output
+    assert "step_000004 is not a craft-ds checkpoint" in ended.output
     assert (interrupted / "step_000004.aside-1" / "model.safetensors").is_file()
     verify_checkpoint(interrupted / "step_000004", 0, 1)
     assert_same_bits(interrupted / "final", unbroken / "final")

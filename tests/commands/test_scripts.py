@@ -48,7 +48,7 @@ def test_bad_input_is_one_line_and_nothing_else(inputs, tmp_path):
 def test_export_of_a_non_checkpoint_is_one_line(inputs, tmp_path):
     ended = python("export_checkpoint.py", inputs.policy, "--output", tmp_path / "out", directory=tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith(f"error: {inputs.policy} is no checkpoint of craft-ds")
+    assert ended.stderr.startswith(f"error: {inputs.policy} is not a craft-ds checkpoint")
     assert ended.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

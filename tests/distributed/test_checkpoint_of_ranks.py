@@ -1,4 +1,4 @@
-"""A checkpoint is the same file whatever wrote it, and goes on as if nothing had happened."""
+"""All engines write the same checkpoint, and a resumed run continues exactly."""
 
 import pytest
 import torch
@@ -33,10 +33,10 @@ def check_loaded(result):
 
 
 def check_resumed(result):
-    unbroken = renamed(result, "unbroken")
-    assert_same(renamed(result, "resumed"), unbroken)
+    uninterrupted = renamed(result, "unbroken")
+    assert_same(renamed(result, "resumed"), uninterrupted)
     saved = renamed(result, "saved")
-    assert any(not tensor.equal(saved[name]) for name, tensor in unbroken.items())
+    assert any(not tensor.equal(saved[name]) for name, tensor in uninterrupted.items())
 
 
 def test_one_process_saves_and_resumes(reference):
@@ -47,7 +47,7 @@ def test_one_process_saves_and_resumes(reference):
 
 
 @every("save_and_resume")
-def test_the_file_holds_what_the_ranks_held(ranks, name):
+def test_the_file_has_the_values_of_the_ranks(ranks, name):
     check_file(ranks[name], ranks.scratch / f"{ranks.kind}_on{ranks.world_size}")
 
 
@@ -57,15 +57,15 @@ def test_loading_gives_the_same_bits(ranks, name):
 
 
 @every("save_and_resume")
-def test_a_resumed_run_equals_an_unbroken_one_bit_by_bit(ranks, name):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(ranks, name):
     check_resumed(ranks[name])
 
 
 def check_continued(result, written):
     assert_same(renamed(result, "loaded"), renamed(written, "saved"))
-    unbroken = renamed(written, "unbroken")
+    uninterrupted = renamed(written, "unbroken")
     continued = renamed(result, "continued")
-    assert_close_overall(continued, {name: unbroken[name] for name in continued})
+    assert_close_overall(continued, {name: uninterrupted[name] for name in continued})
 
 
 def written_by(spawner, directory):
@@ -74,11 +74,11 @@ def written_by(spawner, directory):
 
 
 @every(*(f"load_{directory}" for directory in LOADED))
-def test_another_engine_or_number_of_ranks_goes_on(ranks, name, spawner):
+def test_another_engine_or_number_of_ranks_resumes(ranks, name, spawner):
     check_continued(ranks[name], written_by(spawner, name.removeprefix("load_")))
 
 
 @pytest.mark.parametrize("directory", LOADED)
-def test_one_process_goes_on(reference, spawner, directory):
+def test_one_process_resumes(reference, spawner, directory):
     written = written_by(spawner, directory)
     check_continued(reference[f"load_{directory}"], written)

@@ -1,4 +1,4 @@
-"""An exported checkpoint is a policy like any other for stock LeRobot."""
+"""Exported checkpoints load and act in stock LeRobot."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def exported(final, tmp_path_factory):
 
 
 def behaviour(policy, processors, camera: str) -> tuple[torch.Tensor, float]:
-    """The action on a fixed observation, as a rollout asks for it, and the loss of a fixed action chunk."""
+    """Return the action for a fixed observation, as in a rollout, and the loss of a fixed action chunk."""
     rng = torch.Generator().manual_seed(0)
     observation = {
         camera: torch.rand(1, 3, 64, 64, generator=rng),
@@ -51,7 +51,7 @@ def behaviour(policy, processors, camera: str) -> tuple[torch.Tensor, float]:
     }
     policy.eval()
     policy.reset()
-    policy.config.validate_action_token_prefix = False  # after two steps nobody says "Action:" first
+    policy.config.validate_action_token_prefix = False  # it does not start with "Action:" yet
     preprocessor, postprocessor = processors
     action = postprocessor(policy.select_action(preprocessor(dict(observation))))
     chunk = torch.rand(1, 8, 4, generator=rng) - 0.5
@@ -60,7 +60,7 @@ def behaviour(policy, processors, camera: str) -> tuple[torch.Tensor, float]:
     return action, float(loss)
 
 
-def test_it_holds_the_policy_and_no_training_state(exported, final):
+def test_an_export_has_the_policy_and_no_training_state(exported, final):
     names = {path.name for path in exported.iterdir()}
     assert names >= {"config.json", "model.safetensors", "policy_preprocessor.json", "text_tokenizer"}
     training = {
@@ -74,7 +74,7 @@ def test_it_holds_the_policy_and_no_training_state(exported, final):
     assert training <= {path.name for path in final.iterdir()}
 
 
-def test_the_weights_are_those_that_were_trained(exported, final, inputs):
+def test_an_export_has_the_trained_weights(exported, final, inputs):
     trained, written = load_file(final / "model.safetensors"), load_file(exported / "model.safetensors")
     initial = load_file(inputs.policy / "model.safetensors")
     assert trained.keys() == written.keys() == initial.keys()
@@ -93,8 +93,8 @@ def test_stock_from_pretrained_loads_every_weight(exported, final, kind):
         assert torch.equal(state[name], tensor), name
 
 
-def test_lerobot_evals_way_of_building_a_policy_acts_the_same(exported, final, inputs):
-    """As `lerobot_eval.eval_main` builds them from `--policy.path` for `--env.type=metaworld`."""
+def test_a_policy_built_like_lerobot_eval_acts_the_same(exported, final, inputs):
+    """Built like in `lerobot_eval.eval_main` from `--policy.path` for `--env.type=metaworld`."""
     config = PreTrainedConfig.from_pretrained(exported)
     config.pretrained_path, config.device = exported, "cpu"
     names = {"observation.image": "observation.images.top"}
@@ -119,7 +119,7 @@ def test_lerobot_evals_way_of_building_a_policy_acts_the_same(exported, final, i
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_another_dtype_rounds_the_weights_only(final, tmp_path, dtype):
+def test_another_dtype_only_rounds_the_weights(final, tmp_path, dtype):
     output = tmp_path / "policy"
     export_checkpoint(final, output, dtype)
     exact, rounded = load_file(final / "model.safetensors"), load_file(output / "model.safetensors")
@@ -129,14 +129,14 @@ def test_another_dtype_rounds_the_weights_only(final, tmp_path, dtype):
     TinyPI0FastPolicy.from_pretrained(output, strict=True)
 
 
-def test_an_export_is_a_teacher_again(exported):
-    """Fine-tuning can begin from it: strict loading with the right tokenizers."""
+def test_an_export_can_be_fine_tuned_again(exported):
+    """It loads strictly, with its own tokenizers."""
     config = load_policy_config(exported)
     load_policy(config, exported)
     load_processors(config, exported)
 
 
-def test_an_output_that_exists_is_left_alone(final, tmp_path):
+def test_an_existing_output_is_not_changed(final, tmp_path):
     output = tmp_path / "policy"
     output.mkdir()
     (output / "mine.txt").write_text("mine")
@@ -158,9 +158,9 @@ def test_a_damaged_checkpoint_is_not_exported(final, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["policy", "nothing"])
-def test_what_is_no_checkpoint_is_named(inputs, tmp_path, kind):
+def test_a_path_that_is_not_a_checkpoint_is_named(inputs, tmp_path, kind):
     path = inputs.policy if kind == "policy" else tmp_path / "none"
-    with pytest.raises(UserError, match=f"{path} is no checkpoint"):
+    with pytest.raises(UserError, match=f"{path} is not a craft-ds checkpoint"):
         export_checkpoint(path, tmp_path / "policy")
     assert not list(tmp_path.iterdir())
 
@@ -183,7 +183,7 @@ def test_an_interrupted_export_leaves_no_policy(final, tmp_path, monkeypatch):
 
 
 def built_by_lerobot(directory):
-    """As LeRobot builds policy and processors from `--policy.path`."""
+    """Build policy and processors like LeRobot from `--policy.path`."""
     config = PreTrainedConfig.from_pretrained(directory)
     config.pretrained_path, config.device = directory, "cpu"
     policy = make_policy(cfg=config, env_cfg=MetaworldEnv(), rename_map={"observation.image": CAMERA})
@@ -205,13 +205,11 @@ TRAINING_STATE = {
 
 
 @pytest.mark.parametrize("kind", ["attention_mlp_vision", "dora", "full_modules"])
-def test_a_merged_policy_is_one_for_stock_lerobot_and_acts_as_the_adapters_do(
-    adapted, inputs, tmp_path, kind
-):
+def test_a_merged_policy_acts_like_its_adapters_in_stock_lerobot(adapted, inputs, tmp_path, kind):
     output = tmp_path / "policy"
-    said = export_checkpoint(adapted(kind), output, merge_lora=True)
-    assert "32 frames of craft-ds/test" in said
-    assert " 0 of " in said
+    summary = export_checkpoint(adapted(kind), output, merge_lora=True)
+    assert "32 frames of craft-ds/test" in summary
+    assert " 0 of " in summary
     names = {path.name for path in output.iterdir()}
     assert names >= {"config.json", "model.safetensors", "policy_preprocessor.json", "text_tokenizer"}
     assert not {name for name in names if name.startswith("adapter")} | (names & TRAINING_STATE)
@@ -236,8 +234,8 @@ def test_a_merged_policy_is_one_for_stock_lerobot_and_acts_as_the_adapters_do(
     torch.testing.assert_close(action, expected_action)
 
 
-def test_the_tokens_of_a_merged_policy_mean_actions_by_its_own_tokenizers(adapted, tmp_path):
-    """Action tokens that its preprocessor makes of a chunk, decoded by its policy and its postprocessor."""
+def test_a_merged_policy_decodes_the_tokens_of_its_preprocessor(adapted, tmp_path):
+    """The preprocessor encodes an action chunk; policy and postprocessor decode it."""
     output = tmp_path / "policy"
     export_checkpoint(adapted("attention_mlp"), output, merge_lora=True)
     policy, (preprocessor, postprocessor) = built_by_lerobot(output)
@@ -251,16 +249,16 @@ def test_the_tokens_of_a_merged_policy_mean_actions_by_its_own_tokenizers(adapte
             "action": chunk,
         }
     )
-    # What it would generate begins after the token that begins an action.
-    spoken = batch["action.tokens"][:, 1:] * batch["action.token_mask"][:, 1:]
-    decoded = postprocessor(policy.detokenize_actions(spoken, 8, 4))
+    # Generated tokens start after the token that starts an action.
+    generated = batch["action.tokens"][:, 1:] * batch["action.token_mask"][:, 1:]
+    decoded = postprocessor(policy.detokenize_actions(generated, 8, 4))
     assert decoded.shape == chunk.shape
     assert (decoded - chunk).abs().max() < 0.3
     assert (decoded - chunk.roll(1, dims=0)).abs().max() > 0.3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_merge_in_another_dtype_is_that_in_fp32_rounded(adapted, tmp_path, dtype):
+def test_a_merge_in_another_dtype_is_the_rounded_fp32_merge(adapted, tmp_path, dtype):
     for each in ("float32", dtype):
         export_checkpoint(adapted("dora"), tmp_path / each, each, merge_lora=True, max_token_difference=1.0)
     exact, rounded = (load_file(tmp_path / each / "model.safetensors") for each in ("float32", dtype))
@@ -270,7 +268,7 @@ def test_a_merge_in_another_dtype_is_that_in_fp32_rounded(adapted, tmp_path, dty
     TinyPI0FastPolicy.from_pretrained(tmp_path / dtype, strict=True)
 
 
-def test_a_merge_with_one_wrong_tensor_is_refused_and_leaves_nothing(adapted, tmp_path, monkeypatch):
+def test_a_merge_with_a_wrong_tensor_is_refused_and_removed(adapted, tmp_path, monkeypatch):
     read = lora_merge.MergedWeights.read
 
     def wrong(self, name, start, stop):
@@ -279,14 +277,14 @@ def test_a_merge_with_one_wrong_tensor_is_refused_and_leaves_nothing(adapted, tm
 
     with monkeypatch.context() as patched:
         patched.setattr(lora_merge.MergedWeights, "read", wrong)
-        with pytest.raises(UserError, match="the merged policy in float32 is not the one that was trained"):
+        with pytest.raises(UserError, match="the merged policy in float32 differs from the trained one"):
             export_checkpoint(adapted("attention_mlp"), tmp_path / "policy", merge_lora=True)
     assert list(tmp_path.iterdir()) == []
     export_checkpoint(adapted("attention_mlp"), tmp_path / "policy", merge_lora=True)
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
-def test_the_bound_on_tokens_is_the_flags(adapted, tmp_path, monkeypatch):
+def test_the_token_bound_is_that_of_the_flag(adapted, tmp_path, monkeypatch):
     rounded = verify_merge.Comparison(
         0.01, 10.0, tokens=100, different_tokens=20, samples=32, different_samples=4
     )
@@ -297,15 +295,15 @@ def test_the_bound_on_tokens_is_the_flags(adapted, tmp_path, monkeypatch):
     ):
         export_checkpoint(adapted("attention"), tmp_path / "policy", **export)
     assert list(tmp_path.iterdir()) == []
-    said = export_checkpoint(adapted("attention"), tmp_path / "policy", **export, max_token_difference=0.2)
-    assert "20 of 100 action tokens differ (20.00%)" in said
+    summary = export_checkpoint(adapted("attention"), tmp_path / "policy", **export, max_token_difference=0.2)
+    assert "20 of 100 action tokens differ (20.00%)" in summary
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_alone_load_by_stock_lerobot_on_their_base(adapted, inputs, tmp_path, dtype):
+def test_exported_adapters_load_in_stock_lerobot_on_their_base(adapted, inputs, tmp_path, dtype):
     checkpoint, output = adapted("full_modules"), tmp_path / "policy"
-    said = export_checkpoint(checkpoint, output, dtype)
-    assert f"the LoRA adapters alone, which PEFT and LeRobot load on {inputs.policy}" in said
+    summary = export_checkpoint(checkpoint, output, dtype)
+    assert f"only the LoRA adapters, which PEFT and LeRobot load on {inputs.policy}" in summary
     assert not (output / "model.safetensors").exists()
     assert not {path.name for path in output.iterdir()} & TRAINING_STATE
     exact, written = (load_file(path / "adapter_model.safetensors") for path in (checkpoint, output))
@@ -329,7 +327,7 @@ def test_adapters_alone_load_by_stock_lerobot_on_their_base(adapted, inputs, tmp
 
 
 @pytest.mark.parametrize("merge_lora", [True, False])
-def test_a_base_that_was_moved_is_named_by_its_flag(adapted, inputs, tmp_path, merge_lora):
+def test_a_moved_base_is_given_by_its_flag(adapted, inputs, tmp_path, merge_lora):
     checkpoint, moved = tmp_path / "checkpoint", tmp_path / "moved"
     shutil.copytree(adapted("attention"), checkpoint)
     config = checkpoint / "adapter_config.json"
@@ -364,24 +362,24 @@ def test_damaged_adapters_are_not_exported(adapted, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-def test_flags_without_a_meaning_are_refused(adapted, final, inputs, tmp_path):
+def test_flags_that_do_not_apply_are_refused(adapted, final, inputs, tmp_path):
     for flags, message in (
-        ({"merge_lora": True}, "--merge_lora has no meaning for .* full training"),
-        ({"base_path": str(inputs.policy)}, "--base_path has no meaning for .* full training"),
-        ({"max_token_difference": 0.1}, "--max_token_difference has no meaning without --merge_lora"),
+        ({"merge_lora": True}, "--merge_lora does not apply to .* full training"),
+        ({"base_path": str(inputs.policy)}, "--base_path does not apply to .* full training"),
+        ({"max_token_difference": 0.1}, "--max_token_difference applies only with --merge_lora"),
     ):
         with pytest.raises(UserError, match=message):
             export_checkpoint(final, tmp_path / "policy", **flags)
-    with pytest.raises(UserError, match=r"--max_token_difference 1\.5 is a share and lies in"):
+    with pytest.raises(UserError, match=r"--max_token_difference=1\.5 must be a fraction in"):
         export_checkpoint(
             adapted("attention"), tmp_path / "policy", merge_lora=True, max_token_difference=1.5
         )
-    with pytest.raises(UserError, match=r"--device nowhere is not here \(.*\): leave it out"):
+    with pytest.raises(UserError, match=r"--device=nowhere is not available \(.*\): remove the flag"):
         export_checkpoint(adapted("attention"), tmp_path / "policy", merge_lora=True, device="nowhere")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_cannot_be_written_is_one_line(adapted, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_error_line(adapted, tmp_path, monkeypatch):
     from craft_ds.export import export
 
     def full(*_: object) -> None:
@@ -393,7 +391,7 @@ def test_a_disk_that_cannot_be_written_is_one_line(adapted, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_merges_and_says_what_it_compared(adapted, tmp_path, capsys):
+def test_the_command_merges_and_prints_the_comparison(adapted, tmp_path, capsys):
     output = tmp_path / "policy"
     command = [str(adapted("rslora")), "--output", str(output), "--merge_lora"]
     capsys.readouterr()
@@ -404,9 +402,9 @@ def test_the_command_merges_and_says_what_it_compared(adapted, tmp_path, capsys)
     )
     assert "largest logit difference" in printed
     assert printed.count("\n") == 1
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exiting:
         run_command("export", command)
-    assert leaving.value.code == 2
+    assert exiting.value.code == 2
     assert "exists already" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Merged weights against PEFT's own merging, and what merging refuses."""
+"""Merged weights compared with PEFT's own merge, and merges that are refused."""
 
 import json
 import shutil
@@ -38,13 +38,13 @@ def read_all(merged):
 
 
 def by_peft(directory, base):
-    """The stock way: the base policy as LeRobot loads it, PEFT's adapters on it, PEFT's merge."""
+    """Merge with stock code: the base policy loaded by LeRobot, PEFT's adapters on it, PEFT's merge."""
     policy = TinyPI0FastPolicy.from_pretrained(base, strict=True)
     return peft.PeftModel.from_pretrained(policy, directory).merge_and_unload().state_dict()
 
 
 def assert_merged(found, expected, base):
-    """The same tensors; which of them are other than the base's is what is returned."""
+    """Assert equal tensors; return the names of those that differ from the base's."""
     assert found.keys() == expected.keys() == base.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name].float(), tensor, rtol=1e-6, atol=1e-7, msg=name)
@@ -57,13 +57,13 @@ def test_equals_pefts_own_merge(adapted, inputs, kind):
     changed = assert_merged(found, by_peft(adapted(kind), inputs.policy), base)
     stored = {name.split(".lora_")[0] for name in load_file(adapted(kind) / ADAPTER_WEIGHTS)}
     wanted = {name.removeprefix("base_model.model.").removesuffix(".weight") for name in stored}
-    # Every layer with adapters was merged, and nothing else was touched.
+    # Every layer with adapters was merged, and nothing else changed.
     assert {name.removesuffix(".weight") for name in changed} == wanted
     assert len(wanted) > 5
 
 
 def adapters_of_peft(base, path, **options):
-    """Adapters made by PEFT alone, with random values; they do not say on which base they were trained."""
+    """Create adapters by PEFT alone, with random values and without the checksum of their base."""
     config = peft.LoraConfig(target_modules=LANGUAGE, init_lora_weights=False, **options)
     model = peft.get_peft_model(TinyPI0FastPolicy.from_pretrained(base, strict=True), config)
     for name, parameter in model.named_parameters():
@@ -100,10 +100,10 @@ def test_a_base_in_bf16_is_merged_in_fp32(inputs, tmp_path, options):
 
 
 @pytest.mark.parametrize("kind", ["dora", "full_modules"])
-def test_any_range_is_that_part_of_the_whole(adapted, kind):
-    whole = read_all(open_merged(adapted(kind)))
+def test_any_range_equals_that_range_of_the_full_tensor(adapted, kind):
+    full = read_all(open_merged(adapted(kind)))
     with open_merged(adapted(kind)) as merged:
-        for name, tensor in whole.items():
+        for name, tensor in full.items():
             count = tensor.numel()
             for start, stop in ((0, 0), (0, 1), (count // 3, count // 2 + 1), (count - 1, count)):
                 part = merged.read(name, start, stop)
@@ -111,7 +111,7 @@ def test_any_range_is_that_part_of_the_whole(adapted, kind):
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_memory_is_that_of_a_few_pieces(tmp_path, monkeypatch, use_dora):
+def test_a_merge_needs_the_memory_of_a_few_pieces(tmp_path, monkeypatch, use_dora):
     piece, wide = 1 << 14, nn.Sequential(nn.Linear(1000, 2000), nn.Linear(2000, 3, bias=False))
     save_file(wide.half().state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(tensor_file, "_PIECE", piece)
@@ -122,7 +122,7 @@ def test_memory_is_that_of_a_few_pieces(tmp_path, monkeypatch, use_dora):
             write_tensor_file(tmp_path / "merged", merged.specs, merged.read)
         _, python_peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    # Pieces in fp32; the adapters themselves; and what the file's header takes.
+    # Pieces in fp32, the adapters themselves and the file's header.
     bound = 4 * (5 * piece + 4 * (2000 + 1000)) + (1 << 16)
     assert 4 * piece < memory.peak + python_peak < bound < 4 * 1000 * 2000 / 10
     merged, base = load_file(tmp_path / "merged"), load_file(tmp_path / "model.safetensors")
@@ -161,7 +161,7 @@ def test_a_damaged_adapter_file_is_refused(adapted, tmp_path, damage):
         open_merged(directory)
 
 
-def test_a_base_that_is_not_named_is_asked_for_by_the_commands_flag(adapted, inputs, tmp_path):
+def test_a_missing_base_is_requested_by_the_flag_of_the_command(adapted, inputs, tmp_path):
     directory = tmp_path / "adapters"
     shutil.copytree(adapted("attention_mlp"), directory)
     content = json.loads((directory / ADAPTER_CONFIG).read_text()) | {"base_model_name_or_path": None}
@@ -171,7 +171,7 @@ def test_a_base_that_is_not_named_is_asked_for_by_the_commands_flag(adapted, inp
     assert plan_stored_adapters(directory, str(inputs.policy)).base == inputs.policy
 
 
-def test_a_weight_that_two_layers_share_is_not_merged(tmp_path):
+def test_a_shared_weight_is_not_merged(tmp_path):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -181,5 +181,5 @@ def test_a_weight_that_two_layers_share_is_not_merged(tmp_path):
 
     save_file({"words.weight": torch.ones(6, 4)}, tmp_path / "model.safetensors")
     config = peft.LoraConfig(target_modules=["head"], r=2, base_model_name_or_path=str(tmp_path))
-    with pytest.raises(UserError, match=r"head.weight has adapters and is another layer's weight too"):
+    with pytest.raises(UserError, match=r"head.weight has adapters and is shared with another layer"):
         MergedWeights(Tied(), AdapterPlan(config, tmp_path, None))

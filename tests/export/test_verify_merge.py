@@ -1,4 +1,4 @@
-"""What a merge is compared on, how, and when it is refused."""
+"""Comparison of a merged policy with its adapters: the samples, the measure and the bounds."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ CAMERA = "observation.images.top"
 
 @pytest.fixture(scope="module")
 def merged(adapted, tmp_path_factory):
-    """The fp32 merge of a checkpoint, by the kind of its adapters: each made once."""
+    """The fp32 merge of a checkpoint by the kind of its adapters, each made once."""
     root = tmp_path_factory.mktemp("merged")
 
     def export(kind):
@@ -49,7 +49,7 @@ def outputs(directory, batches):
 
 
 @pytest.mark.parametrize("kind", ["attention", "attention_mlp_vision", "rslora", "dora", "full_modules"])
-def test_a_merge_in_fp32_says_the_same_to_rounding_and_another_than_its_base(adapted, merged, inputs, kind):
+def test_an_fp32_merge_equals_its_adapters_and_not_its_base(adapted, merged, inputs, kind):
     batches = [random_batch(load_policy_config(inputs.policy), 4, seed=seed) for seed in range(3)]
     expected, base = outputs(adapted(kind), batches), outputs(inputs.policy, batches)
     found = compare(expected, outputs(merged(kind), batches))
@@ -60,7 +60,7 @@ def test_a_merge_in_fp32_says_the_same_to_rounding_and_another_than_its_base(ada
     assert trained.different_samples > 6
 
 
-def test_differences_are_counted_up_to_the_end_of_the_longer_action():
+def test_differences_count_up_to_the_end_of_the_longer_action():
     one = torch.tensor([[5, 6, 7, 0, 0], [5, 0, 7, 0, 0], [5, 6, 7, 8, 9]])
     other = torch.tensor([[5, 6, 7, 0, 0], [5, 0, 7, 8, 0], [5, 6, 6, 0, 0]])
     logits = torch.tensor([[1.0, -8.0]])
@@ -72,15 +72,15 @@ def test_differences_are_counted_up_to_the_end_of_the_longer_action():
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_what_is_not_finite_is_never_the_same(side):
+def test_non_finite_logits_are_refused(side):
     tokens = torch.ones(1, 2, dtype=torch.int64)
     both = [Outputs(torch.ones(1, 2), tokens), Outputs(torch.ones(1, 2), tokens)]
     both[side].logits[0, 1] = torch.nan
-    with pytest.raises(UserError, match=f"{('with adapters', 'merged policy')[side]} are not finite"):
+    with pytest.raises(UserError, match=f"{('with adapters', 'merged policy')[side]} has non-finite logits"):
         compare(*both)
 
 
-def test_one_model_is_in_memory_at_a_time(adapted, merged, monkeypatch):
+def test_only_one_model_is_in_memory_at_a_time(adapted, merged, monkeypatch):
     loaded = []
 
     def watched(*args):
@@ -96,7 +96,7 @@ def test_one_model_is_in_memory_at_a_time(adapted, merged, monkeypatch):
 
 
 def checkpoint_of(adapted, tmp_path, kind, **changes):
-    """A copy of a checkpoint whose run had another data set or other anchors."""
+    """Copy a checkpoint and change the data set or the anchors of its run."""
     directory = tmp_path / "checkpoint"
     shutil.copytree(adapted(kind), directory)
     run = json.loads((directory / "train_config.json").read_text())
@@ -122,41 +122,41 @@ def test_frames_and_anchors_of_the_run_are_compared(adapted, inputs):
         assert torch.equal(images, (images * 255).round() / 255)
         assert images.max() > 0.5
         assert batch[ACTION_TOKEN_MASK].any(dim=1).all()
-    whole = torch.cat([batch[CAMERA] for batch in samples.batches])
-    assert len(whole.flatten(1).unique(dim=0)) == 32
+    images = torch.cat([batch[CAMERA] for batch in samples.batches])
+    assert len(images.flatten(1).unique(dim=0)) == 32
 
 
-def test_without_anchors_all_are_frames(adapted):
+def test_without_anchors_all_samples_are_frames(adapted):
     checkpoint = adapted("attention_mlp")
     samples = draw_samples(checkpoint, load_policy_config(checkpoint))
     assert samples.origin == "32 frames of craft-ds/test"
     assert sum(len(batch[OBS_LANGUAGE_TOKENS]) for batch in samples.batches) == 32
 
 
-def test_without_data_all_there_are_are_anchors(adapted, inputs, tmp_path):
+def test_without_data_all_samples_are_anchors(adapted, inputs, tmp_path):
     checkpoint = checkpoint_of(adapted, tmp_path, "anchors", dataset__root=tmp_path / "gone")
     samples = draw_samples(checkpoint, load_policy_config(checkpoint))
     assert samples.origin == f"24 anchors of {inputs.anchors}"
     assert [len(batch[OBS_LANGUAGE_TOKENS]) for batch in samples.batches] == [8, 8, 8]
 
 
-def test_without_either_samples_are_made_up(adapted, merged, inputs, tmp_path):
+def test_without_data_and_anchors_samples_are_synthetic(adapted, merged, inputs, tmp_path):
     gone = {"dataset__root": tmp_path / "gone", "craft__anchor_cache_dir": tmp_path / "gone"}
     checkpoint = checkpoint_of(adapted, tmp_path, "anchors", **gone)
     config = load_policy_config(checkpoint)
     samples = draw_samples(checkpoint, config)
-    assert samples.origin == "32 made-up samples (neither data nor anchors of the run open here)"
+    assert samples.origin == "32 synthetic samples (the run's data set and anchors cannot be opened)"
     tokens = torch.cat([batch[OBS_LANGUAGE_TOKENS] for batch in samples.batches])
     assert 0 <= tokens.min() < tokens.max() < config.vocab_size
     assert len(tokens.unique(dim=0)) == 32
     again = draw_samples(checkpoint, config)
     assert all(torch.equal(a[CAMERA], b[CAMERA]) for a, b in zip(samples.batches, again.batches, strict=True))
-    said = verify_merge(checkpoint, merged("anchors"), dtype="float32")
-    assert said.startswith(f"merged, and compared with the adapters on {samples.origin}: largest logit")
+    summary = verify_merge(checkpoint, merged("anchors"), dtype="float32")
+    assert summary.startswith(f"merged, and compared with the adapters on {samples.origin}: largest logit")
 
 
 @pytest.mark.parametrize("broken", ["an anchor shard", "a data set of another robot"])
-def test_a_source_that_does_not_open_is_passed_over(adapted, inputs, tmp_path, broken):
+def test_a_source_that_does_not_open_is_skipped(adapted, inputs, tmp_path, broken):
     if broken == "an anchor shard":
         shutil.copytree(inputs.anchors, tmp_path / "anchors")
         next((tmp_path / "anchors").glob("shard_*")).unlink()
@@ -172,7 +172,7 @@ def test_a_source_that_does_not_open_is_passed_over(adapted, inputs, tmp_path, b
 
 
 def corrupted(directory, tmp_path, amount=1.0):
-    """The merged policy with one tensor of another size."""
+    """Copy the merged policy and scale one of its tensors."""
     shutil.copytree(directory, tmp_path / "corrupted")
     weights = load_file(directory / "model.safetensors")
     name = next(name for name in weights if name.endswith("layers.1.self_attn.v_proj.weight"))
@@ -187,7 +187,7 @@ def test_tokens_beyond_the_bound_are_refused(adapted, merged, tmp_path):
         verify_merge(adapted("attention_mlp"), wrong, dtype="float32")
 
 
-def test_the_bound_is_what_is_asked_for_or_that_of_the_dtype(adapted, merged, monkeypatch):
+def test_the_bound_is_the_given_one_or_that_of_the_dtype(adapted, merged, monkeypatch):
     found = verify_module.Comparison(0.01, 10.0, 100, 7, 32, 2)
     monkeypatch.setattr(verify_module, "compare", lambda *_: found)
     both = adapted("attention_mlp"), merged("attention_mlp")
@@ -198,18 +198,18 @@ def test_the_bound_is_what_is_asked_for_or_that_of_the_dtype(adapted, merged, mo
         ("bfloat16", 0.069, "0.069"),
         ("float32", None, "0"),
     ):
-        mend = "export again" if dtype == "float32" else "export with --dtype float32"
+        advice = "export again" if dtype == "float32" else "export with --dtype float32"
         with pytest.raises(
-            UserError, match=f"7 of 100 .*--max_token_difference is {stated}: {mend}, or raise"
+            UserError, match=f"7 of 100 .*--max_token_difference is {stated}: {advice}, or raise"
         ):
             verify_merge(*both, dtype=dtype, max_token_difference=asked)
     assert MAX_TOKEN_DIFFERENCE["float32"] == 0
 
 
-def test_a_wrong_merge_that_says_the_same_tokens_is_refused_by_its_logits(adapted, merged, tmp_path):
+def test_a_wrong_merge_with_equal_tokens_is_refused_by_logits(adapted, merged, tmp_path):
     wrong = corrupted(merged("attention_mlp"), tmp_path, 0.02)
     with pytest.raises(
-        UserError, match=r"rounding explains 0\.001 of the largest logit at most: export again"
+        UserError, match=r"rounding explains at most 0\.001 of the largest logit: export again"
     ):
         verify_merge(adapted("attention_mlp"), wrong, dtype="float32", max_token_difference=1.0)
     assert (
@@ -219,12 +219,12 @@ def test_a_wrong_merge_that_says_the_same_tokens_is_refused_by_its_logits(adapte
 
 def test_a_policy_without_action_tokens_is_refused():
     config = PreTrainedConfig.get_choice_class("act")(device="cpu")
-    with pytest.raises(UserError, match="a policy of type act has none: leave it out"):
+    with pytest.raises(UserError, match="a policy of type act has none: export without it"):
         check_comparable(config)
 
 
-def test_a_policy_that_computes_in_bf16_is_compared_in_fp32(inputs, tmp_path):
-    """The policy's own dtype would round activations, which hides what the merge did."""
+def test_a_bf16_policy_is_compared_in_fp32(inputs, tmp_path):
+    """The policy's own dtype would round activations and hide errors of the merge."""
     config = load_policy_config(inputs.policy)
     config.dtype = "bfloat16"
     in_fp32 = verify_module.in_fp32(config)

@@ -1,4 +1,4 @@
-"""What the fault tests found, case by case: printed at the end, and kept as figures."""
+"""Results of the fault tests per case: printed at the end and written as JSON."""
 
 import json
 import traceback
@@ -11,29 +11,29 @@ from typing import Any
 
 @dataclass
 class FaultTable:
-    """One row a kind of fault and group, one entry a case.
+    """Results: one row per kind of fault and group, one entry per case.
 
-    A test notes a case by `record`, or runs it within `case`; a loop over many cases runs each within
-    `Series.case`, so that one that fails does not hide the rest.
+    A test records a case by `record`, or runs it within `case`; a loop over many cases runs each within
+    `Series.case`, so that a failure does not hide the rest.
     """
 
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self, kind: str, group: str, name: str, *, held: bool, **details: Any) -> None:
-        """Note one case.
+        """Record one case.
 
         Args:
-            kind: What was done, `kill -9` or `damage`.
-            group: To whom, `fsdp` or `manifest.json`: kind and group are a row of the table.
+            kind: Kind of fault, `kill -9` or `damage`.
+            group: Its target, `fsdp` or `manifest.json`; kind and group make a row of the table.
             name: The case.
-            held: Whether all went as it must.
-            **details: Plain values for the file of figures.
+            held: True if the case passed.
+            **details: Plain values for the JSON file.
         """
         self.entries.append({"kind": kind, "group": group, "name": name, "held": held, **details})
 
     @contextmanager
     def case(self, kind: str, group: str, name: str) -> Iterator[dict[str, Any]]:
-        """Run one case: it held if nothing is raised. Yields a dictionary for details."""
+        """Run one case, which passes if nothing is raised. Yields a dictionary for details."""
         details: dict[str, Any] = {}
         try:
             yield details
@@ -43,11 +43,11 @@ class FaultTable:
         self.record(kind, group, name, held=True, **details)
 
     def series(self, kind: str, group: str) -> "Series":
-        """Many cases in one test."""
+        """Return a series for many cases in one test."""
         return Series(self, kind, group)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Cases and those that held, by kind and group."""
+        """Return the numbers of cases and passed cases, by kind and group."""
         found: dict[tuple[str, str], dict[str, Any]] = {}
         for entry in self.entries:
             key = entry["kind"], entry["group"]
@@ -57,7 +57,7 @@ class FaultTable:
         return [found[key] for key in sorted(found)]
 
     def lines(self) -> list[str]:
-        """The table."""
+        """Return the lines of the table."""
         rows = self.rows()
         width = max([len(row["kind"]) for row in rows], default=0) + 2
         other = max([len(row["group"]) for row in rows], default=0) + 2
@@ -75,7 +75,7 @@ class FaultTable:
 
 @dataclass
 class Series:
-    """Cases of one row, of which all are run before the first failure is raised."""
+    """Cases of one row; all are run before a failure is raised."""
 
     table: FaultTable
     kind: str
@@ -84,7 +84,7 @@ class Series:
 
     @contextmanager
     def case(self, name: str) -> Iterator[dict[str, Any]]:
-        """Run one case and keep what it raises for `check`."""
+        """Run one case and keep its exception for `check`."""
         try:
             with self.table.case(self.kind, self.group, name) as details:
                 yield details
@@ -92,5 +92,5 @@ class Series:
             self._failures.append(f"{self.kind}, {self.group}: {name}\n{traceback.format_exc()}")
 
     def check(self) -> None:
-        """Raise what failed."""
+        """Raise an error that lists the failed cases."""
         assert not self._failures, f"{len(self._failures)} cases failed\n\n" + "\n".join(self._failures)

@@ -1,4 +1,4 @@
-"""A disk that fails at the n-th thing that is asked of it: a shim over the calls by which Python writes."""
+"""A disk that fails at the n-th call: a shim over the functions by which Python writes."""
 
 import builtins
 import errno
@@ -26,19 +26,19 @@ CALLS = (
 
 
 class FaultyDisk:
-    """Counts what is asked of the disk, and fails one of it.
+    """A disk that counts its calls and fails at one of them.
 
     Args:
-        at: Which call fails, counted from 0; None: none does.
-        fault: Name of an errno, or "short" for writes that take half of what they are given.
+        at: Number of the call that fails, from 0; None: no call fails.
+        fault: Name of an errno, or "short" for a write of only half the bytes.
 
     Attributes:
-        asked: Every call so far, by name.
+        calls: Names of all calls so far.
     """
 
     def __init__(self, at: int | None = None, fault: str = "ENOSPC"):
         self._at, self.fault = at, fault
-        self.asked: list[str] = []
+        self.calls: list[str] = []
 
     @contextmanager
     def in_place(self) -> Iterator["FaultyDisk"]:
@@ -72,18 +72,18 @@ class FaultyDisk:
         return wrapped
 
     @property
-    def met(self) -> bool:
-        """Whether the call that fails was made."""
-        return self._at is not None and len(self.asked) > self._at
+    def failed(self) -> bool:
+        """True if the failing call was made."""
+        return self._at is not None and len(self.calls) > self._at
 
     @property
-    def hit_mkdir(self) -> bool:
-        """Whether it was about making a directory."""
-        return self.met and self.asked[self._at] == "mkdir"
+    def failed_mkdir(self) -> bool:
+        """True if the failed call was to create a directory."""
+        return self.failed and self.calls[self._at] == "mkdir"
 
     def _is_due(self, name: str) -> bool:
-        self.asked.append(name)
-        return len(self.asked) - 1 == self._at
+        self.calls.append(name)
+        return len(self.calls) - 1 == self._at
 
     def _error(self) -> OSError:
         number = getattr(errno, self.fault)

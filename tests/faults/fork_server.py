@@ -1,13 +1,13 @@
-"""A process that has imported everything once and forks training ranks from itself.
+"""A process that imports everything once and forks training ranks from itself.
 
-To start a rank takes seconds of imports; to fork one takes none. Each is a process of its own all the same,
-with its own id, environment and output, and dies by any signal. What must not be forked is checked before
-each fork: a thread (its locks would stay locked in the rank for ever) and a process group.
+Starting a rank takes seconds of imports; forking one takes none. Each rank is still a separate process with
+its own id, environment and output. Before each fork the server checks that it has nothing that must not be
+forked: threads (their locks would stay locked in the rank forever), a process group or a CUDA context.
 
-It reads requests from standard input, one JSON object a line, and answers each with one line on standard
-output: `{"fork": {...}}` with the rank's id, `{"ended": true}` with the exit statuses of the ranks that have
-ended since, by id. A rank keeps its id until then, so that nobody else gets the signal that is meant for it.
-At the end of its input it kills what still runs.
+It reads requests from standard input, one JSON object per line, and answers each with one line on standard
+output: `{"fork": {...}}` with the rank's process id, `{"ended": true}` with the exit statuses of the ranks
+that have exited since, by id. A rank keeps its id until then, so that a signal cannot reach another process.
+At the end of its input the server kills the ranks that are still running.
 """
 
 import faulthandler
@@ -32,7 +32,7 @@ from draccus.wrappers import docstring
 import craft_ds
 from craft_ds.cli import run_command
 
-# What a run imports on its way. A name that another version does not have costs time, nothing else.
+# Modules that a run imports lazily. A name missing in another version only costs time.
 _LATE = (
     "PIL.BmpImagePlugin",
     "PIL.GifImagePlugin",
@@ -60,7 +60,7 @@ _UNUSED = ("craft_ds.worlds",)
 
 
 def preload() -> None:
-    """Import all that ranks need."""
+    """Import everything ranks need."""
     torch.set_num_threads(1)
     for module in pkgutil.walk_packages(craft_ds.__path__, "craft_ds."):
         if not module.name.startswith(_UNUSED):
@@ -68,13 +68,13 @@ def preload() -> None:
     for name in _LATE:
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
-    # The parser would read every configuration class's source again, for help that nobody asks for.
+    # Skip the help texts, for which the parser would read the source of every configuration class again.
     docstring.get_attribute_docstring = lambda *_: docstring.AttributeDocString()
-    gc.freeze()  # else every rank's first collection copies what it shares with this process
+    gc.freeze()  # otherwise every rank's first collection copies the pages it shares with this process
 
 
 def unforkable() -> list[str]:
-    """What this process has that a fork of it would have in a broken state."""
+    """Return what this process holds that would be broken in a fork."""
     threads = list(Path("/proc/self/task").iterdir())
     found = []
     if len(threads) > 1 or threading.active_count() > 1:
@@ -88,18 +88,18 @@ def unforkable() -> list[str]:
 
 
 def run_rank(request: dict[str, Any]) -> int:
-    """Be one rank: the training command with its arguments, after what shall go wrong was prepared."""
+    """Run the training command as one rank, after applying its fault injectors."""
     os.environ.update(request["environment"])
     faulthandler.enable()
-    # The last resort, with the stacks of all threads: also where whoever started this rank is gone.
+    # The last resort, with the stacks of all threads, even if the starting process is gone.
     faulthandler.dump_traceback_later(request["timeout"], exit=True)
     sys.argv = ["train_craft.py", *request["argv"]]
     try:
-        for module, function, arguments in request["saboteurs"]:
+        for module, function, arguments in request["injectors"]:
             getattr(importlib.import_module(module), function)(**arguments)
         run_command("train", sys.argv[1:])
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
+    except SystemExit as exiting:
+        return int(exiting.code or 0)
     except BaseException:
         traceback.print_exc()
         return 1
@@ -128,11 +128,11 @@ def fork(request: dict[str, Any]) -> int:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()
-        os._exit(status)  # never back into the server's loop
+        os._exit(status)  # never return into the server's loop
 
 
 def ended(children: set[int]) -> dict[str, int]:
-    """Exit statuses of the children that ended; a signal's number is negative."""
+    """Return the exit statuses of exited children; negative for a signal."""
     found = {}
     for child in sorted(children):
         process, status = os.waitpid(child, os.WNOHANG)
@@ -143,17 +143,19 @@ def ended(children: set[int]) -> dict[str, int]:
 
 
 def serve() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the input ends."""
     requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever prints while it is imported must not look like an answer
-    began = time.perf_counter()
+    os.dup2(2, 1)  # output during imports must not look like an answer
+    started = time.perf_counter()
     preload()
     children: set[int] = set()
 
     def answer(value: Any) -> None:
         print(json.dumps(value), file=answers, flush=True)
 
-    answer({"seconds": time.perf_counter() - began, "unforkable": unforkable(), "modules": len(sys.modules)})
+    answer(
+        {"seconds": time.perf_counter() - started, "unforkable": unforkable(), "modules": len(sys.modules)}
+    )
     try:
         for line in requests:
             request = json.loads(line)

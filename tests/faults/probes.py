@@ -1,4 +1,4 @@
-"""Saboteurs that do something small in place of a training run, to see what the harness makes of it."""
+"""Small fault injectors that replace the training run, to test the harness itself."""
 
 import os
 import sys
@@ -6,18 +6,18 @@ import time
 from pathlib import Path
 
 
-def leave(status: int) -> None:
-    """End the rank with an exit status."""
+def exit_with(status: int) -> None:
+    """Exit the rank with a status."""
     sys.exit(status)
 
 
 def hang() -> None:
-    """Never come back."""
+    """Never return."""
     time.sleep(3600)
 
 
 def change_files(directory: str) -> None:
-    """Do most of what a save does, to one file, and end the rank."""
+    """Make most of the calls of a save on one file, and exit the rank."""
     run = Path(directory)
     (run / "a").mkdir()
     descriptor = os.open(run / "a" / "file", os.O_RDWR | os.O_CREAT)
@@ -26,5 +26,5 @@ def change_files(directory: str) -> None:
     os.close(descriptor)
     (run / "a").rename(run / "b")
     (run / "b" / "file").read_bytes()
-    (run.parent / "elsewhere").write_text("not in the directory")
+    (run.parent / "elsewhere").write_text("outside the directory")
     sys.exit(0)

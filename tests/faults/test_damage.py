@@ -1,11 +1,11 @@
-"""Damaged files of checkpoints and anchor caches: one clear error that names a file, never a silent load."""
+"""Damaged files of checkpoints and anchor caches: one error that names a file, never a silent load."""
 
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from damage import Damage, damaged, damages, files_of, refused, seal, verify_checkpoint
+from file_damage import Damage, damaged, damages, files_of, refused, seal, verify_checkpoint
 
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.cache import AnchorCache
@@ -16,13 +16,13 @@ KINDS = ("full training", "LoRA", "anchors")
 
 
 class Pair(NamedTuple):
-    """A directory to be damaged, and one of another run that looks like it."""
+    """A directory to damage, and the same of another run."""
 
     mine: Path
     other: Path
 
     def read(self) -> None:
-        """Check it as a command does before it uses it."""
+        """Validate the directory as a command does before use."""
         if self.mine.name == "anchors":
             AnchorCache.open(self.mine)
         else:
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
 
 
 def checkpoint_of(inputs, output: Path, *flags: str) -> Path:
-    """The checkpoint after the first of two steps."""
+    """Return the checkpoint after the first of two steps."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.argv", ["train_craft.py"])
         train_craft(parse_arguments([*inputs.flags(output), "--steps=2", "--save_freq=1", *flags]))
@@ -70,12 +70,12 @@ def pairs(inputs, tmp_path_factory) -> dict[str, Pair]:
 
 @pytest.fixture(scope="module")
 def generated(pairs, faults_seed) -> dict[str, list[Damage]]:
-    """Every damage to every file that there is."""
+    """Every damage to every file."""
     return {kind: list(damages(*pair, faults_seed)) for kind, pair in pairs.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_damage_is_one_error_that_names_a_file(pairs, generated, kind, fault_table):
+def test_every_damage_is_one_error_naming_a_file(pairs, generated, kind, fault_table):
     pair = pairs[kind]
     pair.read()
     series = fault_table.series("damage", kind)
@@ -83,14 +83,14 @@ def test_every_damage_is_one_error_that_names_a_file(pairs, generated, kind, fau
         with series.case(f"{damage.file}: {damage.how}"), damaged(pair.mine, damage):
             message = refused(pair.read)
             assert str(pair.mine) in message
-            # A manifest or metadata of another run is found by the first file that does not fit it.
+            # A manifest or metadata of another run is found by the first file that does not match it.
             if damage.how != "another run's":
                 assert damage.file in message or damage.file in ("manifest.json", "metadata.json")
     series.check()
     pair.read()
 
 
-def test_every_file_of_the_format_is_damaged_in_every_way(pairs, generated):
+def test_every_file_is_damaged_in_every_way(pairs, generated):
     assert sum(map(len, generated.values())) >= 200
     for kind, pair in pairs.items():
         by_file = {
@@ -111,7 +111,7 @@ def test_every_file_of_the_format_is_damaged_in_every_way(pairs, generated):
 
 @pytest.fixture
 def resume(pairs, refuses, tmp_path):
-    """Refuse to resume a copy of a run whose only checkpoint has a damage."""
+    """Resume a copy of a run whose only checkpoint is damaged; return the error."""
 
     def resume(kind: str, damage: Damage) -> str:
         run = tmp_path / "run"
@@ -155,8 +155,8 @@ def test_training_with_a_damaged_cache(refuses, inputs, pairs, generated, tmp_pa
         assert str(anchors) in refuses(tmp_path / "run", *flags)
 
 
-def test_what_makes_a_forged_checkpoint_fit_makes_it_load(pairs, tmp_path):
-    """Else the tests of forged files would show only that checksums are compared."""
+def test_a_sealed_forged_checkpoint_loads(pairs, tmp_path):
+    """Without this, the tests of forged files could only show that checksums are compared."""
     copy = shutil.copytree(pairs["full training"].mine, tmp_path / "step_000001")
     shutil.copy(pairs["full training"].other / "model.safetensors", copy)
     assert "model.safetensors" in refused(lambda: verify_checkpoint(copy, 0, 1))

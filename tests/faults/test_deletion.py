@@ -1,11 +1,11 @@
-"""Deletion of older checkpoints (`--save_total_limit`) takes nothing that a run still needs."""
+"""Deletion of older checkpoints (`--save_total_limit`) keeps everything a run still needs."""
 
 import pytest
 
 
 @pytest.mark.parametrize("background", ["false", "true"])
-def test_a_run_may_delete_the_checkpoint_that_it_was_resumed_from(train, tmp_path, background):
-    """Each checkpoint takes the policy's processors and tokenizers from the one that was resumed."""
+def test_a_run_may_delete_the_checkpoint_it_resumed_from(train, tmp_path, background):
+    """Each checkpoint copies the policy's processors and tokenizers from the one the run resumed from."""
     assert train(tmp_path / "unbroken", "--save_freq=1").status == 0
     run, flags = tmp_path / "run", ["--save_freq=1", "--save_total_limit=1", "--resume=auto"]
     assert train(run, *flags, "--steps=2").status == 0

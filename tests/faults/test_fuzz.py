@@ -1,4 +1,4 @@
-"""Whatever a file says, reading it gives what was written or one documented error.
+"""Reading any file content gives the written values or one documented error.
 
 The examples are the same in every run; `--all` draws more of them.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from damage import MANIFEST, read_manifest, read_or_refused, seal
+from file_damage import MANIFEST, read_manifest, read_or_refused, seal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -51,7 +51,7 @@ anything = st.recursive(
 
 @pytest.fixture
 def fuzz(request) -> Callable[..., None]:
-    """Check a property for many examples: `examples` of them, or with `--all` four times as many."""
+    """Check a property for `examples` examples, or with `--all` four times as many."""
 
     def fuzz(examples: int, examined: Callable[[Any], None], strategy: st.SearchStrategy) -> None:
         factor = 4 if request.config.getoption("--all", default=False) else 1
@@ -73,7 +73,7 @@ def fuzz(request) -> Callable[..., None]:
 
 
 def places(content: Any, way: tuple = ()) -> list[tuple]:
-    """The way to every entry of a JSON value."""
+    """Return the path to every entry of a JSON value."""
     entries = content.items() if isinstance(content, dict) else ()
     entries = enumerate(content) if isinstance(content, list) else entries
     found = [way] if way else []
@@ -114,7 +114,7 @@ def mutated(draw, valid: Any) -> Any:
 
 @st.composite
 def flipped(draw, content: bytes) -> bytes:
-    """Bytes with one to three of them changed, cut out or put in."""
+    """Bytes with one to three random changes, deletions or insertions."""
     changed = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, max(len(changed) - 1, 0)))
@@ -137,11 +137,11 @@ def as_json(content: Any) -> bytes:
 
 
 def jsons(valid: dict[str, Any]) -> st.SearchStrategy[bytes]:
-    """Texts of JSON files: anything, a valid one changed, and the bytes of a valid one changed."""
+    """JSON files: random values, a valid value changed, and the bytes of a valid file changed."""
     return mutated(valid).map(as_json) | flipped(as_json(valid)) | anything.map(as_json)
 
 
-def test_an_object_or_a_value_error(fuzz):
+def test_parse_object_returns_an_object_or_a_value_error(fuzz):
     def examined(text: bytes) -> None:
         found = read_or_refused(lambda: parse_object(text), ValueError)
         assert found is None or isinstance(found, dict)
@@ -152,13 +152,13 @@ def test_an_object_or_a_value_error(fuzz):
 # --- safetensors ------------------------------------------------------------------------------------------
 
 
-def test_a_header_is_refused_or_means_what_the_reference_reads_in_it(fuzz, tmp_path):
+def test_a_header_is_refused_or_read_like_the_reference(fuzz, tmp_path):
     path = tmp_path / "x.safetensors"
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4), "c": torch.empty(0, 2)}
     save_file(tensors, path, {"format": "pt", "steps": "7"})
-    whole = path.read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
-    header, body = json.loads(whole[8:start]), whole[start:]
+    original = path.read_bytes()
+    start = 8 + int.from_bytes(original[:8], "little")
+    header, body = json.loads(original[8:start]), original[start:]
 
     def framed(text: bytes) -> bytes:
         return len(text).to_bytes(8, "little") + text + body
@@ -179,7 +179,7 @@ def test_a_header_is_refused_or_means_what_the_reference_reads_in_it(fuzz, tmp_p
                 assert theirs.dtype == dtype
                 assert values.numpy().tobytes() == theirs.numpy().tobytes()
 
-    fuzz(400, examined, jsons(header).map(framed) | flipped(whole) | st.binary(max_size=40))
+    fuzz(400, examined, jsons(header).map(framed) | flipped(original) | st.binary(max_size=40))
 
 
 # --- anchor caches ----------------------------------------------------------------------------------------
@@ -191,22 +191,22 @@ def cache(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
-def test_metadata_are_refused_or_unchanged(fuzz, cache):
+def test_metadata_is_refused_or_unchanged(fuzz, cache):
     text = (cache / METADATA_FILE).read_bytes()
-    whole = AnchorCache.open(cache).metadata
+    original = AnchorCache.open(cache).metadata
 
     def examined(changed: bytes) -> None:
         (cache / METADATA_FILE).write_bytes(changed)
         found = read_or_refused(lambda: AnchorCache.open(cache))
         if found is None:
             return
-        assert found.metadata == whole
+        assert found.metadata == original
 
     fuzz(200, examined, jsons(json.loads(text)) | flipped(text))
 
 
-def test_metadata_with_a_checksum_that_fits_are_refused_or_can_be_used(fuzz, cache):
-    whole = json.loads((cache / METADATA_FILE).read_text())
+def test_metadata_with_valid_checksum_is_refused_or_usable(fuzz, cache):
+    original = json.loads((cache / METADATA_FILE).read_text())
     stored = AnchorCache.open(cache).read(range(6))
 
     def examined(metadata: Any) -> None:
@@ -222,7 +222,7 @@ def test_metadata_with_a_checksum_that_fits_are_refused_or_can_be_used(fuzz, cac
         assert sorted(chain(*found.splits.values())) == list(range(6))
         assert all(0 <= task < len(found.tasks) for task in found.task.tolist())
 
-    fuzz(250, examined, mutated(whole))
+    fuzz(250, examined, mutated(original))
 
 
 # --- manifests --------------------------------------------------------------------------------------------
@@ -235,20 +235,20 @@ def checkpoint(adapted, tmp_path) -> Path:
 
 def test_a_manifest_is_refused_or_unchanged(fuzz, checkpoint):
     text = (checkpoint / MANIFEST).read_bytes()
-    whole = read_manifest(checkpoint)
+    original = read_manifest(checkpoint)
 
     def examined(changed: bytes) -> None:
         (checkpoint / MANIFEST).write_bytes(changed)
         found = read_or_refused(lambda: read_manifest(checkpoint))
         if found is None:
             return
-        assert found == whole
+        assert found == original
 
     fuzz(150, examined, jsons(json.loads(text)) | flipped(text))
 
 
-def test_a_manifest_with_a_checksum_that_fits_is_refused_or_can_be_used(fuzz, checkpoint):
-    whole = json.loads((checkpoint / MANIFEST).read_text())
+def test_manifest_with_valid_checksum_is_refused_or_usable(fuzz, checkpoint):
+    original = json.loads((checkpoint / MANIFEST).read_text())
 
     def examined(manifest: Any) -> None:
         (checkpoint / MANIFEST).write_text("{}")
@@ -262,27 +262,25 @@ def test_a_manifest_with_a_checksum_that_fits_is_refused_or_can_be_used(fuzz, ch
             assert path.resolve().is_relative_to(checkpoint.resolve())
             assert path.stat().st_size == entry["bytes"]
 
-    fuzz(150, examined, mutated(whole))
+    fuzz(150, examined, mutated(original))
 
 
 # --- configurations ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml"])
-def test_a_configuration_file_is_a_configuration_or_one_error(
-    fuzz, inputs, checkpoint, tmp_path, suffix, monkeypatch
-):
+def test_a_configuration_file_is_read_or_one_error(fuzz, inputs, checkpoint, tmp_path, suffix, monkeypatch):
     file = tmp_path / f"config{suffix}"
     monkeypatch.setattr(sys, "argv", ["train_craft.py"])
-    whole = json.loads((checkpoint / "train_config.json").read_text())
-    if suffix == ".yaml":  # what somebody writes by hand
+    original = json.loads((checkpoint / "train_config.json").read_text())
+    if suffix == ".yaml":  # like one written by hand
         chosen = ("dataset", "steps", "batch_size", "craft", "engine", "wandb", "seed")
-        whole = {name: whole[name] for name in chosen}
-        whole["policy"] = {"path": str(inputs.policy), "optimizer_lr": 1e-3}
-    texts = jsons(whole)
+        original = {name: original[name] for name in chosen}
+        original["policy"] = {"path": str(inputs.policy), "optimizer_lr": 1e-3}
+    texts = jsons(original)
     if suffix == ".yaml":
-        texts |= mutated(whole).map(lambda content: yaml.safe_dump(content, allow_unicode=False).encode())
-        texts |= flipped(yaml.safe_dump(whole).encode())
+        texts |= mutated(original).map(lambda content: yaml.safe_dump(content, allow_unicode=False).encode())
+        texts |= flipped(yaml.safe_dump(original).encode())
 
     def examined(text: bytes) -> None:
         file.write_bytes(text)
@@ -291,7 +289,7 @@ def test_a_configuration_file_is_a_configuration_or_one_error(
     def read() -> None:
         parse_arguments([f"--config_path={file}", f"--output_dir={tmp_path / 'new'}"]).validate()
 
-    file.write_bytes(as_json(whole))
+    file.write_bytes(as_json(original))
     read()
     fuzz(25, examined, texts)
 
@@ -302,7 +300,7 @@ POLICY_FILES = ["config.json", "policy_preprocessor.json", "policy_postprocessor
 @pytest.mark.parametrize("name", [*POLICY_FILES, "text_tokenizer/tokenizer_config.json"])
 def test_a_policy_is_loaded_or_refused(fuzz, inputs, tmp_path, name):
     policy = shutil.copytree(inputs.policy, tmp_path / "in" / "policy")
-    whole = json.loads((policy / name).read_text())
+    original = json.loads((policy / name).read_text())
 
     def examined(text: bytes) -> None:
         (policy / name).write_bytes(text)
@@ -312,30 +310,30 @@ def test_a_policy_is_loaded_or_refused(fuzz, inputs, tmp_path, name):
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["copy"]
         shutil.rmtree(tmp_path / "out")
 
-    fuzz(30, examined, jsons(whole))
+    fuzz(30, examined, jsons(original))
 
 
-def test_adapters_are_refused_or_known(fuzz, checkpoint):
-    whole = json.loads((checkpoint / "adapter_config.json").read_text())
+def test_adapters_are_refused_or_valid(fuzz, checkpoint):
+    original = json.loads((checkpoint / "adapter_config.json").read_text())
 
     def examined(text: bytes) -> None:
         (checkpoint / "adapter_config.json").write_bytes(text)
         found = read_or_refused(lambda: read_adapter_config(checkpoint))
         assert found is None or found.r >= 1
 
-    fuzz(100, examined, jsons(whole))
+    fuzz(100, examined, jsons(original))
 
 
-def test_an_index_names_files_of_its_directory_or_is_refused(fuzz, tmp_path):
+def test_an_index_names_files_in_its_directory_or_is_refused(fuzz, tmp_path):
     policy = tmp_path / "policy"
     policy.mkdir()
     for number in range(3):
         (policy / f"model-{number}.safetensors").touch()
-    whole = {"weight_map": {name: f"model-{ord(name) % 3}.safetensors" for name in "abcdef"}}
+    original = {"weight_map": {name: f"model-{ord(name) % 3}.safetensors" for name in "abcdef"}}
 
     def examined(text: bytes) -> None:
         (policy / "model.safetensors.index.json").write_bytes(text)
         found = read_or_refused(lambda: weight_files(policy)) or []
         assert all(file.parent == policy and file.is_file() for file in found)
 
-    fuzz(150, examined, jsons(whole))
+    fuzz(150, examined, jsons(original))

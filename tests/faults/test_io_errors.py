@@ -1,4 +1,4 @@
-"""A disk that fails at any point of a save: the error is plain, older checkpoints stay, the next works."""
+"""A disk that fails at any call of a save: one clear error, older checkpoints stay, the next save works."""
 
 import random
 import resource
@@ -24,7 +24,7 @@ SAMPLE = 25
 
 @pytest.fixture(scope="module")
 def kept(inputs):
-    """What every save here writes."""
+    """Arguments of every save here."""
     policy = load_policy(load_policy_config(inputs.policy), inputs.policy)
     engine = SingleEngine(
         PolicyWithLoss(policy),
@@ -54,41 +54,41 @@ def layout(request):
 
 
 @pytest.fixture(scope="module")
-def asked(kept, layout, tmp_path_factory):
-    """Everything that one save asks of the disk, in order."""
+def disk_calls(kept, layout, tmp_path_factory):
+    """All calls of one save to the disk, in order."""
     kept["config"].checkpoint.layout = layout
     run = tmp_path_factory.mktemp("dry")
-    save_checkpoint(run / "step_000001", step=1, **kept)  # what is done once only
+    save_checkpoint(run / "step_000001", step=1, **kept)  # calls that are made only once
     with FaultyDisk().in_place() as disk:
         save_checkpoint(run / "step_000002", step=2, **kept)
-    return disk.asked
+    return disk.calls
 
 
 @pytest.fixture
-def cases(asked, whole_campaign, faults_seed):
-    """Call and fault: all of them in the campaign, else a sample that the seed draws."""
+def cases(disk_calls, full_campaign, faults_seed):
+    """Pairs of call and fault: all in the full campaign, otherwise a random sample."""
     every = [
         (at, fault)
-        for at, name in enumerate(asked)
+        for at, name in enumerate(disk_calls)
         for fault in FAULTS
         if fault != "short" or name == "pwrite"
     ]
-    return every if whole_campaign else random.Random(faults_seed).sample(every, SAMPLE)
+    return every if full_campaign else random.Random(faults_seed).sample(every, SAMPLE)
 
 
-def test_a_save_asks_for_all_of_these(asked):
-    """Else the cases below would be about nothing."""
+def test_a_save_makes_all_kinds_of_calls(disk_calls):
+    """Without this, the cases below could test nothing."""
     names = ["mkdir", "open", "reserve", "pwrite", "fsync", "rename", "symlink", "copyfile"]
-    assert {name for name in names if name in asked} == set(names)
+    assert {name for name in names if name in disk_calls} == set(names)
 
 
-def test_each_call_of_a_save_may_fail(kept, layout, asked, cases, fault_table, tmp_path):
+def test_each_call_of_a_save_may_fail(kept, layout, disk_calls, cases, fault_table, tmp_path):
     older = tmp_path / "step_000002"
     kept["config"].checkpoint.layout = layout
     save_checkpoint(older, step=2, **kept)
     series = fault_table.series("I/O error in a save", layout)
     for number, (at, fault) in enumerate(cases):
-        with series.case(f"{fault} at call {at}, {asked[at]}"):
+        with series.case(f"{fault} at call {at}, {disk_calls[at]}"):
             older = save_onto(FaultyDisk(at, fault), kept, tmp_path, 3 + number, older)
     series.check()
     save_checkpoint(tmp_path / "step_999999", step=999999, **kept)
@@ -96,26 +96,26 @@ def test_each_call_of_a_save_may_fail(kept, layout, asked, cases, fault_table, t
 
 
 def save_onto(disk, kept, run, step, older):
-    """Save, meet the fault, and look at what is left: the newest whole checkpoint is returned."""
-    target, said = run / f"step_{step:06d}", None
+    """Save with the fault, check the outcome and return the newest complete checkpoint."""
+    target, message = run / f"step_{step:06d}", None
     with disk.in_place():
         try:
             save_checkpoint(target, step=step, **kept)
         except UserError as error:
-            said = str(error)
-    assert disk.met, "the fault was never met"
+            message = str(error)
+    assert disk.failed, "the failing call was never made"
     if disk.fault == "short":
-        assert said is None  # the write goes on where it stopped
-    elif said is not None or not disk.hit_mkdir:  # a directory that is there need not be made
-        assert said is not None
-        assert f"checkpoint {target} cannot be" in said
-        assert "[Errno" in said
+        assert message is None  # the write continues where it stopped
+    elif message is not None or not disk.failed_mkdir:  # the directory may exist already
+        assert message is not None
+        assert f"checkpoint {target} cannot be" in message
+        assert "[Errno" in message
     verify_checkpoint(older, 0, 1)
     assert not list(run.glob("step_*.tmp"))
     if not target.exists():
-        assert said is not None
+        assert message is not None
         return older
-    # The disk failed after the checkpoint had got its name, if at all: it is whole.
+    # The disk failed after the rename, if at all: the checkpoint is complete.
     assert verify_checkpoint(target, 0, 1)["step"] == step
     for path in older.glob("*.safetensors"):  # the same engine in the same state
         assert (target / path.name).read_bytes() == path.read_bytes(), path.name
@@ -123,8 +123,8 @@ def save_onto(disk, kept, run, step, older):
 
 
 @pytest.mark.parametrize("limit", [100, 5_000, 100_000, 400_000])
-def test_a_quota_of_the_kernel(kept, tmp_path, limit):
-    """No shim: files larger than the limit cannot be written, and the call that would is cut short first."""
+def test_a_file_size_limit_of_the_kernel(kept, tmp_path, limit):
+    """Without a shim: a write beyond the limit is first cut short and then refused."""
     kept["config"].checkpoint.layout = "consolidated"
     save_checkpoint(tmp_path / "step_000002", step=2, **kept)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

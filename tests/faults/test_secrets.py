@@ -1,4 +1,4 @@
-"""Keys and tokens of the environment reach no log, no configuration and no checkpoint."""
+"""Keys and tokens of the environment never reach a log, a configuration or a checkpoint."""
 
 import dataclasses
 import os
@@ -23,14 +23,14 @@ SENTINELS = {
     "HUGGING_FACE_HUB_TOKEN": "hf_SentinelOfTheOldTokenAbcdefghijkl",
     "AWS_SECRET_ACCESS_KEY": "SentinelOfTheStoreAbcdefghijklmnopqrstuv",
 }
-FOR_A_SECRET = re.compile(
+SECRET_NAME = re.compile(
     r"^(key|token|auth)$|(api|hub|hf|auth|access|private|wandb)_(key|token)|secret|password|credential"
 )
 NETRC = "ce5e1100" * 5
 
 
 def occurrences(secrets: list[str], directory: Path, *printed: str) -> list[str]:
-    """Where a secret, or most of it, was written: names of files, and streams."""
+    """Return the files and streams that contain a secret, or most of it."""
     contents = {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     contents |= {f"stream {number}": text.encode() for number, text in enumerate(printed)}
     parts = [secret[6:-6].encode() for secret in secrets]
@@ -39,7 +39,7 @@ def occurrences(secrets: list[str], directory: Path, *printed: str) -> list[str]
 
 @pytest.fixture
 def home(tmp_path) -> Path:
-    """A home with a key where wandb looks for one."""
+    """A home directory with a key in `.netrc`, which wandb reads."""
     home = tmp_path / "home"
     home.mkdir()
     (home / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {NETRC}\n")
@@ -61,7 +61,7 @@ def assert_clean(run: Path, *printed: str) -> None:
     assert not occurrences([*SENTINELS.values(), NETRC], run, *printed)
 
 
-def test_nothing_that_a_run_writes_holds_a_secret_of_its_environment(inputs, tmp_path, home):
+def test_no_output_of_a_run_contains_a_secret_of_its_environment(inputs, tmp_path, home):
     run = tmp_path / "run"
     ended = subprocess.run(
         [sys.executable, ROOT / "scripts" / "train_craft.py", *inputs.flags(run), *wandb_flags(inputs)],
@@ -76,7 +76,7 @@ def test_nothing_that_a_run_writes_holds_a_secret_of_its_environment(inputs, tmp
     assert_clean(run, ended.stdout, ended.stderr)
 
 
-def test_nothing_that_a_run_writes_holds_a_key_of_netrc(inputs, train, tmp_path, home, monkeypatch):
+def test_no_output_of_a_run_contains_a_key_of_netrc(inputs, train, tmp_path, home, monkeypatch):
     monkeypatch.setenv("NETRC", str(home / ".netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     run = tmp_path / "run"
@@ -116,12 +116,12 @@ def test_a_configuration_with_a_secret_is_refused(config, flag):
     assert not any(secret in str(caught.value) for secret in (KEY, SENTINELS["HF_TOKEN"], "me:secret"))
 
 
-def test_what_is_no_secret_is_not_refused():
+def test_other_values_are_not_refused():
     config = {"dataset": {"repo_id": "me/hf_data", "root": "s3://bucket/a:b/c@d"}, "seed": 1000, "peft": None}
     refuse_secrets(config, {"WANDB_API_KEY": "1000", "HF_TOKEN": ""})
 
 
-def test_an_unknown_flag_that_is_called_like_a_secret_is_not_repeated(refuses, tmp_path):
+def test_the_value_of_an_unknown_secret_flag_is_not_printed(refuses, tmp_path):
     line = refuses(tmp_path / "run", f"--wandb.api_key={KEY}")
     assert "--wandb.api_key=…" in line
     assert KEY not in line
@@ -130,15 +130,15 @@ def test_an_unknown_flag_that_is_called_like_a_secret_is_not_repeated(refuses, t
     )
 
 
-def test_a_configuration_file_has_no_place_for_a_secret(refuses, tmp_path):
+def test_a_configuration_file_cannot_hold_a_secret(refuses, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(f"wandb:\n  api_key: {KEY}\n")
     line = refuses(tmp_path / "run", f"--config_path={file}")
     assert KEY not in line
 
 
-def test_no_field_of_any_configuration_is_made_for_a_secret():
-    """LeRobot may get one some day, and it would be written into every checkpoint."""
+def test_no_configuration_field_is_meant_for_a_secret():
+    """A later LeRobot may add one, and every checkpoint would contain it."""
     found, seen = [], set()
 
     def walk(kind: type, where: str) -> None:
@@ -147,7 +147,7 @@ def test_no_field_of_any_configuration_is_made_for_a_secret():
         seen.add(kind)
         types = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
-            if FOR_A_SECRET.search(field.name):
+            if SECRET_NAME.search(field.name):
                 found.append(f"{where}.{field.name}")
             for inner in (types[field.name], *typing.get_args(types[field.name])):
                 if isinstance(inner, type):

@@ -1,4 +1,4 @@
-"""No pickle and no program from outside ever runs: by the package's source, and by planting live ones."""
+"""Foreign pickles and programs never run: checked in the package's source, and by planting live ones."""
 
 import ast
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import refused, seal, verify_checkpoint
+from file_damage import refused, seal, verify_checkpoint
 
 from craft_ds.anchors.cache import file_sha256
 from craft_ds.config.parser import parse_arguments
@@ -44,7 +44,7 @@ FORBIDDEN_CALLS = {
 
 
 def unsafe(source: str) -> list[str]:
-    """What in a program could run what a file says."""
+    """Return the expressions in a program that could run code from a file."""
     found = []
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -79,7 +79,7 @@ def unsafe(source: str) -> list[str]:
         "subprocess.run(command, shell=True)",
     ],
 )
-def test_what_counts_as_unsafe(source):
+def test_unsafe_code_is_found(source):
     assert unsafe(f"def f():\n    {source}")
 
 
@@ -87,11 +87,11 @@ def test_what_counts_as_unsafe(source):
     "source",
     ["torch.load(path, weights_only=True)", "policy.eval()", "re.compile(text)", "yaml.safe_load(text)"],
 )
-def test_what_does_not(source):
+def test_safe_code_is_accepted(source):
     assert not unsafe(source)
 
 
-def test_the_package_and_the_scripts_run_nothing_that_a_file_says():
+def test_package_and_scripts_contain_no_unsafe_code():
     sources = [*(ROOT / "craft_ds").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
     assert len(sources) > 80
     found = {str(path.relative_to(ROOT)): unsafe(path.read_text()) for path in sources}
@@ -113,7 +113,7 @@ class Bomb:
 
 @pytest.fixture
 def marker(tmp_path):
-    """Is there when foreign code has run."""
+    """A path that exists only after foreign code has run."""
     return tmp_path / "it_ran"
 
 
@@ -136,7 +136,7 @@ def test_the_pickles_are_live(tmp_path, marker, form):
 
 @pytest.fixture(scope="module")
 def checkpoints(inputs, tmp_path_factory) -> dict[str, Path]:
-    """Of full training and of adapters, after the first of two steps."""
+    """Checkpoints of full training and of adapters, after the first of two steps."""
     root, made = tmp_path_factory.mktemp("checkpoints"), {}
     kinds = {"full": inputs.craft_flags(), "lora": ["--lora=attention_mlp"]}
     for kind, special in kinds.items():
@@ -150,7 +150,7 @@ def checkpoints(inputs, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def forged(checkpoints, refuses, tmp_path):
-    """Refuse to resume a run whose only checkpoint was changed, with a manifest that fits the change."""
+    """Resume a run whose only checkpoint was changed, with a matching manifest; return the error."""
 
     def forged(kind: str, change) -> str:
         run = tmp_path / "run"
@@ -197,7 +197,7 @@ def test_a_pickle_in_a_checkpoint(forged, marker, kind, file, form):
         ("scheduler.pt", {"last_epoch": "x"}),
     ],
 )
-def test_states_of_another_make(forged, file, content):
+def test_state_files_with_unexpected_contents(forged, file, content):
     def write(checkpoint):
         sound = torch.load(checkpoint / file, weights_only=True)
         torch.save(sound | content if content and isinstance(content, dict) else content, checkpoint / file)
@@ -226,7 +226,7 @@ def test_a_pickle_in_an_anchor_cache(refuses, inputs, marker, tmp_path, form, ve
 
 @pytest.fixture
 def policy(inputs, tmp_path):
-    """A copy of the policy, to be changed."""
+    """A copy of the policy that tests change."""
     return shutil.copytree(inputs.policy, tmp_path / "policy")
 
 
@@ -253,7 +253,7 @@ def test_a_processor_that_names_a_class(refuses, policy, marker, tmp_path, monke
 
 @pytest.fixture
 def with_code(policy, marker, monkeypatch, tmp_path):
-    """A policy whose action tokenizer brings a program with it."""
+    """A policy whose action tokenizer contains a program."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = policy / "action_tokenizer"
     source = (folder / "fast.py").read_text()
@@ -272,7 +272,7 @@ def test_a_tokenizer_that_is_a_program(refuses, inputs, with_code, marker, tmp_p
     assert remote_code.TRUST_VARIABLE in line
 
 
-def test_no_way_to_a_tokenizer_goes_round_the_check(inputs, with_code, marker):
+def test_every_way_to_load_a_tokenizer_is_checked(inputs, with_code, marker):
     config = load_policy_config(inputs.policy)
     config.action_tokenizer_name = str(with_code / "action_tokenizer")
     for use in (
@@ -290,13 +290,13 @@ def test_no_way_to_a_tokenizer_goes_round_the_check(inputs, with_code, marker):
     assert not marker.exists()
 
 
-def test_who_trusts_a_tokenizer_s_program_can_say_so(with_code, marker, monkeypatch):
+def test_a_tokenizer_program_runs_if_trusted(with_code, marker, monkeypatch):
     monkeypatch.setenv(remote_code.TRUST_VARIABLE, "1")
     tokenizer_fingerprint(load_policy_config(with_code))
     assert marker.exists()
 
 
-def test_a_stranger_s_tokenizer_on_the_hub(policy):
+def test_a_hub_tokenizer_of_an_unknown_owner(policy):
     edit(policy / "config.json", lambda content: content.update(action_tokenizer_name="stranger/fast"))
     shutil.rmtree(policy / "action_tokenizer")
     assert "stranger/fast" in refused(lambda: load_policy_config(policy))

@@ -1,4 +1,4 @@
-"""Headers, configurations and paths that nobody writes: a clear error in bounded time and memory."""
+"""Invalid headers, configurations and paths: one clear error in bounded time and memory."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import DEEP, files_of, not_a_file, refused, within
+from file_damage import DEEP, files_of, not_a_file, refused, within
 from safetensors.torch import load_file, save_file
 
 from craft_ds.config.parser import parse_arguments
@@ -23,14 +23,14 @@ from craft_ds.tensor_io.tensor_file import TensorFile
 
 @pytest.fixture(autouse=True)
 def bounded_time():
-    """Nothing here waits for ever."""
+    """Limit the time of every test."""
     with within(20):
         yield
 
 
 @pytest.fixture
 def bounded_memory():
-    """Nothing takes more than 64 MiB."""
+    """Limit the memory of a test to 64 MiB."""
     tracemalloc.start()
     yield
     peak = tracemalloc.get_traced_memory()[1]
@@ -100,14 +100,14 @@ def test_a_header_that_does_not_describe_its_file(tmp_path, what):
     damaged_header(header_file(tmp_path / "x.safetensors", HEADERS[what]))
 
 
-def test_the_header_beside_them_is_read(tmp_path):
+def test_a_valid_header_is_read(tmp_path):
     with TensorFile(header_file(tmp_path / "x.safetensors", entry([2]))) as file:
         assert file.read("w", 0, 2).tolist() == [0, 0]
 
 
 @pytest.mark.usefixtures("bounded_memory")
 @pytest.mark.parametrize("length", [0, 9, 100_000_001, 1 << 40, (1 << 64) - 1])
-def test_a_length_that_is_none(tmp_path, length):
+def test_an_invalid_header_length(tmp_path, length):
     path = header_file(tmp_path / "x.safetensors", "{}", body=0, length=length)
     if length == 100_000_001:
         os.truncate(path, 1 << 30)  # a hole: the file is as large as its header says
@@ -116,7 +116,7 @@ def test_a_length_that_is_none(tmp_path, length):
 
 @pytest.mark.parametrize("kind", ["directory", "loop", "pipe", "empty"])
 @pytest.mark.parametrize("writable", [False, True])
-def test_what_is_no_regular_file(tmp_path, kind, writable):
+def test_a_tensor_file_that_is_not_a_regular_file(tmp_path, kind, writable):
     path = not_a_file(tmp_path / "x.safetensors", kind)
     with pytest.raises(ValueError, match="is not a safetensors file"):
         TensorFile(path, writable=writable)
@@ -127,7 +127,7 @@ def test_what_is_no_regular_file(tmp_path, kind, writable):
 
 @pytest.fixture
 def policy(inputs, tmp_path):
-    """A copy of the policy, to be changed."""
+    """A copy of the policy that tests change."""
     return shutil.copytree(inputs.policy, tmp_path / "in" / "policy")
 
 
@@ -139,7 +139,7 @@ def edited(path: Path):
 
 
 def load(path: Path) -> None:
-    """As training and export do, without a command."""
+    """Load a policy like training and export, without a command."""
     config = load_policy_config(path)
     load_processors(config, path)
     load_policy(config, path)
@@ -149,7 +149,7 @@ def load(path: Path) -> None:
     "name",
     ["../outside.safetensors", "a/../../outside.safetensors", "/etc/passwd", "", ".", "..", None, 3, ["x"]],
 )
-def test_an_index_that_names_no_file_of_its_directory(policy, name):
+def test_an_index_that_names_a_file_outside_its_directory(policy, name):
     (policy / "model.safetensors").rename(policy.parent / "outside.safetensors")
     names = dict.fromkeys(load_file(policy.parent / "outside.safetensors"), name)
     (policy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
@@ -159,7 +159,7 @@ def test_an_index_that_names_no_file_of_its_directory(policy, name):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": ' + DEEP + "}"])
-def test_an_index_that_is_none(policy, text):
+def test_an_invalid_index(policy, text):
     (policy / "model.safetensors").unlink()
     (policy / "model.safetensors.index.json").write_text(text)
     assert "model.safetensors.index.json is damaged" in refused(lambda: load(policy))
@@ -179,7 +179,7 @@ def test_an_index_that_is_none(policy, text):
         7,
     ],
 )
-def test_the_state_of_a_step_that_is_no_file_of_its_directory(policy, tmp_path, processor, state):
+def test_a_processor_state_outside_its_directory(policy, tmp_path, processor, state):
     secret = policy.parent / "secret.safetensors"
     save_file({"secret": torch.ones(1)}, secret)
     with edited(policy / processor) as content:
@@ -201,7 +201,7 @@ def test_the_state_of_a_step_that_is_no_file_of_its_directory(policy, tmp_path, 
         '{"steps": ' + DEEP + "}",
     ],
 )
-def test_a_processor_that_is_none(policy, processor, text):
+def test_an_invalid_processor(policy, processor, text):
     (policy / processor).write_text(text)
     assert str(policy) in refused(lambda: load(policy))
 
@@ -233,7 +233,7 @@ def test_a_processor_that_is_none(policy, processor, text):
     ],
     ids=str,
 )
-def test_a_configuration_of_no_policy(policy, change):
+def test_an_invalid_policy_configuration(policy, change):
     if "text_tokenizer_name" in change:
         shutil.rmtree(policy / "text_tokenizer")
     with edited(policy / "config.json") as content:
@@ -245,7 +245,7 @@ def test_a_configuration_of_no_policy(policy, change):
     "text", ["", "null", "[]", DEEP, '{"type": ' + DEEP + "}", '{"type": "a", "type": "b"}']
 )
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
-def test_a_configuration_that_is_no_object(policy, name, text):
+def test_a_configuration_that_is_not_an_object(policy, name, text):
     (policy / name).write_text(text)
     line = refused(lambda: load_trained_policy(load_policy_config(policy), policy))
     assert name in line
@@ -265,7 +265,7 @@ def test_a_configuration_that_is_no_object(policy, name, text):
         "STATE",
     ],
 )
-def test_a_file_of_a_policy_that_is_no_regular_file(policy, name, kind):
+def test_a_policy_file_that_is_not_a_regular_file(policy, name, kind):
     if name == "STATE":
         name = next(policy.glob("policy_preprocessor_step_*.safetensors")).name
     not_a_file(policy / name, kind)
@@ -274,7 +274,7 @@ def test_a_file_of_a_policy_that_is_no_regular_file(policy, name, kind):
 
 @pytest.fixture
 def adapters(adapted, inputs, tmp_path):
-    """A copy of a policy with adapters, to be changed."""
+    """A copy of a policy with adapters that tests change."""
     return shutil.copytree(adapted("attention_mlp"), tmp_path / "adapters")
 
 
@@ -305,7 +305,7 @@ def adapters(adapted, inputs, tmp_path):
     ],
     ids=str,
 )
-def test_a_configuration_of_no_adapters(adapters, change):
+def test_an_invalid_adapter_configuration(adapters, change):
     with edited(adapters / "adapter_config.json") as content:
         content |= change
     refused(lambda: load_trained_policy(load_policy_config(adapters), adapters))
@@ -316,7 +316,7 @@ def test_a_configuration_of_no_adapters(adapters, change):
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml"])
 @pytest.mark.parametrize("text", [DEEP, '{"steps": ' + DEEP + "}", "\0", "\ud800", "[", '"x"'])
-def test_a_configuration_file_that_is_none(tmp_path, monkeypatch, suffix, text):
+def test_an_invalid_configuration_file(tmp_path, monkeypatch, suffix, text):
     monkeypatch.setattr("sys.argv", ["train_craft.py"])
     file = tmp_path / f"config{suffix}"
     file.write_bytes(text.encode(errors="surrogatepass"))
@@ -324,7 +324,7 @@ def test_a_configuration_file_that_is_none(tmp_path, monkeypatch, suffix, text):
 
 
 @pytest.mark.parametrize("kind", ["directory", "loop", "pipe", "empty"])
-def test_a_configuration_file_that_is_no_regular_file(tmp_path, monkeypatch, kind):
+def test_a_configuration_file_that_is_not_a_regular_file(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("sys.argv", ["train_craft.py"])
     file = not_a_file(tmp_path / "config.json", kind)
     assert str(file) in refused(lambda: parse_arguments([f"--config_path={file}"]))

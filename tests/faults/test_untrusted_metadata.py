@@ -1,11 +1,11 @@
-"""Metadata of caches and manifests of checkpoints that nobody writes, though their checksums fit."""
+"""Invalid cache metadata and checkpoint manifests with valid checksums."""
 
 import json
 import math
 import shutil
 
 import pytest
-from damage import DEEP, MANIFEST, not_a_file, read_manifest, refused, seal, within
+from file_damage import DEEP, MANIFEST, not_a_file, read_manifest, refused, seal, within
 from safetensors.torch import load_file, save_file
 
 from craft_ds.anchors.cache import METADATA_FILE, AnchorCache, file_sha256
@@ -14,7 +14,7 @@ from craft_ds.testing.datasets import edit_metadata, write_test_cache
 
 @pytest.fixture(autouse=True)
 def bounded_time():
-    """Nothing here waits for ever."""
+    """Limit the time of every test."""
     with within(20):
         yield
 
@@ -30,7 +30,7 @@ def cache(tmp_path):
 
 
 def changes():
-    """Places in the metadata, and what cannot be there."""
+    """Yield entries of the metadata and invalid values for them."""
     odd = (None, True, -1, 0, 2.5, math.inf, 1 << 70, "x", "../../etc", [], {}, [[]])
     for place, allowed in {
         ("num_samples",): (),
@@ -70,15 +70,15 @@ def set_entry(metadata, place, value) -> None:
     metadata[last] = value
 
 
-def test_metadata_that_no_build_writes_though_its_checksum_fits(cache):
-    whole = json.loads((cache / METADATA_FILE).read_text())
+def test_invalid_metadata_with_a_valid_checksum(cache):
+    original = json.loads((cache / METADATA_FILE).read_text())
     cases = list(changes())
     assert len(cases) > 200
     silent = []
     for place, value in cases:
-        metadata = json.loads(json.dumps(whole))
+        metadata = json.loads(json.dumps(original))
         set_entry(metadata, place, value)
-        (cache / METADATA_FILE).write_text(json.dumps(whole))
+        (cache / METADATA_FILE).write_text(json.dumps(original))
         edit_metadata(cache, **metadata)
         try:
             line = refused(lambda: AnchorCache.open(cache))
@@ -86,21 +86,21 @@ def test_metadata_that_no_build_writes_though_its_checksum_fits(cache):
         except Exception as error:
             silent.append((place, value, repr(error)))
     assert not silent, "\n".join(map(str, silent))
-    (cache / METADATA_FILE).write_text(json.dumps(whole))
+    (cache / METADATA_FILE).write_text(json.dumps(original))
     assert len(AnchorCache.open(cache)) == 6
 
 
 @pytest.mark.parametrize(
     "text", ["", "null", "3", DEEP, '{"format": ' + DEEP + "}", '{"format": 1, "format": 2}']
 )
-def test_metadata_that_are_no_object(cache, text):
+def test_metadata_that_is_not_an_object(cache, text):
     (cache / METADATA_FILE).write_text(text)
     assert METADATA_FILE in refused(lambda: AnchorCache.open(cache))
 
 
 @pytest.mark.parametrize("kind", ["directory", "loop", "pipe"])
 @pytest.mark.parametrize("name", [METADATA_FILE, "shard_00000.safetensors"])
-def test_a_file_of_a_cache_that_is_no_regular_file(cache, name, kind):
+def test_a_cache_file_that_is_not_a_regular_file(cache, name, kind):
     not_a_file(cache / name, kind)
     assert str(cache) in refused(lambda: AnchorCache.open(cache))
 
@@ -115,7 +115,7 @@ def test_a_file_of_a_cache_that_is_no_regular_file(cache, name, kind):
         ("observation.images.top", lambda tensor: tensor.float()),
     ],
 )
-def test_shards_that_no_build_writes_though_their_checksums_fit(cache, field, change):
+def test_invalid_shards_with_valid_checksums(cache, field, change):
     shard = cache / "shard_00000.safetensors"
     tensors = load_file(shard)
     tensors[field] = change(tensors[field])
@@ -159,7 +159,7 @@ SOUND = {"bytes": 1, "xxh3_128": ["0" * 32]}
     ],
     ids=str,
 )
-def test_a_manifest_that_no_save_writes_though_its_checksum_fits(checkpoint, change):
+def test_an_invalid_manifest_with_a_valid_checksum(checkpoint, change):
     (checkpoint.parent / "outside").write_text("x")
     read_manifest(checkpoint)
     seal(checkpoint, **change)
@@ -167,12 +167,12 @@ def test_a_manifest_that_no_save_writes_though_its_checksum_fits(checkpoint, cha
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", DEEP, '{"files": ' + DEEP + "}"])
-def test_a_manifest_that_is_no_object(checkpoint, text):
+def test_a_manifest_that_is_not_an_object(checkpoint, text):
     (checkpoint / MANIFEST).write_text(text)
     assert str(checkpoint) in refused(lambda: read_manifest(checkpoint))
 
 
 @pytest.mark.parametrize("kind", ["directory", "loop", "pipe", "empty"])
-def test_a_manifest_that_is_no_regular_file(checkpoint, kind):
+def test_a_manifest_that_is_not_a_regular_file(checkpoint, kind):
     not_a_file(checkpoint / MANIFEST, kind)
     assert str(checkpoint) in refused(lambda: read_manifest(checkpoint))

@@ -1,4 +1,4 @@
-"""A tensor file in pieces reads as the whole one does."""
+"""Tensor files in per-rank pieces read like consolidated ones."""
 
 import json
 
@@ -14,7 +14,7 @@ TENSORS = {"a": torch.arange(35.0).reshape(5, 7), "b": torch.arange(3.0), "c": t
 
 
 def write(path, cuts):
-    """Pieces of `TENSORS`: rank r holds each flattened tensor between the r-th and the next of its cuts."""
+    """Write pieces of `TENSORS`: rank r holds each flattened tensor between its cuts r and r + 1."""
     for rank in range(len(cuts["a"]) - 1):
         held = {}
         for name, tensor in TENSORS.items():
@@ -57,15 +57,15 @@ def pieces(tmp_path):
 
 
 @pytest.mark.parametrize("rank", range(3))
-def test_a_missing_piece_is_an_error_and_no_zeros(pieces, rank):
+def test_a_missing_piece_is_an_error(pieces, rank):
     piece_path(pieces, rank).unlink()
-    with pytest.raises(ValueError, match="do not make up a: one is missing"):
+    with pytest.raises(ValueError, match="do not cover a: one is missing"):
         PerRankFile(pieces)
 
 
-def test_a_piece_twice_is_an_error(pieces):
+def test_a_repeated_piece_is_an_error(pieces):
     piece_path(pieces, 3).write_bytes(piece_path(pieces, 1).read_bytes())
-    with pytest.raises(ValueError, match="do not make up"):
+    with pytest.raises(ValueError, match="do not cover"):
         PerRankFile(pieces)
 
 
@@ -73,7 +73,7 @@ def test_a_piece_twice_is_an_error(pieces):
 def test_damaged_metadata_is_an_error(pieces, parts):
     spec = TensorSpec("a", (10,), torch.float32)
     write_tensor_file(piece_path(pieces, 0), [spec], lambda *_: torch.zeros(10), {"parts": parts})
-    with pytest.raises(ValueError, match=r"damaged|disagree|make up"):
+    with pytest.raises(ValueError, match=r"damaged|disagree|cover"):
         PerRankFile(pieces)
 
 
@@ -84,12 +84,12 @@ def test_pieces_of_another_run_are_an_error(pieces):
         PerRankFile(pieces)
 
 
-def test_a_whole_file_is_preferred(pieces):
+def test_a_consolidated_file_is_preferred(pieces):
     write_tensor_file(pieces, [TensorSpec("a", (2,), torch.float32)], lambda *_: torch.ones(2))
     with open_tensors(pieces) as file:
         assert isinstance(file, TensorFile)
 
 
-def test_nothing_there(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         open_tensors(tmp_path / "model.safetensors")

@@ -91,7 +91,7 @@ def test_files_of_the_reference_implementation(tmp_path):
             assert torch.equal(file.read(name, 0, values.numel()), values.flatten())
 
 
-def test_values_are_cast_to_the_file_s_dtype(tmp_path):
+def test_values_are_cast_to_the_dtype_of_the_file(tmp_path):
     path = tmp_path / "x.safetensors"
     create_tensor_file(path, [TensorSpec("w", (2, 2), torch.bfloat16)])
     with TensorFile(path, writable=True) as file:
@@ -99,7 +99,7 @@ def test_values_are_cast_to_the_file_s_dtype(tmp_path):
         assert file.read("w", 0, 4).tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_a_view_is_written_as_what_it_shows(tmp_path):
+def test_a_strided_view_is_written_correctly(tmp_path):
     path = tmp_path / "x.safetensors"
     create_tensor_file(path, [TensorSpec("w", (3,), torch.float32)])
     with TensorFile(path, writable=True) as file:
@@ -108,7 +108,7 @@ def test_a_view_is_written_as_what_it_shows(tmp_path):
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 4), (-1, 2), (2, 1), (4, 4)])
-def test_a_range_never_reaches_into_the_next_tensor(tmp_path, start, stop):
+def test_a_range_never_extends_into_the_next_tensor(tmp_path, start, stop):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(3), "b": torch.ones(3)}, path)
     with TensorFile(path, writable=True) as file:
@@ -120,7 +120,7 @@ def test_a_range_never_reaches_into_the_next_tensor(tmp_path, start, stop):
             file.read("c", 0, 1)
 
 
-def test_the_whole_file_is_there_from_the_start(tmp_path):
+def test_a_created_file_has_its_full_size(tmp_path):
     path = tmp_path / "x.safetensors"
     create_tensor_file(path, [TensorSpec("w", (1000,), torch.float32)])
     assert path.stat().st_size > 4000
@@ -139,7 +139,7 @@ def with_header(path, header: bytes, body: bytes = b"") -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"abc", b"\0" * 8, b"\xff" * 64, (1 << 40).to_bytes(8, "little") + b"{}"]
 )
-def test_what_is_no_safetensors_file(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     assert_damaged(path)
@@ -165,7 +165,7 @@ def test_a_damaged_entry(tmp_path, entry):
 
 
 @pytest.mark.parametrize("header", [b"{", b"[]", b"null", b'"x"', b"\xff\xfe"])
-def test_a_header_that_is_no_object(tmp_path, header):
+def test_a_header_that_is_not_an_object(tmp_path, header):
     path = tmp_path / "x.safetensors"
     with_header(path, header)
     assert_damaged(path)
@@ -188,7 +188,7 @@ def test_any_damage_to_the_header_is_an_error_or_harmless(tmp_path, position, by
             assert file.read(spec.name, 0, math.prod(spec.shape)).numel() == math.prod(spec.shape)
 
 
-def test_a_file_cut_short_is_refused(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.arange(30.0)}, path)
     path.write_bytes(path.read_bytes()[:-1])
@@ -197,7 +197,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
         read_by_safetensors(path)
 
 
-def test_a_file_is_written_piece_by_piece_from_what_reads_ranges(tmp_path, monkeypatch):
+def test_write_tensor_file_reads_and_writes_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_file, "_PIECE", 10)
     values = {"a": torch.randn(7, 5), "b": torch.arange(20), "c": torch.tensor(3.5), "d": torch.empty(0, 4)}
     ranges = []

@@ -1,4 +1,4 @@
-"""Start ranks from a fork server, kill some of them, and see how the others end: what a launcher does."""
+"""Launch ranks from a fork server, kill some of them, and record how the others exit."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Self
 _POLL_S = 0.01
 
 
-class Saboteur(NamedTuple):
+class FaultInjector(NamedTuple):
     """A function that runs in a rank before the training command.
 
     Attributes:
-        function: `module:function`; the module lies in this directory.
+        function: `module:function`; the module is in this directory.
         arguments: Its keyword arguments, plain values.
     """
 
@@ -31,8 +31,8 @@ class Kill(NamedTuple):
     """SIGKILL from outside.
 
     Attributes:
-        seconds: When, after the start.
-        ranks: Who.
+        seconds: Delay after the start.
+        ranks: The killed ranks.
     """
 
     seconds: float
@@ -40,28 +40,28 @@ class Kill(NamedTuple):
 
 
 @dataclass
-class Ended:
-    """How the ranks of one launch ended.
+class LaunchResult:
+    """Outcome of one launch.
 
     Attributes:
-        statuses: Exit status of each rank; a signal's number is negative.
-        outputs: What each printed.
-        seconds: From the start to the end of the last one.
-        helped: Ranks that did not end by themselves after another had failed, and were killed for it.
+        statuses: Exit status of each rank; negative for a signal.
+        outputs: Output of each rank.
+        seconds: From the start to the exit of the last rank.
+        hung: Ranks that did not exit by themselves after another had failed, and were killed.
     """
 
     statuses: list[int]
     outputs: list[str]
     seconds: float
-    helped: list[int] = field(default_factory=list)
+    hung: list[int] = field(default_factory=list)
 
     @property
     def killed(self) -> bool:
-        """Whether any rank was ended by SIGKILL."""
+        """True if any rank was ended by SIGKILL."""
         return -signal.SIGKILL in self.statuses
 
     def check(self) -> Self:
-        """Insist that all went well."""
+        """Assert that every rank exited with status 0."""
         assert not any(self.statuses), f"statuses {self.statuses}\n" + "\n".join(
             f"--- rank {rank}\n{output[-6000:]}" for rank, output in enumerate(self.outputs)
         )
@@ -69,10 +69,10 @@ class Ended:
 
 
 class ForkServer:
-    """Ranks without the seconds of imports; see `fork_server`.
+    """Client of the process in `fork_server`, which starts ranks without the seconds of imports.
 
     Args:
-        scratch: Directory for what ranks print.
+        scratch: Directory for the ranks' output.
     """
 
     def __init__(self, scratch: Path):
@@ -83,11 +83,11 @@ class ForkServer:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
             "OMP_NUM_THREADS": "1",
-            # The ranks compare bits and are forked: they run on the CPU wherever they are.
+            # Forked ranks cannot use CUDA, and their bits are compared: always run on the CPU.
             "CUDA_VISIBLE_DEVICES": "",
-            # Else pyarrow's allocator has a thread of its own.
+            # Otherwise pyarrow's allocator starts a thread.
             "JE_ARROW_MALLOC_CONF": "background_thread:false",
-            # Else torch's compiler starts workers when it is imported.
+            # Otherwise torch's compiler starts workers on import.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         self._errors = (scratch / "fork_server.log").open("w+")
@@ -117,7 +117,7 @@ class ForkServer:
         return json.loads(line)
 
     def close(self) -> None:
-        """End the server, and with it the ranks that still run."""
+        """Stop the server and the ranks that are still running."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=30)
@@ -129,19 +129,19 @@ class ForkServer:
         world_size: int,
         *,
         kill: Kill | None = None,
-        saboteurs: Mapping[int, Sequence[Saboteur]] | None = None,
+        injectors: Mapping[int, Sequence[FaultInjector]] | None = None,
         timeout: float = 120.0,
         grace: float = 10.0,
-    ) -> Ended:
-        """Run the training command on some ranks to their end.
+    ) -> LaunchResult:
+        """Run the training command on some ranks until all have exited.
 
         Args:
-            argv: Its arguments.
+            argv: Arguments of the command.
             world_size: Number of ranks.
-            kill: Who is killed when.
-            saboteurs: What else goes wrong, by rank.
-            timeout: Seconds after which ranks show their stacks and end.
-            grace: Seconds that ranks get to end by themselves after another has failed.
+            kill: Ranks to kill, and when.
+            injectors: Fault injectors by rank.
+            timeout: Seconds after which ranks print their stacks and exit.
+            grace: Seconds that ranks have to exit by themselves after another has failed.
         """
         self._launches += 1
         scratch = self._scratch / f"launch_{self._launches:03d}"
@@ -150,7 +150,7 @@ class ForkServer:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        began = time.monotonic()
+        started = time.monotonic()
         running: dict[int, int] = {}
         outputs = [scratch / f"{rank}.txt" for rank in range(world_size)]
         for rank, output in enumerate(outputs):
@@ -160,43 +160,43 @@ class ForkServer:
                     key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()
                 },
                 "argv": [str(argument) for argument in argv],
-                "saboteurs": [
-                    (*one.function.split(":"), one.arguments) for one in (saboteurs or {}).get(rank, ())
+                "injectors": [
+                    (*one.function.split(":"), one.arguments) for one in (injectors or {}).get(rank, ())
                 ],
                 "output": str(output),
                 "timeout": timeout,
             }
             running[self._ask({"fork": request})] = rank
-        statuses, helped = self._wait(running, began, kill, timeout, grace)
-        return Ended(
+        statuses, hung = self._wait(running, started, kill, timeout, grace)
+        return LaunchResult(
             [statuses[rank] for rank in range(world_size)],
             [output.read_text(errors="replace") for output in outputs],
-            time.monotonic() - began,
-            helped,
+            time.monotonic() - started,
+            hung,
         )
 
     def _wait(
-        self, running: dict[int, int], began: float, kill: Kill | None, timeout: float, grace: float
+        self, running: dict[int, int], started: float, kill: Kill | None, timeout: float, grace: float
     ) -> tuple[dict[int, int], list[int]]:
         statuses: dict[int, int] = {}
-        deadline = began + timeout + 10.0  # the ranks' own deadline comes first, and shows their stacks
+        deadline = started + timeout + 10.0  # after the ranks' own deadline, which prints their stacks
         failed_at = None
-        helped: list[int] = []
+        hung: list[int] = []
         while running:
             now = time.monotonic()
             for process, status in self._ask({"ended": True}).items():
                 statuses[running.pop(int(process))] = status
             if failed_at is None and any(statuses.values()):
                 failed_at = now
-            if kill is not None and now - began >= kill.seconds:
+            if kill is not None and now - started >= kill.seconds:
                 self._kill(process for process, rank in running.items() if rank in kill.ranks)
                 kill = None
             if running and (now > deadline or (failed_at is not None and now - failed_at >= grace)):
-                if not helped:
-                    helped = sorted(running.values())
+                if not hung:
+                    hung = sorted(running.values())
                 self._kill(running)
             time.sleep(_POLL_S)
-        return statuses, helped
+        return statuses, hung
 
     @staticmethod
     def _kill(processes: Any) -> None:

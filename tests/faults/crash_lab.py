@@ -1,4 +1,4 @@
-"""Runs that are killed and go on, beside the same run uninterrupted."""
+"""Kill runs at chosen calls, resume them, and compare them with the same run uninterrupted."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from ranks import Ended, ForkServer, Saboteur
+from launch import FaultInjector, ForkServer, LaunchResult
 from runs import assert_same_state, untimed
 from safetensors.torch import load_file
 
@@ -25,7 +25,7 @@ ENGINES = {
     "zero3": [f"--ds_config={ROOT / 'ds_configs' / 'zero3.json'}"],
 }
 STEPS = 8
-# Each with what else changes a save: pieces a rank, deletion of older checkpoints, a thread.
+# Further settings that change a save: per-rank files, deletion of older checkpoints, a background thread.
 VARIANTS = {
     "fsdp, per_rank, limit 1": [
         *ENGINES["fsdp"],
@@ -45,10 +45,10 @@ WORLD_SIZE = 2
 
 
 def complete_checkpoints(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their step: a name of its own, a manifest, and every byte as it says.
+    """Return the checkpoints of a run by step: directories with a final name and a manifest, fully verified.
 
     Raises:
-        UserError: One has a manifest that its files belie.
+        UserError: The files of one do not match its manifest.
     """
     found = {}
     for manifest in run.glob(f"*/{MANIFEST}"):
@@ -58,8 +58,8 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
     return found
 
 
-def going_on(flags: Sequence[str]) -> list[str]:
-    """The arguments with which a run is started again after it died."""
+def resume_arguments(flags: Sequence[str]) -> list[str]:
+    """Return the arguments that restart a run after a crash."""
     return [*flags, "--resume=auto"]
 
 
@@ -71,11 +71,11 @@ class Change(NamedTuple):
     """A call that changes something in a run's directory.
 
     Attributes:
-        rank: Who makes it.
-        call: Its number there.
+        rank: The calling rank.
+        call: Number of the call on that rank.
         operation: `rename`, `pwrite`, …
-        path: What it is done to, relative to the directory.
-        within: The checkpoint that is being written, `step` or `final`; before the first one, `start`.
+        path: The changed path, relative to the directory.
+        within: The checkpoint being written, `step` or `final`; before the first one, `start`.
     """
 
     rank: int
@@ -86,14 +86,14 @@ class Change(NamedTuple):
 
     @property
     def phase(self) -> tuple[int, str, str, str]:
-        """What other calls do as well, in another save or to another of many files."""
-        # These are done to every file alike.
+        """Key shared with equivalent calls, those of another save or to another of many files."""
+        # These are made forevery file.
         alike = self.operation in ("copyfile", "fsync", "unlink") and "/" in self.path
         return self.rank, self.within, self.operation, "a file" if alike else _without_step(self.path)
 
 
 def read_changes(log: Path, rank: int) -> list[Change]:
-    """What `saboteurs.watch_changes` has noted."""
+    """Read the log of `fault_injectors.watch_changes`."""
     changes, within = [], "start"
     for line in log.read_text().splitlines():
         seen = json.loads(line)
@@ -104,7 +104,7 @@ def read_changes(log: Path, rank: int) -> list[Change]:
 
 
 def assert_same_checkpoint(found: Path, expected: Path) -> None:
-    """Two checkpoints hold the same files, and the same bits in all that is not text."""
+    """Assert that two checkpoints hold the same files with the same tensors and training state."""
     names = [
         sorted(str(path.relative_to(one)) for path in one.rglob("*") if path.is_file())
         for one in (found, expected)
@@ -118,42 +118,42 @@ def assert_same_checkpoint(found: Path, expected: Path) -> None:
     assert_same_state(found, expected)
 
 
-def _said(ended: Ended) -> list[str]:
+def _reported_saves(ended: LaunchResult) -> list[str]:
     return re.findall(r"^saved .*/(\S+)$", ended.outputs[0], re.MULTILINE)
 
 
-class Blow(NamedTuple):
+class KillPoint(NamedTuple):
     """A kill at a chosen call.
 
     Attributes:
         change: The call.
         when: `before`, `middle` or `after`.
-        everybody: Whether the other ranks are killed at once too.
+        all_ranks: True if the other ranks are killed immediately too.
     """
 
     change: Change
     when: str
-    everybody: bool
+    all_ranks: bool
 
     def __str__(self) -> str:
         rank, call, operation, path, _ = self.change
-        who = "all ranks" if self.everybody else f"rank {rank}"
+        who = "all ranks" if self.all_ranks else f"rank {rank}"
         return f"{who} {self.when} {operation} of {path} (call {call} of rank {rank})"
 
 
-def one_blow_a_phase(changes: Sequence[Change], draw: random.Random) -> list[Blow]:
-    """For every phase a call of it, an instant and who dies: drawn, but no phase is left out."""
+def kill_point_per_phase(changes: Sequence[Change], draw: random.Random) -> list[KillPoint]:
+    """Draw a kill point in every phase."""
     phases: dict[tuple[Any, ...], list[Change]] = {}
     for change in changes:
         phases.setdefault(change.phase, []).append(change)
-    return [draw_blow(calls, draw) for calls in phases.values()]
+    return [draw_kill_point(calls, draw) for calls in phases.values()]
 
 
-def draw_blow(changes: Sequence[Change], draw: random.Random) -> Blow:
-    """One of these calls, an instant of it and who dies."""
+def draw_kill_point(changes: Sequence[Change], draw: random.Random) -> KillPoint:
+    """Draw one of these calls, an instant of it and the killed ranks."""
     change = draw.choice(changes)
     whens = ("before", "middle", "after") if change.operation == "pwrite" else ("before", "after")
-    return Blow(change, draw.choice(whens), draw.random() < 0.5)
+    return KillPoint(change, draw.choice(whens), draw.random() < 0.5)
 
 
 @dataclass
@@ -162,9 +162,9 @@ class CrashLab:
 
     Args:
         setting: A key of `ENGINES` or `VARIANTS`.
-        flags: Gives the flags of a CRaFT run by its output directory.
+        flags: Returns the flags of a CRaFT run for an output directory.
         server: Starts ranks.
-        scratch: For runs.
+        scratch: Directory for runs.
     """
 
     setting: str
@@ -177,84 +177,88 @@ class CrashLab:
 
     @cached_property
     def reference(self) -> Path:
-        """The uninterrupted run; `seconds` and `changes` are its."""
+        """The uninterrupted run; also sets `seconds` and `changes`."""
         run = self.scratch / "reference"
         ended, self.changes = self.watched(self.command(run), run)
         self.seconds = ended.check().seconds
         return run
 
     def command(self, run: Path) -> list[str]:
-        """The arguments of a new run."""
+        """Return the arguments of a new run."""
         return [*self.flags(run), *_RUN, *_SETTINGS[self.setting]]
 
     def new(self) -> Path:
-        """A directory for a run, not yet made."""
+        """Return a new path for a run."""
         self._runs += 1
         return self.scratch / f"run_{self._runs:03d}"
 
-    def watched(self, argv: Sequence[str], run: Path) -> tuple[Ended, list[Change]]:
-        """Run to the end, and see what it changes in its directory."""
+    def watched(self, argv: Sequence[str], run: Path) -> tuple[LaunchResult, list[Change]]:
+        """Run to the end and record the changes in the run's directory."""
         logs = [self.scratch / f"{run.name}.{rank}.log" for rank in range(WORLD_SIZE)]
         ended = self.server.run(
             argv,
             WORLD_SIZE,
-            saboteurs={
-                rank: [Saboteur("saboteurs:watch_changes", {"directory": str(run), "log": str(log)})]
+            injectors={
+                rank: [
+                    FaultInjector("fault_injectors:watch_changes", {"directory": str(run), "log": str(log)})
+                ]
                 for rank, log in enumerate(logs)
             },
         )
         return ended, [change for rank, log in enumerate(logs) for change in read_changes(log, rank)]
 
-    def strike(self, argv: Sequence[str], run: Path, blow: Blow) -> Ended:
-        """Run until a chosen call, and no further."""
+    def run_until_kill(self, argv: Sequence[str], run: Path, point: KillPoint) -> LaunchResult:
+        """Run until a rank is killed at the chosen call."""
         arguments = {
             "directory": str(run),
             "log": str(self.scratch / "killed.log"),
-            "kill": {"call": blow.change.call, "when": blow.when},
+            "kill": {"call": point.change.call, "when": point.when},
         }
         ended = self.server.run(
             argv,
             WORLD_SIZE,
-            saboteurs={blow.change.rank: [Saboteur("saboteurs:watch_changes", arguments)]},
-            grace=0.0 if blow.everybody else 10.0,
+            injectors={point.change.rank: [FaultInjector("fault_injectors:watch_changes", arguments)]},
+            grace=0.0 if point.all_ranks else 10.0,
         )
-        assert ended.statuses[blow.change.rank] == -9, f"nobody died: {ended}"
+        assert ended.statuses[point.change.rank] == -9, f"no rank was killed: {ended}"
         return ended
 
     @staticmethod
-    def hung(ended: Ended, blow: Blow) -> list[int]:
-        """Ranks that did not end by themselves when another one had died alone."""
-        return [] if blow.everybody else ended.helped
+    def hung(ended: LaunchResult, point: KillPoint) -> list[int]:
+        """Return the ranks that did not exit by themselves after one other rank was killed."""
+        return [] if point.all_ranks else ended.hung
 
-    def whole_after(self, ended: Ended, run: Path, before: Sequence[str] = ()) -> list[str]:
-        """Names of the checkpoints that a killed run left, each of which is the reference's to the bit.
+    def check_checkpoints(self, ended: LaunchResult, run: Path, before: Sequence[str] = ()) -> list[str]:
+        """Assert that every checkpoint of a killed run equals the reference's bit by bit; return their names.
 
         Args:
-            ended: The launch that was killed.
+            ended: The killed launch.
             run: Its directory.
-            before: Names of those that were whole before it: they must still be.
+            before: Names of the checkpoints that were complete before it and still must be.
         """
         try:
-            whole = complete_checkpoints(run)
+            complete = complete_checkpoints(run)
         except UserError as error:
             raise AssertionError(f"a checkpoint was damaged: {error}") from error
-        names = {directory.name for directory in whole.values()}
-        said = [STEPS if step == "final" else int(step.removeprefix("step_")) for step in _said(ended)]
-        if "limit" in self.setting:  # a newer one may have taken its place
-            assert max(whole, default=0) >= max(said, default=0), (said, names)
+        names = {directory.name for directory in complete.values()}
+        reported = [
+            STEPS if step == "final" else int(step.removeprefix("step_")) for step in _reported_saves(ended)
+        ]
+        if "limit" in self.setting:  # a newer one may have replaced it
+            assert max(complete, default=0) >= max(reported, default=0), (reported, names)
         else:
-            assert whole.keys() >= set(said), (said, names)
+            assert complete.keys() >= set(reported), (reported, names)
         assert names >= set(before), (before, names)
         for name in names:
-            if (self.reference / name).exists():  # it may have deleted it since
+            if (self.reference / name).exists():  # the reference may have deleted it later
                 assert_same_checkpoint(run / name, self.reference / name)
         last = run / "last"
         assert not last.is_symlink() or last.resolve().name in names
         return sorted(names)
 
     def finish(self, run: Path) -> None:
-        """Start a killed run again, and insist that it ends as if nothing had happened."""
-        self.server.run(going_on(self.command(run)), WORLD_SIZE).check()
+        """Resume a killed run and assert that it ends like the uninterrupted one."""
+        self.server.run(resume_arguments(self.command(run)), WORLD_SIZE).check()
         assert untimed(run) == untimed(self.reference)
         names = [sorted(path.name for path in one.iterdir()) for one in (run, self.reference)]
         assert names[0] == names[1]

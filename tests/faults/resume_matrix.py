@@ -1,4 +1,4 @@
-"""The same run in every engine and on 1 to 3 ranks, and what one saved taken up by another."""
+"""The same run in every engine on 1 to 3 ranks, and resumes across all pairs of them."""
 
 import json
 from collections.abc import Sequence
@@ -7,29 +7,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from crashes import ENGINES
-from ranks import ForkServer, Saboteur
+from crash_lab import ENGINES
+from launch import FaultInjector, ForkServer
 from runs import untimed
 
 GLOBAL_BATCH = 6
-# A file that insists on the samples of a step must not keep a run from other ranks.
+# A file that fixes the global batch size must not prevent resuming on another number of ranks.
 _ZERO3 = f"--ds_config={Path(__file__).with_name('zero3_six_samples.json')}"
 KINDS = {
     "single-1": ["--engine=single", "--ds_config=null"],
     **{f"zero3-{n}": ["--engine=zero", _ZERO3] for n in (1, 2, 3)},
     **{f"fsdp-{n}": [*ENGINES["fsdp"], "--ds_config=null"] for n in (1, 2, 3)},
 }
-"""Flags of each engine and number of ranks; also over those that another one has saved."""
+"""Flags of each engine and number of ranks; they also override those saved by another."""
 
 COMPARED = ("train/loss", "craft/retention_loss", "craft/lambda")
 
 
 class Run(NamedTuple):
-    """What a run left.
+    """Outcome of a run.
 
     Attributes:
         directory: Its output directory.
-        rows: What it logged, without times.
+        rows: Its logged metrics, without times.
         samples: Indices of the samples of each step, in the order of the global batch.
     """
 
@@ -39,12 +39,12 @@ class Run(NamedTuple):
 
 
 def ranks_of(kind: str) -> int:
-    """Number of ranks of a kind."""
+    """Return the number of ranks of a kind."""
     return int(kind.rsplit("-", 1)[1])
 
 
 def assert_close_losses(found: Sequence[dict], expected: Sequence[dict]) -> None:
-    """The losses of two logs, step by step, within 1e-5 of their value."""
+    """Assert that the losses of two logs agree step by step to a relative 1e-5."""
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for one, other in zip(found, expected, strict=True):
         for key in COMPARED:
@@ -53,23 +53,23 @@ def assert_close_losses(found: Sequence[dict], expected: Sequence[dict]) -> None
 
 @dataclass
 class MatrixLab:
-    """Runs of 6 steps with retention steps 1, 3 and 5, of which the first `first` steps were saved.
+    """Runs of 6 steps with retention steps 1, 3 and 5 and a checkpoint after the first `first` steps.
 
     Args:
         inputs: The policy, the data and the anchors.
         server: Starts ranks.
-        scratch: For runs.
+        scratch: Directory for runs.
     """
 
     inputs: Any
     server: ForkServer
     scratch: Path
     first: int = 3
-    _whole: dict[str, Run] = field(default_factory=dict)
+    _uninterrupted: dict[str, Run] = field(default_factory=dict)
 
-    def whole(self, kind: str) -> Run:
-        """The uninterrupted run of a kind, made when it is first asked for."""
-        if kind not in self._whole:
+    def uninterrupted(self, kind: str) -> Run:
+        """Return the uninterrupted run of a kind, made once."""
+        if kind not in self._uninterrupted:
             run = self.scratch / kind
             share = GLOBAL_BATCH // ranks_of(kind)
             flags = [
@@ -79,29 +79,30 @@ class MatrixLab:
                 f"--save_freq={self.first}",
             ]
             flags += [f"--batch_size={share}", f"--craft.anchor_batch_size={share}"]
-            self._whole[kind] = self._run(run, kind, flags)
-        return self._whole[kind]
+            self._uninterrupted[kind] = self._run(run, kind, flags)
+        return self._uninterrupted[kind]
 
-    def go_on(self, saved_by: str, taken_up_by: str) -> Run:
-        """The rest of a run of one kind by another: the flags are the saved ones but for the engine."""
-        run = self.scratch / f"{saved_by}-{taken_up_by}"
-        checkpoint = self.whole(saved_by).directory / f"step_{self.first:06d}"
+    def resume(self, saved_by: str, resumed_by: str) -> Run:
+        """Resume a run of one kind as another, with the saved flags except those of the engine."""
+        run = self.scratch / f"{saved_by}-{resumed_by}"
+        checkpoint = self.uninterrupted(saved_by).directory / f"step_{self.first:06d}"
         flags = [f"--config_path={checkpoint}", "--resume=true", f"--output_dir={run}"]
-        return self._run(run, taken_up_by, flags)
+        return self._run(run, resumed_by, flags)
 
     def _run(self, run: Path, kind: str, flags: Sequence[str]) -> Run:
         logs = [self.scratch / f"{run.name}.{rank}.samples" for rank in range(ranks_of(kind))]
-        saboteurs = {
-            rank: [Saboteur("saboteurs:note_samples", {"log": str(log)})] for rank, log in enumerate(logs)
+        injectors = {
+            rank: [FaultInjector("fault_injectors:log_samples", {"log": str(log)})]
+            for rank, log in enumerate(logs)
         }
-        self.server.run([*flags, *KINDS[kind]], ranks_of(kind), saboteurs=saboteurs).check()
+        self.server.run([*flags, *KINDS[kind]], ranks_of(kind), injectors=injectors).check()
         rows = untimed(run)
         drawn = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
         return Run(run, rows, _in_order(drawn, len(rows)))
 
 
 def _in_order(drawn: Sequence[Sequence[dict]], steps: int) -> list[list[int]]:
-    """The samples of each step by their place in the stream, whoever drew them; without those drawn ahead."""
+    """Return the samples of each step in stream order over all ranks, without prefetched ones."""
     stream = {place: sample for rank in drawn for one in rank for place, sample in one}
     places = sorted(stream)[: steps * GLOBAL_BATCH]
     assert len(places) == steps * GLOBAL_BATCH

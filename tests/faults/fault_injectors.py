@@ -1,4 +1,4 @@
-"""What goes wrong in a rank: patched in after the fork, before the training command begins."""
+"""Fault injectors: patches of a rank, applied after the fork and before the training command starts."""
 
 import builtins
 import functools
@@ -20,7 +20,7 @@ from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.tensor_io import tensor_file
 from craft_ds.training import build
 
-# What changes a disk, and the argument that says where: a path, or an open file.
+# Functions that change a disk, and their argument that names the target: a path or an open file.
 _CHANGES: tuple[tuple[Any, str, str], ...] = (
     (os, "mkdir", "path"),
     (os, "rename", "dst"),
@@ -48,7 +48,7 @@ _TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class _Watch:
-    """Counts the calls that change something below a directory, notes them, and dies at one of them."""
+    """Counter of the calls that change something below a directory; kills the process at one of them."""
 
     def __init__(self, directory: str, log: str, kill: dict[str, Any] | None):
         self._directory = Path(directory).resolve()
@@ -64,7 +64,7 @@ class _Watch:
 
         @functools.wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            # `shutil.copyfile` opens files itself: one change, not three.
+            # `shutil.copyfile` opens files itself: count one change, not three.
             if getattr(self._inside, "call", False):
                 return original(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
@@ -92,12 +92,12 @@ class _Watch:
         return watched
 
     def _path(self, target: Any, dir_fd: int | None) -> str | None:
-        """Where a call changes something, relative to the directory; None where that is elsewhere."""
+        """Return the changed path relative to the directory; None if it is outside."""
         if isinstance(target, int):
             path = _open_file(target)
         elif isinstance(target, (str, os.PathLike)):
             path = Path(_open_file(dir_fd) if dir_fd is not None else "", target)
-            # The parent alone: a link is changed itself, not what it points to.
+            # Resolve the parent only: the call changes a link itself, not its target.
             path = path.parent.resolve() / path.name
         else:
             return None
@@ -115,40 +115,40 @@ def _opens_to_write(given: dict[str, Any]) -> bool:
 
 
 def watch_changes(directory: str, log: str, kill: dict[str, Any] | None = None) -> None:
-    """Note every call that changes something below a directory, and die by SIGKILL at one of them.
+    """Log every call that changes something below a directory, and kill the process at one of them.
 
-    What a C or Rust library does by itself is not seen; `torch.save` is seen as one call.
+    Calls inside C or Rust libraries are not seen; `torch.save` counts as one call.
 
     Args:
-        directory: The run's.
-        log: File that gets one JSON object a call: its number, the operation and the path.
-        kill: The number of the `call` at which to die, and `when`: before it, after it, or in the `middle`
-            of the bytes that it writes.
+        directory: The run's directory.
+        log: File for one JSON object per call: its number, the operation and the path.
+        kill: Number of the `call` at which to kill the process, and `when`: before it, after it, or in the
+            `middle` of the bytes it writes.
     """
     watch = _Watch(directory, log, kill)
     for module, name, where in _CHANGES:
         setattr(module, name, watch.around(name, getattr(module, name), where))
 
 
-def die_while_the_model_is_built() -> None:
-    """Die by SIGKILL, as a rank does that loads more than its machine's memory."""
+def kill_during_model_build() -> None:
+    """Kill the rank while it builds the model, like the kernel on a machine without enough memory."""
     build.build_engine = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
 
-def show_heartbeats_often() -> None:
-    """Every half second, so that a test waits for a verdict seconds and not minutes."""
+def shorten_heartbeat_interval() -> None:
+    """Send heartbeats every half second, so that a test waits seconds for a diagnosis, not minutes."""
     RankWatchdog.__init__.__defaults__ = (0.5,)  # type: ignore[misc]
 
 
-def note_samples(log: str) -> None:
-    """Note which samples a rank draws: one JSON list of [place in the stream, sample] a micro-batch."""
+def log_samples(log: str) -> None:
+    """Log the samples a rank draws: one JSON list of [position in the stream, sample] per micro-batch."""
     draw = StepSampler.draw
 
-    def noted(self: StepSampler, positions: Iterable[int]) -> list[int]:
+    def logged(self: StepSampler, positions: Iterable[int]) -> list[int]:
         places = list(positions)
         samples = draw(self, places)
         with open(log, "a") as file:
             file.write(json.dumps(list(zip(places, samples, strict=True))) + "\n")
         return samples
 
-    StepSampler.draw = noted  # type: ignore[method-assign]
+    StepSampler.draw = logged  # type: ignore[method-assign]

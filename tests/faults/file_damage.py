@@ -1,4 +1,4 @@
-"""Damage to the files of a checkpoint or an anchor cache; and forgery, with checksums that fit."""
+"""Damage to files of a checkpoint or an anchor cache, and forgery with matching checksums."""
 
 import hashlib
 import json
@@ -34,18 +34,18 @@ __all__ = [
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
-# They carry a checksum of what they say: blanks at the end are no part of it.
-_OF_THEMSELVES = (MANIFEST, "metadata.json")
+# These contain a checksum of themselves, which does not cover trailing blanks.
+_SELF_CHECKED = (MANIFEST, "metadata.json")
 _NUMBER = re.compile(rb'(?<=": )\d|(?<=":)\d|^ +\d', re.MULTILINE)
 
 
 class Damage(NamedTuple):
-    """One file as it should not be.
+    """One damaged file.
 
     Attributes:
-        how: What was done to it.
-        file: Its name in its directory.
-        content: What is in it now; None: it was removed.
+        how: The kind of damage.
+        file: Name of the file in its directory.
+        content: Its new content; None: it is removed.
     """
 
     how: str
@@ -54,7 +54,7 @@ class Damage(NamedTuple):
 
 
 def refused(read: Callable[[], Any]) -> str:
-    """The one line with which something refuses what it was to read."""
+    """Return the one-line message of the `UserError` that a read must raise."""
     message = ""
     try:
         read()
@@ -66,7 +66,7 @@ def refused(read: Callable[[], Any]) -> str:
 
 
 def read_or_refused(read: Callable[[], Any], error: type[Exception] = UserError) -> Any:
-    """What something reads; None where it refuses it with one line."""
+    """Return the result of a read; None if it raises the expected error with one line."""
     try:
         return read()
     except error as refusal:
@@ -77,22 +77,22 @@ def read_or_refused(read: Callable[[], Any], error: type[Exception] = UserError)
 
 
 def files_of(directory: Path) -> list[str]:
-    """Names of all files of a directory and of those below it."""
+    """Return the names of all files below a directory."""
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
 def damages(directory: Path, other: Path, seed: int) -> Iterator[Damage]:
-    """Every damage to every file: cut, flipped by a bit, swapped, removed.
+    """Yield every damage to every file: cut, a flipped bit, replaced, removed.
 
     Args:
         directory: A checkpoint or a cache.
-        other: One of another run: its files take the place of those that they differ from.
-        seed: Of the places of flipped bits.
+        other: The same of another run, whose files replace those that differ.
+        seed: Seed of the positions of flipped bits.
     """
     for name in files_of(directory):
         content = (directory / name).read_bytes()
         chosen = random.Random(f"{seed} {name}")
-        kept = content.rstrip() if name in _OF_THEMSELVES else content
+        kept = content.rstrip() if name in _SELF_CHECKED else content
         if content:
             yield Damage("cut to nothing", name, b"")
             yield Damage("cut by a byte", name, kept[:-1])
@@ -109,7 +109,7 @@ def damages(directory: Path, other: Path, seed: int) -> Iterator[Damage]:
 
 
 def _places(name: str, content: bytes, chosen: random.Random) -> list[int]:
-    """Bytes to flip: some anywhere, of JSON also in numbers, where a parser sees nothing wrong."""
+    """Return the bytes to flip: random ones, in JSON also digits, where the file stays valid."""
     places = {chosen.randrange(len(content)) for _ in range(2)} if content else set()
     if name.endswith(".json"):
         numbers = [match.end() - 1 for match in _NUMBER.finditer(content)]
@@ -121,7 +121,7 @@ def _places(name: str, content: bytes, chosen: random.Random) -> list[int]:
 
 @contextmanager
 def damaged(directory: Path, damage: Damage) -> Iterator[None]:
-    """Do a damage, and put the file back afterwards."""
+    """Damage a file, and restore it afterwards."""
     path = directory / damage.file
     before = path.read_bytes()
     if damage.content is None:
@@ -135,7 +135,7 @@ def damaged(directory: Path, damage: Damage) -> Iterator[None]:
 
 
 def seal(checkpoint: Path, **changes: object) -> None:
-    """Make the manifest of a checkpoint fit its files, as whoever replaced one of them would.
+    """Rewrite the manifest of a checkpoint to match its files, as a forger would.
 
     Args:
         checkpoint: Its directory.
@@ -149,7 +149,7 @@ def seal(checkpoint: Path, **changes: object) -> None:
 
 
 def not_a_file(path: Path, kind: str) -> Path:
-    """Put something in the place of a file."""
+    """Replace a file by something else: a directory, a link to itself, a pipe or an empty file."""
     path.unlink(missing_ok=True)
     match kind:
         case "directory":
@@ -165,7 +165,7 @@ def not_a_file(path: Path, kind: str) -> Path:
 
 @contextmanager
 def within(seconds: int) -> Iterator[None]:
-    """Interrupt what takes longer: to open a pipe would wait for ever."""
+    """Interrupt the block after a time, as opening a pipe would block forever."""
 
     def too_long(*_: object) -> None:
         raise TimeoutError(f"it took more than {seconds} seconds")
