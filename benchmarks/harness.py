@@ -200,7 +200,7 @@ def make_engine(
         return FsdpEngine(
             module, read, build_optimizer, FsdpConfig(cpu_offload=kind.endswith("offload")), dtype
         )
-    from craft_ds.engines.deepspeed import ZeroEngine
+    from craft_ds.engines.deepspeed import DeepSpeedEngine
 
     file = ROOT / "ds_configs" / f"{kind}.json"
     config = resolve_ds_config(
@@ -213,7 +213,7 @@ def make_engine(
         world_size=int(os.environ["WORLD_SIZE"]),
     )
     config["zero_optimization"] |= ds_options
-    return ZeroEngine(module, read, build_optimizer, config)
+    return DeepSpeedEngine(module, read, build_optimizer, config)
 
 
 def build_engine() -> Engine:

@@ -115,9 +115,9 @@ def build_engine(
     if config.engine.name == "fsdp":
         return FsdpEngine(module, read, build_optimizer, config.engine.fsdp, dtype)
     if config.engine.name == "zero":
-        from craft_ds.engines.deepspeed import ZeroEngine
+        from craft_ds.engines.deepspeed import DeepSpeedEngine
 
         assert ds_config is not None
-        return ZeroEngine(module, read, build_optimizer, ds_config)
+        return DeepSpeedEngine(module, read, build_optimizer, ds_config)
     assert config.policy is not None
     return SingleEngine(module, read, build_optimizer, torch.device(config.policy.device or "cpu"), dtype)

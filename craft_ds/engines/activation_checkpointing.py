@@ -1,7 +1,8 @@
-"""Activation checkpointing: keep the input of each layer instead of all that it computes, and compute the
-layer again in the backward pass (Chen et al. 2016).
+"""Activation checkpointing: store only the input of each layer and recompute the layer in the backward pass
+(Chen et al. 2016).
 
-About a third more arithmetic; activations shrink to one hidden state a layer, and one layer's working set.
+Costs about a third more arithmetic; activations shrink to one hidden state per layer and the working set of
+one layer.
 """
 
 from functools import wraps
@@ -16,19 +17,19 @@ from craft_ds.policies.wrapping import checkpoint_units
 
 
 def checkpoint_activations(policy: PreTrainedPolicy) -> None:
-    """Let every layer of a policy forget its activations until the backward pass.
+    """Recompute every layer's activations in the backward pass.
 
-    Losses and gradients stay the same numbers, names of parameters stay the same names. Call it before the
-    policy is sharded, whatever the engine.
+    Losses, gradients and parameter names do not change. Call it before the policy is sharded, in every
+    engine.
 
-    The recomputation runs a layer's `forward` *inside* of the hooks that gather its parameters. Hugging
-    Face's own flag (`--policy.gradient_checkpointing`) puts it around them, where FSDP2 in bf16 crashes.
+    The recomputation runs a layer's `forward` *inside* the hooks that gather its parameters. Hugging Face's
+    own flag (`--policy.gradient_checkpointing`) puts it around them, where FSDP2 in bf16 crashes.
 
     Args:
-        policy: The policy; its `checkpoint_units` are changed in place.
+        policy: The policy; its `checkpoint_units` are modified in place.
 
     Raises:
-        UserError: The policy has none.
+        UserError: The policy has no `checkpoint_units`.
     """
     units = checkpoint_units(policy)
     if not units:
@@ -47,8 +48,8 @@ def _checkpoint(unit: nn.Module) -> None:
     def recomputed(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        # `early_stop` matters: run to its end, the recomputation would pass the hook with which ZeRO-3 frees
-        # the parameters of the very module whose backward pass has just asked for it.
+        # Without `early_stop`, the recomputation would run the hook with which ZeRO-3 frees
+        # the parameters of the module whose backward pass needs it.
         return checkpoint(forward, *args, use_reentrant=False, early_stop=True, **kwargs)
 
     unit.forward = recomputed  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine. The loop itself is never inside one."""
+"""The engine protocol: what the training loop needs of an engine. No engine contains the loop."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Shard:
         shape: Global shape of the parameter.
         start: Offset of the part in the flattened parameter, in elements.
         master: The part itself, 1-D; fp32 if it trains, also where forward and backward run in bf16.
-        state: Optimizer state of the same shape by name (`exp_avg`, …); empty before the first step.
+        state: Optimizer state of the same shape, by name (`exp_avg`, …); empty before the first step.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Shard:
 class Engine(Protocol):
     """A model, an optimizer and the ranks that share them.
 
-    An engine is made from a `PolicyWithLoss` whose parameters may lie on the meta device (buffers are
-    real), a `ReadRange` of its parameters and persistent buffers, and a function that makes the
-    optimizer once the parameters are sharded. Each rank reads only what it keeps.
+    An engine is built from a `PolicyWithLoss` whose parameters may be on the meta device (buffers are real),
+    a `ReadRange` of its parameters and persistent buffers, and a function that builds the optimizer after
+    the parameters are sharded. Each rank reads only the part it keeps.
 
     Gradients: losses are *sums* over tokens, and an engine's gradient is the sum over ranks of the gradient
         of each rank's accumulated loss. The gradient of the global mean is therefore `gradient()` divided by
@@ -49,11 +49,11 @@ class Engine(Protocol):
     Attributes:
         module: The unsharded view of the model (`PolicyWithLoss`).
         optimizer: The torch optimizer whose `param_groups` hold the learning rate.
-        device: Where batches belong.
+        device: Device of the batches.
         rank: This process among `world_size`.
         world_size: Number of processes.
-        replicas: How many ranks hold the same shard of a gradient (1, but for hybrid sharding): products
-            of local shards, summed over all ranks, count each element so many times.
+        replicas: Number of ranks that hold the same shard of a gradient (1 without hybrid sharding): sums
+            over all ranks of products of local shards count each element this often.
     """
 
     module: PolicyWithLoss
@@ -64,16 +64,17 @@ class Engine(Protocol):
     replicas: int
 
     def forward(self, batch: Batch) -> TokenLoss:
-        """Loss of this rank's micro-batch. Collective: call on all ranks."""
+        """Return the loss of this rank's micro-batch. Collective: call on all ranks."""
         ...
 
     def evaluate(self, batch: Batch) -> TokenLoss:
-        """`forward` without gradients, in eval mode. Collective: call on all ranks."""
+        """Run `forward` without gradients, in eval mode. Collective: call on all ranks."""
         ...
 
     def act(self, batch: Batch) -> Tensor:
-        """The policy's greedy action chunk for observations, (B, chunk, action width), before its
-        postprocessor. Collective: call on all ranks, equally often; each has observations of its own.
+        """Return the policy's greedy action chunk, shape (B, chunk, action width), before its postprocessor.
+
+        Collective: call on all ranks, equally often; each has its own observations.
         """
         ...
 
@@ -82,30 +83,30 @@ class Engine(Protocol):
         ...
 
     def gradient(self) -> Sequence[Tensor]:
-        """Views of the accumulated local shards, which `step` consumes. Unused parameters are zeros."""
+        """Return views of the accumulated local shards, which `step` uses; zero for unused parameters."""
         ...
 
     def take_gradient(self) -> Sequence[Tensor]:
-        """Hand the accumulated shards over and leave the engine empty, ready for a second pass."""
+        """Return the accumulated shards and leave the engine empty, ready for a second pass."""
         ...
 
     def step(self) -> None:
-        """Update the parameters with `gradient()` as it stands, then empty it. Collective."""
+        """Update the parameters from the current `gradient()`, then clear it. Collective."""
         ...
 
     def zero_grad(self) -> None:
-        """Empty the accumulated gradient without a step."""
+        """Clear the accumulated gradient without a step."""
         ...
 
     def sum_scalars(self, values: Tensor) -> list[float]:
-        """Sum a small fp64 tensor over all ranks, in exactly one collective, and bring it to the host."""
+        """Sum a small fp64 tensor over all ranks in exactly one collective, and copy it to the host."""
         ...
 
     def shards(self, *, frozen: bool = True) -> Iterator[Shard]:
-        """What this rank writes of every parameter: together the ranks yield each element exactly once.
+        """Yield this rank's part of every parameter: together the ranks yield each element exactly once.
 
         Args:
-            frozen: Yield frozen parameters too; without them only what trains is touched.
+            frozen: Also yield frozen parameters.
         """
         ...
 
@@ -119,7 +120,7 @@ class Engine(Protocol):
         Args:
             read: Reads `<parameter name>.<key>`.
             keys: State names, such as `exp_avg`.
-            steps: The optimizer's own step count.
+            steps: The optimizer's step count.
         """
         ...
 
@@ -128,5 +129,5 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of model and optimizer; the process group stays. Collective: call on all ranks."""
+        """Release model and optimizer, but not the process group. Collective: call on all ranks."""
         ...

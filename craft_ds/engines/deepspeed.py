@@ -24,17 +24,17 @@ from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss
 
 
 def init_distributed(timeout: timedelta | None = None) -> None:
-    """Join the process group and tell DeepSpeed of it; arguments as `init_process_group`. Collective."""
+    """Initialise the process group and DeepSpeed; arguments as for `init_process_group`. Collective."""
     if not torch.cuda.is_available():
-        # Without it DeepSpeed compiles a shared-memory collective for 70 s; gloo gives the same numbers.
+        # Otherwise DeepSpeed compiles a shared-memory collective for 70 s; gloo gives the same numbers.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     init_process_group(timeout)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it also where no launcher has set it
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it even without a launcher
     deepspeed.init_distributed(verbose=False)
 
 
 def _read_buffers(module: PolicyWithLoss, read: ReadRange) -> dict[str, Tensor]:
-    """Copies of all buffers by their names in `module`; those of the policy's `state_dict` are read."""
+    """Return copies of all buffers by name; those in the policy's `state_dict` are read from the file."""
     persistent = module.policy.state_dict().keys()
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     for name, values in buffers.items():
@@ -44,19 +44,19 @@ def _read_buffers(module: PolicyWithLoss, read: ReadRange) -> dict[str, Tensor]:
     return buffers
 
 
-class ZeroEngine:
-    """ZeRO-3: parameters, gradients and optimizer state partitioned over all ranks; ZeRO-2: all but the
-    parameters.
+class DeepSpeedEngine:
+    """DeepSpeed ZeRO-3: parameters, gradients and optimizer state partitioned; ZeRO-2: all but parameters.
 
-    Two complete forward and backward passes run before one step. DeepSpeed accumulates each into shards
-    that `take_gradient` empties for the second pass. What it hands over is the only memory that a
-    retention step adds: 4 bytes a trainable parameter / world size, and none where DeepSpeed offloads the
-    optimizer of an fp32 model or of ZeRO-3, since a second buffer lies idle there.
+    Two complete forward and backward passes run before one step. DeepSpeed accumulates each into shards,
+    which `take_gradient` empties for the second pass. The returned gradient is the only memory that a
+    retention step
+    adds: 4 bytes per trainable parameter / world size, and none if DeepSpeed offloads the optimizer of an
+        fp32 model or of ZeRO-3, which has an unused second buffer.
 
     Args:
-        module: The policy with its loss; its parameters may lie on the meta device.
-        read: Reads its parameters and persistent buffers; each rank asks for what it keeps.
-        build_optimizer: Makes the optimizer of the policy's parameters, once they are partitioned.
+        module: The policy with its loss; its parameters may be on the meta device.
+        read: Reads its parameters and persistent buffers; each rank reads the part it keeps.
+        build_optimizer: Builds the optimizer after the parameters are partitioned.
         config: A configuration from `resolve_ds_config`.
 
     Raises:
@@ -95,25 +95,25 @@ class ZeroEngine:
         else:
             self._layout = Zero2Shards(self._engine.optimizer, module.policy, self.rank, self.world_size)
         self.optimizer = self._layout.optimizer
-        # DeepSpeed casts buffers too: rotary frequencies rounded to bf16 are a radian off at position 500.
+        # DeepSpeed also casts buffers: rotary frequencies rounded to bf16 are a radian off at position 500.
         for name, buffer in module.named_buffers():
             buffer.data = buffers[name].to(self.device)
         self.load_parameters(read)
 
     def forward(self, batch: Batch) -> TokenLoss:
-        """Loss of this rank's micro-batch. Collective: call on all ranks."""
+        """Return the loss of this rank's micro-batch. Collective: call on all ranks."""
         self._engine.train()
         return self._engine(batch)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TokenLoss:
-        """`forward` without gradients, in eval mode. Collective: call on all ranks."""
+        """Run `forward` without gradients, in eval mode. Collective: call on all ranks."""
         self._engine.eval()
         return self._engine(batch)
 
     @torch.no_grad()
     def act(self, batch: Batch) -> Tensor:
-        """The policy's greedy action chunk. Collective: call on all ranks, equally often."""
+        """Return the policy's greedy action chunk. Collective: call on all ranks, equally often."""
         self._engine.eval()
         return self._engine(batch, call=action_chunk).float()
 
@@ -123,15 +123,15 @@ class ZeroEngine:
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)  # DeepSpeed averages over ranks
 
     def gradient(self) -> Sequence[Tensor]:
-        """The accumulated shards, flat or a tensor a parameter."""
+        """Return the accumulated shards, flat or one tensor per parameter."""
         return self._layout.gradient()
 
     def take_gradient(self) -> Sequence[Tensor]:
-        """The accumulated shards, or copies of them; the accumulator is empty for the next pass."""
+        """Return the accumulated shards or copies of them, and clear the accumulator."""
         return self._layout.take_gradient()
 
     def step(self) -> None:
-        """One optimizer step on the shards. Collective: call on all ranks."""
+        """Take one optimizer step on the shards. Collective: call on all ranks."""
         self._layout.prepare_step()
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
@@ -140,7 +140,7 @@ class ZeroEngine:
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Empty the accumulator."""
+        """Clear the accumulator."""
         self._layout.clear_gradient()
 
     def sum_scalars(self, values: Tensor) -> list[float]:
@@ -149,7 +149,7 @@ class ZeroEngine:
         return values.tolist()
 
     def shards(self, *, frozen: bool = True) -> Iterator[Shard]:
-        """This rank's part of every parameter, without padding."""
+        """Yield this rank's part of every parameter, without padding."""
         masters = self._layout.masters
         for part in self._layout.partitions:
             yield Shard(part.name, part.shape, part.start, part.of(masters), self._layout.state(part))
@@ -176,6 +176,6 @@ class ZeroEngine:
         dist.barrier()
 
     def close(self) -> None:
-        """Let go of model and optimizer, once all ranks are done. Collective: call on all ranks."""
+        """Release model and optimizer after all ranks are done. Collective: call on all ranks."""
         self._engine.destroy()
         dist.barrier()

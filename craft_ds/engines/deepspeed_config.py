@@ -1,9 +1,9 @@
-"""DeepSpeed's configuration file: read it, fill in what the trainer decides, refuse what contradicts it.
+"""DeepSpeed's configuration file: read it, fill in the trainer's values, refuse contradictions.
 
-Only keys that are known to leave the gradients and masters where this trainer looks for them are let through;
-those that decide how gradients travel were tested against a single process. Any other is refused rather than
-trusted: two backward passes a step and masters that are read by range are not what DeepSpeed's other features
-were made for. `ds_configs/README.md` describes them.
+Only keys are accepted that leave gradients and master weights where this trainer reads them; those that
+affect how gradients are reduced were tested against a single process. All others are refused: DeepSpeed's
+other features were not made for two backward passes per step and master weights read by range.
+`ds_configs/README.md` describes the keys.
 """
 
 import json
@@ -74,8 +74,8 @@ _SECTIONS = {
     "zero_optimization.offload_optimizer": {"device", "pin_memory", "buffer_count", "fast_init"},
     "zero_optimization.offload_param": {"device"},
 }
-# DeepSpeed makes masters from parameters a sub-group at a time, with one more copy of it: a tenth of the
-# default keeps that copy small beside the shard.
+# DeepSpeed creates master weights from parameters one sub-group at a time, with one more copy of it: a tenth
+# of the default keeps that copy small compared with the shard.
 SUB_GROUP = 100_000_000
 
 
@@ -88,7 +88,9 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise UserError(f"--ds_config={path}: no such file; the project's own lie in ds_configs/") from None
+        raise UserError(
+            f"--ds_config={path}: no such file; the shipped ones have names, as in --ds_config zero3"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"--ds_config={path}: not readable as JSON ({error})") from None
     if not isinstance(config, dict):
@@ -106,20 +108,20 @@ def resolve_ds_config(
     bf16: bool,
     world_size: int,
 ) -> dict[str, Any]:
-    """The configuration handed to `deepspeed.initialize`.
+    """Return the configuration for `deepspeed.initialize`.
 
-    A value that the trainer decides may be absent or `"auto"` in the file, or equal to the trainer's
-    flag; any other `"auto"` means DeepSpeed's default. DeepSpeed itself then neither accumulates nor
-    clips: the trainer runs two backward passes a step and clips the merged gradient, whose norm it knows
-    without a pass over it.
+    A value that the trainer sets may be absent or `"auto"` in the file, or equal to the trainer's flag; any
+    other `"auto"` means DeepSpeed's default. DeepSpeed itself then neither accumulates nor clips: the
+    trainer runs two backward passes per step and clips the merged gradient, whose norm it knows without a
+    pass over it.
 
     Args:
-        config: What the file holds; not changed.
-        path: The file, for messages.
-        batch_size: Micro-batch a rank (`--batch_size`).
-        gradient_accumulation_steps: Micro-batches a step (`--gradient_accumulation_steps`).
+        config: Content of the file; not changed.
+        path: The file, for error messages.
+        batch_size: Micro-batch per rank (`--batch_size`).
+        gradient_accumulation_steps: Micro-batches per step (`--gradient_accumulation_steps`).
         grad_clip_norm: `--optimizer.grad_clip_norm`.
-        bf16: Whether `--engine.dtype=bfloat16`.
+        bf16: True for `--engine.dtype=bfloat16`.
         world_size: Number of ranks.
 
     Raises:
@@ -158,9 +160,9 @@ def resolve_ds_config(
         gradient_clipping=0.0,
         bf16={**resolved.get("bf16", {}), "enabled": bf16},
         data_types={"grad_accum_dtype": "fp32"},
-        # The optimizer is LeRobot's choice; DeepSpeed would refuse all but a few without this.
+        # LeRobot chooses the optimizer; without this, DeepSpeed refuses most of them.
         zero_allow_untested_optimizer=True,
-        # As in DeepSpeed, an offloaded optimizer is its own Adam unless the file says no.
+        # As in DeepSpeed, an offloaded optimizer is DeepSpeed's own Adam unless the file says otherwise.
         zero_force_ds_cpu_optimizer=offload and resolved.get("zero_force_ds_cpu_optimizer", True),
     )
     resolved.setdefault("steps_per_print", 1 << 31)
@@ -168,16 +170,16 @@ def resolve_ds_config(
 
 
 def check_step_size(config: dict[str, Any], *, path: str, samples_per_step: int, flags: str) -> None:
-    """Hold `train_batch_size` of a file against what a step takes.
+    """Compare `train_batch_size` of a file with the size of a step.
 
-    Apart from the rest because a resumed run knows it from its checkpoint: with other ranks than those that
-    it began with, its steps stay as they were.
+    A separate check, because a resumed run reads that size from its checkpoint: on another number of ranks
+    its steps stay the same.
 
     Args:
-        config: What the file holds.
-        path: The file, for the message.
-        samples_per_step: Task samples of a step over all ranks.
-        flags: What decides that.
+        config: Content of the file.
+        path: The file, for the error message.
+        samples_per_step: Task samples per step over all ranks.
+        flags: The flags that determine it.
 
     Raises:
         UserError: They differ.
@@ -195,7 +197,7 @@ def _settle(config: dict[str, Any], file: str, dotted: str, expected: object, fl
 
 
 def _without_auto(node: Any) -> Any:
-    """The configuration without its `"auto"` and null entries, which mean the same as absent ones."""
+    """Return the configuration without `"auto"` and null entries, which are equivalent to absent ones."""
     if not isinstance(node, dict):
         return node
     return {key: _without_auto(value) for key, value in node.items() if value not in ("auto", None)}
@@ -210,7 +212,7 @@ def _look_up(node: Any, dotted: str, default: object) -> Any:
 
 
 def _check_keys(config: dict[str, Any], file: str) -> None:
-    """Refuse what this trainer is not known to work with."""
+    """Refuse keys and values that this trainer was not tested with."""
     zero = _section(config, "zero_optimization", file)
     stage = zero.get("stage")
     if stage not in (2, 3):

@@ -1,7 +1,6 @@
 """DeepSpeed's Adam for optimizers that are offloaded to the CPU."""
 
 import contextlib
-import fcntl
 import logging
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
+from filelock import FileLock
 
 from craft_ds.distributed.env import is_local_rank0
 from craft_ds.errors import UserError, one_line
@@ -16,20 +16,20 @@ from craft_ds.errors import UserError, one_line
 logger = logging.getLogger(__name__)
 
 LONGEST_BUILD_S = 600
-QUIET_S = 5  # where it is built already, each rank of a run holds the mark for a moment only
+QUIET_S = 5  # once it is built, each rank of a run holds the marker only briefly
 
 _INSTEAD = 'write "zero_force_ds_cpu_optimizer": false into the --ds_config file to step with torch'
 _HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
 def cpu_adam(optimizer: torch.optim.Optimizer) -> DeepSpeedCPUAdam:
-    """DeepSpeed's vectorised Adam over the parameter groups of torch's Adam or AdamW.
+    """Return DeepSpeed's vectorised Adam for the parameter groups of torch's Adam or AdamW.
 
-    It is compiled when it is first used on a machine, which takes minutes. It computes 1 − β₂ in fp32, so
-    that its second moments differ from torch's by 1.3e-5 of their value.
+    It is compiled on first use on a machine, which takes minutes. It computes 1 − β₂ in fp32, so that its
+    second moments differ from torch's by a relative 1.3e-5.
 
     Raises:
-        UserError: It cannot stand in for this optimizer, or cannot be compiled.
+        UserError: It cannot replace this optimizer, or cannot be compiled.
     """
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         raise UserError(f"DeepSpeedCPUAdam cannot replace {type(optimizer).__name__}: {_INSTEAD}")
@@ -48,12 +48,12 @@ def cpu_adam(optimizer: torch.optim.Optimizer) -> DeepSpeedCPUAdam:
 
 
 def compile_cpu_adam() -> None:
-    """Compile DeepSpeed's Adam where this machine has not yet, and load it.
+    """Compile DeepSpeed's Adam if this machine has not yet, and load it.
 
     Raises:
-        RuntimeError: It cannot be compiled.
+        RuntimeError: The compilation failed.
     """
-    from torch.utils import cpp_extension  # late: it warns, on import, of a CUDA toolkit without a GPU
+    from torch.utils import cpp_extension  # late: its import warns of a CUDA toolkit without a GPU
 
     # torch has no public name for this folder, which it creates.
     wait_for_other_builders(Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, verbose=False)))
@@ -61,42 +61,42 @@ def compile_cpu_adam() -> None:
 
 
 def wait_for_other_builders(directory: Path) -> None:
-    """Wait while another process compiles there, and clear away what a killed one has left behind.
+    """Wait while another process compiles in `directory`, and remove the markerer of a killed one.
 
-    torch marks a folder it builds in with a file that a killed process leaves there; torch itself would wait
-    for it to go until the end of time, and without a word.
+    torch marks a folder in which it builds with a file `lock`. A killed process leaves it behind, and torch
+    itself would then wait forever without a message.
     """
-    mark = directory / "lock"
-    began = time.monotonic()
-    said = not is_local_rank0()
-    while (age := _age_s(mark)) is not None:
+    marker = directory / "lock"
+    started = time.monotonic()
+    warned = not is_local_rank0()
+    while (age := _age_s(marker)) is not None:
         if age > LONGEST_BUILD_S:
-            _remove_old(mark)
-        elif not said and time.monotonic() - began > QUIET_S:
+            _remove_old(marker)
+        elif not warned and time.monotonic() - started > QUIET_S:
             logger.warning(
-                "%s: another process compiles DeepSpeed's Adam, or was killed while it did; waiting for "
-                "%d s at most; remove the file if nothing compiles",
-                mark,
+                "%s: another process compiles DeepSpeed's Adam, or was killed while compiling; waiting for "
+                "at most %d s; remove the file if nothing compiles",
+                marker,
                 LONGEST_BUILD_S - age,
             )
-            said = True
+            warned = True
         time.sleep(0.1)
 
 
-def _remove_old(mark: Path) -> None:
-    """One waiter at a time: a slow one must not take the mark of him who begins where the old one was."""
-    with mark.with_name("craft_ds.lock").open("w") as turn:
-        # Some network file systems have no locks; there, that may happen.
-        with contextlib.suppress(OSError):
-            fcntl.flock(turn, fcntl.LOCK_EX)
-        age = _age_s(mark)
+def _remove_old(marker: Path) -> None:
+    """Remove an old marker under a lock: a slow process must not remove the marker of a new build."""
+    with contextlib.ExitStack() as stack:
+        # Some network file systems have no locks; there, it may happen.
+        with contextlib.suppress(OSError, NotImplementedError):
+            stack.enter_context(FileLock(marker.with_name("craft_ds.lock")))
+        age = _age_s(marker)
         if age is not None and age > LONGEST_BUILD_S:
-            mark.unlink(missing_ok=True)
-            logger.warning("%s: removed, its process was killed %d min ago", mark, age // 60)
+            marker.unlink(missing_ok=True)
+            logger.warning("%s: removed, its process was killed %d min ago", marker, age // 60)
 
 
 def _age_s(path: Path) -> float | None:
-    """Seconds since a file was written; None where there is none."""
+    """Return the seconds since a file was written; None if it does not exist."""
     try:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:

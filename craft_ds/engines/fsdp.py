@@ -19,27 +19,28 @@ from craft_ds.engines.fsdp_wrapping import (
     rows,
     shard_,
 )
+from craft_ds.engines.grad_shards import GradShards
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
 from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.policies.weights import unique_tensors
 
 
-class FsdpEngine:
+class FsdpEngine(GradShards):
     """FSDP2: parameters, gradients and optimizer state sharded by rows, as DTensors.
 
-    FSDP2 reduces every micro-batch into `.grad`, which therefore only ever holds shards. Handing the first
-    gradient over is taking those tensors away: a retention step adds one gradient shard and copies nothing.
+    FSDP2 reduces every micro-batch into `.grad`, which therefore holds shards only. `take_gradient` takes
+    those tensors away: a retention step adds one gradient shard and copies nothing.
 
     Args:
-        module: The policy with its loss; parameters may lie on the meta device.
+        module: The policy with its loss; parameters may be on the meta device.
         read: Reads weights by range.
-        build_optimizer: Makes the optimizer of the policy's (sharded) parameters.
+        build_optimizer: Builds the optimizer of the sharded parameters.
         options: Flags of FSDP2.
-        dtype: Dtype of forward and backward; masters and moments are fp32.
+        dtype: Dtype of forward and backward; master weights and moments are fp32.
 
     Raises:
-        UserError: `options` do not fit the number of processes, or a parameter cannot be sharded.
+        UserError: `options` do not match the number of processes, or a parameter cannot be sharded.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class FsdpEngine:
         mesh = make_mesh(self.replicas, self._shards, self.device)
         self._shard_rank = mesh.get_local_rank("dp_shard")
         param_dtype = gathered_dtype(options, dtype)
-        # Layers that FSDP2 does not cast for, since they lie outside of a unit, meet bf16 and fp32 mixed.
+        # Layers outside all units are not cast by FSDP2 and receive bf16 and fp32 mixed.
         self._dtype = min(dtype, param_dtype, key=lambda dtype: dtype.itemsize)
         shard_(module, mesh, options, param_dtype)
         materialize_(module, "cpu" if options.cpu_offload else self.device)
@@ -68,17 +69,17 @@ class FsdpEngine:
         self.optimizer = build_optimizer()
 
     def forward(self, batch: Batch) -> TokenLoss:
-        """Loss of this rank's micro-batch. Collective: call on all ranks."""
+        """Return the loss of this rank's micro-batch. Collective: call on all ranks."""
         self.module.train()
         with self._autocast():
             return self.module(batch)
 
     def evaluate(self, batch: Batch) -> TokenLoss:
-        """`forward` without gradients, in eval mode. Collective: call on all ranks."""
+        """Run `forward` without gradients, in eval mode. Collective: call on all ranks."""
         return self._without_gradients(batch, token_loss)
 
     def act(self, batch: Batch) -> Tensor:
-        """The policy's greedy action chunk. Collective: call on all ranks, equally often."""
+        """Return the policy's greedy action chunk. Collective: call on all ranks, equally often."""
         return self._without_gradients(batch, action_chunk).float()
 
     @torch.no_grad()
@@ -90,7 +91,7 @@ class FsdpEngine:
         return result
 
     def _autocast(self) -> torch.autocast:
-        # Its cache of cast weights would outlive the gathered weights themselves.
+        # The cache of cast weights would outlive the gathered weights.
         enabled = self._dtype != torch.float32
         return torch.autocast(self.device.type, self._dtype, enabled, cache_enabled=False)
 
@@ -98,29 +99,8 @@ class FsdpEngine:
         """Accumulate the gradient: one reduce-scatter per unit. Collective: call on all ranks."""
         (loss * self.world_size).backward()  # FSDP2 averages over ranks
 
-    def gradient(self) -> Sequence[Tensor]:
-        """The local rows of every `.grad`, made zero where a pass did not touch one."""
-        gradients = []
-        for parameter in self._trainable:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(local(parameter.grad))
-        return gradients
-
-    def take_gradient(self) -> Sequence[Tensor]:
-        """Hand over the local rows of every `.grad` themselves: no copy."""
-        gradients = self.gradient()
-        self.zero_grad()
-        return gradients
-
-    def step(self) -> None:
-        """One optimizer step on the shards; nothing is communicated."""
-        self.optimizer.step()
-        self.zero_grad()
-
-    def zero_grad(self) -> None:
-        """Set every `.grad` to None."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def _local(self, tensor: Tensor) -> Tensor:
+        return local(tensor)
 
     def sum_scalars(self, values: Tensor) -> list[float]:
         """Sum over all ranks, replicas included: one all-reduce. Collective: call on all ranks."""
@@ -129,7 +109,7 @@ class FsdpEngine:
         return values.tolist()
 
     def shards(self, *, frozen: bool = True) -> Iterator[Shard]:
-        """This rank's rows of every parameter; of the replicas, the first yields them."""
+        """Yield this rank's rows of every parameter; only the first replica yields them."""
         if self.rank >= self._shards:
             return
         for name, parameter, start in self._rows():
@@ -172,7 +152,7 @@ class FsdpEngine:
         dist.barrier()
 
     def close(self) -> None:
-        """Wait for all ranks: gloo fails the last to leave if the first has left. Collective."""
+        """Wait for all ranks: with gloo, the last fails if the first has exited. Collective."""
         dist.barrier()
 
 

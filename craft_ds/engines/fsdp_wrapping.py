@@ -1,4 +1,4 @@
-"""How FSDP2 lays a model out over ranks: the mesh, the units, and where each rank's rows lie."""
+"""FSDP2 wrapping: the device mesh, the units, and each rank's rows of a parameter."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from craft_ds.policies.wrapping import shard_units
 
 
 def mesh_shape(options: FsdpConfig, world_size: int) -> tuple[int, int]:
-    """Replicas of the model, and ranks that share each.
+    """Return the number of model replicas, and the number of ranks that share each.
 
     Raises:
         UserError: The two flags do not multiply to the number of processes.
@@ -41,22 +41,22 @@ def mesh_shape(options: FsdpConfig, world_size: int) -> tuple[int, int]:
 
 
 def gathered_dtype(options: FsdpConfig, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of gathered parameters: that of forward and backward unless it is given."""
+    """Return the dtype of gathered parameters: that of forward and backward unless given."""
     return dtype if options.param_dtype == "auto" else getattr(torch, options.param_dtype)
 
 
 def make_mesh(replicate: int, shard: int, device: torch.device) -> DeviceMesh:
-    """The ranks as one row of shards, or as rows of replicas. Collective: call on all ranks."""
+    """Create the mesh: one row of shards, or one row per replica. Collective: call on all ranks."""
     if replicate == 1:
         return init_device_mesh(device.type, (shard,), mesh_dim_names=("dp_shard",))
     return init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
 def shard_(module: PolicyWithLoss, mesh: DeviceMesh, options: FsdpConfig, param_dtype: torch.dtype) -> None:
-    """Turn every parameter into this rank's rows of it, unit by unit; parameters may be on meta.
+    """Replace every parameter by this rank's rows of it, unit by unit; parameters may be on the meta device.
 
-    Trainable parameters stay fp32 (they are the masters). Frozen ones have no master to protect and are
-    kept in the dtype in which they are gathered.
+    Trainable parameters stay fp32 (they are the master weights). Frozen ones have no master weights and are
+    stored in the dtype in which they are gathered.
 
     Args:
         module: The policy with its loss.
@@ -90,16 +90,16 @@ def shard_(module: PolicyWithLoss, mesh: DeviceMesh, options: FsdpConfig, param_
 
     for unit in shard_units(module.policy):
         shard(unit, cast_inputs=True, reshard_after_forward=options.reshard_after_forward)
-    # The root's leftovers are needed first in backward: freeing them after forward would only gather them
-    # twice. A whole batch is not cast: policies do that after their own preprocessing.
+    # The root's own parameters are needed first in backward: freeing them after forward would gather them
+    # twice. The batch is not cast: policies do that after their own preprocessing.
     shard(module, cast_inputs=False, reshard_after_forward=False)
 
 
 def reshard_(module: nn.Module) -> None:
-    """Free whatever is still gathered after a forward pass that no backward pass follows.
+    """Free all gathered parameters after a forward pass that is not followed by a backward pass.
 
-    It would not only take memory: FSDP2 does not gather again what is already gathered, so that the next
-    forward pass after an optimizer step would run on the old values.
+    Otherwise they take memory, and the next forward pass after an optimizer step would use the old values,
+    since FSDP2 does not gather again what is already gathered.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -107,15 +107,15 @@ def reshard_(module: nn.Module) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a sharded tensor: the tensor itself, not a copy."""
+    """Return this rank's rows of a sharded tensor, without a copy."""
     assert isinstance(tensor, DTensor)
     return tensor._local_tensor.detach()
 
 
 def rows(policy: nn.Module, shard_rank: int, shard_count: int) -> Iterator[tuple[str, nn.Parameter, int]]:
-    """Every parameter with the offset of this rank's rows in the flattened tensor, in elements.
+    """Yield every parameter with the offset of this rank's rows in the flattened tensor, in elements.
 
-    Rows are dealt as `torch.chunk` does: ⌈rows / ranks⌉ to each rank until there are none left.
+    Rows are divided as by `torch.chunk`: ⌈rows / ranks⌉ to each rank until none are left.
     """
     for name, parameter in policy.named_parameters():
         count, width = parameter.shape[0], math.prod(parameter.shape[1:])

@@ -1,4 +1,4 @@
-"""One process, no sharding: the reference that every sharded engine is proven against."""
+"""One process without sharding: the reference that every sharded engine is compared with."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -7,20 +7,21 @@ import torch
 from torch import Tensor
 
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
+from craft_ds.engines.grad_shards import GradShards
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
 from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss
 from craft_ds.policies.weights import unique_tensors
 
 
-class SingleEngine:
+class SingleEngine(GradShards):
     """Plain PyTorch. Trainable parameters and moments are fp32; bf16 is autocast around the forward pass.
 
     Args:
-        module: The policy with its loss; parameters may lie on the meta device.
+        module: The policy with its loss; parameters may be on the meta device.
         read: Reads its parameters and persistent buffers by range.
-        build_optimizer: Makes the optimizer of the policy's parameters.
-        device: Where to train.
+        build_optimizer: Builds the optimizer of the policy's parameters.
+        device: Device of training.
         dtype: `torch.float32` or `torch.bfloat16`.
     """
 
@@ -37,7 +38,7 @@ class SingleEngine:
         dtype: torch.dtype = torch.float32,
     ):
         for parameter in module.parameters():
-            if not parameter.requires_grad:  # no master to protect: kept as forward reads it
+            if not parameter.requires_grad:  # no master weights: stored in forward's dtype
                 parameter.data = parameter.to(dtype)
         materialize_(module, device)
         self.module = module
@@ -50,21 +51,21 @@ class SingleEngine:
         self.optimizer = build_optimizer()
 
     def forward(self, batch: Batch) -> TokenLoss:
-        """Loss of one micro-batch."""
+        """Return the loss of one micro-batch."""
         self.module.train()
         with self._autocast():
             return self.module(batch)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TokenLoss:
-        """Loss of one micro-batch without gradients, in eval mode."""
+        """Return the loss of one micro-batch without gradients, in eval mode."""
         self.module.eval()
         with self._autocast():
             return self.module(batch)
 
     @torch.no_grad()
     def act(self, batch: Batch) -> Tensor:
-        """The greedy action chunk for observations."""
+        """Return the greedy action chunk for observations."""
         self.module.eval()
         with self._autocast():
             return self.module(batch, call=action_chunk).float()
@@ -78,37 +79,12 @@ class SingleEngine:
         """Accumulate the gradient."""
         loss.backward()
 
-    def gradient(self) -> Sequence[Tensor]:
-        """The parameters' `.grad`, made zero where a pass did not touch one."""
-        gradients = []
-        for parameter in self._trainable:
-            # A missing gradient counts as zero, so that decay and moments move as they do when sharded.
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        return gradients
-
-    def take_gradient(self) -> Sequence[Tensor]:
-        """Hand over the `.grad` tensors themselves: no copy."""
-        gradients = self.gradient()
-        self.zero_grad()
-        return gradients
-
-    def step(self) -> None:
-        """One optimizer step."""
-        self.optimizer.step()
-        self.zero_grad()
-
-    def zero_grad(self) -> None:
-        """Set every `.grad` to None."""
-        self.optimizer.zero_grad(set_to_none=True)
-
     def sum_scalars(self, values: Tensor) -> list[float]:
-        """Bring the values to the host."""
+        """Copy the values to the host."""
         return values.tolist()
 
     def shards(self, *, frozen: bool = True) -> Iterator[Shard]:
-        """Every parameter, whole."""
+        """Yield every parameter."""
         for name, parameter in self.module.policy.named_parameters():
             if not (frozen or parameter.requires_grad):
                 continue
@@ -137,7 +113,7 @@ class SingleEngine:
                     fill_(state[key].view(-1), read, f"{name}.{key}", 0)
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """Do nothing: there are no other ranks."""
 
     def close(self) -> None:
-        """Nothing to leave."""
+        """Do nothing."""

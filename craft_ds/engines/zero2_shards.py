@@ -1,4 +1,4 @@
-"""ZeRO-2 from the inside: whole parameters, partitioned gradients and masters."""
+"""Access to DeepSpeed's ZeRO-2 by shard: complete parameters, partitioned gradients and master weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -14,22 +14,23 @@ from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
 
 def without_broadcast() -> AbstractContextManager:
-    """Keep `deepspeed.initialize` from sending rank 0's whole model around: each rank reads its own part."""
+    """Prevent `deepspeed.initialize` from broadcasting rank 0's model: each rank reads its own part."""
     return replace_attribute(DeepSpeedEngine, "_broadcast_model", lambda engine: None)
 
 
 class Zero2Shards(ZeroShards):
     """Access to a `DeepSpeedZeroOptimizer` of stage 2 by shard.
 
-    All parameters of a group lie one after the other in a flat tensor that is cut into equal ranges, one a
-    rank; a rank has a range of some parameters, possibly none.
+    All parameters of a group are stored consecutively in a flat tensor that is divided into equal ranges, one
+    per rank; a rank has a range of some parameters, possibly none.
 
-    Where the gradient adds up depends on dtype and offload:
+    Where the gradient accumulates depends on dtype and offload:
 
-    - bf16: in a flat fp32 partition, which is made anew when it is None;
-    - fp32: in a list of tensors, made at the end of an accumulation;
-    - fp32 with offload: in one CPU buffer a parameter, as long as DeepSpeed is told of no end. At an end it
-      would copy the parameters that the *last* micro-batch used into the masters' `.grad`, and those alone.
+    - bf16: in a flat fp32 partition, which is recreated when it is None;
+    - fp32: in a list of tensors, created at the end of an accumulation;
+    - fp32 with offload: in one CPU buffer per parameter, as long as DeepSpeed never sees an accumulation
+      boundary. At a boundary it would copy only the parameters that the *last* micro-batch used into the
+      master weights' `.grad`.
     """
 
     _ATTRIBUTES = (
@@ -62,7 +63,7 @@ class Zero2Shards(ZeroShards):
 
     @property
     def masters(self) -> Sequence[Tensor]:
-        """The flat fp32 masters of this rank, one a parameter group of the optimizer."""
+        """Flat fp32 master weights of this rank, one per parameter group of the optimizer."""
         return self._zero.single_partition_of_fp32_groups
 
     @property
@@ -82,11 +83,11 @@ class Zero2Shards(ZeroShards):
                     yield Partition(name, shape, index, offset, start, numel)
 
     def boundary(self, last: bool) -> bool:
-        """The last micro-batch, but for offload: never."""
+        """Return True for the last micro-batch; with offload, always False."""
         return last and not self.offloaded
 
     def gradient(self) -> list[Tensor]:
-        """What the class docstring says, for the dtype at hand; in the order of the partitions."""
+        """Return the accumulated gradient (see the class docstring), in the order of the partitions."""
         zero = self._zero
         if self._compact:
             buffers = [zero._get_compact_grad_partition_buffer(i) for i in range(len(self._groups))]
@@ -104,7 +105,7 @@ class Zero2Shards(ZeroShards):
         return buffers[key].narrow(0, part.start, part.numel)
 
     def take_gradient(self) -> list[Tensor]:
-        """The tensors themselves, since DeepSpeed makes new ones; a copy in `.grad` where it keeps them."""
+        """Return the tensors themselves if DeepSpeed creates new ones; otherwise a copy in `.grad`."""
         keeps = self.offloaded and not self._compact
         taken = self._into_masters() if keeps else self.gradient()
         self.clear_gradient()
@@ -118,7 +119,7 @@ class Zero2Shards(ZeroShards):
         return targets
 
     def clear_gradient(self) -> None:
-        """Let go of the accumulated tensors; zero those that DeepSpeed would use again."""
+        """Release the accumulated tensors; zero those that DeepSpeed reuses."""
         zero = self._zero
         zero.zero_grad(set_to_none=True)
         zero.micro_step_id = self._first_micro_step
@@ -131,16 +132,16 @@ class Zero2Shards(ZeroShards):
                 buffer.zero_()
 
     def prepare_step(self) -> None:
-        """With offload the step reads the masters' `.grad`, else the accumulated tensors."""
+        """Put the gradient where the step reads it: with offload the master weights' `.grad`."""
         if self.offloaded:
             self._into_masters()
 
     def copy_masters_to_params(self) -> None:
-        """Copy the masters into the parameters and gather those of all ranks. Collective."""
+        """Copy the master weights into the parameters and gather those of all ranks. Collective."""
         self._zero.update_lp_params()
 
     def frozen_parts(self) -> Iterator[FrozenPart]:
-        """An equal range a rank of each frozen parameter, though every rank holds it whole."""
+        """Yield one equal range per rank of each frozen parameter, although every rank holds all of it."""
         for name, parameter in self._frozen():
             size = -(-parameter.numel() // self._world_size)
             start = self._rank * size
@@ -149,6 +150,6 @@ class Zero2Shards(ZeroShards):
                 yield FrozenPart(name, tuple(parameter.shape), start, values)
 
     def load_frozen(self, read: ReadRange) -> None:
-        """Set the frozen parameters, whole on every rank."""
+        """Set the frozen parameters, completely on every rank."""
         for name, parameter in self._frozen():
             fill_(parameter.detach().view(-1), read, name, 0)

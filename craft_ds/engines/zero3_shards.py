@@ -1,4 +1,4 @@
-"""ZeRO-3 from the inside: partitioned parameters without a whole model, and where their gradients lie."""
+"""Access to DeepSpeed's ZeRO-3 by shard: construction without a complete model, and gradients."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,9 +12,9 @@ from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
 
 class _EmptyPartitions(deepspeed.zero.Init):
-    """`deepspeed.zero.Init` without its broadcast of every whole parameter from rank 0.
+    """`deepspeed.zero.Init` without its broadcast of every parameter from rank 0.
 
-    The values come later, and each rank reads only its own.
+    Each rank reads its own values later.
     """
 
     def _zero_init_param(self, param: Any) -> None:
@@ -26,15 +26,14 @@ class _EmptyPartitions(deepspeed.zero.Init):
 def partition_parameters_(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
     """Replace every parameter, which may be on the meta device, by an empty partitioned one.
 
-    One parameter at a time is allocated whole and freed; on a CPU not even that, since its pages are
-    never written.
+    One complete parameter at a time is allocated and freed; on a CPU its pages are never even touched.
 
     Args:
-        module: The model; its parameters are new objects afterwards, tied ones still the same.
+        module: The model; its parameters are new objects afterwards, and tied ones stay tied.
         config: DeepSpeed's configuration.
         dtype: Dtype of forward and backward.
     """
-    # A module without parameters: all this does is to read the configuration and to replace
+    # With a module without parameters this only reads the configuration and replaces
     # `functional.linear` by DeepSpeed's own, which does not keep gathered weights for the backward pass.
     init = _EmptyPartitions(module=nn.Module(), config_dict_or_path=config, dtype=dtype)
     partitioned: dict[nn.Parameter, nn.Parameter] = {}
@@ -51,9 +50,9 @@ def partition_parameters_(module: nn.Module, config: dict[str, Any], dtype: torc
 class Zero3Shards(ZeroShards):
     """Access to a `DeepSpeedZeroOptimizer_Stage3` by shard.
 
-    Gradients of all micro-batches add up in one flat buffer. With offload DeepSpeed copies it into the
-    masters' `.grad` at the end of an accumulation; here it is never told of one, so that `.grad` is free
-    to hold the first pass's gradient while the buffer takes the second's.
+    Gradients of all micro-batches accumulate in one flat buffer. With offload DeepSpeed copies it into the
+    master weights' `.grad` at an accumulation boundary; here it is never told of one, so that `.grad` can
+    hold the first pass's gradient while the buffer takes the second's.
     """
 
     _ATTRIBUTES = (
@@ -75,7 +74,7 @@ class Zero3Shards(ZeroShards):
 
     @property
     def masters(self) -> Sequence[Tensor]:
-        """The flat fp32 masters of this rank, one a sub-group."""
+        """Flat fp32 master weights of this rank, one per sub-group."""
         return self._zero.fp32_partitioned_groups_flat
 
     @property
@@ -91,15 +90,15 @@ class Zero3Shards(ZeroShards):
                 yield Partition(name, shape, index, offset, start, numel)
 
     def boundary(self, last: bool) -> bool:
-        """The last micro-batch, but for offload: never."""
+        """Return True for the last micro-batch; with offload, always False."""
         return last and not self.offloaded
 
     def gradient(self) -> list[Tensor]:
-        """The flat buffer, cut into the sub-groups; zero in the padding."""
+        """Return the flat buffer, split into the sub-groups; zero in the padding."""
         return list(self._zero.grad_partitions_flat_buffer.split([flat.numel() for flat in self.masters]))
 
     def take_gradient(self) -> list[Tensor]:
-        """A copy: with offload in the masters' `.grad`, which waits unused, else in new memory."""
+        """Return a copy: with offload in the masters' unused `.grad`, otherwise in new memory."""
         taken = self._into_masters() if self.offloaded else [part.clone() for part in self.gradient()]
         self.clear_gradient()
         return taken
@@ -110,27 +109,27 @@ class Zero3Shards(ZeroShards):
         return self._master_gradients
 
     def clear_gradient(self) -> None:
-        """Zero the buffer; `zero_grad` alone resets only the count of micro-batches."""
+        """Zero the buffer; DeepSpeed's `zero_grad` resets only the count of micro-batches."""
         self._zero.zero_grad(set_to_none=True)
         self._zero.grad_partitions_flat_buffer.zero_()
 
     def prepare_step(self) -> None:
-        """With offload the step reads the masters' `.grad`, else the buffer."""
+        """Put the gradient where the step reads it: with offload the master weights' `.grad`."""
         if self.offloaded:
             self._into_masters()
 
     def copy_masters_to_params(self) -> None:
-        """Copy the masters into the partitions and gather the persistent ones. Collective."""
+        """Copy the master weights into the partitions and gather the persistent ones. Collective."""
         for group in range(len(self._groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         persistent = self._zero.persistent_parameters
         if persistent:
-            # These are kept whole; a gather does nothing while their old values are there.
+            # These stay gathered; a gather does nothing while their old values are present.
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
     def frozen_parts(self) -> Iterator[FrozenPart]:
-        """This rank's partitions of the frozen parameters."""
+        """Yield this rank's partitions of the frozen parameters."""
         for name, parameter in self._frozen():
             start, numel = _own_range(parameter)
             if numel:
@@ -144,7 +143,7 @@ class Zero3Shards(ZeroShards):
 
 
 def _own_range(parameter: Any) -> tuple[int, int]:
-    """Start and length of this rank's partition of a flattened parameter, without padding."""
+    """Return start and length of this rank's partition of a flattened parameter, without padding."""
     size = parameter.ds_tensor.ds_numel
     start = parameter.ds_zero_partition_rank * size
     return start, min(size, max(0, parameter.ds_numel - start))

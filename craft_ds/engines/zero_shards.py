@@ -1,9 +1,9 @@
-"""Where DeepSpeed keeps gradients, masters and moments: what ZeRO-2 and ZeRO-3 have in common.
+"""Access to DeepSpeed's gradients, master weights and moments: the parts common to ZeRO-2 and ZeRO-3.
 
-DeepSpeed has public calls for one parameter's local gradient under ZeRO-3, none for the whole accumulated
-shard, for emptying it between two backward passes, or for reading masters without a collective. What is
-used of its inside was read in the sources of the versions below, lies in the modules `zero*_layout` and
-nowhere else, and is checked when the engine starts.
+DeepSpeed has public calls for one parameter's local gradient under ZeRO-3, but none for the complete
+accumulated shard, for emptying it between two backward passes, or for reading master weights without a
+collective. The private attributes used were read in the sources of the versions below, are used in the
+modules `zero*_shards` only, and are checked when the engine starts.
 """
 
 from abc import ABC, abstractmethod
@@ -23,15 +23,15 @@ KNOWN_VERSIONS = "0.19.8"
 
 @dataclass(frozen=True)
 class Partition:
-    """Where a rank keeps its part of one trainable parameter.
+    """Position of a rank's part of one trainable parameter.
 
     Attributes:
         name: Name of the parameter in the policy.
         shape: Global shape of the parameter.
-        group: Index of the flat fp32 group that holds the part.
+        group: Index of the flat fp32 group that contains the part.
         offset: Offset of the part in that group, in elements.
         start: Offset of the part in the flattened parameter.
-        numel: Elements of the part, at least one, without padding.
+        numel: Number of elements of the part, at least one, without padding.
     """
 
     name: str
@@ -42,19 +42,19 @@ class Partition:
     numel: int
 
     def of(self, flats: Sequence[Tensor]) -> Tensor:
-        """The part, a 1-D view, of a list with one flat tensor a group."""
+        """Return the part as a 1-D view, given one flat tensor per group."""
         return flats[self.group].detach().narrow(0, self.offset, self.numel)
 
 
 @dataclass(frozen=True)
 class FrozenPart:
-    """This rank's part of a parameter that the optimizer does not hold.
+    """This rank's part of a frozen parameter.
 
     Attributes:
         name: Name of the parameter in the policy.
         shape: Global shape of the parameter.
         start: Offset of the part in the flattened parameter.
-        values: The part, 1-D, as forward reads it.
+        values: The part, 1-D, in forward's dtype.
     """
 
     name: str
@@ -68,14 +68,14 @@ class ZeroShards(ABC):
 
     Args:
         zero: The ZeRO optimizer (`engine.optimizer`).
-        policy: The policy, whose parameters are the optimizer's or frozen.
+        policy: The policy; its parameters belong to the optimizer or are frozen.
 
     Attributes:
         partitions: This rank's parts of all trainable parameters, in the order of the flat groups.
-        offloaded: Whether masters and moments live on the CPU.
+        offloaded: True if master weights and moments are on the CPU.
 
     Raises:
-        RuntimeError: This DeepSpeed lacks an attribute that the known versions have.
+        RuntimeError: This DeepSpeed version lacks an attribute that the tested versions have.
     """
 
     _ATTRIBUTES: ClassVar[tuple[str, ...]]
@@ -84,7 +84,7 @@ class ZeroShards(ABC):
         missing = [name for name in self._ATTRIBUTES if not hasattr(zero, name)]
         if missing:
             raise RuntimeError(
-                f"DeepSpeed {deepspeed.__version__} keeps its gradients in another way than the version "
+                f"DeepSpeed {deepspeed.__version__} stores its gradients differently from the version "
                 f"craft-ds knows ({KNOWN_VERSIONS}): {type(zero).__name__} lacks {', '.join(missing)}"
             )
         self._zero = zero
@@ -95,70 +95,70 @@ class ZeroShards(ABC):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer that works on the flat fp32 groups."""
+        """The torch optimizer of the flat fp32 groups."""
         return self._zero.optimizer
 
     @property
     @abstractmethod
     def masters(self) -> Sequence[Tensor]:
-        """The flat fp32 masters of this rank, one a group."""
+        """Flat fp32 master weights of this rank, one per group."""
 
     @property
     @abstractmethod
     def _groups(self) -> Sequence[Sequence[Any]]:
-        """The trainable parameters of each flat group, in its order."""
+        """Return the trainable parameters of each flat group, in its order."""
 
     @abstractmethod
     def _find_partitions(self) -> Iterator[Partition]: ...
 
     @abstractmethod
     def boundary(self, last: bool) -> bool:
-        """What to tell DeepSpeed of a micro-batch: whether it ends the accumulation."""
+        """Return True if DeepSpeed is to treat this micro-batch as an accumulation boundary."""
 
     @abstractmethod
     def gradient(self) -> list[Tensor]:
-        """Views of this rank's accumulated gradient; zero where no micro-batch of the pass was."""
+        """Return views of this rank's accumulated gradient; zero for parameters that the pass did not use."""
 
     @abstractmethod
     def take_gradient(self) -> list[Tensor]:
-        """Hand the gradient over, in tensors like those of `gradient`, and clear the accumulator."""
+        """Return the gradient in tensors like those of `gradient`, and clear the accumulator."""
 
     @abstractmethod
     def clear_gradient(self) -> None:
-        """Empty the accumulator and let the next backward pass begin a new sum.
+        """Clear the accumulator, so that the next backward pass starts a new sum.
 
-        DeepSpeed alone would keep the last pass's gradient of a parameter that the next does not touch.
+        DeepSpeed alone would keep the last pass's gradient of a parameter that the next pass does not use.
         """
 
     @property
     def _master_gradients(self) -> list[Tensor]:
-        """Where an offloaded optimizer reads: as large as the masters, and always there."""
+        """Return the gradients that an offloaded optimizer reads, of the masters' sizes."""
         gradients = [flat.grad for flat in self.masters]
         return [gradient for gradient in gradients if gradient is not None]
 
     @abstractmethod
     def prepare_step(self) -> None:
-        """Put `gradient` where DeepSpeed's step reads it."""
+        """Move `gradient` to where DeepSpeed's step reads it."""
 
     @abstractmethod
     def copy_masters_to_params(self) -> None:
-        """Copy the masters into the parameters that forward uses. Collective: call on all ranks."""
+        """Copy the master weights into the parameters that forward uses. Collective: call on all ranks."""
 
     @abstractmethod
     def frozen_parts(self) -> Iterator[FrozenPart]:
-        """Parts of the frozen parameters: together the ranks yield each element once."""
+        """Yield parts of the frozen parameters: together the ranks yield each element once."""
 
     @abstractmethod
     def load_frozen(self, read: ReadRange) -> None:
-        """Set what this rank keeps of the frozen parameters."""
+        """Set this rank's parts of the frozen parameters."""
 
     def load_masters(self, read: ReadRange) -> None:
-        """Set this rank's masters; `copy_masters_to_params` makes them seen."""
+        """Set this rank's master weights; `copy_masters_to_params` then updates the parameters."""
         for part in self.partitions:
             fill_(part.of(self.masters), read, part.name, part.start)
 
     def state(self, partition: Partition) -> dict[str, Tensor]:
-        """The optimizer state of a partition: 1-D views by name; empty before the first step."""
+        """Return the optimizer state of a partition: 1-D views by name; empty before the first step."""
         flat = self.masters[partition.group]
         return {
             key: value.narrow(0, partition.offset, partition.numel)
@@ -167,7 +167,7 @@ class ZeroShards(ABC):
         }
 
     def create_state(self, keys: Sequence[str], steps: int) -> None:
-        """Make the optimizer state that the first step would make, with zeros for values."""
+        """Create the optimizer state that the first step would create, filled with zeros."""
         counts_in_ints = isinstance(self.optimizer, DeepSpeedCPUAdam)
         for flat in self.masters:
             state = self.optimizer.state[flat]

@@ -149,7 +149,7 @@ class Lab:
             return SingleEngine(module, read, build_optimizer, torch.device("cpu"), torch_dtype)
         if self.kind in FSDP:
             return FsdpEngine(module, read, build_optimizer, FSDP[self.kind], torch_dtype)
-        from craft_ds.engines.deepspeed import ZeroEngine
+        from craft_ds.engines.deepspeed import DeepSpeedEngine
 
         file, changes = ZERO[self.kind]
         config = read_ds_config(DS_CONFIGS / file)
@@ -168,7 +168,7 @@ class Lab:
             resolved["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
             # Nor does anything stay gathered from forward to backward, as in a model of this size it would.
             resolved["zero_optimization"]["stage3_max_reuse_distance"] = 0
-        return ZeroEngine(module, read, build_optimizer, resolved)
+        return DeepSpeedEngine(module, read, build_optimizer, resolved)
 
     def toy_engine(self, policy: nn.Module | None = None, **options) -> Engine:
         policy = policy or ToyPolicy()

@@ -162,7 +162,7 @@ def test_one_process_goes_on_with_the_adapters(directory, spawner, reference):
 
 
 @every("lora-costs")
-def test_a_retention_step_holds_one_gradient_of_the_adapters_more(ranks, name):
+def test_a_retention_step_adds_one_gradient_of_the_adapters(ranks, name):
     # FSDP2 deals rows: of adapters with few of them the last rank has hardly any, but its temporaries too.
     shard = max(values["shard"] for values in ranks[name].values)
     for values in ranks[name].values:

@@ -136,7 +136,7 @@ def test_pi0_fast(ranks, name, reference):
 
 
 @every("untouched")
-def test_a_parameter_that_a_pass_does_not_touch_has_a_zero_gradient(ranks, name, reference):
+def test_an_unused_parameter_has_a_zero_gradient(ranks, name, reference):
     found, expected = ranks[name].tensors, reference[name].tensors
     for name in ("task_only.weight", "task_only.bias", "unused.values"):
         assert not found[f"retention/{name}"].any()

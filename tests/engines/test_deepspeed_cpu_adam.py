@@ -83,7 +83,7 @@ def leave_behind(mark):
     os.utime(mark, (killed, killed))
 
 
-def test_what_a_killed_builder_left_behind_is_removed(compiler, compiled_cpu_adam, tmp_path, capsys):
+def test_the_marker_of_a_killed_build_is_removed(compiler, compiled_cpu_adam, tmp_path, capsys):
     built = tmp_path / "cpu_adam"
     shutil.copytree(compiled_cpu_adam.parent, built, ignore=shutil.ignore_patterns("lock"))
     leave_behind(built / "lock")
@@ -92,7 +92,7 @@ def test_what_a_killed_builder_left_behind_is_removed(compiler, compiled_cpu_ada
     assert not (built / "lock").exists()
 
 
-def test_a_builder_at_work_is_waited_for(waiting, tmp_path, caplog):
+def test_a_running_build_is_awaited(waiting, tmp_path, caplog):
     mark = tmp_path / "lock"
     mark.touch()
     thread = waiting()
@@ -103,7 +103,7 @@ def test_a_builder_at_work_is_waited_for(waiting, tmp_path, caplog):
     assert caplog.text.count(f"{mark}: another process compiles DeepSpeed's Adam") == 1
 
 
-def test_one_that_begins_where_another_waiter_removed_the_old_mark_keeps_its_own(waiting, tmp_path):
+def test_the_marker_of_a_new_build_is_not_removed(waiting, tmp_path):
     mark = tmp_path / "lock"
     leave_behind(mark)
     with (tmp_path / "craft_ds.lock").open("w") as turn:

@@ -149,7 +149,7 @@ def test_each_pass_is_a_mean_over_its_own_tokens():
     assert weights(one) == moved(1.0, 2.0)
 
 
-def test_the_constraint_is_measured_where_no_gradient_is_followed():
+def test_the_constraint_is_measured_on_its_own_anchors():
     one = engine()
     seen = retention_step(
         one,

@@ -1,0 +1,46 @@
+"""Gradients that accumulate in the parameters' `.grad`: the part common to SingleEngine and FsdpEngine."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class GradShards:
+    """Access to the gradient of an engine whose optimizer reads `.grad`.
+
+    Attributes:
+        optimizer: The optimizer of the trainable parameters.
+    """
+
+    optimizer: torch.optim.Optimizer
+    _trainable: Sequence[torch.nn.Parameter]
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """Return this rank's part of a gradient, without a copy."""
+        return tensor
+
+    def gradient(self) -> Sequence[Tensor]:
+        """Return this rank's part of every `.grad`; zero for parameters that the pass did not use."""
+        gradients = []
+        for parameter in self._trainable:
+            # A missing gradient counts as zero, so that decay and moments move as in the sharded engines.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(self._local(parameter.grad))
+        return gradients
+
+    def take_gradient(self) -> Sequence[Tensor]:
+        """Return the `.grad` tensors themselves, without a copy, and clear them."""
+        gradients = self.gradient()
+        self.zero_grad()
+        return gradients
+
+    def step(self) -> None:
+        """Take one optimizer step; nothing is communicated."""
+        self.optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Set every `.grad` to None."""
+        self.optimizer.zero_grad(set_to_none=True)
