@@ -91,7 +91,7 @@ def test_a_saved_configuration_runs_the_same_world(one_process):
         ("--world.name=marbles", "--world.name=marbles is unknown: choose one of metaworld, blocks"),
         (
             "--world.tasks=[reach-pink]",
-            "--world.tasks: blocks has no task reach-pink",
+            "--world.tasks=[reach-pink]: no task reach-pink; the tasks are reach-red, reach-green",
         ),
         ("--world.episodes=0", "--world.episodes=0 must be at least 1"),
         ("--eval_freq=0", "--world.name=blocks is tried every --eval_freq steps: set --eval_freq too"),
