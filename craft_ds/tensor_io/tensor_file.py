@@ -142,7 +142,7 @@ class TensorFile:
                 raise ValueError(f"{path} is not a safetensors file ({error.strerror})") from None
             raise
         try:
-            self.metadata, self._entries, self._start = read_header(self._fd, _DTYPES)
+            self.metadata, self._entries, self._start = read_header(path, self._fd, _DTYPES)
         except ValueError as error:
             os.close(self._fd)
             raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from None
