@@ -1,4 +1,4 @@
-"""Collectives, counted where all of them pass: as c10d operators at the dispatcher."""
+"""Counter of collectives, as c10d operators at the dispatcher."""
 
 from collections import Counter
 from typing import Any, Self
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts collectives by (operator, bytes of their tensors), whoever issues them."""
+    """Counts collectives by (operator, bytes of their tensors)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The engines under test: spawned when a test first asks for one of them, and the reference beside them."""
+"""Fixtures of the engines under test, spawned on first use, and of the reference."""
 
 import sys
 from collections.abc import Callable
@@ -20,7 +20,7 @@ TIMEOUT_S = 420
 
 @dataclass
 class Reference:
-    """The single-process engine, which runs a scenario when it is first asked for."""
+    """The single-process engine, which runs each scenario on first use."""
 
     lab: Lab
     world_size: int = 1
@@ -40,7 +40,7 @@ class Reference:
 
 @dataclass
 class Found:
-    """What a kind of engine found on some ranks. A scenario that failed fails whoever asks for it."""
+    """Results of an engine on some ranks. Using a failed scenario raises its error."""
 
     kind: str
     world_size: int
@@ -112,5 +112,5 @@ def spawner(reference, tmp_path_factory, request):
 
 @pytest.fixture
 def ranks(request, spawner):
-    """What `registry.every` asks for."""
+    """Return the results for the parameters of `registry.every`."""
     return spawner(request.param)

@@ -1,7 +1,7 @@
-"""Where scenarios run: engines over small policies, and what a rank holds written down for comparison.
+"""Laboratory of the scenarios: engines over small policies, and the results of a rank for comparison.
 
-The same scenario runs on one process with the reference engine and on several ranks with every kind of
-sharded engine.
+The same scenario runs on one process with the reference engine and on several ranks with every sharded
+engine.
 """
 
 import json
@@ -30,7 +30,7 @@ from craft_ds.testing.policies import random_batch, read_from
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 _TORCH_ADAM: dict = {"zero_force_ds_cpu_optimizer": False}
 _OFFLOAD: dict = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-# What each kind of engine is made with: a DeepSpeed file and what is changed in it.
+# The DeepSpeed file of each kind of engine, and the changes to it.
 ZERO: dict[str, tuple[str, dict]] = {
     "zero3": ("zero3.json", {}),
     "zero3_bf16": ("zero3_bf16.json", {}),
@@ -49,7 +49,7 @@ FSDP: dict[str, FsdpConfig] = {
 
 @dataclass
 class Output:
-    """What a scenario found on one rank: parts of flat tensors by name, and plain values."""
+    """Output of a scenario on one rank: parts of flat tensors by name, and plain values."""
 
     parts: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
     values: dict = field(default_factory=dict)
@@ -61,13 +61,13 @@ class Output:
     def save(self, directory: Path, name: str, rank: int) -> None:
         tensors = {f"{key}@{start}": tensor for key, (start, tensor) in self.parts.items()}
         save_file(tensors, directory / f"{name}.{rank}.safetensors")
-        # The JSON comes last: it says that the scenario is done.
+        # The JSON file is written last: it marks the scenario as done.
         (directory / f"{name}.{rank}.json").write_text(json.dumps(self.values))
 
 
 @dataclass
 class Result:
-    """What all ranks found: whole flat tensors, and one dictionary of values a rank."""
+    """Output of all ranks: complete flat tensors, and one dictionary of values per rank."""
 
     tensors: dict[str, Tensor]
     values: list[dict]
@@ -102,7 +102,7 @@ class Result:
 
 @dataclass
 class Lab:
-    """A rank and how to build engines on it.
+    """A rank, and builders of its engines.
 
     Attributes:
         kind: Kind of engine: `single` (the reference), or a key of `ZERO` or `FSDP`.
@@ -128,13 +128,13 @@ class Lab:
         lr: float = 1e-2,
         eps: float = 1e-8,
     ) -> Engine:
-        """An engine over a policy with AdamW.
+        """Build an engine over a policy, with AdamW.
 
         Args:
             policy: The policy, fp32, with or without values.
             read: Its weights.
             dtype: Dtype of forward and backward.
-            persistence: ZeRO-3 keeps smaller parameters whole; None: as in the project's configuration.
+            persistence: ZeRO-3 keeps smaller parameters gathered; None: as in the shipped configuration.
             lr: Learning rate.
             eps: AdamW's epsilon.
         """
@@ -166,7 +166,7 @@ class Lab:
         )
         if persistence is not None and resolved["zero_optimization"]["stage"] == 3:
             resolved["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
-            # Nor does anything stay gathered from forward to backward, as in a model of this size it would.
+            # Nothing stays gathered from forward to backward either, as it would in a model of this size.
             resolved["zero_optimization"]["stage3_max_reuse_distance"] = 0
         return DeepSpeedEngine(module, read, build_optimizer, resolved)
 
@@ -174,7 +174,7 @@ class Lab:
         policy = policy or ToyPolicy()
         read = read_from(policy)
         for tensor in unique_tensors(policy).values():
-            tensor.detach().fill_(torch.nan)  # what is not read shows
+            tensor.detach().fill_(torch.nan)  # makes unread values visible
         return self.engine(policy, read, **options)
 
     def pi0_engine(self, policy_dir: Path | None = None, *, recompute: bool = False, **options) -> Engine:
@@ -183,13 +183,13 @@ class Lab:
         with WeightReader(directory, policy) as weights:
             if recompute:
                 checkpoint_activations(policy)
-            # Some gradients of attention are zero but for rounding; AdamW must not divide them by themselves.
+            # Some attention gradients are zero except for rounding; AdamW must not divide them by themselves.
             return self.engine(policy, weights.read, eps=1e-4, **options)
 
     def lora_engine(
         self, lora: LoraConfig, directory: Path | None = None, *, recompute: bool = False, **options
     ) -> tuple[Engine, Adapters]:
-        """An engine over the tiny pi0_fast with adapters: new ones, or those of a directory."""
+        """Build an engine over the tiny pi0_fast with adapters: new ones, or those of a directory."""
         config = load_policy_config(self.policy_dir)
         config.pretrained_path = self.policy_dir
         plan = plan_adapters(lora, config, directory or self.policy_dir)
@@ -214,7 +214,7 @@ def craft_config(mode: str = "weighted", threshold: float = 0.0) -> CraftConfig:
 
 
 def gradients(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
-    """This rank's part of every parameter's accumulated gradient, by the library's own public calls."""
+    """Yield this rank's part of every accumulated gradient, by the library's own public calls."""
     policy = engine.module.policy
     trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if isinstance(engine, SingleEngine):
@@ -229,7 +229,7 @@ def gradients(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
                 local = torch.zeros_like(shard.master) if gradient is None else gradient.to_local()
                 yield shard.name, shard.start, local.reshape(-1)
         return
-    engine._layout.prepare_step()  # an offloaded gradient is where those calls look once it is complete
+    engine._layout.prepare_step()  # those calls read an offloaded gradient once it is complete
     if engine._engine.zero_optimization_stage() == 3:
         from deepspeed.utils import safe_get_local_grad
 

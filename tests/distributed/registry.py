@@ -1,4 +1,4 @@
-"""Which scenarios run on which kind of engine and number of ranks.
+"""Registry: the scenarios of each kind of engine and number of ranks.
 
 Ranks are expensive to start (each imports torch, transformers and DeepSpeed), so all kinds of one
 family share the spawns of that family.
@@ -41,13 +41,13 @@ Scenarios = dict[str, Callable[[Lab], Output]]
 
 
 class Spawn(NamedTuple):
-    """Ranks that are started together."""
+    """A group of ranks that are started together."""
 
     family: str
     world_size: int
 
 
-# The reference knows these too, and must find the same.
+# The reference runs these too and must give the same results.
 CORE: Scenarios = {
     "surgery-weighted-conflict": partial(surgery, mode="weighted", threshold=ALWAYS),
     "trajectory-accumulate1-unclipped": partial(trajectory, accumulation=1, max_norm=NO_CLIP),
@@ -60,7 +60,7 @@ CORE: Scenarios = {
     "acting": acting,
     "non_finite": non_finite,
 }
-WHOLE: Scenarios = {
+COMPLETE: Scenarios = {
     **{
         f"surgery-{mode}-{name}": partial(surgery, mode=mode, threshold=threshold)
         for mode in FOLLOWED_BY
@@ -78,13 +78,13 @@ LORA: Scenarios = {
     "lora-bf16": partial(lora_trajectory, kind="plain", dtype="bfloat16"),
     "lora-resume": lora_save_and_resume,
 }
-WHOLE_LORA: Scenarios = {
+COMPLETE_LORA: Scenarios = {
     **{f"lora-surgery-{mode}": partial(lora_surgery, mode=mode) for mode in FOLLOWED_BY},
     **LORA,
     **{f"lora-{kind}": partial(lora_trajectory, kind=kind) for kind in ("dora", "mixed", "vision")},
     "lora-recompute": partial(lora_trajectory, kind="plain", recompute=True),
 }
-# Only sharded engines.
+# Sharded engines only.
 COSTS: Scenarios = {"collectives": collectives, "loading": loading}
 ALL_COSTS: Scenarios = COSTS | {
     "memory": memory,
@@ -105,11 +105,11 @@ def _lora_from(*written_by: str) -> Scenarios:
     }
 
 
-# In the order in which they are started: a spawn reads the checkpoints of those before it.
+# In starting order: a spawn reads the checkpoints of earlier ones.
 SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
     Spawn("zero", 2): {
-        "zero3": WHOLE
-        | WHOLE_LORA
+        "zero3": COMPLETE
+        | COMPLETE_LORA
         | ALL_COSTS
         | {"untouched-without-zeroing": partial(untouched, zeroing=False)},
     },
@@ -121,13 +121,17 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
         "zero2_offload_torch": CORE,
     },
     Spawn("fsdp", 2): {
-        "fsdp": WHOLE | WHOLE_LORA | ALL_COSTS | _from("zero3_on2", "zero2_on2") | _lora_from("zero3_on2"),
+        "fsdp": COMPLETE
+        | COMPLETE_LORA
+        | ALL_COSTS
+        | _from("zero3_on2", "zero2_on2")
+        | _lora_from("zero3_on2"),
         "fsdp_offload": CORE | LORA | COSTS,
         "fsdp_kept": {"trajectory-accumulate2-clipped": CORE["trajectory-accumulate2-clipped"]},
     },
     Spawn("zero", 3): {
-        "zero3": WHOLE
-        | WHOLE_LORA
+        "zero3": COMPLETE
+        | COMPLETE_LORA
         | ALL_COSTS
         | {"untouched-without-zeroing": partial(untouched, zeroing=False)}
         | _from("zero3_on2", "fsdp_on2")
@@ -139,15 +143,15 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
         "zero2_offload_torch": CORE,
     },
     Spawn("fsdp", 3): {
-        "fsdp": WHOLE | WHOLE_LORA | ALL_COSTS | _from("fsdp_on2") | _lora_from("zero3_on2"),
+        "fsdp": COMPLETE | COMPLETE_LORA | ALL_COSTS | _from("fsdp_on2") | _lora_from("zero3_on2"),
         "fsdp_offload": CORE,
     },
     Spawn("fsdp", 4): {"hsdp": CORE | COSTS | _from("fsdp_on3") | {"lora-plain": LORA["lora-plain"]}},
 }
-# Checkpoints that others go on from.
+# Checkpoints from which others resume.
 LOADED = ("zero3_on2", "zero3_on3", "zero2_on2", "fsdp_on2", "fsdp_on3", "hsdp_on4")
 LORA_LOADED = ("zero3_on2", "zero3_on3", "fsdp_on2", "fsdp_on3", "zero2_on2")
-SINGLE: Scenarios = WHOLE | WHOLE_LORA | _from(*LOADED) | _lora_from(*LORA_LOADED)
+SINGLE: Scenarios = COMPLETE | COMPLETE_LORA | _from(*LOADED) | _lora_from(*LORA_LOADED)
 
 
 class Ranks(NamedTuple):

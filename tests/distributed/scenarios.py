@@ -1,6 +1,6 @@
-"""What is run on every number of ranks. A scenario builds its engine, works, and says what it holds.
+"""Scenarios for every number of ranks. A scenario builds its engine, runs steps, and returns its state.
 
-Scenarios of `PARITY` run on the reference too and must find the same there.
+Scenarios of `PARITY` run on the reference too and must give the same results.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def surgery(lab: Lab, mode: str, threshold: float) -> Output:
 
 
 def operate(engine: Engine, task: list, anchors: list, mode: str, threshold: float) -> Output:
-    """The surgery of any engine on any batches; gradients of frozen parameters are named."""
+    """Run surgery of any engine on any batches; name frozen parameters that have a gradient."""
     output = Output()
 
     def record() -> None:
@@ -65,13 +65,13 @@ def operate(engine: Engine, task: list, anchors: list, mode: str, threshold: flo
 def _steps(
     engine: Engine, task, anchors, output: Output, kinds: str, max_norm: float, first: int = 0
 ) -> None:
-    """Task steps and retention steps, `T` and `R`; every retention step takes another mode."""
+    """Run task and retention steps, `T` and `R`; every retention step uses another mode."""
     for step, kind in enumerate(kinds, first):
         if kind == "T":
             result = task_step(engine, task(step), max_norm)
         else:
             mode = list(FOLLOWED_BY)[step % 3]
-            # Every other step measures the constraint on anchors of its own.
+            # Every other step measures the constraint on separate anchors.
             constraint = anchors(step + 50) if step % 2 else None
             config = craft_config(mode, threshold=0.0)
             result = retention_step(
@@ -124,7 +124,7 @@ def trajectory(
 
 
 def pi0(lab: Lab, accumulation: int, kinds: str = "TRR", recompute: bool = False) -> Output:
-    """The same on a tiny pi0_fast."""
+    """Run `trajectory` on a tiny pi0_fast."""
     persistence = 0 if accumulation > 1 else None
     engine, output = lab.pi0_engine(persistence=persistence, lr=1e-3, recompute=recompute), Output()
     _steps(
@@ -142,7 +142,7 @@ def pi0(lab: Lab, accumulation: int, kinds: str = "TRR", recompute: bool = False
 
 
 def untouched(lab: Lab, *, zeroing: bool = True) -> Output:
-    """The gradients of the two passes; `zeroing=False` breaks the engine in the way to guard against."""
+    """Return the gradients of both passes; `zeroing=False` breaks the engine as DeepSpeed alone would."""
     engine, output = lab.toy_engine(), Output()
     if not zeroing:
         layout = engine._layout
@@ -167,7 +167,7 @@ def _collectives(action: Callable[[], object]) -> list:
 
 
 def collectives(lab: Lab) -> Output:
-    """What the steps send, beside what their passes send without any surgery."""
+    """Count the collectives of the steps, and those of their passes without surgery."""
     # Parameters are gathered, not kept, so that there is something to count.
     engine, output = lab.toy_engine(persistence=0), Output()
     task, anchors = lab.toy_batches(0, 2), lab.toy_batches(0, 2, retention=True)
@@ -218,7 +218,7 @@ def collectives(lab: Lab) -> Output:
 
     actions = (task_only, retention, passes_of_task, passes_of_retention, baseline)
     for action in actions:
-        # ZeRO-3 learns the order of modules in one pass and prefetches by it in the next: settle it.
+        # ZeRO-3 records the module order in one pass and prefetches by it in the next: warm up.
         for _ in range(3):
             task_only()
         output.values[action.__name__] = _collectives(action)
@@ -227,10 +227,10 @@ def collectives(lab: Lab) -> Output:
 
 
 def memory(lab: Lab) -> Output:
-    """Peaks of both kinds of step, and the largest tensors that surgery itself asks for."""
+    """Return the peaks of both kinds of step, and the largest tensors that surgery allocates."""
     engine, output = lab.toy_engine(ToyPolicy(257, 1031), persistence=0), Output()
-    # Anchors of the task's kind: where two passes use other modules, ZeRO-3 forgets in which order to
-    # prefetch, and its own peak moves.
+    # Anchors of the task's kind: if the two passes use different modules, ZeRO-3 discards its prefetch
+    # order, and its own peak moves.
     task, anchors = lab.toy_batches(0, 1), lab.toy_batches(1, 1)
     craft = craft_config(threshold=ALWAYS)
 
@@ -277,7 +277,7 @@ def memory(lab: Lab) -> Output:
 
 
 def loading(lab: Lab) -> Output:
-    """How many elements a rank reads from the file while its engine is made."""
+    """Count the elements that a rank reads from the file while its engine is built."""
     policy = build_policy(load_policy_config(lab.policy_dir), lab.policy_dir)
     total, read = sum(parameter.numel() for parameter in policy.parameters()), 0
     with WeightReader(lab.policy_dir, policy) as weights:
@@ -305,7 +305,7 @@ def _continue(lab: Lab, engine: Engine, output: Output, kinds: str, first: int) 
 
 
 def load_checkpoint(directory, engine: Engine, adapters=None) -> list:
-    """Optimizer state into the engine; schedule, CRaFT state and step returned."""
+    """Load the optimizer state into the engine; return schedule, CRaFT state and step."""
     manifest = verify_checkpoint(directory, engine.rank, engine.world_size)
     load_optimizer(directory, engine, adapters)
     return [*read_states(directory), manifest["step"]]
@@ -355,7 +355,7 @@ def save_and_resume(lab: Lab) -> Output:
 
 
 def load_from(lab: Lab, written_by: str) -> Output:
-    """Go on from a checkpoint of other ranks, its parameters read by shard."""
+    """Resume from a checkpoint of other ranks, reading its parameters by shard."""
     output, directory = Output(), lab.scratch / written_by
     engine = lab.pi0_engine()
     with TensorFile(directory / "model.safetensors") as weights:
@@ -370,7 +370,7 @@ def load_from(lab: Lab, written_by: str) -> Output:
 
 
 def failing_rank(lab: Lab) -> Output:
-    """One rank fails: what every rank hears."""
+    """Let one rank fail; return the error that every rank receives."""
     last = lab.world_size - 1
 
     def bad_input() -> None:
@@ -384,7 +384,7 @@ def failing_rank(lab: Lab) -> Output:
     def full_disk() -> None:
         raise OSError("no space left")
 
-    heard = {}
+    received = {}
     for name, call in {
         "bad_input": fail_together(bad_input),
         "bug": fail_together(bug),
@@ -392,8 +392,8 @@ def failing_rank(lab: Lab) -> Output:
     }.items():
         try:
             call()
-            heard[name] = None
+            received[name] = None
         except Exception as error:
-            heard[name] = [type(error).__name__, str(error)]
-    heard["after"] = fail_together(lambda: lab.rank)()
-    return Output(values=heard)
+            received[name] = [type(error).__name__, str(error)]
+    received["after"] = fail_together(lambda: lab.rank)()
+    return Output(values=received)

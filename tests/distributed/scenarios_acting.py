@@ -20,7 +20,7 @@ SAMPLES = 6
 
 
 def scene(seed: int) -> Batch:
-    """Observations for all ranks together."""
+    """Return observations for all ranks together."""
     return random_batch(load_policy_config(TEACHER), SAMPLES, seed)
 
 

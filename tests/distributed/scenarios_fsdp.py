@@ -1,6 +1,6 @@
-"""What only FSDP2 has to show, and recomputation under every sharded engine. Each rank asserts for itself.
+"""Checks of FSDP2 alone, and recomputation under every sharded engine; each rank asserts for itself.
 
-Run as a program it is one rank: arguments are the directory of results and the policy directory.
+As a program: one rank. Arguments: the directory of results and the policy directory.
 """
 
 import faulthandler
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class TiedPolicy(nn.Module):
-    """No adapter, tied ends, and a buffer that is saved with the weights."""
+    """A policy without an adapter, with tied weights and a persistent buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def gradients_are_handed_over_without_a_copy(lab: Lab) -> None:
 
 
 def nothing_stays_gathered(lab: Lab) -> None:
-    """Neither after a pass nor after an evaluation, whose forward pass no backward pass follows."""
+    """Nothing stays gathered after a pass, nor after an evaluation without a backward pass."""
     for kind in ("fsdp", "fsdp_kept"):
         engine = Lab(kind, lab.rank, lab.world_size, lab.policy_dir, lab.scratch).toy_engine()
         for action in (accumulate, measure):
@@ -147,7 +147,7 @@ def nothing_stays_gathered(lab: Lab) -> None:
 
 
 def evaluation_sees_the_last_step(lab: Lab) -> None:
-    """FSDP2 does not gather again what is gathered: what stayed so would be the old values."""
+    """FSDP2 does not gather again what is gathered, which would then hold old values."""
     engine = Lab("fsdp_kept", lab.rank, lab.world_size, lab.policy_dir, lab.scratch).toy_engine(lr=0.1)
     before = measure(engine, lab.toy_batches(0, 1)).loss.item()
     accumulate(engine, lab.toy_batches(0, 1))
@@ -229,7 +229,7 @@ def main() -> None:
 
     results, policy_dir = map(Path, sys.argv[1:3])
     init_deepspeed()
-    init_process_group()  # the group is there already
+    init_process_group()  # the process group exists already
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for name, check in CHECKS.items():
         try:

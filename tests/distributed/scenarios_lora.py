@@ -16,14 +16,14 @@ from craft_ds.training.train_step import accumulate, retention_step, task_step
 
 PLAIN = LoraConfig(enabled=True, rank=4)
 DORA = LoraConfig(enabled=True, rank=3, use_dora=True)
-# Ranks that 2 and 3 do not divide, and a module that trains whole.
+# Ranks that 2 and 3 do not divide, and a module that trains fully.
 MIXED = LoraConfig(enabled=True, rank=5, use_rslora=True, preset="attention", full_modules=["lm_head"])
 VISION = LoraConfig(enabled=True, rank=4, preset="attention_mlp_vision")
 KINDS = {"plain": PLAIN, "dora": DORA, "mixed": MIXED, "vision": VISION}
 
 
 def adapters_of(lab: Lab, kind: str):
-    """The directory of random adapters of a kind; they do something from the first step on."""
+    """Return the directory of random adapters of a kind, which have an effect from the first step."""
     return lab.scratch / f"adapters_{kind}"
 
 
@@ -48,7 +48,7 @@ def _stored_dtype(parameter: nn.Parameter) -> str:
 
 
 def _what_frozen_parameters_have(engine: Engine) -> list[str]:
-    """Gradients and optimizer state of frozen parameters, which must not be: their names."""
+    """Return the names of frozen parameters that have gradients or optimizer state: there must be none."""
     trains = _trains(engine)
     found = [
         f"gradient of {name}"
@@ -108,7 +108,7 @@ def lora_save_and_resume(lab: Lab) -> Output:
     def trained(engine: Engine):
         return (part for part in masters(engine) if part[0] in trains)
 
-    output.add("begun", trained(engine))
+    output.add("initial", trained(engine))
     _run(lab, engine, output, "TRT")
     save_checkpoint(
         directory,
@@ -133,7 +133,7 @@ def lora_save_and_resume(lab: Lab) -> Output:
 
 
 def lora_load_from(lab: Lab, written_by: str) -> Output:
-    """Go on from the adapters of another engine or number of ranks."""
+    """Resume from the adapters of another engine or number of ranks."""
     output = Output()
     _resume(lab, lab.scratch / f"lora_{written_by}", output)
     return output
@@ -152,7 +152,7 @@ def _resume(lab: Lab, directory, output: Output) -> None:
 
 
 def lora_costs(lab: Lab) -> Output:
-    """What a retention step holds and sends, in bytes, beside the sizes of model and adapters."""
+    """Return the bytes that a retention step holds and sends, and the sizes of model and adapters."""
     (engine, _), output = lab.lora_engine(PLAIN, adapters_of(lab, "plain"), persistence=0), Output()
     task, anchors = lab.pi0_batches(0, 1), lab.pi0_batches(0, 1)
     plain = partial(task_step, engine, task, 1.0)

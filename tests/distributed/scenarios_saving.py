@@ -1,4 +1,4 @@
-"""Ways to save on several ranks: beside training, in pieces, and onto a disk that is full on one of them."""
+"""Saves on several ranks: in the background, per rank, and with a full disk on one rank."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ def _kept(lab: Lab, engine: Engine, layout: str = "consolidated") -> dict:
 
 
 def saving(lab: Lab) -> Output:
-    """The same state saved in every way; then a disk that fails one rank, which all must hear of."""
+    """Save the same state in every way; then fail the disk of one rank, which all must report."""
     output, root = Output(), lab.scratch / f"saving_{lab.kind}_on{lab.world_size}"
     engine = lab.pi0_engine()
     _continue(lab, engine, output, "TR", 0)
@@ -62,7 +62,7 @@ def saving(lab: Lab) -> Output:
 
 
 def _synced(save: Callable[[], None]) -> list[str]:
-    """Names of the files and directories that this rank forces to the disk in a save."""
+    """Return the files and directories that this rank flushes to the disk in a save."""
     sync, names = os.fsync, []
 
     def noted(descriptor: int) -> None:
@@ -78,7 +78,7 @@ def _synced(save: Callable[[], None]) -> list[str]:
 
 
 def _save_onto_a_full_disk(lab: Lab, engine: Engine, target: Path) -> str | None:
-    """What a rank hears; only the last one's disk is full."""
+    """Return the error of a save in which only the last rank's disk is full."""
     write = os.pwrite
 
     def full(*_: object) -> int:
@@ -96,7 +96,7 @@ def _save_onto_a_full_disk(lab: Lab, engine: Engine, target: Path) -> str | None
 
 
 def holes(lab: Lab) -> Output:
-    """A rank that yields one shard less: a file with a hole in it must not be written."""
+    """Omit one shard on a rank: a file with a gap must not be written."""
     output, target = Output(), lab.scratch / f"holes_{lab.kind}_on{lab.world_size}" / "step_000001"
     engine = lab.pi0_engine()
     shards = engine.shards

@@ -1,4 +1,4 @@
-"""A sharded policy acts as the whole one does, and training does not notice."""
+"""A sharded policy acts like the unsharded one, without an effect on training."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from craft_ds.policies.pi0_fast.generation import greedy_action_tokens
 
 @pytest.fixture(scope="module")
 def lengths():
-    """Of the actions of each scene's samples, in tokens."""
+    """Return the lengths of the actions of each scene's samples, in tokens."""
     teacher = load_policy(load_policy_config(TEACHER), TEACHER)
     return {seed: (greedy_action_tokens(teacher, scene(seed)) != 0).sum(dim=1) for seed in SCENES}
 
@@ -29,7 +29,7 @@ def test_chunks_are_those_of_one_process(ranks, reference, name):
 def test_ranks_whose_actions_end_earlier_decode_on(ranks, name, lengths):
     longest = lengths[SCENES[0]]
     own = [int(longest[rank :: ranks.world_size].max()) for rank in range(ranks.world_size)]
-    assert len(set(own)) > 1  # left to themselves, they would stop at different tokens
+    assert len(set(own)) > 1  # alone, they would stop at different tokens
     assert [values[f"tokens{SCENES[0]}"] for values in ranks[name].values] == [max(own)] * ranks.world_size
 
 

@@ -1,4 +1,4 @@
-"""What surgery costs beside the passes: one small all-reduce and one gradient shard."""
+"""Costs of surgery besides the passes: one small all-reduce and one gradient shard."""
 
 from collections import Counter
 
@@ -44,7 +44,7 @@ def test_the_counter_sees_what_the_engine_sends(ranks, name):
 
 @every("memory")
 def test_what_a_retention_step_needs_more(ranks, name):
-    """At most 1.3 gradient shards; with an offloaded optimizer none: a second buffer lies idle there."""
+    """At most 1.3 gradient shards; with an offloaded optimizer none, since it has an unused second buffer."""
     for values in ranks[name].values:
         extra = (values["retention"] - values["plain"]) / values["shard"]
         if ranks.kind == "zero3_offload_torch":
@@ -60,7 +60,7 @@ def test_no_rank_allocates_a_full_gradient_for_surgery(ranks, name):
         largest = values["largest"]
         if ranks.kind == "zero3":  # keeps its flat buffer and hands a copy over
             assert largest["take_gradient"] == values["shard"]
-        else:  # tensors that are there; zeros for what the pass did not touch
+        else:  # existing tensors; zeros for unused parameters
             assert largest["take_gradient"] < values["shard"] / 100
         assert largest["gram"] <= 4 * CPU_BLOCK < values["shard"]
         assert largest["merge"] == largest["merge_"] == 0

@@ -1,4 +1,4 @@
-"""A rank that fails takes the others along; nobody waits for ever."""
+"""If a rank fails, the others fail too; no rank waits forever."""
 
 import sys
 import time
@@ -10,29 +10,29 @@ from craft_ds.testing.launch_ranks import run_ranks
 
 @every("failing_rank")
 def test_bad_input_on_one_rank_is_the_same_error_on_all(ranks, name):
-    for heard in ranks[name].values:
-        assert heard["bad_input"] == ["UserError", "no such file"]
+    for received in ranks[name].values:
+        assert received["bad_input"] == ["UserError", "no such file"]
 
 
 @every("failing_rank")
 def test_any_other_error_on_one_rank_fails_all(ranks, name):
     *others, failing = ranks[name].values
     assert failing["bug"] == ["KeyError", "'weight'"]
-    for heard in others:
-        assert heard["bug"] == ["RuntimeError", f"rank {ranks.world_size - 1} failed: KeyError: 'weight'"]
+    for received in others:
+        assert received["bug"] == ["RuntimeError", f"rank {ranks.world_size - 1} failed: KeyError: 'weight'"]
 
 
 @every("failing_rank")
 def test_an_error_of_the_main_rank_alone_fails_all(ranks, name):
     main, *others = ranks[name].values
     assert main["full_disk"] == ["OSError", "no space left"]
-    for heard in others:
-        assert heard["full_disk"] == ["RuntimeError", "rank 0 failed: OSError: no space left"]
+    for received in others:
+        assert received["full_disk"] == ["RuntimeError", "rank 0 failed: OSError: no space left"]
 
 
 @every("failing_rank")
 def test_the_ranks_are_in_step_afterwards(ranks, name):
-    assert [heard["after"] for heard in ranks[name].values] == list(range(ranks.world_size))
+    assert [received["after"] for received in ranks[name].values] == list(range(ranks.world_size))
 
 
 WAITS = """

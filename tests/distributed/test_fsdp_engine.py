@@ -1,4 +1,4 @@
-"""What only FSDP2 has to show, on 2 ranks; recomputation under both sharded engines; one plain process."""
+"""FSDP2 alone on 2 ranks and on one process; recomputation under both sharded engines."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Adapters under every engine: they train as on one process, nothing else does, and they survive."""
+"""Adapters in every engine: they train as in one process, nothing else trains, and they resume."""
 
 import pytest
 import torch
@@ -44,16 +44,16 @@ def test_nothing_else_trains(ranks, name, reference):
 def test_every_adapter_moved(ranks, name, reference):
     scratch = reference.lab.scratch
     kind = name.removeprefix("lora-").replace("recompute", "plain")
-    begun = load_file(scratch / f"adapters_{kind}" / "adapter_model.safetensors")
-    assert len(begun) == len(of(ranks[name], "parameters"))
+    stored_adapters = load_file(scratch / f"adapters_{kind}" / "adapter_model.safetensors")
+    assert len(stored_adapters) == len(of(ranks[name], "parameters"))
     for key, tensor in of(ranks[name], "parameters").items():
         parameter = key.removeprefix("parameters/").replace(".default.weight", ".weight")
         stored = f"base_model.model.{parameter}".replace("magnitude_vector.weight", "magnitude_vector")
-        assert not torch.equal(begun[stored].flatten(), tensor), key
+        assert not torch.equal(stored_adapters[stored].flatten(), tensor), key
 
 
 def check_base(result, reference, prefix="frozen"):
-    """Every frozen value is the base policy's, to the bit."""
+    """Every frozen value equals the base policy's bit by bit."""
     policy_dir = reference.lab.policy_dir
     policy = build_policy(load_policy_config(policy_dir), policy_dir)
     checked = 0
@@ -90,14 +90,14 @@ def test_a_bf16_base_on_one_process(reference):
 
 
 def check_resumed(result):
-    """The two steps after the checkpoint, again: to the bit; and they did something."""
+    """The two steps after the checkpoint repeat bit by bit, and they have an effect."""
     unbroken, saved = renamed(result, "unbroken"), renamed(result, "saved")
     assert_same(renamed(result, "resumed"), unbroken)
     assert all(not torch.equal(unbroken[name], tensor) for name, tensor in saved.items())
 
 
 def in_files(directory, keys):
-    """What the files hold, by the policy's own names."""
+    """Return the content of the files, by the policy's names."""
     adapters = load_file(directory / "adapter_model.safetensors")
     moments = load_file(directory / "optimizer.safetensors")
     assert adapters.keys() == set(keys.values())
@@ -129,7 +129,7 @@ def test_the_files_hold_the_live_adapters(ranks, name):
 
 @every("lora-resume")
 def test_new_adapters_begin_the_same_on_any_number_of_ranks(ranks, name, reference):
-    assert_same(renamed(ranks[name], "begun"), renamed(reference[name], "begun"))
+    assert_same(renamed(ranks[name], "initial"), renamed(reference[name], "initial"))
 
 
 @every("lora-resume")
@@ -163,7 +163,7 @@ def test_one_process_goes_on_with_the_adapters(directory, spawner, reference):
 
 @every("lora-costs")
 def test_a_retention_step_adds_one_gradient_of_the_adapters(ranks, name):
-    # FSDP2 deals rows: of adapters with few of them the last rank has hardly any, but its temporaries too.
+    # FSDP2 shards by rows: the last rank has few rows of small adapters, but also its temporaries.
     shard = max(values["shard"] for values in ranks[name].values)
     for values in ranks[name].values:
         assert values["adapters"] < 0.1 * values["model"]

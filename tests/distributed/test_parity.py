@@ -1,4 +1,4 @@
-"""Every sharded engine on 2, 3 and 4 ranks finds what one process finds on the same samples."""
+"""Every sharded engine on 2, 3 and 4 ranks gives the numbers of one process on the same samples."""
 
 import math
 
@@ -17,7 +17,7 @@ def relative_error(found, expected):
 
 
 def assert_close(found, expected, tolerance=TOLERANCE):
-    """Every tensor for itself, so that a wrong small one cannot hide behind large ones."""
+    """Compare every tensor separately, so that large ones cannot hide an error in a small one."""
     assert found.keys() == expected.keys()
     errors = {name: relative_error(found[name], expected[name]) for name in expected}
     worst = max(errors, key=errors.__getitem__)
@@ -38,19 +38,19 @@ def of(result, prefix):
 
 
 def assert_triple_close(found, expected, tolerance=TOLERANCE):
-    """<g_t, g_r> against the norms: orthogonal gradients have no digit of it in common."""
+    """Compare <g_t, g_r> relative to the norms: for orthogonal gradients it is rounding error."""
     (tt, tr, rr), (tt_0, tr_0, rr_0) = found, expected
     assert [tt, rr] == pytest.approx([tt_0, rr_0], rel=tolerance)
     assert tr == pytest.approx(tr_0, abs=tolerance * math.sqrt(tt_0 * rr_0))
 
 
 def assert_values_close(found, expected, tolerance=TOLERANCE):
-    """Losses, norms and triples of every step."""
+    """Compare losses, norms and triples of every step."""
     one = expected.values[0]
     seen = [name for name in one if name.startswith(("step", "retention"))]
     for values in found.values:
         for name in seen:
-            # To the bit: ranks that round otherwise would one day decide otherwise.
+            # Bit by bit: ranks that round differently could decide differently.
             assert values[name] == found.values[0][name], f"the ranks disagree: {name}"
         for name, value in one.items():
             if name.startswith("step"):
@@ -61,7 +61,7 @@ def assert_values_close(found, expected, tolerance=TOLERANCE):
 
 
 def test_ranks_have_unequal_numbers_of_tokens():
-    """Else a mean of per-rank means would pass."""
+    """Otherwise a mean of per-rank means would pass."""
     tokens = samples(0, retention=False)["mask"].sum(dim=1)
     for world_size in (2, 3, 4):
         counts = [int(tokens[rank::world_size].sum()) for rank in range(world_size)]
@@ -85,7 +85,7 @@ def test_surgery(ranks, name, reference):
     one = expected.values[0]
     assert all(values["merge"][2] is ("conflict" in name) for values in found.values)
     assert_close(found.tensors, expected.tensors)
-    # The norm that clipping relies on is the norm of what the optimizer gets.
+    # The norm used for clipping is the norm of the optimizer's gradient.
     merged = math.sqrt(sum(tensor.double().square().sum() for tensor in found.tensors.values()))
     assert merged == pytest.approx(one["merge"][4], rel=TOLERANCE)
 
@@ -129,7 +129,7 @@ def test_trajectory_moved_every_trainable_parameter(reference):
 @every("pi0-accumulate1", "pi0-accumulate2", "pi0-recompute", "five-retention-steps")
 def test_pi0_fast(ranks, name, reference):
     found, expected = ranks[name], reference[name]
-    # Overall: a key's bias has no gradient but rounding, in which no two runs agree.
+    # Overall: a key's bias has only rounding for a gradient, which differs between runs.
     assert_close_overall(of(found, "parameters"), of(expected, "parameters"))
     assert_close_overall(of(found, "moments"), of(expected, "moments"))
     assert_values_close(found, expected)
@@ -149,7 +149,7 @@ def test_an_unused_parameter_has_a_zero_gradient(ranks, name, reference):
 
 @every("untouched-without-zeroing")
 def test_without_zeroing_the_second_pass_shows_the_first(ranks, name):
-    """What the engine guards against is real: DeepSpeed alone keeps the untouched shards."""
+    """The guard is needed: DeepSpeed alone keeps the unused shards."""
     stale = ranks[name].tensors["retention/task_only.weight"]
     assert relative_error(stale, ranks["untouched"].tensors["task/task_only.weight"]) < TOLERANCE
 
@@ -160,7 +160,7 @@ def test_bf16_keeps_fp32_masters_and_moments(ranks, name, reference):
     assert result.values[0]["dtypes"] == ["torch.bfloat16"]
     assert result.values[0]["master_dtypes"] == ["torch.float32"]
     for key, tensor in of(exact, "loaded").items():
-        if "frozen" in key:  # no optimizer, no master: stored as forward reads it
+        if "frozen" in key:  # no master weights: stored in forward's dtype
             tensor = tensor.bfloat16()
         assert tensor.equal(result.tensors[key]), key
 

@@ -1,4 +1,4 @@
-"""Whatever a DeepSpeed file may say, the numbers are the single process's."""
+"""Every accepted DeepSpeed file gives the numbers of the single process."""
 
 import sys
 from pathlib import Path
@@ -36,5 +36,5 @@ def test_a_file_changes_no_number(name, found, expected):
 
 
 def test_the_last_micro_batch_uses_fewer_parameters(expected):
-    """Else a gradient that a later micro-batch loses would pass."""
+    """Otherwise a gradient that a later micro-batch loses would pass."""
     assert expected.tensors["moments/task_only.weight.exp_avg"].abs().max() > 1e-4

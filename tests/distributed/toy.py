@@ -1,4 +1,4 @@
-"""A policy small enough to see through, with every awkward parameter that sharding can meet."""
+"""A small policy with every kind of parameter that is hard to shard."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ INPUT, LENGTH, CLASSES, SAMPLES = 5, 6, 3, 12
 
 
 class Table(nn.Module):
-    """A single parameter in a module of its own, so that ZeRO-3 gathers it when it is used."""
+    """A single parameter in its own module, so that ZeRO-3 gathers it on use."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -25,7 +25,7 @@ class Table(nn.Module):
 
 
 class ToyPolicy(nn.Module):
-    """Classifies each token. No size divides by 2 and 3, and two parameters are smaller than 3 ranks."""
+    """Token classifier. No size is divisible by 2 and 3, and two parameters are smaller than 3 ranks."""
 
     def __init__(self, width: int = 7, inner: int = 13, seed: int = 0):
         super().__init__()
@@ -71,7 +71,7 @@ class TiedPolicy(nn.Module):
 
 @shard_units.register
 def _toy_units(policy: ToyPolicy) -> list[nn.Module]:
-    """All but `pair`, `head` and `frozen`, which are left to the root."""
+    """Return all units except `pair`, `head` and `frozen`, which belong to the root."""
     return [
         policy.trunk,
         policy.scale,
@@ -92,7 +92,7 @@ def _toy_loss(policy: ToyPolicy | TiedPolicy, batch: dict[str, Tensor]) -> Token
 
 
 def samples(step: int, *, retention: bool) -> dict[str, Tensor]:
-    """The global batch of a step. Samples have 0 to 6 tokens; anchors contradict the task's labels."""
+    """Return the global batch of a step. Samples have 0 to 6 tokens; anchors contradict the task's labels."""
     rng = torch.Generator().manual_seed(100 + step)
     x = torch.randn(SAMPLES, LENGTH, INPUT, generator=rng)
     y = (x[..., 0] > 0).long() + (x[..., 1] > 0.5).long()
@@ -107,7 +107,7 @@ def samples(step: int, *, retention: bool) -> dict[str, Tensor]:
 def deal(
     batch: dict[str, Tensor], accumulation: int, rank: int, world_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """This rank's micro-batches of a global batch; together the ranks have each sample once."""
+    """Yield this rank's micro-batches of a global batch; together the ranks have each sample once."""
     for micro in range(accumulation):
         yield {
             key: value[micro::accumulation][rank::world_size] if value.ndim else value

@@ -1,4 +1,4 @@
-"""One rank of a spawn: runs the scenarios in order and writes down what each finds.
+"""One rank of a spawn: runs the scenarios in order and writes their results.
 
 Arguments: the family of engines, the directory of results, the policy directory, the scratch directory, and
 names of scenarios (none: all).

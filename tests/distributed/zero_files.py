@@ -1,4 +1,4 @@
-"""DeepSpeed files that must all give the single process's numbers, and what a rank does with each.
+"""DeepSpeed files that must all give the numbers of the single process, and a rank that runs each.
 
 As a program: one rank. Arguments: the directory of results.
 """
@@ -21,7 +21,7 @@ from craft_ds.training.train_step import accumulate, retention_step, task_step  
 torch.set_num_threads(1)
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-# Small enough that the toy policy fills several of each.
+# Small enough that the toy policy fills several buckets.
 SMALL3 = {"sub_group_size": 60, "reduce_bucket_size": 150, "stage3_prefetch_bucket_size": 10}
 FILES: dict[str, tuple[str, dict]] = {
     "zero2": ("zero2.json", {}),
@@ -43,15 +43,15 @@ FILES: dict[str, tuple[str, dict]] = {
 
 
 def train(ranks: lab.Lab) -> lab.Output:
-    """Three steps whose passes go over micro-batches that use different parameters."""
+    """Run three steps whose micro-batches use different parameters."""
     engine, output = ranks.toy_engine(persistence=0), lab.Output()
 
     def mixed(step: int) -> list:
-        # What only the first micro-batch uses must outlive the others.
+        # The gradient of the first micro-batch must survive the others.
         return ranks.toy_batches(step, 1) + 2 * ranks.toy_batches(step, 1, retention=True)
 
     task_step(engine, mixed(0), 0.0)
-    # A gradient that nobody takes must leave no trace.
+    # A discarded gradient must have no effect.
     accumulate(engine, mixed(5))
     engine.zero_grad()
     config = lab.craft_config("weighted", threshold=0.0)
@@ -80,7 +80,7 @@ def main() -> None:
     for name, (file, changes) in FILES.items():
         config = read_ds_config(lab.DS_CONFIGS / file)
         config["zero_optimization"] |= changes
-        # DeepSpeed's own Adam would be compiled first.
+        # DeepSpeed's own Adam would have to be compiled.
         config["zero_force_ds_cpu_optimizer"] = False
         own = results / f"{name}.{rank}.ds_config"
         own.write_text(json.dumps(config))
