@@ -143,8 +143,8 @@ class LoraConfig:
     """Train a magnitude for each output too (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
     init: LoraInit = "default"
     """Initial value of A: `default` as PEFT (Kaiming uniform) or `gaussian`. B starts at zero."""
-    full_modules: list[str] = field(default_factory=list)
-    """Suffixes of modules that train fully, without adapters; PEFT's `modules_to_save`."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Suffixes of modules that are trained fully, without adapters."""
     base_path: str = ""
     """Where the base policy of stored adapters is now, if it was moved since they were trained."""
 

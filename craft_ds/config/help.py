@@ -71,6 +71,7 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "Short forms: --engine=NAME (--engine.name), --ds_config FILE (--engine.ds_config),"
     yield "--lora=PRESET (--lora.enabled=true --lora.preset=PRESET)."
+    yield "--print_config prints the complete configuration as YAML that --config_path reads, and exits."
     yield "--help=all lists the remaining flags of LeRobot, with --policy.type=NAME those of a policy too."
     for group in describe_flags():
         yield f"\n{group.title}"

@@ -21,7 +21,6 @@ FOREIGN_FLAGS = {
     "--gradient_checkpointing": "--activation_checkpointing=full",
     "--lora.r": "--lora.rank",
     "--lora.lora_alpha": "--lora.alpha",
-    "--lora.modules_to_save": "--lora.full_modules",
     "--lora.init_lora_weights": "--lora.init",
     "--craft": "--craft.enabled=true",
     "--epochs": "--steps",
@@ -31,6 +30,9 @@ FOREIGN_FLAGS = {
     "--resume_from_checkpoint": "--resume=true --config_path=RUN/last",
 }
 """Flags of other training programs, with the flag of the same meaning here."""
+
+RENAMED_FLAGS = {"--lora.full_modules": "--lora.modules_to_save"}
+"""Flags of earlier versions, with their names now. Saved configurations may have either."""
 
 FOREIGN_ENGINES = {
     "zero2": "--ds_config zero2",
@@ -58,6 +60,8 @@ def refuse_misspelt_flags(arguments: Iterable[str]) -> None:
     prefixes = {flag[: flag.index(".") + 1] for flag in own if "." in flag}
     for argument in arguments:
         name, _, value = argument.partition("=")
+        if name in RENAMED_FLAGS:
+            raise UserError(f"{name} was renamed: use {RENAMED_FLAGS[name]}")
         if name in FOREIGN_FLAGS:
             raise UserError(f"{name}: no such flag; use {FOREIGN_FLAGS[name]}")
         if name == "--engine.name" and value in FOREIGN_ENGINES:

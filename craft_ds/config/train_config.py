@@ -1,16 +1,20 @@
 """The configuration of a run: LeRobot's `TrainPipelineConfig` and what craft-ds adds to it."""
 
+import json
+import tempfile
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
+import yaml
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.default import PeftConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 
 from craft_ds.config.configs import ActivationCheckpointing, LoraConfig, RunOptions, check_choice
 from craft_ds.config.secret_scan import refuse_secrets
+from craft_ds.config.suggestions import RENAMED_FLAGS
 from craft_ds.distributed.preemption import parse_duration
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy_config
@@ -23,6 +27,29 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
 
     # The checkpoint to resume, once every byte of it was checked.
     verified_checkpoint: Path | None = field(init=False, default=None)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Read a configuration file, or that of a checkpoint; fields renamed since may have their old names.
+
+        Args:
+            pretrained_name_or_path: The file, or its directory.
+            **kwargs: See LeRobot's `TrainPipelineConfig.from_pretrained`.
+        """
+        path = Path(pretrained_name_or_path)
+        path = path / TRAIN_CONFIG_NAME if path.is_dir() else path
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not _rename_fields(content):
+            return super().from_pretrained(pretrained_name_or_path, **kwargs)
+        with tempfile.TemporaryDirectory() as directory:
+            renamed = Path(directory) / "renamed.yaml"
+            renamed.write_text(yaml.safe_dump(content), encoding="utf-8")
+            return super().from_pretrained(renamed, **kwargs)
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML that `--config_path` reads."""
+        plain = json.loads(json.dumps(self.to_dict()))  # enumerations become text
+        return yaml.safe_dump(plain, sort_keys=False)
 
     def validate(self) -> None:
         """Check all that can be checked without building anything.
@@ -158,6 +185,20 @@ def _refuse_nulls(config: Any, above: str = "") -> None:
             _refuse_nulls(value, f"{flag}.")
 
 
+def _rename_fields(content: Any) -> bool:
+    """Give the fields of a configuration file their present names; return True if there were others."""
+    found = False
+    for old, new in RENAMED_FLAGS.items():
+        *groups, name = old.removeprefix("--").split(".")
+        section = content
+        for group in groups:
+            section = section.get(group) if isinstance(section, dict) else None
+        if isinstance(section, dict) and name in section:
+            section[new.rsplit(".", 1)[-1]] = section.pop(name)
+            found = True
+    return found
+
+
 def from_lerobot(config: PeftConfig) -> LoraConfig:
     """The same adapters in the words of `--lora.*`.
 
@@ -180,5 +221,5 @@ def from_lerobot(config: PeftConfig) -> LoraConfig:
         rank=config.r,
         alpha=8 if config.lora_alpha is None else config.lora_alpha,  # PEFT's own default
         init=config.init_type or "default",
-        full_modules=config.full_training_modules or [],
+        modules_to_save=config.full_training_modules or [],
     )

@@ -3,7 +3,7 @@
 Only keys that are known to leave the gradients and masters where this trainer looks for them are let through;
 those that decide how gradients travel were tested against a single process. Any other is refused rather than
 trusted: two backward passes a step and masters that are read by range are not what DeepSpeed's other features
-were made for. `ds_configs/README.md` describes them.
+were made for. `craft_ds/ds_configs/README.md` describes them.
 """
 
 import json
@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from craft_ds.config.shipped_files import shipped_names
 from craft_ds.errors import UserError
 
 _TOP = {
@@ -88,7 +89,8 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise UserError(f"--ds_config={path}: no such file; the project's own lie in ds_configs/") from None
+        shipped = ", ".join(shipped_names("--engine.ds_config"))
+        raise UserError(f"--ds_config={path}: no such file; the shipped ones are {shipped}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"--ds_config={path}: not readable as JSON ({error})") from None
     if not isinstance(config, dict):

@@ -204,7 +204,7 @@ TRAINING_STATE = {
 }
 
 
-@pytest.mark.parametrize("kind", ["attention_mlp_vision", "dora", "full_modules"])
+@pytest.mark.parametrize("kind", ["attention_mlp_vision", "dora", "modules_to_save"])
 def test_a_merged_policy_is_one_for_stock_lerobot_and_acts_as_the_adapters_do(
     adapted, inputs, tmp_path, kind
 ):
@@ -303,7 +303,7 @@ def test_the_bound_on_tokens_is_the_flags(adapted, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_alone_load_by_stock_lerobot_on_their_base(adapted, inputs, tmp_path, dtype):
-    checkpoint, output = adapted("full_modules"), tmp_path / "policy"
+    checkpoint, output = adapted("modules_to_save"), tmp_path / "policy"
     said = export_checkpoint(checkpoint, output, dtype)
     assert f"the LoRA adapters alone, which PEFT and LeRobot load on {inputs.policy}" in said
     assert not (output / "model.safetensors").exists()
