@@ -1,6 +1,7 @@
 """`craft-ds`: dispatch to the subcommands; errors become one line per node and an exit code on every rank."""
 
 import os
+import select
 import signal
 import sys
 import traceback
@@ -32,10 +33,10 @@ COMMANDS = {
 
 
 def run_main(action: Callable[[], object]) -> None:
-    """Run a command. What the user can mend, or did, ends it with one line on stderr and no traceback.
+    """Run a command; an error that the user can fix ends it with one line on stderr and no traceback.
 
     Status 2: bad input, or an output that cannot be written; 1: training diverged; 69: another rank failed,
-    died or hangs; 75 (`EX_TEMPFAIL`): the run was asked to leave and has saved, to be started again; 130:
+    died or hangs; 75 (`EX_TEMPFAIL`): the run was asked to stop and has saved, to be resumed; 130:
     interrupted from the keyboard.
     """
     try:
@@ -82,11 +83,15 @@ def exit_without_teardown(command: Callable[[], None]) -> NoReturn:
 
 
 def _stdout_is_closed() -> bool:
+    """Flush stdout; return True if its reader has gone."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         return True
-    return False
+    # A failed write drops its text, so that a later flush succeeds.
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
