@@ -18,15 +18,15 @@ PREEMPTED_STATUS = 75
 COMMANDS = {
     "train": ("train", "fine-tune a policy, with or without the retention constraint"),
     "anchors": ("anchors", "build the anchor cache: samples of the old tasks"),
-    "export": ("export", "turn a checkpoint into a policy directory that stock LeRobot loads"),
+    "export": ("export", "export a checkpoint as a policy directory that stock LeRobot loads"),
     "plan": ("plan", "plan the memory of a run per rank, without allocating anything"),
-    "eval": ("evaluate", "measure a policy in an embedded world"),
-    "demo": ("demo", "fine-tune the embedded policy with and without CRaFT, and measure both"),
+    "eval": ("evaluate", "evaluate a policy in an embedded world"),
+    "demo": ("demo", "fine-tune the embedded policy with and without CRaFT, and evaluate both"),
     "worlds": (
         "worlds",
         "list the embedded worlds, record demonstrations, or pretrain a teacher",
     ),
-    "doctor": ("doctor", "check this machine: what will not work, and how to fix it"),
+    "doctor": ("doctor", "check this machine and say how to fix what will not work"),
     "version": ("version", "print the version of craft-ds and of the packages it was tested with"),
 }
 """Name of each subcommand, its module in `craft_ds.commands`, and its line in `craft-ds --help`."""

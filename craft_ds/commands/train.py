@@ -27,10 +27,10 @@ def main(arguments: Sequence[str]) -> None:
     refuse_misspelt_flags(given)
     if print_only and not {"--resume=true", "--resume=auto"}.isdisjoint(given):
         raise UserError(
-            "--print_config prints the configuration of a new run: leave out --resume, or read "
+            "--print_config prints the configuration of a new run: omit --resume, or read "
             f"{TRAIN_CONFIG_NAME} of the checkpoint"
         )
-    # Imported here: LeRobot and torch take seconds, and their failures become one line too.
+    # Imported here: LeRobot and torch take seconds, and their import errors become one line too.
     from craft_ds.checkpoints.run_directory import repair_last_link
     from craft_ds.config.parser import parse_arguments
     from craft_ds.distributed.collectives import destroy_process_group, process_group_is_initialized
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     if chosen.checkpoint is not None and chosen.is_finished(config.steps):
         if launched_rank() == 0:
             repair_last_link(chosen.checkpoint)
-            print(f"{chosen.checkpoint} has done all --steps={config.steps}: nothing left to do")
+            print(f"{chosen.checkpoint} has done all --steps={config.steps}: nothing to do")
     else:
         train_craft(config)
     if not created_by_caller:

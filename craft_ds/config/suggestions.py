@@ -1,4 +1,4 @@
-"""Suggestions for misspelt flags, and answers to well-known flags of other programs."""
+"""Suggestions for misspelt flags, renamed flags and well-known flags of other programs."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -38,10 +38,10 @@ FOREIGN_ENGINES = {
     "zero2": "--ds_config zero2",
     "zero3": "--ds_config zero3",
     "deepspeed": "--ds_config zero3",
-    "ddp": "--ds_config zero2",
+    "ddp": "--engine=fsdp or --ds_config zero2",
     "fsdp2": "--engine=fsdp",
 }
-"""Values of `--engine` that name something else, with the flag that is meant."""
+"""Values of `--engine` that are not engines here, with the flag that is meant."""
 
 
 def refuse_misspelt_flags(arguments: Iterable[str]) -> None:
