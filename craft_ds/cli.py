@@ -1,6 +1,7 @@
 """`craft-ds`: dispatch to the subcommands; errors become one line per node and an exit code on every rank."""
 
 import os
+import select
 import signal
 import sys
 import traceback
@@ -22,15 +23,15 @@ from craft_ds.errors import (
 COMMANDS = {
     "train": ("train", "fine-tune a policy, with or without the retention constraint"),
     "anchors": ("anchors", "build the anchor cache: samples of the old tasks"),
-    "export": ("export", "turn a checkpoint into a policy directory that stock LeRobot loads"),
+    "export": ("export", "export a checkpoint as a policy directory that stock LeRobot loads"),
     "plan": ("plan", "plan the memory of a run per rank, without allocating anything"),
-    "eval": ("evaluate", "measure a policy in an embedded world"),
-    "demo": ("demo", "fine-tune the embedded policy with and without CRaFT, and measure both"),
+    "eval": ("evaluate", "evaluate a policy in an embedded world"),
+    "demo": ("demo", "fine-tune the embedded policy with and without CRaFT, and evaluate both"),
     "worlds": (
         "worlds",
         "list the embedded worlds, record demonstrations, or pretrain a teacher",
     ),
-    "doctor": ("doctor", "check this machine: what will not work, and how to fix it"),
+    "doctor": ("doctor", "check this machine and say how to fix what will not work"),
     "version": ("version", "print the version of craft-ds and of the packages it was tested with"),
 }
 """Name of each subcommand, its module in `craft_ds.commands`, and its line in `craft-ds --help`."""
@@ -82,11 +83,15 @@ def exit_without_teardown(command: Callable[[], None]) -> NoReturn:
 
 
 def _stdout_is_closed() -> bool:
+    """Flush stdout; return True if its reader has gone."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         return True
-    return False
+    # A failed write drops its text, so that a later flush succeeds.
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:

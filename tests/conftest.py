@@ -106,7 +106,7 @@ ADAPTERS = {
     "rslora": ["--lora=preset", "--lora.use_rslora=true", "--lora.rank=3"],
     "dora": ["--lora=attention_mlp_vision", "--lora.use_dora=true"],
     "gaussian": ["--lora=preset", "--lora.init=gaussian"],
-    "full_modules": ["--lora=preset", "--lora.full_modules=[multi_modal_projector,lm_head]"],
+    "modules_to_save": ["--lora=preset", "--lora.modules_to_save=[multi_modal_projector,lm_head]"],
 }
 
 

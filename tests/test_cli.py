@@ -1,5 +1,7 @@
 """How a command's process ends."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -9,8 +11,8 @@ PROGRAM = """
 import atexit, sys, threading, time
 from craft_ds.cli import exit_without_teardown, run_main
 from craft_ds.errors import Preempted, RankLost, TrainingDiverged, UserError
-atexit.register(lambda: print("the interpreter took its leave"))
-threading.Thread(target=time.sleep, args=(60,)).start()  # nobody waits for it
+atexit.register(lambda: print("the interpreter was torn down"))
+threading.Thread(target=time.sleep, args=(60,)).start()  # a thread that would delay the teardown
 
 def command():
     print("done, and not flushed", end="")
@@ -38,14 +40,34 @@ def ended(action: str, how: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("action", ENDS)
-def test_every_end_has_its_status_and_at_most_one_line(action):
+def test_every_end_has_its_status_and_one_line_at_most(action):
     process = ended(action, "lambda: run_main(command)")
     assert (process.returncode, process.stderr) == ENDS[action]
     assert process.stdout == "done, and not flushed"
 
 
-def test_what_nobody_expected_has_a_traceback():
+def test_unexpected_error_has_a_traceback():
     process = ended("raise KeyError('weight')", "lambda: run_main(command)")
     assert process.returncode == 1
     assert "KeyError: 'weight'" in process.stderr
     assert "Traceback" in process.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_broken_pipe_ends_without_a_traceback(arguments, buffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", buffered)
+    command = [sys.executable, "-m", "craft_ds", *arguments]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        process = subprocess.run(
+            command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=50, check=False
+        )
+    assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_other_broken_pipes_have_a_traceback():
+    process = ended("raise BrokenPipeError('a worker')", "lambda: run_main(command)")
+    assert process.returncode == 1
+    assert "BrokenPipeError: a worker" in process.stderr

@@ -206,7 +206,7 @@ class AnchorCache:
         teacher = self.metadata["teacher"]["path"]
         raise UserError(
             f"anchor cache {self.path} (teacher {teacher}) does not fit the policy: {what} {cached} in the "
-            f"cache, {wanted} in the policy; build one for this policy with scripts/build_anchor_cache.py"
+            f"cache, {wanted} in the policy; build one for this policy with `craft-ds anchors`"
         )
 
 
@@ -220,15 +220,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not file.is_file():
         if not path.exists() and partial_directory(path).exists():
             raise UserError(
-                f"the build of anchor cache {path} was interrupted: run the same "
-                "scripts/build_anchor_cache.py command again to finish it"
+                f"the build of anchor cache {path} was interrupted: run the same `craft-ds "
+                "anchors` command again to finish it"
             )
         what = (
             f"no anchor cache at {path}"
             if not path.exists()
             else f"{path} is not an anchor cache: {METADATA_FILE} is missing"
         )
-        raise UserError(f"{what}; build one with scripts/build_anchor_cache.py --output_dir={path}")
+        raise UserError(f"{what}; build one with `craft-ds anchors --output_dir={path}`")
     try:
         metadata = read_object(file)
         name, version = metadata["format"], metadata["version"]

@@ -137,7 +137,7 @@ def _check_enough(cache: AnchorCache, split: str, world_size: int) -> None:
     if count < world_size:
         raise UserError(
             f"anchor cache {cache.path} has {count} {split} anchors for {world_size} ranks: build a cache "
-            "with more (scripts/build_anchor_cache.py --num_samples, --heldout_fraction) or start fewer ranks"
+            "with more (`craft-ds anchors --num_samples --heldout_fraction`) or start fewer ranks"
         )
 
 

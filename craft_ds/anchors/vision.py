@@ -85,15 +85,14 @@ def check_vision_features(cache: AnchorCache, directory: Path, config: PreTraine
     if cache.vision_fingerprint is None:
         raise UserError(
             f"--craft.vision_features=true: anchor cache {cache.path} holds no vision features; build one "
-            "with scripts/build_anchor_cache.py --vision_features, or omit the flag"
+            "with `craft-ds anchors --vision_features`, or omit the flag"
         )
     fingerprint = read_vision_tower(config, directory).fingerprint
     if fingerprint != cache.vision_fingerprint:
         raise UserError(
             f"--craft.vision_features=true: the vision features of anchor cache {cache.path} are of another "
             f"vision tower ({cache.vision_fingerprint[:12]}) than that of {directory} ({fingerprint[:12]}); "
-            "build one for this policy with scripts/build_anchor_cache.py --vision_features, or omit the "
-            "flag"
+            "build one for this policy with `craft-ds anchors --vision_features`, or omit the flag"
         )
 
 

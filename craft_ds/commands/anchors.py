@@ -1,4 +1,4 @@
-"""Build an anchor cache: samples of the old tasks, as the teacher policy's own processors see them."""
+"""Build an anchor cache: samples of the old tasks, preprocessed by the teacher policy's own processors."""
 
 import argparse
 import os
@@ -6,54 +6,59 @@ from collections.abc import Sequence
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         prog="craft-ds anchors",
         description=__doc__,
-        epilog="An interrupted build is continued by the same command.",
+        epilog="Run the same command again to resume an interrupted build.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dataset_repo_id", required=True, help="LeRobot data set of the old tasks")
-    add("--dataset_root", help="its local folder; without it, LeRobot's cache and the hub are asked")
+    add("--dataset_root", help="its local directory; without it, LeRobot's cache and the hub are used")
     policy = parser.add_mutually_exclusive_group(required=True)
     policy.add_argument(
-        "--policy_repo_id", "--policy_path", dest="policy_path", help="the teacher: a policy folder or hub id"
+        "--policy_repo_id",
+        "--policy_path",
+        dest="policy_path",
+        help="the teacher: a policy directory or hub id",
     )
     add("--output_dir", required=True, help="directory of the cache; must not exist")
     add("--num_samples", type=int, default=1000, help="number of anchors")
-    add("--batch_size", type=int, default=16, help="anchors processed at once")
-    add("--num_workers", type=int, default=4, help="processes that read the data set")
+    add("--batch_size", type=int, default=16, help="anchors per batch of the teacher")
+    add("--num_workers", type=int, default=4, help="processes that load the data set")
     add(
         "--heldout_fraction",
         type=float,
         default=0.2,
-        help="part of each task's episodes whose anchors are kept for measuring",
+        help="share of each task's episodes whose anchors are held out to measure the constraint",
     )
-    add("--seed", type=int, default=0, help="seed of the draw")
-    add("--device", default="cpu", help="where the teacher computes its own loss, such as cuda")
-    add("--shard_size", type=int, default=256, help="anchors a file")
+    add("--seed", type=int, default=0, help="seed of the random selection")
+    add("--device", default="cpu", help="device on which the teacher's own loss is computed, such as cuda")
+    add("--shard_size", type=int, default=256, help="anchors per file")
     add(
         "--image_size",
         choices=("dataset", "model"),
         default="dataset",
-        help="store images as recorded (exact), or as the policy resizes them (8-bit rounding)",
+        help="store images as recorded (exact) or resized by the policy (rounded to 8 bits)",
     )
     add(
         "--vision_features",
         action="store_true",
-        help="also store what the teacher's vision tower makes of the images (fp16), for training with that "
-        "tower frozen and --craft.vision_features=true",
+        help="also store the features of the teacher's vision tower (fp16), for training with that tower "
+        "frozen and --craft.vision_features=true",
     )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Build the anchor cache that the flags describe."""
     args = parse_arguments(arguments)
-    # The teacher's threads spin while they wait: on cores that the workers need, that costs half the speed.
+    # The teacher's threads spin while they wait: on cores that the workers need, this halves the speed.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - args.num_workers)))
-    # After the arguments, so that --help and a misspelt flag answer at once.
+    # Imported here so that --help and errors in flags are fast.
     from craft_ds.anchors.build import BuildOptions, build_anchor_cache
     from craft_ds.anchors.cache import AnchorCache
 
@@ -63,5 +68,5 @@ def main(arguments: Sequence[str]) -> None:
     loss = cache.teacher_loss["all"]["overall"]
     print(
         f"{'built' if built else 'already built'}: {args.output_dir} ({counts} anchors of "
-        f"{len(cache.tasks)} tasks, teacher loss {loss:.4f} a token)"
+        f"{len(cache.tasks)} tasks, teacher loss {loss:.4f} per token)"
     )

@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Export a checkpoint as the flags say."""
+    """Export the checkpoint that the flags name."""
     parser = argparse.ArgumentParser(
         prog="craft-ds export",
         description="Export a checkpoint as a policy directory that stock LeRobot loads.",
     )
-    parser.add_argument("checkpoint", type=Path, help="outputs/run/step_001000 or outputs/run/final")
-    parser.add_argument("--output", type=Path, required=True, help="directory to make; must not exist")
+    parser.add_argument("checkpoint", type=Path, help="directory such as outputs/run/final")
+    parser.add_argument("--output", type=Path, required=True, help="directory to create; must not exist")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -22,22 +22,25 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--merge_lora",
         action="store_true",
-        help="make a whole policy of LoRA adapters and their base, and compare it with them",
+        help="merge LoRA adapters into their base, and compare the merged policy with them",
     )
     parser.add_argument(
-        "--base_path", default="", help="where the adapters' base policy lies, if it was moved"
+        "--base_path", default="", help="directory of the adapters' base policy, if it was moved"
     )
     parser.add_argument(
         "--max_token_difference",
         type=float,
         metavar="SHARE",
-        help="of action tokens that a merged policy may choose differently (default: 0 in float32, 0.1 in "
+        help="share of action tokens in which the merged policy may differ (default: 0 in float32, 0.1 in "
         "bfloat16, 0.05 in float16)",
     )
-    parser.add_argument("--device", default="cpu", help="where a merged policy is compared (default: cpu)")
+    parser.add_argument(
+        "--device", default="cpu", help="device for the comparison of a merged policy (default: cpu)"
+    )
     args = parser.parse_args(arguments)
 
+    # Imported here so that --help and errors in flags are fast.
     from craft_ds.export.export import export_checkpoint
 
-    said = export_checkpoint(**vars(args))
-    print(f"exported {args.checkpoint} to {args.output} ({args.dtype}): {said}")
+    result = export_checkpoint(**vars(args))
+    print(f"exported {args.checkpoint} to {args.output} ({args.dtype}): {result}")

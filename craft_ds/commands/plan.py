@@ -1,11 +1,11 @@
-"""How much memory a run will take on each rank, and which GPU holds it; nothing is allocated.
+"""Plan the memory of a run per rank, and the smallest GPU that fits it; nothing is allocated.
 
-    python scripts/plan_memory.py --policy.path=outputs/run/final --world_size=8
-    python scripts/plan_memory.py --policy.type=pi0_fast --world_size=8 --engine=zero3 --batch_size=16
-    python scripts/plan_memory.py --policy.type=tiny_pi0_fast --policy.text_width=768 --lora_rank=0
+    craft-ds plan --policy.path=outputs/run/final --world_size=8
+    craft-ds plan --policy.type=pi0_fast --world_size=8 --engine zero3 --batch_size=16
+    craft-ds plan --policy.type=tiny_pi0_fast --policy.text_width=768 --lora_rank=0
 
-One line an engine: the peak of a retention step, the dearest there is, at the lengths given. Other
-`--policy.*` flags set fields of the policy's configuration.
+Prints one line per engine: the peak of a retention step, which needs the most memory, at the given sequence
+lengths. Other `--policy.*` flags set fields of the policy's configuration.
 """
 
 import argparse
@@ -16,11 +16,12 @@ from typing import Any
 from craft_ds.errors import UserError, exits_as_user_error, one_line
 from craft_ds.memory_planner import ENGINES
 
-# Those of pi0_fast in `craft_ds.lora.targets`, which is too dear to import for --help.
+# Those of pi0_fast in `craft_ds.lora.targets`, which is too slow to import for --help.
 PRESETS = ("default", "attention", "attention_mlp", "attention_mlp_vision")
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the flags; return those of the policy's configuration separately."""
     parser = argparse.ArgumentParser(
         prog="craft-ds plan",
         description=__doc__,
@@ -29,25 +30,30 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     )
     add = parser.add_argument
     add("--policy.path", dest="path", help="policy directory or hub id; only its config.json is read")
-    add("--policy.type", dest="type", help="policy type, where there is no path, e.g. pi0_fast")
-    add("--world_size", type=int, default=1, help="ranks (default: 1)")
-    add("--dp_replicate", type=int, default=1, help="replicas of an HSDP run: they divide the sharding ranks")
-    add("--engine", choices=ENGINES, nargs="+", default=list(ENGINES), help="default: all of them")
+    add("--policy.type", dest="type", help="policy type without a path, such as pi0_fast")
+    add("--world_size", type=int, default=1, help="number of ranks (default: 1)")
+    add("--dp_replicate", type=int, default=1, help="copies of the model in an HSDP run (default: 1)")
+    add("--engine", choices=ENGINES, nargs="+", default=list(ENGINES), help="engines to plan (default: all)")
     add("--engine.dtype", dest="dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--batch_size", type=int, default=8, help="samples a rank and micro-batch (default: 8)")
-    add("--prompt_length", type=int, default=80, help="prompt tokens, the state included (default: 80)")
+    add("--batch_size", type=int, default=8, help="samples per rank and micro-batch (default: 8)")
+    add("--prompt_length", type=int, default=80, help="prompt tokens, including the state (default: 80)")
     add("--action_length", type=int, default=100, help="action tokens (default: 100)")
-    add("--cameras", type=int, help="images a sample (default: the policy's)")
+    add("--cameras", type=int, help="images per sample (default: the policy's)")
     add(
         "--lora_rank",
         type=int,
         default=8,
-        help="plan LoRA of this rank too; 0: full training only (default: 8)",
+        help="also plan LoRA of this rank; 0: full training only (default: 8)",
     )
     add("--lora_preset", choices=PRESETS, default=PRESETS[0], help="layers with adapters, as --lora.preset")
     add("--gpu_gb", default="24,48,80", help="sizes of GPUs to try, in GiB (default: 24,48,80)")
-    add("--headroom", type=float, default=0.08, help="share of a GPU for context and fragments (0.08)")
-    add("--reduce_bucket_size", type=int, help="of your own DeepSpeed file, in elements")
+    add(
+        "--headroom",
+        type=float,
+        default=0.08,
+        help="share of a GPU for context and fragmentation (default: 0.08)",
+    )
+    add("--reduce_bucket_size", type=int, help="that of your own DeepSpeed file, in elements")
     add("--json", action="store_true", help="print bytes as JSON instead of the table")
     args, rest = parser.parse_known_args(arguments)
     unknown = [flag for flag in rest if not (flag.startswith("--policy.") and "=" in flag)]
@@ -72,12 +78,12 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
 
 
 def policy_config(args: argparse.Namespace, fields: list[str]) -> Any:
-    """The policy's configuration, from its directory or from its type and fields."""
-    # Imported late: what is wrong with the flags, and --help, need no torch.
+    """Return the policy's configuration, from its directory or from its type and fields."""
+    # Imported here so that --help and errors in flags are fast.
     import draccus
     from lerobot.configs import PreTrainedConfig
 
-    import craft_ds.policies.tiny_pi0_fast.policy  # noqa: F401 - makes the type tiny_pi0_fast known
+    import craft_ds.policies.tiny_pi0_fast.policy  # noqa: F401 - registers the type tiny_pi0_fast
 
     overrides = ["--device=cpu", *(f"--{field}" for field in fields)]
     try:
@@ -91,7 +97,7 @@ def policy_config(args: argparse.Namespace, fields: list[str]) -> Any:
 
 
 def plan_request(args: argparse.Namespace) -> Any:
-    """The flags as the planner wants them."""
+    """Return the flags as a request to the planner."""
     import torch
 
     from craft_ds.config.configs import LoraConfig
@@ -113,18 +119,19 @@ def plan_request(args: argparse.Namespace) -> Any:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Print the plan that the flags describe."""
     args, fields = parse_arguments(arguments)
-    config, asked = policy_config(args, fields), plan_request(args)
+    config, request = policy_config(args, fields), plan_request(args)
 
     from craft_ds.memory_planner.report import as_json, plan_all, table
 
-    rows = plan_all(config, asked)
+    rows = plan_all(config, request)
     if args.json:
-        print(json.dumps([as_json(row, asked) for row in rows], indent=1))
+        print(json.dumps([as_json(row, request) for row in rows], indent=1))
         return
     print(
-        f"{config.type} in {args.dtype} on {args.world_size} ranks; {args.batch_size} samples a rank, "
+        f"{config.type} in {args.dtype} on {args.world_size} ranks; {args.batch_size} samples per rank, "
         f"{args.prompt_length} + {args.action_length} tokens"
     )
-    for line in table(rows, asked):
+    for line in table(rows, request):
         print(line, flush=True)

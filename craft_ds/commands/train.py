@@ -5,11 +5,12 @@ import io
 import sys
 from collections.abc import Sequence
 
-from craft_ds.config.arguments import normalise_arguments
+from craft_ds.config.arguments import TRAIN_CONFIG_NAME, normalise_arguments
 from craft_ds.config.help import train_help, without_refused
 from craft_ds.config.suggestions import refuse_misspelt_flags
 from craft_ds.config.versions import untested_versions
 from craft_ds.distributed.env import is_local_rank0, launched_rank
+from craft_ds.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -20,8 +21,16 @@ def main(arguments: Sequence[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         print(train_help())
         return
-    refuse_misspelt_flags(normalise_arguments(arguments))
-    # Imported here: LeRobot and torch take seconds, and their failures become one line too.
+    given = normalise_arguments(arguments)
+    print_only = "--print_config" in given
+    given = [argument for argument in given if argument != "--print_config"]
+    refuse_misspelt_flags(given)
+    if print_only and not {"--resume=true", "--resume=auto"}.isdisjoint(given):
+        raise UserError(
+            "--print_config prints the configuration of a new run: omit --resume, or read "
+            f"{TRAIN_CONFIG_NAME} of the checkpoint"
+        )
+    # Imported here: LeRobot and torch take seconds, and their import errors become one line too.
     from craft_ds.checkpoints.run_directory import repair_last_link
     from craft_ds.config.parser import parse_arguments
     from craft_ds.distributed.collectives import destroy_process_group, process_group_is_initialized
@@ -32,7 +41,13 @@ def main(arguments: Sequence[str]) -> None:
     for package in untested_versions() if is_local_rank0() else ():
         print(f"warning: craft-ds was not tested with {package}", file=sys.stderr, flush=True)
     created_by_caller = process_group_is_initialized()
-    chosen = resolve_resume(normalise_arguments(arguments))
+    if print_only:
+        config = parse_arguments(given)
+        config.validate()
+        if launched_rank() == 0:
+            print(config.to_yaml(), end="")
+        return
+    chosen = resolve_resume(given)
     for line in chosen.messages if is_local_rank0() else ():
         print(line, flush=True)
     config = parse_arguments(chosen.arguments)
@@ -42,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     if chosen.checkpoint is not None and chosen.is_finished(config.steps):
         if launched_rank() == 0:
             repair_last_link(chosen.checkpoint)
-            print(f"{chosen.checkpoint} has done all --steps={config.steps}: nothing left to do")
+            print(f"{chosen.checkpoint} has done all --steps={config.steps}: nothing to do")
     else:
         train_craft(config)
     if not created_by_caller:

@@ -1,4 +1,4 @@
-"""Forms of the flags of a training run. Imports neither torch nor LeRobot."""
+"""Normal form of the flags of a training run. Imports neither torch nor LeRobot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from craft_ds.config.shipped_files import resolve_shipped
 
 TRAIN_CONFIG_NAME = "train_config.json"  # the name that LeRobot gives it
-# Written by the user as the launcher or the guide has it; understood as the field it means.
+# Short forms of flags, with the fields that they set.
 _ALIASES = {"--engine": "--engine.name", "--ds_config": "--engine.ds_config", "--lora": "--lora.preset"}
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 
 
 def normalise_arguments(arguments: Sequence[str]) -> list[str]:
-    """Bring every flag into the form `--name=value`, once.
+    """Return the flags in the form `--name=value`, each of them once.
 
-    The short forms (`--engine=zero`, `--ds_config FILE`, `--lora=PRESET`) become the fields that they mean,
-    and the launcher's own flag goes. Of a flag that is given twice the last counts, for `--policy.path` too,
-    of which LeRobot would take the first: so a script's own flags can be followed by the user's.
+    Short forms (`--engine=zero`, `--ds_config FILE`, `--lora=PRESET`) become the fields that they set, and
+    launcher flags are removed. If a flag is given twice, the last one counts, so that the flags of a script
+    can be followed by the user's. (LeRobot would use the first `--policy.path`.)
     """
     joined: list[str] = []
     for argument in arguments:

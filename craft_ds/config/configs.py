@@ -19,7 +19,7 @@ ActivationCheckpointing = Literal["none", "full"]
 
 
 def check_choice(flag: str, value: str, choices: object) -> None:
-    """Check a value that was set from Python or a file; the parser checks those of flags."""
+    """Check a value that was set from Python or a file; the parser checks values of flags."""
     allowed = get_args(choices)
     if value not in allowed:
         raise UserError(f"{flag}={value}: choose one of {', '.join(allowed)}")
@@ -35,11 +35,11 @@ class CraftConfig:
     """Constrained Retention Fine-Tuning: the flags `--craft.*`."""
 
     enabled: bool = False
-    """Run CRaFT; false is the plain baseline (same loop, no anchor is read)."""
+    """Run CRaFT; false is the plain baseline (the same loop without anchors)."""
     anchor_cache_dir: str = ""
-    """Directory written by `craft-ds anchors`."""
+    """Directory of the anchor cache that `craft-ds anchors` wrote."""
     anchor_batch_size: int = 16
-    """Anchors per rank for the retention gradient of one step."""
+    """Anchors per rank and retention step for the retention gradient."""
     retention_freq: int = 5
     """K: every K-th step is a retention step. Between them λ has no effect, so the mean retention weight
     is about λ/K."""
@@ -56,23 +56,23 @@ class CraftConfig:
     epsilon_decay_steps: int = 0
     """Optimizer steps over which ε falls; 0 means all training steps."""
     use_grad_projection: bool = True
-    """Project g_t off g_r where they conflict."""
+    """Project the task gradient g_t off the retention gradient g_r when they conflict."""
     conflict_threshold: float = -0.1
-    """Cosine below which the two gradients conflict."""
+    """The two gradients conflict when their cosine is below this."""
     projection_mode: ProjectionMode = "weighted"
-    """How g_t and g_r are merged: `weighted`, `equal` or `task_priority`."""
+    """Rule that merges g_t and g_r: `weighted`, `equal` or `task_priority`."""
     epsilon_schedule: EpsilonSchedule = "linear"
-    """How ε falls: `linear`, `cosine` or `exponential`."""
+    """Shape of the decay of ε: `linear`, `cosine` or `exponential`."""
     epsilon_relative: bool = False
-    """ε counts in multiples of the teacher's own loss on the anchors that measure the constraint, as the
-    anchor cache records it: 1.1 allows a tenth more than the teacher has."""
+    """Give ε in multiples of the teacher's own loss on the anchors that measure the constraint, as the
+    anchor cache records it: 1.1 allows a tenth more than the teacher's loss."""
     constraint_split: ConstraintSplit = "heldout"
-    """Anchors that measure L_ret: `heldout` (episodes whose gradient is never followed; one more forward
-    pass a retention step) or `train` (the anchors just drawn)."""
+    """Anchors that measure L_ret: `heldout` (episodes that are never trained on; one more forward pass per
+    retention step) or `train` (the anchors just drawn)."""
     vision_features: bool = False
-    """Read what the teacher's vision tower made of the anchors' images from the cache, instead of running
-    the tower on them. The cache must hold it (`--vision_features` of `craft-ds anchors`)
-    for this policy's tower, and the tower must be frozen."""
+    """Read the vision tower's features of the anchors' images from the cache instead of running the tower.
+    The cache must hold them (`craft-ds anchors --vision_features`) for this policy's tower, and the tower
+    must be frozen."""
 
     def validate(self) -> None:
         """Check every field that CRaFT would use.
@@ -118,35 +118,35 @@ class CraftConfig:
 class LoraConfig:
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) by PEFT: the flags `--lora.*`.
 
-    A target layer with weight W computes (W + s·B·A)·x, with s = `alpha` / `rank`; A and B train, W and all
-    else is frozen. `--lora=NAME` is `--lora.enabled=true --lora.preset=NAME`.
+    A target layer with weight W computes (W + s·B·A)·x, with s = `alpha` / `rank`; A and B are trained, W and
+    all other parameters are frozen. `--lora=NAME` is `--lora.enabled=true --lora.preset=NAME`.
     """
 
     enabled: bool = False
     """Train adapters instead of the policy's own weights."""
     preset: str = "default"
-    """Layers that get adapters. Of pi0_fast: `attention` of the language model, `attention_mlp` its
-    feed-forward layers too, `attention_mlp_vision` the vision tower's as well; `default` is
-    `attention_mlp`. Of other policies `default` is what LeRobot has for them."""
+    """Layers that get adapters. For pi0_fast: `attention` (of the language model), `attention_mlp` (its
+    feed-forward layers too), `attention_mlp_vision` (those of the vision tower as well); `default` is
+    `attention_mlp`. For other policies `default` means LeRobot's targets."""
     target_modules: list[str] | str | None = None
-    """Takes the preset's place, as PEFT knows it: a regular expression over module names, or a list of
-    suffixes. Only linear layers can be targets."""
+    """Replaces the preset, in PEFT's form: a regular expression over module names, or a list of suffixes.
+    Only linear layers can be targets."""
     rank: int = 8
     """Rows of A, columns of B."""
     alpha: int = 16
     """Scale of the adapters: s = `alpha` / `rank`."""
     dropout: float = 0.0
-    """Probability with which an adapter's input is dropped in training."""
+    """Dropout probability of an adapter's input in training."""
     use_rslora: bool = False
     """Scale by `alpha` / √`rank` instead (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool = False
-    """Train a magnitude for each output too (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
+    """Also train a magnitude per output (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
     init: LoraInit = "default"
     """Initial value of A: `default` as PEFT (Kaiming uniform) or `gaussian`. B starts at zero."""
-    full_modules: list[str] = field(default_factory=list)
-    """Suffixes of modules that train fully, without adapters; PEFT's `modules_to_save`."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Suffixes of modules that are trained fully, without adapters."""
     base_path: str = ""
-    """Where the base policy of stored adapters is now, if it was moved since they were trained."""
+    """Present directory of the base policy, if it was moved after the adapters were trained."""
 
     def validate(self) -> None:
         """Check every field for itself.
@@ -157,7 +157,7 @@ class LoraConfig:
         if not self.enabled:
             _require(
                 self == LoraConfig(),
-                "--lora.* has no effect without adapters: add --lora.enabled=true, or leave it out",
+                "--lora.* has no effect without adapters: add --lora.enabled=true, or omit it",
             )
             return
         for name in ("rank", "alpha"):
@@ -169,15 +169,15 @@ class LoraConfig:
 
 @dataclass
 class CheckpointConfig:
-    """How checkpoints are written: the flags `--checkpoint.*`."""
+    """Format of checkpoints: the flags `--checkpoint.*`."""
 
     layout: CheckpointLayout = "consolidated"
-    """`consolidated`: all ranks write their ranges of one `model.safetensors`. `per_rank`: each writes
-    files of its own, for object stores and network file systems on which ranks cannot write to the same
-    file; `craft-ds export` joins them."""
+    """`consolidated`: all ranks write their ranges of one `model.safetensors`. `per_rank`: each rank writes
+    its own files, for object stores and network file systems on which ranks cannot write to the same file;
+    `craft-ds export` joins them."""
     background: bool = False
-    """Write while training continues, from a copy in host memory (12 bytes a parameter / world size in full
-    training) instead of while training waits."""
+    """Write from a copy in host memory while training continues. The copy takes 12 bytes per parameter
+    divided by the world size in full training."""
 
     def validate(self) -> None:
         """Check every field for itself.
@@ -190,23 +190,23 @@ class CheckpointConfig:
 
 @dataclass
 class FsdpConfig:
-    """PyTorch FSDP2: the flags `--engine.fsdp.*`, in PyTorch's own words."""
+    """PyTorch FSDP2: the flags `--engine.fsdp.*`, named as in PyTorch."""
 
     dp_shard: int = -1
     """Ranks that share one copy of the model; -1: all, divided by `dp_replicate`."""
     dp_replicate: int = 1
     """Copies of the sharded model (hybrid sharding, HSDP); 1: none."""
     reshard_after_forward: bool = True
-    """Free gathered parameters between forward and backward; false gathers them once a pass and holds the
-    whole model meanwhile."""
+    """Free gathered parameters between forward and backward; false gathers them once per step and keeps the
+    full model in memory until the backward pass has used it."""
     cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer state in CPU memory. On an accelerator this needs a policy
-    that moves its inputs by hand to the right device: LeRobot's go where their first parameter lies,
-    which is the accelerator only if that parameter belongs to no shard unit, as in pi0_fast."""
+    """Keep parameters, gradients and optimizer state in CPU memory. On an accelerator the policy must move
+    its inputs to the right device itself: LeRobot's policies use the device of their first parameter, which
+    is the accelerator only if that parameter belongs to no shard unit, as in pi0_fast."""
     param_dtype: FsdpDtype = "auto"
     """Dtype of gathered parameters; `auto`: that of `--engine.dtype`."""
     reduce_dtype: FsdpDtype = "float32"
-    """Dtype in which gradients are reduced over ranks; they are kept in fp32. `auto`: as `param_dtype`."""
+    """Dtype in which gradients are reduced over ranks; they are stored in fp32. `auto`: as `param_dtype`."""
 
     def validate(self) -> None:
         """Check every field for itself.
@@ -225,19 +225,20 @@ class FsdpConfig:
 
 @dataclass
 class EngineConfig:
-    """How the model is sharded: the flags `--engine.*` (`--engine=NAME` is `--engine.name=NAME`)."""
+    """Sharding of the model: the flags `--engine.*` (`--engine=NAME` is `--engine.name=NAME`)."""
 
     name: EngineName = "auto"
-    """`single` (one process), `zero` (DeepSpeed ZeRO), `fsdp` (PyTorch FSDP2) or `auto`: `zero` where a
-    DeepSpeed config is given, else `fsdp` where several processes were launched, else `single`."""
+    """`single` (one process), `zero` (DeepSpeed ZeRO), `fsdp` (PyTorch FSDP2) or `auto`: `zero` if a
+    DeepSpeed config is given, else `fsdp` if several processes were launched, else `single`."""
     ds_config: str | None = None
-    """DeepSpeed configuration file; `--ds_config FILE` is the same flag."""
+    """DeepSpeed configuration file, or the name of a shipped one such as `zero3`; `--ds_config FILE` is the
+    same flag."""
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     """Options of FSDP2."""
     dtype: EngineDtype = "float32"
     """Dtype of forward and backward. `bfloat16` keeps fp32 master weights and moments."""
 
-    def validate(self) -> None:
+    def resolve(self) -> None:
         """Resolve `auto` and check the combination.
 
         Raises:
@@ -253,34 +254,33 @@ class EngineConfig:
         )
         _require(
             self.name == "zero" or not self.ds_config,
-            f"--ds_config={self.ds_config} has no meaning with --engine={self.name}: leave one of them out",
+            f"--ds_config={self.ds_config} has no meaning with --engine={self.name}: omit one of them",
         )
         self.fsdp.validate()
         _require(
             self.name == "fsdp" or self.fsdp == FsdpConfig(),
-            f"--engine.fsdp.* has no meaning with --engine={self.name}: leave it out, or set --engine=fsdp",
+            f"--engine.fsdp.* has no meaning with --engine={self.name}: omit it, or set --engine=fsdp",
         )
 
 
 @dataclass
 class WorldEvalConfig:
-    """The embedded world in which the policy is tried, every `eval_freq` steps: the flags `--world.*`."""
+    """Evaluation in an embedded world every `eval_freq` steps: the flags `--world.*`."""
 
     name: str = ""
-    """`metaworld` or `blocks`; empty: none."""
+    """World to evaluate in, `metaworld` or `blocks`; empty: none."""
     tasks: list[str] = field(default_factory=list)
-    """The world's tasks to run; empty: all, old and new."""
+    """Tasks to run, as a list; empty: all tasks of the world, old and new."""
     episodes: int = 10
-    """Episodes a task, over all ranks."""
+    """Episodes per task, over all ranks."""
     seed: int = 1000
-    """Seed of the scenes, which are the same at every evaluation; `craft-ds eval` has the same
-    default."""
+    """Seed of the scenes, which are the same in every evaluation and in `craft-ds eval`."""
 
     def validate(self, eval_freq: int) -> None:
-        """Check what needs no world.
+        """Check the fields without building the world.
 
         Args:
-            eval_freq: Steps between evaluations; 0: there is none.
+            eval_freq: Steps between evaluations; 0: no evaluation.
 
         Raises:
             UserError: Names the flag and what to do.
@@ -296,7 +296,9 @@ class WorldEvalConfig:
         if self.seed < 0:
             raise UserError(f"--world.seed={self.seed} must not be negative")
         if eval_freq <= 0:
-            raise UserError(f"--world.name={self.name} is tried every --eval_freq steps: set --eval_freq too")
+            raise UserError(
+                f"--world.name={self.name} is evaluated every --eval_freq steps: set --eval_freq too"
+            )
 
 
 @dataclass
@@ -306,36 +308,36 @@ class RunOptions:
     craft: CraftConfig = field(default_factory=CraftConfig)
     """The retention constraint, `--craft.*`."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """How the model is sharded, `--engine.*`."""
+    """Sharding of the model, `--engine.*`."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Adapters to train instead of the policy's own weights, `--lora.*`. LeRobot's `--peft.*` means the
-    same in its own words."""
+    """Adapters to train instead of the policy's own weights, `--lora.*`. LeRobot's `--peft.*` is an
+    alternative."""
     world: WorldEvalConfig = field(default_factory=WorldEvalConfig)
-    """An embedded world in which the policy is tried every `eval_freq` steps, `--world.*`."""
+    """Evaluation in an embedded world every `eval_freq` steps, `--world.*`."""
     eval_freq: int = 0
-    """Report held-out task loss and anchor loss every so many steps; 0 turns it off. Needs
-    `--dataset.eval_split`, of which 0.05 is taken where none is given. (`--eval_steps` is LeRobot's
-    name for the same.)"""
+    """Steps between reports of the held-out task loss and the anchor loss; 0: none. Holds out
+    `--dataset.eval_split` of the data set, 0.05 if it is not given. `--eval_steps` is LeRobot's name of the
+    same flag."""
     eval_steps: int = 0
     """LeRobot's name for `--eval_freq`."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches of `batch_size` a rank and step."""
+    """Micro-batches of `batch_size` per rank and step."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """`full` keeps only the inputs of decoder and encoder layers and runs them again in the backward pass:
-    less memory, about a third more computing. `none` keeps everything. LeRobot's
+    """`full` stores only the inputs of decoder and encoder layers and recomputes the rest in the backward
+    pass: less memory, about a third more computation. `none` stores all activations. LeRobot's
     `--policy.gradient_checkpointing=true` means `full`."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """How checkpoints are written, `--checkpoint.*`."""
+    """Format of checkpoints, `--checkpoint.*`."""
     save_total_limit: int = 0
-    """How many of the newest periodic checkpoints stay; 0: all. An older one is deleted once a newer one
-    is whole and verified. `final` always stays."""
+    """Number of periodic checkpoints to keep, the newest ones; 0: all. An older one is deleted once a newer
+    one is complete and verified. `final` is always kept."""
     keep_period: int = 0
-    """Periodic checkpoints whose step is a multiple of this stay in any case; 0: none does."""
+    """Keep every periodic checkpoint whose step is a multiple of this; 0: none."""
     max_runtime: str = ""
-    """Time after which the run finishes its step, saves and ends with status 75: seconds, or with a unit,
-    as 30m, 3.5h, 2d. Empty: none. Leave room for a step and a save."""
+    """Time after which the run finishes its step, saves and exits with status 75: seconds, or a number with
+    a unit, such as 30m, 3.5h or 2d; empty: no limit. Allow time for one step and one save."""
     rank_timeout: float = 600.0
-    """Seconds without progress after which a run ends and names the rank that it waited for."""
+    """Seconds without progress after which the run stops and names the rank that it waited for."""
     max_skipped_steps: int = 10
-    """Steps with a non-finite loss or gradient that may follow one another; they change nothing, and one
-    more ends the run."""
+    """Number of consecutive steps with a non-finite loss or gradient that are skipped; one more stops the
+    run."""

@@ -11,7 +11,7 @@ LEROBOT_FLAGS = {
     "--dataset.root": "its local directory; without it, LeRobot's cache and the hub are used",
     "--dataset.episodes": "episodes to train on, such as [0,1,2]; default: all",
     "--dataset.image_transforms.enable": "augment the images (default: false)",
-    "--rename_map": "names of cameras in the data set and in the policy, as a mapping",
+    "--rename_map": "mapping from names of cameras in the data set to those in the policy",
     "--output_dir": "directory of the run; must not exist",
     "--job_name": "name of the run in the logs",
     "--config_path": "YAML or JSON file of flags, or a checkpoint to resume",
@@ -27,9 +27,9 @@ LEROBOT_FLAGS = {
     "--policy.scheduler_warmup_steps": "steps of warm-up (default: the policy's)",
     "--policy.scheduler_decay_steps": "steps over which the learning rate falls (default: the policy's)",
     "--use_policy_training_preset": "take optimizer and schedule from the policy (default: true)",
-    "--tolerance_s": "largest error of a frame's time stamp in seconds (default: 0.0001)",
+    "--tolerance_s": "largest allowed error of a frame's timestamp in seconds (default: 0.0001)",
     "--wandb.enable": "log to Weights & Biases (default: false)",
-    "--wandb.project": "project there (default: lerobot)",
+    "--wandb.project": "project on Weights & Biases (default: lerobot)",
     "--wandb.mode": "online, offline or disabled",
 }
 """The flags of LeRobot that most runs use."""
@@ -71,7 +71,8 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "Short forms: --engine=NAME (--engine.name), --ds_config FILE (--engine.ds_config),"
     yield "--lora=PRESET (--lora.enabled=true --lora.preset=PRESET)."
-    yield "--help=all lists the remaining flags of LeRobot, with --policy.type=NAME those of a policy too."
+    yield "--print_config prints the complete configuration as YAML that --config_path reads, and exits."
+    yield "--help=all also lists the other flags of LeRobot, with --policy.type=NAME those of a policy."
     for group in describe_flags():
         yield f"\n{group.title}"
         for entry in group.flags:

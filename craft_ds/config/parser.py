@@ -1,4 +1,4 @@
-"""The command line of a training run: LeRobot's own parser, every complaint of which becomes one line."""
+"""Parser of the command line of a training run: LeRobot's own, with every error reduced to one line."""
 
 import argparse
 import json
@@ -22,8 +22,8 @@ from craft_ds.errors import UserError, exits_as_user_error, one_line
 def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
     """Parse the command line with LeRobot's own parser.
 
-    `sys.argv` is replaced too, because LeRobot reads `--policy.path` and `--config_path` from it again
-    when the configuration is validated.
+    Also replaces `sys.argv`, because LeRobot reads `--policy.path` and `--config_path` from it again when the
+    configuration is validated.
 
     Raises:
         UserError: An unknown flag, a value that does not parse, or a configuration file that is missing or
@@ -33,7 +33,7 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
     config_path = parser.parse_arg("config_path")
     if config_path is not None:
         _check_config_file(Path(config_path))
-    # LeRobot keeps what it took from the configuration file of an earlier call.
+    # LeRobot keeps values from the configuration file of an earlier call.
     parser._config_path_args.clear()
     parser._config_yaml_overrides.clear()
 
@@ -59,7 +59,7 @@ def _check_config_file(path: Path) -> None:
     loaders: dict[str, Any] = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
     load = loaders.get(path.suffix.lower())
     if load is None:
-        raise UserError(f"--config_path={path}: must be a .json or .yaml file, or a checkpoint's directory")
+        raise UserError(f"--config_path={path}: must be a .json or .yaml file, or a checkpoint directory")
     if path.exists() and not path.is_file():
         raise UserError(f"--config_path={path}: not a file")
     try:

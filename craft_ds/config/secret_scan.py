@@ -1,4 +1,4 @@
-"""Keys and tokens stay in the environment: a configuration that carries one would be stored and logged."""
+"""Detection of keys and tokens in a configuration, which would be stored and logged."""
 
 import os
 import re
@@ -14,7 +14,7 @@ SECRET_VARIABLES = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
 )
-# What is shorter could stand in a configuration by chance.
+# A shorter value could occur in a configuration by chance.
 _SHORTEST = 8
 _NAMED_SO = re.compile(r"(--[\w.-]*(?:key|token|secret|password)=)\S+", re.IGNORECASE)
 _LOOKS = (
@@ -25,16 +25,16 @@ _LOOKS = (
 
 
 def refuse_secrets(config: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
-    """Check that no value of a configuration is, or has in it, a key, a token or a password.
+    """Check that no value of a configuration contains a key, a token or a password.
 
     A configuration is written into every checkpoint and sent to Weights & Biases.
 
     Args:
         config: Plain values by name, nested.
-        environment: Where secrets belong.
+        environment: Environment variables, some of which hold secrets.
 
     Raises:
-        UserError: Names the flag, and not the secret.
+        UserError: Names the flag, without the secret.
     """
     for flag, text in _texts(config, ""):
         what = next((kind for look, kind in _LOOKS if look.search(text)), None)
@@ -44,18 +44,18 @@ def refuse_secrets(config: Mapping[str, Any], environment: Mapping[str, str] = o
                 what = f"the value of {name}"
         if what:
             raise UserError(
-                f"{flag} holds {what}, and would be stored in checkpoints and logs: leave it in the "
-                "environment, where wandb and the hub look for it"
+                f"{flag} holds {what}, which would be stored in checkpoints and logs: keep it in the "
+                "environment, where wandb and the hub read it"
             )
 
 
 def redact(text: str) -> str:
-    """A message without the values of flags that are called like secrets."""
+    """Return a message without the values of flags whose names suggest secrets."""
     return _NAMED_SO.sub(r"\1…", text)
 
 
 def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Every text in a configuration, keys too, with the flag that sets it."""
+    """Yield every text in a configuration, including keys, with the flag that sets it."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
             yield name or "a configuration file", str(key)

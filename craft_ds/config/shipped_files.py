@@ -20,7 +20,7 @@ def resolve_shipped(flag: str, value: str) -> str:
     A file or directory of that name in the working directory is preferred.
 
     Raises:
-        UserError: The value is a bare name of no shipped file.
+        UserError: The value is a bare name, and no shipped file has it.
     """
     if flag not in _SHIPPED or not value or value == "null" or Path(value).exists():
         return value
@@ -29,7 +29,7 @@ def resolve_shipped(flag: str, value: str) -> str:
     if value not in shipped_names(flag):
         shown = flag.replace("--engine.ds_config", "--ds_config")
         raise UserError(
-            f"{shown}={value}: no such file; must be a .json or .yaml file, a checkpoint's directory or one "
+            f"{shown}={value}: no such file; must be a .json or .yaml file, a checkpoint directory or one "
             f"of the names {', '.join(shipped_names(flag))}"
             if flag == "--config_path"
             else f"{shown}={value}: no such file; the shipped ones are {', '.join(shipped_names(flag))}"

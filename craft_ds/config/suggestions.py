@@ -1,4 +1,4 @@
-"""Suggestions for misspelt flags, and answers to well-known flags of other programs."""
+"""Suggestions for misspelt flags, renamed flags and well-known flags of other programs."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -21,7 +21,6 @@ FOREIGN_FLAGS = {
     "--gradient_checkpointing": "--activation_checkpointing=full",
     "--lora.r": "--lora.rank",
     "--lora.lora_alpha": "--lora.alpha",
-    "--lora.modules_to_save": "--lora.full_modules",
     "--lora.init_lora_weights": "--lora.init",
     "--craft": "--craft.enabled=true",
     "--epochs": "--steps",
@@ -32,14 +31,17 @@ FOREIGN_FLAGS = {
 }
 """Flags of other training programs, with the flag of the same meaning here."""
 
+RENAMED_FLAGS = {"--lora.full_modules": "--lora.modules_to_save"}
+"""Flags of earlier versions, with their names now. Saved configurations may have either."""
+
 FOREIGN_ENGINES = {
     "zero2": "--ds_config zero2",
     "zero3": "--ds_config zero3",
     "deepspeed": "--ds_config zero3",
-    "ddp": "--ds_config zero2",
+    "ddp": "--engine=fsdp or --ds_config zero2",
     "fsdp2": "--engine=fsdp",
 }
-"""Values of `--engine` that name something else, with the flag that is meant."""
+"""Values of `--engine` that are not engines here, with the flag that is meant."""
 
 
 def refuse_misspelt_flags(arguments: Iterable[str]) -> None:
@@ -58,6 +60,8 @@ def refuse_misspelt_flags(arguments: Iterable[str]) -> None:
     prefixes = {flag[: flag.index(".") + 1] for flag in own if "." in flag}
     for argument in arguments:
         name, _, value = argument.partition("=")
+        if name in RENAMED_FLAGS:
+            raise UserError(f"{name} was renamed: use {RENAMED_FLAGS[name]}")
         if name in FOREIGN_FLAGS:
             raise UserError(f"{name}: no such flag; use {FOREIGN_FLAGS[name]}")
         if name == "--engine.name" and value in FOREIGN_ENGINES:

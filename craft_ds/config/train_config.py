@@ -1,16 +1,20 @@
 """The configuration of a run: LeRobot's `TrainPipelineConfig` and what craft-ds adds to it."""
 
+import json
+import tempfile
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
+import yaml
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.default import PeftConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 
 from craft_ds.config.configs import ActivationCheckpointing, LoraConfig, RunOptions, check_choice
 from craft_ds.config.secret_scan import refuse_secrets
+from craft_ds.config.suggestions import RENAMED_FLAGS
 from craft_ds.distributed.preemption import parse_duration
 from craft_ds.errors import UserError, one_line
 from craft_ds.policies.loading import load_policy_config
@@ -19,23 +23,46 @@ from craft_ds.policies.tiny_pi0_fast.tokenizers import reroot_tokenizers
 
 @dataclass
 class TrainConfig(RunOptions, TrainPipelineConfig):
-    """The flags of `lerobot-train`, which keep their meaning, and those of craft-ds."""
+    """The flags of `lerobot-train`, with their meaning unchanged, and those of craft-ds."""
 
-    # The checkpoint to resume, once every byte of it was checked.
+    # The checkpoint to resume, after all its bytes were verified.
     verified_checkpoint: Path | None = field(init=False, default=None)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Read a configuration file, or that of a checkpoint; fields renamed since may have their old names.
+
+        Args:
+            pretrained_name_or_path: The file, or its directory.
+            **kwargs: See LeRobot's `TrainPipelineConfig.from_pretrained`.
+        """
+        path = Path(pretrained_name_or_path)
+        path = path / TRAIN_CONFIG_NAME if path.is_dir() else path
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not _rename_fields(content):
+            return super().from_pretrained(pretrained_name_or_path, **kwargs)
+        with tempfile.TemporaryDirectory() as directory:
+            renamed = Path(directory) / "renamed.yaml"
+            renamed.write_text(yaml.safe_dump(content), encoding="utf-8")
+            return super().from_pretrained(renamed, **kwargs)
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML that `--config_path` reads."""
+        plain = json.loads(json.dumps(self.to_dict()))  # enumerations become text
+        return yaml.safe_dump(plain, sort_keys=False)
+
     def validate(self) -> None:
-        """Check all that can be checked without building anything.
+        """Resolve defaults, and check the configuration as far as possible without building anything.
 
         Raises:
-            UserError: One line that names the flag or file and the mend.
+            UserError: One line that names the flag or file and the fix.
         """
         _refuse_nulls(self)
         self.craft.validate()
-        self.engine.validate()
+        self.engine.resolve()
         if self.peft is not None:
             asked = from_lerobot(self.peft)
-            if self.lora not in (LoraConfig(), asked):  # a saved configuration has both
+            if self.lora not in (LoraConfig(), asked):  # a saved configuration contains both
                 raise UserError("--lora.* and --peft.* both describe adapters: use one of them")
             self.lora = asked
         self.lora.validate()
@@ -58,15 +85,14 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         self._refuse_unsupported()
         if not self.resume and self.output_dir and Path(self.output_dir).exists():
             raise UserError(
-                f"--output_dir={self.output_dir} exists already: choose another, or go on with that run by "
+                f"--output_dir={self.output_dir} exists already: choose another, or resume that run with "
                 f"--resume=true --config_path={self.output_dir}/last/{TRAIN_CONFIG_NAME}"
             )
-        same: int = self.eval_steps
-        if self.eval_freq and same and self.eval_freq != same:
+        if self.eval_freq and self.eval_steps and self.eval_freq != self.eval_steps:
             raise UserError(
-                f"--eval_freq={self.eval_freq} and --eval_steps={same} are the same thing: set one"
+                f"--eval_freq={self.eval_freq} and --eval_steps={self.eval_steps} are the same flag: set one"
             )
-        self.eval_freq = self.eval_freq or same
+        self.eval_freq = self.eval_freq or self.eval_steps
         self.world.validate(self.eval_freq)
         self.eval_steps = self.eval_freq
         if self.eval_freq and not self.dataset.eval_split:
@@ -88,7 +114,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         }
         for flag, given in refused.items():
             if given:
-                raise UserError(f"{flag} is not supported by craft-ds: leave it out")
+                raise UserError(f"{flag} is not supported by craft-ds: omit it")
 
     def _resolve_pretrained_from_cli(self) -> None:
         """Load the configuration of `--policy.path`, or find the checkpoint to resume."""
@@ -96,8 +122,8 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         if self.resume:
             if path:
                 raise UserError(
-                    f"--policy.path={path} has no meaning with --resume=true, which goes on with the "
-                    "checkpoint of --config_path: leave one of them out"
+                    f"--policy.path={path} has no meaning with --resume=true, which resumes from the "
+                    "checkpoint of --config_path: omit one of them"
                 )
             self._resolve_resume_checkpoint()
         elif path:
@@ -105,12 +131,12 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             self.policy = load_policy_config(path, overrides)
             self.policy.pretrained_path = Path(path)
         if self.policy is None or not self.policy.pretrained_path:
-            raise UserError("--policy.path is missing: craft-ds fine-tunes a trained policy, it makes none")
-        # A configuration that was saved, or made in Python, may name its tokenizers where they lay once.
+            raise UserError("--policy.path is missing: craft-ds fine-tunes a trained policy")
+        # A configuration that was saved or made in Python may contain former paths of its tokenizers.
         reroot_tokenizers(self.policy, self.policy.pretrained_path)
-        self._settle_policy(self.policy)
+        self._resolve_policy(self.policy)
 
-    def _settle_policy(self, policy: PreTrainedConfig) -> None:
+    def _resolve_policy(self, policy: PreTrainedConfig) -> None:
         _refuse_nulls(policy, "policy.")
         if policy.push_to_hub and policy.repo_id:
             raise UserError(
@@ -118,7 +144,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             )
         if getattr(policy, "gradient_checkpointing", False):
             self.activation_checkpointing = "full"
-        # LeRobot's default asks for a push, and so for a repo_id, that nobody asked for here.
+        # LeRobot's default is to push, which requires a repo_id.
         policy.push_to_hub = False
         if self.use_policy_training_preset and not self.resume:
             presets = (policy.get_optimizer_preset(), policy.get_scheduler_preset())
@@ -127,7 +153,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             ):
                 if given not in (None, preset):
                     raise UserError(
-                        f"--{name}.* has no effect beside the policy's preset: set --policy.{name}_*, or "
+                        f"--{name}.* has no effect with the policy's preset: set --policy.{name}_*, or "
                         "give both --optimizer.* and --scheduler.* with --use_policy_training_preset=false"
                     )
 
@@ -145,34 +171,48 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
 
 
 def _refuse_nulls(config: Any, above: str = "") -> None:
-    """Check that nothing is null that must have a value: the parser takes null for a value of any type."""
+    """Check that no required value is null: the parser accepts null for a value of any type."""
     try:
         types = get_type_hints(type(config))
-    except NameError:  # annotations of a policy from elsewhere may name what only a type checker imports
+    except NameError:  # annotations of an external policy may name types that only a type checker imports
         return
     for entry in fields(config):
         value, flag = getattr(config, entry.name, None), f"{above}{entry.name}"
         if value is None and types[entry.name] is not Any and NoneType not in get_args(types[entry.name]):
-            raise UserError(f"--{flag}=null: give it a value, or leave it out")
+            raise UserError(f"--{flag}=null: give it a value, or omit it")
         if is_dataclass(value):
             _refuse_nulls(value, f"{flag}.")
 
 
+def _rename_fields(content: Any) -> bool:
+    """Give the fields of a configuration file their present names; return True if there were others."""
+    found = False
+    for old, new in RENAMED_FLAGS.items():
+        *groups, name = old.removeprefix("--").split(".")
+        section = content
+        for group in groups:
+            section = section.get(group) if isinstance(section, dict) else None
+        if isinstance(section, dict) and name in section:
+            section[new.rsplit(".", 1)[-1]] = section.pop(name)
+            found = True
+    return found
+
+
 def from_lerobot(config: PeftConfig) -> LoraConfig:
-    """The same adapters in the words of `--lora.*`.
+    """Return the same adapters as `--lora.*`.
 
     Args:
         config: LeRobot's `--peft.*`.
 
     Raises:
-        UserError: Another method than LoRA, or an initialisation that needs whole weights.
+        UserError: Another method than LoRA, or an initialisation that needs full weights.
     """
     if config.method_type.upper() != "LORA":
-        raise UserError(f"--peft.method_type={config.method_type} is not supported by craft-ds: LORA is")
+        raise UserError(f"--peft.method_type={config.method_type} is not supported by craft-ds: use LORA")
     if config.init_type not in (None, "gaussian"):
         raise UserError(
-            f"--peft.init_type={config.init_type} decomposes whole weights, which no rank holds: leave it "
-            "out, or set gaussian"
+            f"--peft.init_type={config.init_type} decomposes full weights, which no rank holds: omit it, "
+            "or set gaussian"
         )
     return LoraConfig(
         enabled=True,
@@ -180,5 +220,5 @@ def from_lerobot(config: PeftConfig) -> LoraConfig:
         rank=config.r,
         alpha=8 if config.lora_alpha is None else config.lora_alpha,  # PEFT's own default
         init=config.init_type or "default",
-        full_modules=config.full_training_modules or [],
+        modules_to_save=config.full_training_modules or [],
     )

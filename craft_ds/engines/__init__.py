@@ -33,7 +33,7 @@ def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
     if config.engine.name == "single" and world_size > 1:
         raise UserError(
             f"{world_size} processes were launched, but --engine=single runs in one: leave it out, or add "
-            "--engine=fsdp or --ds_config ds_configs/zero3.json"
+            "--engine=fsdp or --ds_config zero3"
         )
     if config.engine.name == "fsdp":
         mesh_shape(config.engine.fsdp, world_size)

@@ -3,7 +3,7 @@
 Only keys are accepted that leave gradients and master weights where this trainer reads them; those that
 affect how gradients are reduced were tested against a single process. All others are refused: DeepSpeed's
 other features were not made for two backward passes per step and master weights read by range.
-`ds_configs/README.md` describes the keys.
+`craft_ds/ds_configs/README.md` describes the keys.
 """
 
 import json
@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from craft_ds.config.shipped_files import shipped_names
 from craft_ds.errors import UserError
 
 _TOP = {
@@ -88,9 +89,8 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise UserError(
-            f"--ds_config={path}: no such file; the shipped ones have names, as in --ds_config zero3"
-        ) from None
+        shipped = ", ".join(shipped_names("--engine.ds_config"))
+        raise UserError(f"--ds_config={path}: no such file; the shipped ones are {shipped}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"--ds_config={path}: not readable as JSON ({error})") from None
     if not isinstance(config, dict):

@@ -71,7 +71,7 @@ def plan_adapters(lora: LoraConfig, policy: PreTrainedConfig, directory: Path) -
     if not lora.enabled:
         raise UserError(
             f"{directory} holds LoRA adapters (rank {plan.config.r}), but --lora.enabled=false: continue "
-            "with them by --lora.enabled=true, or merge them (scripts/export_checkpoint.py --merge_lora)"
+            "with them by --lora.enabled=true, or merge them (`craft-ds export --merge_lora`)"
         )
     asked = make_peft_config(lora, policy, str(plan.config.base_model_name_or_path))
     check_adapters_match(asked, plan.config, policy, directory)
@@ -157,7 +157,7 @@ def add_adapters(policy: nn.Module, config: peft.LoraConfig, base_sha256: str = 
         UserError: A target is missing, is not a linear layer, or trains fully too.
     """
     policy.requires_grad_(False)
-    full_modules = list(config.modules_to_save or [])
+    modules_to_save = list(config.modules_to_save or [])
     try:
         peft.inject_adapter_in_model(
             dataclasses.replace(config, modules_to_save=None), policy, low_cpu_mem_usage=True
@@ -171,14 +171,14 @@ def add_adapters(policy: nn.Module, config: peft.LoraConfig, base_sha256: str = 
             kind = type(module.get_base_layer()).__name__
             raise UserError(
                 f"--lora.target_modules: {name} is a {kind}, and only linear layers can have adapters; "
-                "to train it, name it in --lora.full_modules"
+                "to train it, name it in --lora.modules_to_save"
             )
     tensors = policy.state_dict(keep_vars=True)
     names = {id(tensor): name for name, tensor in tensors.items()}
     # PEFT's names of the stored tensors.
     stored = peft.get_peft_model_state_dict(policy, state_dict=tensors, save_embedding_layers=False)
     keys = {names[id(tensor)]: _PREFIX + key for key, tensor in stored.items()}
-    for suffix in full_modules:
+    for suffix in modules_to_save:
         keys |= _train_fully(policy, suffix)
     return Adapters(config, keys, base_sha256)
 
@@ -192,12 +192,12 @@ def _train_fully(policy: nn.Module, suffix: str) -> dict[str, str]:
         for name, parameter in module.named_parameters():
             if "lora_" in name or ".base_layer." in name or isinstance(module, LoraLayer):
                 raise UserError(
-                    f"--lora.full_modules={suffix} has adapters too ({module_name}): remove one of them"
+                    f"--lora.modules_to_save={suffix} has adapters too ({module_name}): remove one of them"
                 )
             parameter.requires_grad_(True)
             keys[f"{module_name}.{name}"] = f"{_PREFIX}{module_name}.{name}"
     if not keys:
-        raise UserError(f"--lora.full_modules={suffix}: the policy has no such module with parameters")
+        raise UserError(f"--lora.modules_to_save={suffix}: the policy has no such module with parameters")
     return keys
 
 

@@ -84,7 +84,7 @@ _SHAPE = {
     "use_rslora": "--lora.use_rslora",
     "use_dora": "--lora.use_dora",
     "target_modules": "--lora.preset",
-    "modules_to_save": "--lora.full_modules",
+    "modules_to_save": "--lora.modules_to_save",
 }
 
 
@@ -108,7 +108,7 @@ def make_peft_config(lora: LoraConfig, policy: PreTrainedConfig, base_path: str)
         use_dora=lora.use_dora,
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         target_modules=targets,
-        modules_to_save=lora.full_modules or None,
+        modules_to_save=lora.modules_to_save or None,
         base_model_name_or_path=base_path,
     )
 

@@ -117,7 +117,7 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     if is_per_rank(directory):
         raise UserError(
-            f"{directory / WEIGHTS} lies in pieces, one a rank: join them by scripts/export_checkpoint.py"
+            f"{directory / WEIGHTS} is stored in one file per rank: join them with `craft-ds export`"
         )
     index = directory / WEIGHTS_INDEX
     if not index.is_file():

@@ -47,7 +47,7 @@ def test_splits_share_no_episode(path):
 
 
 def test_missing_directory_names_the_builder(tmp_path):
-    refuses(tmp_path / "nowhere", tmp_path / "nowhere", "scripts/build_anchor_cache.py")
+    refuses(tmp_path / "nowhere", tmp_path / "nowhere", "craft-ds anchors")
 
 
 def test_an_interrupted_build_is_reported(tmp_path):

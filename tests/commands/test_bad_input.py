@@ -1,4 +1,4 @@
-"""Bad input to `scripts/train_craft.py`: one line that names the flag or file, status 2, nothing touched."""
+"""Bad input to `craft-ds train`: one line that names the flag or file, status 2, nothing touched."""
 
 import json
 import shutil
@@ -202,7 +202,7 @@ def test_nothing_left_to_hold_out(refuses, run):
 def test_no_anchor_cache(refuses, inputs, run, tmp_path):
     line = refuses(run, *inputs.craft_flags(), f"--craft.anchor_cache_dir={tmp_path}/none")
     assert f"no anchor cache at {tmp_path}/none" in line
-    assert "scripts/build_anchor_cache.py" in line
+    assert "craft-ds anchors" in line
 
 
 @pytest.mark.parametrize("name", ["metadata.json", "shard_00000.safetensors"])

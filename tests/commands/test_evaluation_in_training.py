@@ -94,7 +94,7 @@ def test_a_saved_configuration_runs_the_same_world(one_process):
             "--world.tasks=[reach-pink]: no task reach-pink; the tasks are reach-red, reach-green",
         ),
         ("--world.episodes=0", "--world.episodes=0 must be at least 1"),
-        ("--eval_freq=0", "--world.name=blocks is tried every --eval_freq steps: set --eval_freq too"),
+        ("--eval_freq=0", "--world.name=blocks is evaluated every --eval_freq steps: set --eval_freq too"),
     ],
 )
 def test_bad_input_is_refused_before_the_build(refuses, teaching, tmp_path, flag, message):

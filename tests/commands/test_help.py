@@ -1,14 +1,19 @@
 """Help texts and answers to misspelt flags."""
 
+import re
 import resource
 import subprocess
 import sys
+from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
 from craft_ds.cli import COMMANDS, run_command
 from craft_ds.config.arguments import normalise_arguments
-from craft_ds.config.help import LEROBOT_FLAGS, train_help, without_refused
+from craft_ds.config.help import LEROBOT_FLAGS, REFUSED_FLAGS, train_help, without_refused
 from craft_ds.config.shipped_files import shipped_names
 from craft_ds.config.suggestions import own_flags, suggestion
 from craft_ds.errors import UserError
@@ -38,6 +43,37 @@ def test_refused_flags_are_left_out_of_the_full_help():
     assert without_refused(text) == "Group:\n  --steps int  b\n  --environment x\nNext:"
 
 
+def test_full_help_has_every_flag_but_the_refused_ones(capsys):
+    run_command("train", ["--help=all"])
+    flags = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")}
+    lerobot = {f"--{entry.name}" for entry in fields(TrainPipelineConfig) if entry.init}
+    groups = {
+        f"--{name}" for name in ("dataset", "wandb", "peft", "eval", "optimizer", "scheduler", "policy")
+    }
+    assert lerobot - groups - set(REFUSED_FLAGS) <= flags
+    assert {"--dataset.eval_split", "--wandb.entity", "--eval.n_episodes", *own_flags()} <= flags
+    assert [flag for flag in flags if any(f"{flag}.".startswith(f"{name}.") for name in REFUSED_FLAGS)] == []
+
+
+def test_lerobot_flags_exist_and_have_the_stated_defaults():
+    for flag, line in LEROBOT_FLAGS.items():
+        config, *names = TrainPipelineConfig, *flag.removeprefix("--").split(".")
+        if names[0] == "policy":
+            assert names[1] == "path" or names[1] in {entry.name for entry in fields(PI0FastConfig)}, flag
+            continue
+        for name in names[:-1]:
+            config = get_type_hints(config)[name]
+        if flag == "--config_path":
+            continue
+        entry = {entry.name: entry for entry in fields(config)}[names[-1]]
+        stated = re.search(r"\(default: (.*)\)|default: (.*)$", line)
+        if stated and stated[1]:
+            shown = str(entry.default).lower() if isinstance(entry.default, bool) else str(entry.default)
+            assert shown == stated[1], flag
+        elif stated:
+            assert (stated[2], entry.default) == ("all", None), flag
+
+
 @pytest.mark.parametrize(
     ("argument", "meant"),
     [
@@ -46,6 +82,7 @@ def test_refused_flags_are_left_out_of_the_full_help():
         ("--bf16", "--engine.dtype=bfloat16"),
         ("--deepspeed=x.json", "--ds_config FILE"),
         ("--lora.r=8", "--lora.rank"),
+        ("--lora.full_modules=[lm_head]", "renamed: use --lora.modules_to_save"),
         ("--craft=true", "--craft.enabled=true"),
         ("--engine=zero3", "--ds_config zero3"),
         ("--engine=zro", "did you mean zero?"),

@@ -105,7 +105,7 @@ def test_resuming_is_the_uninterrupted_run_bit_by_bit(train, whole_run, tmp_path
         (["--lora.alpha=4"], "were trained with 16: set --lora.alpha to that"),
         (["--lora=attention"], "--lora.preset=attention, but"),
         (["--lora.use_dora=true"], "--lora.use_dora=True, but"),
-        (['--lora.full_modules=["lm_head"]'], "--lora.full_modules=['lm_head'], but"),
+        (['--lora.modules_to_save=["lm_head"]'], "--lora.modules_to_save=['lm_head'], but"),
         (["--peft.r=4"], "--lora.* and --peft.* both describe adapters"),
     ],
 )

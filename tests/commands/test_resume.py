@@ -108,7 +108,7 @@ def test_auto_starts_resumes_and_ends(train, saving, unbroken, tmp_path, monkeyp
 
     ended = train(run, *again)
     assert (ended.status, ended.errors) == (0, "")
-    assert "has done all --steps=6: nothing left to do" in ended.output
+    assert "has done all --steps=6: nothing to do" in ended.output
 
 
 def test_auto_starts_again_where_nothing_was_saved(train, saving, unbroken, tmp_path):

@@ -125,7 +125,7 @@ def no_model(monkeypatch):
 def test_a_cache_without_features(refuses, inputs, tmp_path):
     line = refuses(tmp_path / "run", *inputs.craft_flags(), "--craft.vision_features=true")
     assert f"{inputs.anchors} holds no vision features" in line
-    assert "scripts/build_anchor_cache.py --vision_features" in line
+    assert "craft-ds anchors --vision_features" in line
 
 
 @pytest.mark.usefixtures("no_model")

@@ -100,16 +100,16 @@ def test_a_bad_value_is_named(changes, names):
 )
 def test_the_engine_follows_from_ds_config(given, resolved):
     engine = EngineConfig(**given)
-    engine.validate()
+    engine.resolve()
     assert engine.name == resolved
-    engine.validate()
+    engine.resolve()
     assert engine.name == resolved
 
 
 def test_several_processes_without_a_ds_config_mean_fsdp(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     engine = EngineConfig()
-    engine.validate()
+    engine.resolve()
     assert engine.name == "fsdp"
 
 
@@ -130,5 +130,5 @@ def test_several_processes_without_a_ds_config_mean_fsdp(monkeypatch):
 )
 def test_contradicting_engine_flags_are_named(given, names):
     with pytest.raises(UserError) as raised:
-        EngineConfig(**given).validate()
+        EngineConfig(**given).resolve()
     assert all(name in str(raised.value) for name in names), raised.value

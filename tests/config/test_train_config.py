@@ -7,7 +7,8 @@ import pytest
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.default import DatasetConfig
 
-from craft_ds.config.configs import CraftConfig, EngineConfig, FsdpConfig
+from craft_ds.config.configs import CraftConfig, EngineConfig, FsdpConfig, LoraConfig
+from craft_ds.config.parser import parse_arguments
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy_config
@@ -161,3 +162,15 @@ def test_a_saved_configuration_reads_back_the_same(make, tmp_path):
     assert again.to_dict() == config.to_dict()
     again.validate()
     assert again.to_dict() == config.to_dict()
+
+
+def test_config_saved_with_old_field_names_is_read(make, tmp_path):
+    config = make(lora=LoraConfig(enabled=True, modules_to_save=["lm_head"]))
+    config.validate()
+    config._save_pretrained(tmp_path)
+    path = tmp_path / "train_config.json"
+    path.write_text(path.read_text().replace('"modules_to_save"', '"full_modules"'))
+    assert "full_modules" in path.read_text()
+    assert TrainConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert parse_arguments([f"--config_path={path}", "--steps=7"]).lora == config.lora
+    assert "full_modules" in path.read_text()

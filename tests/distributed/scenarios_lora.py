@@ -17,7 +17,7 @@ from craft_ds.training.train_step import accumulate, retention_step, task_step
 PLAIN = LoraConfig(enabled=True, rank=4)
 DORA = LoraConfig(enabled=True, rank=3, use_dora=True)
 # Ranks that 2 and 3 do not divide, and a module that trains fully.
-MIXED = LoraConfig(enabled=True, rank=5, use_rslora=True, preset="attention", full_modules=["lm_head"])
+MIXED = LoraConfig(enabled=True, rank=5, use_rslora=True, preset="attention", modules_to_save=["lm_head"])
 VISION = LoraConfig(enabled=True, rank=4, preset="attention_mlp_vision")
 KINDS = {"plain": PLAIN, "dora": DORA, "mixed": MIXED, "vision": VISION}
 

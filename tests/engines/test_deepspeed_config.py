@@ -225,7 +225,7 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, text, reason):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no such file.*--ds_config zero3"):
+    with pytest.raises(UserError, match=r"no such file.*zero3, zero3_bf16"):
         read_ds_config(tmp_path / "none.json")
 
 

@@ -204,7 +204,7 @@ TRAINING_STATE = {
 }
 
 
-@pytest.mark.parametrize("kind", ["attention_mlp_vision", "dora", "full_modules"])
+@pytest.mark.parametrize("kind", ["attention_mlp_vision", "dora", "modules_to_save"])
 def test_a_merged_policy_acts_like_its_adapters_in_stock_lerobot(adapted, inputs, tmp_path, kind):
     output = tmp_path / "policy"
     summary = export_checkpoint(adapted(kind), output, merge_lora=True)
@@ -301,7 +301,7 @@ def test_the_token_bound_is_that_of_the_flag(adapted, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_exported_adapters_load_in_stock_lerobot_on_their_base(adapted, inputs, tmp_path, dtype):
-    checkpoint, output = adapted("full_modules"), tmp_path / "policy"
+    checkpoint, output = adapted("modules_to_save"), tmp_path / "policy"
     summary = export_checkpoint(checkpoint, output, dtype)
     assert f"only the LoRA adapters, which PEFT and LeRobot load on {inputs.policy}" in summary
     assert not (output / "model.safetensors").exists()

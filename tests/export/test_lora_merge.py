@@ -20,7 +20,15 @@ from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastPolicy
 from craft_ds.tensor_io import tensor_file
 from craft_ds.tensor_io.tensor_file import write_tensor_file
 
-KINDS = ["attention", "attention_mlp", "attention_mlp_vision", "rslora", "dora", "gaussian", "full_modules"]
+KINDS = [
+    "attention",
+    "attention_mlp",
+    "attention_mlp_vision",
+    "rslora",
+    "dora",
+    "gaussian",
+    "modules_to_save",
+]
 LANGUAGE = r".*\.language_model\.layers\.\d+\.self_attn\.[qv]_proj"
 
 
@@ -99,7 +107,7 @@ def test_a_base_in_bf16_is_merged_in_fp32(inputs, tmp_path, options):
     assert all(found[name].dtype == (torch.float32 if name in changed else torch.bfloat16) for name in found)
 
 
-@pytest.mark.parametrize("kind", ["dora", "full_modules"])
+@pytest.mark.parametrize("kind", ["dora", "modules_to_save"])
 def test_any_range_equals_that_range_of_the_full_tensor(adapted, kind):
     full = read_all(open_merged(adapted(kind)))
     with open_merged(adapted(kind)) as merged:

@@ -48,7 +48,7 @@ def outputs(directory, batches):
     return policy_outputs(load_trained_policy(config, directory), batches)
 
 
-@pytest.mark.parametrize("kind", ["attention", "attention_mlp_vision", "rslora", "dora", "full_modules"])
+@pytest.mark.parametrize("kind", ["attention", "attention_mlp_vision", "rslora", "dora", "modules_to_save"])
 def test_an_fp32_merge_equals_its_adapters_and_not_its_base(adapted, merged, inputs, kind):
     batches = [random_batch(load_policy_config(inputs.policy), 4, seed=seed) for seed in range(3)]
     expected, base = outputs(adapted(kind), batches), outputs(inputs.policy, batches)

@@ -79,7 +79,7 @@ def test_the_real_pi0_fast_has_the_layers():
 
 
 @pytest.mark.parametrize(
-    "lora", [{}, {"use_dora": True}, {"preset": "attention", "full_modules": ["lm_head"]}]
+    "lora", [{}, {"use_dora": True}, {"preset": "attention", "modules_to_save": ["lm_head"]}]
 )
 def test_names_on_disk_are_pefts(policy_dir, lora):
     """Against what a PeftModel of the same configuration stores."""
@@ -133,7 +133,7 @@ def test_doras_magnitudes_start_as_the_norms_of_the_rows(policy_dir):
 
 
 def test_ranges_of_a_tensor_are_ranges_of_the_full_tensor(policy_dir):
-    policy, plan = build(policy_dir, use_dora=True, full_modules=["lm_head"])
+    policy, plan = build(policy_dir, use_dora=True, modules_to_save=["lm_head"])
     with AdaptedWeights(policy, plan, add_adapters(policy, plan.config, "base"), 0) as weights:
         for name, parameter in policy.named_parameters():
             count = parameter.numel()
@@ -158,7 +158,7 @@ def test_new_adapters_change_nothing(policy_dir, tmp_path):
 
 
 def test_modules_that_train_fully_are_not_doubled(policy_dir):
-    policy, plan = build(policy_dir, preset="attention", full_modules=["lm_head", "multi_modal_projector"])
+    policy, plan = build(policy_dir, preset="attention", modules_to_save=["lm_head", "multi_modal_projector"])
     base = sum(p.numel() for p in policy.parameters())
     adapters = add_adapters(policy, plan.config)
     trained = {name: p.numel() for name, p in policy.named_parameters() if p.requires_grad}
@@ -177,9 +177,9 @@ def test_modules_that_train_fully_are_not_doubled(policy_dir):
     [
         ({"target_modules": ["embed_tokens"]}, "embed_tokens is a .*Embedding, and only linear layers"),
         ({"target_modules": ["nonsense"]}, "--lora.target_modules=.*nonsense"),
-        ({"full_modules": ["nonsense"]}, "--lora.full_modules=nonsense: the policy has no such module"),
-        ({"full_modules": ["q_proj"]}, "--lora.full_modules=q_proj has adapters too"),
-        ({"full_modules": ["self_attn"]}, "--lora.full_modules=self_attn has adapters too"),
+        ({"modules_to_save": ["nonsense"]}, "--lora.modules_to_save=nonsense: the policy has no such module"),
+        ({"modules_to_save": ["q_proj"]}, "--lora.modules_to_save=q_proj has adapters too"),
+        ({"modules_to_save": ["self_attn"]}, "--lora.modules_to_save=self_attn has adapters too"),
     ],
 )
 def test_unusable_targets_are_refused(policy_dir, lora, message):
@@ -188,7 +188,9 @@ def test_unusable_targets_are_refused(policy_dir, lora, message):
         add_adapters(policy, plan.config)
 
 
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"use_rslora": True, "full_modules": ["lm_head"]}])
+@pytest.mark.parametrize(
+    "lora", [{}, {"use_dora": True}, {"use_rslora": True, "modules_to_save": ["lm_head"]}]
+)
 def test_stored_adapters_load_as_peft_loads_them(policy_dir, tmp_path, lora):
     directory = make_test_adapters(policy_dir, tmp_path / "a", LoraConfig(enabled=True, rank=RANK, **lora))
     ours = load_trained_policy(load_policy_config(directory), directory)

@@ -28,7 +28,7 @@ def test_every_flag_reaches_peft():
         use_rslora=True,
         use_dora=True,
         init="gaussian",
-        full_modules=["lm_head"],
+        modules_to_save=["lm_head"],
     )
     config = make_peft_config(lora, TINY, "someone/policy")
     assert (config.r, config.lora_alpha, config.lora_dropout) == (5, 7, 0.1)
@@ -102,7 +102,7 @@ def test_presets_are_told_by_name():
         ({"use_rslora": True}, "--lora.use_rslora=True, but .* with False"),
         ({"preset": "attention"}, "--lora.preset=attention, but .* with attention_mlp"),
         ({"target_modules": ["q_proj"]}, r"--lora.preset=\['q_proj'\], but .* with attention_mlp"),
-        ({"full_modules": ["lm_head"]}, r"--lora.full_modules=\['lm_head'\], but .* with \[\]"),
+        ({"modules_to_save": ["lm_head"]}, r"--lora.modules_to_save=\['lm_head'\], but .* with \[\]"),
     ],
 )
 def test_adapters_of_another_shape_are_refused(changed, message, tmp_path):
@@ -114,7 +114,7 @@ def test_adapters_of_another_shape_are_refused(changed, message, tmp_path):
 
 
 def test_a_stored_configuration_reads_back(tmp_path):
-    config = make_peft_config(LoraConfig(enabled=True, full_modules=["lm_head"]), TINY, "base")
+    config = make_peft_config(LoraConfig(enabled=True, modules_to_save=["lm_head"]), TINY, "base")
     config.save_pretrained(str(tmp_path))
     assert read_adapter_config(tmp_path) == config
 

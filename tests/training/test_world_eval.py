@@ -28,7 +28,7 @@ TEACHER = Path(craft_ds.worlds.__file__).parent / "assets" / "blocks_teacher"
         (WorldEvalConfig(tasks=["reach-red"]), 5, "--world.tasks needs --world.name"),
         (WorldEvalConfig(name="blocks", episodes=0), 5, "--world.episodes=0 must be at least 1"),
         (WorldEvalConfig(name="blocks", seed=-1), 5, "--world.seed=-1 must not be negative"),
-        (WorldEvalConfig(name="blocks"), 0, "--world.name=blocks is tried every --eval_freq steps"),
+        (WorldEvalConfig(name="blocks"), 0, "--world.name=blocks is evaluated every --eval_freq steps"),
     ],
 )
 def test_contradictory_world_flags_are_refused(config, eval_freq, message):
