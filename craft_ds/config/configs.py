@@ -16,6 +16,7 @@ FsdpDtype = Literal["auto", "float32", "bfloat16"]
 LoraInit = Literal["default", "gaussian"]
 CheckpointLayout = Literal["consolidated", "per_rank"]
 ActivationCheckpointing = Literal["none", "full"]
+TrackerName = Literal["wandb", "tensorboard", "trackio"]
 
 
 def check_choice(flag: str, value: str, choices: object) -> None:
@@ -331,6 +332,9 @@ class RunOptions:
     is whole and verified. `final` always stays."""
     keep_period: int = 0
     """Periodic checkpoints whose step is a multiple of this stay in any case; 0: none does."""
+    log_to: str = ""
+    """Trackers beside `metrics.jsonl`, separated by commas: wandb, tensorboard, trackio.
+    `--wandb.enable=true` means wandb; `--wandb.project` names the project of trackio too."""
     max_runtime: str = ""
     """Time after which the run finishes its step, saves and ends with status 75: seconds, or with a unit,
     as 30m, 3.5h, 2d. Empty: none. Leave room for a step and a save."""

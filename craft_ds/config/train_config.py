@@ -9,7 +9,13 @@ from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.default import PeftConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 
-from craft_ds.config.configs import ActivationCheckpointing, LoraConfig, RunOptions, check_choice
+from craft_ds.config.configs import (
+    ActivationCheckpointing,
+    LoraConfig,
+    RunOptions,
+    TrackerName,
+    check_choice,
+)
 from craft_ds.config.secret_scan import refuse_secrets
 from craft_ds.distributed.preemption import parse_duration
 from craft_ds.errors import UserError, one_line
@@ -23,6 +29,12 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
 
     # The checkpoint to resume, once every byte of it was checked.
     verified_checkpoint: Path | None = field(init=False, default=None)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers that `--log_to` and `--wandb.enable` ask for, each once."""
+        asked = [name.strip() for name in self.log_to.split(",") if name.strip()]
+        return tuple(dict.fromkeys(["wandb", *asked] if self.wandb.enable else asked))
 
     def validate(self) -> None:
         """Check all that can be checked without building anything.
@@ -40,6 +52,8 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             self.lora = asked
         self.lora.validate()
         self.checkpoint.validate()
+        for tracker in self.trackers:
+            check_choice("--log_to", tracker, TrackerName)
         parse_duration("--max_runtime", self.max_runtime)
         least = {
             "steps": 1,
