@@ -16,6 +16,7 @@ FsdpDtype = Literal["auto", "float32", "bfloat16"]
 LoraInit = Literal["default", "gaussian"]
 CheckpointLayout = Literal["consolidated", "per_rank"]
 ActivationCheckpointing = Literal["none", "full"]
+TrackerName = Literal["wandb", "tensorboard", "trackio"]
 
 
 def check_choice(flag: str, value: str, choices: object) -> None:
@@ -333,6 +334,9 @@ class RunOptions:
     one is complete and verified. `final` is always kept."""
     keep_period: int = 0
     """Keep every periodic checkpoint whose step is a multiple of this; 0: none."""
+    log_to: str = ""
+    """Trackers besides `metrics.jsonl`, separated by commas: wandb, tensorboard, trackio.
+    `--wandb.enable=true` means wandb; `--wandb.project` names the project of trackio too."""
     max_runtime: str = ""
     """Time after which the run finishes its step, saves and exits with status 75: seconds, or a number with
     a unit, such as 30m, 3.5h or 2d; empty: no limit. Allow time for one step and one save."""

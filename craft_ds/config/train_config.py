@@ -12,7 +12,13 @@ from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.default import PeftConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 
-from craft_ds.config.configs import ActivationCheckpointing, LoraConfig, RunOptions, check_choice
+from craft_ds.config.configs import (
+    ActivationCheckpointing,
+    LoraConfig,
+    RunOptions,
+    TrackerName,
+    check_choice,
+)
 from craft_ds.config.secret_scan import refuse_secrets
 from craft_ds.config.suggestions import RENAMED_FLAGS
 from craft_ds.distributed.preemption import parse_duration
@@ -51,6 +57,12 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         plain = json.loads(json.dumps(self.to_dict()))  # enumerations become text
         return yaml.safe_dump(plain, sort_keys=False)
 
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers that `--log_to` and `--wandb.enable` select, each once."""
+        asked = [name.strip() for name in self.log_to.split(",") if name.strip()]
+        return tuple(dict.fromkeys(["wandb", *asked] if self.wandb.enable else asked))
+
     def validate(self) -> None:
         """Resolve defaults, and check the configuration as far as possible without building anything.
 
@@ -67,6 +79,8 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             self.lora = asked
         self.lora.validate()
         self.checkpoint.validate()
+        for tracker in self.trackers:
+            check_choice("--log_to", tracker, TrackerName)
         parse_duration("--max_runtime", self.max_runtime)
         least = {
             "steps": 1,

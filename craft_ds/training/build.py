@@ -48,6 +48,7 @@ from craft_ds.training.preflight import check_inputs
 from craft_ds.training.resume import changed_flags
 from craft_ds.training.run import Run, TaskStream
 from craft_ds.training.start_report import anchor_line, dataset_line, epsilon_lines, size_lines
+from craft_ds.training.trackers import open_trackers
 from craft_ds.training.train_state import Progress, TrainState
 
 
@@ -134,8 +135,8 @@ def _build(
 
     engine.barrier()  # no rank creates the output directory before all have found it free
     messages += rank0_only(_move_incomplete_aside)(config)
-    logger = _open_logger(config, engine, state.progress.step)
-    state.wandb_run_id = logger.wandb_run_id
+    logger = _open_logger(config, engine, state)
+    state.tracker_run_ids |= logger.tracker_run_ids
     held_out = len(heldout) if heldout is not None else 0
     logger.say(dataset_line(train.num_episodes, len(train), held_out, _task_texts(train)))
     logger.say(f"✓ policy: {description}, {_describe_engine(config, engine)}")
@@ -193,7 +194,7 @@ def _read_saved(config: TrainConfig) -> _Saved:
 def _resolve_changed_flags(config: TrainConfig, saved: _Saved) -> list[str]:
     """Complete the configuration of a resumed run; return a message that names the changed flags.
 
-    The policy's presets are renewed if one of their flags changed; the tracker's run continues.
+    The policy's presets are renewed if one of their flags changed.
     """
     changed = changed_flags(saved.config, config.to_dict())
     if config.use_policy_training_preset and any(
@@ -202,8 +203,6 @@ def _resolve_changed_flags(config: TrainConfig, saved: _Saved) -> list[str]:
         # As in a new run, where the policy's own flags determine the preset.
         config.optimizer = config.policy.get_optimizer_preset()
         config.scheduler = config.policy.get_scheduler_preset()
-    if config.wandb.run_id is None:
-        config.wandb.run_id = saved.craft.get("wandb_run_id")
     return [f"changed since {config.checkpoint_path}: {', '.join(changed)}"] if changed else []
 
 
@@ -315,15 +314,13 @@ def _open_anchors(
 
 
 @fail_together
-def _open_logger(config: TrainConfig, engine: Engine, start_step: int) -> MetricsLogger:
+def _open_logger(config: TrainConfig, engine: Engine, state: TrainState) -> MetricsLogger:
+    is_main = engine.rank == 0
+    resume_step = state.progress.step if config.resume else None
     try:
+        trackers = open_trackers(config, state.tracker_run_ids, resume_step) if is_main else []
         return MetricsLogger(
-            Path(config.output_dir),
-            config.steps,
-            config.wandb,
-            config.to_dict(),
-            is_main=engine.rank == 0,
-            resume_step=start_step if config.resume else None,
+            Path(config.output_dir), config.steps, trackers, is_main=is_main, resume_step=resume_step
         )
     except OSError as error:
         raise UserError(f"--output_dir={config.output_dir} cannot be written: {error}") from error

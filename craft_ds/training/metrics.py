@@ -1,6 +1,6 @@
-"""Logging of a run: console lines, `metrics.jsonl` and Weights & Biases.
+"""Logging of a run: console lines, `metrics.jsonl` and trackers.
 
-One call of `MetricsLogger.log` feeds all three under the same keys, which docs/logging.md lists.
+One call of `MetricsLogger.log` feeds all of them under the same keys, which docs/logging.md lists.
 """
 
 import contextlib
@@ -9,20 +9,17 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
-from lerobot.configs.default import WandBConfig
 from tqdm import tqdm
 
-from craft_ds.errors import UserError
 from craft_ds.tensor_io.filesystem import atomic_file
+from craft_ds.training.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -80,14 +77,14 @@ def json_row(step: int, metrics: Mapping[str, float]) -> str:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Cut ``metrics.jsonl`` back to what a checkpoint of ``step`` has seen, atomically.
+    """Remove the rows of `metrics.jsonl` after `step`, atomically.
 
-    A run that died went on logging after its last checkpoint; resuming does those steps again. A line torn by
-    the crash is dropped as well.
+    A run that died has logged steps after its last checkpoint, which the resumed run does again. An
+    incomplete last line is removed too.
 
     Args:
-        path: The file; nothing happens when it does not exist.
-        step: Rows of later steps go.
+        path: The file; may be missing.
+        step: Step of the checkpoint.
     """
     if not path.exists():
         return
@@ -104,10 +101,20 @@ def drop_rows_after(path: Path, step: int) -> None:
 
 
 class MetricsLogger:
-    """Logs the metrics of one run; on ranks other than the main one every method does nothing.
+    """Logs the metrics of one run; on ranks other than 0 every method does nothing.
+
+    Args:
+        output_dir: Directory of the run; created if missing.
+        total_steps: Optimizer steps of the complete run.
+        trackers: Receive the same metrics; a tracker that fails is dropped, the run continues.
+        is_main: This is rank 0.
+        resume_step: Step of the checkpoint to resume; None: a new run.
+
+    Raises:
+        OSError: The directory cannot be written.
 
     Example:
-        >>> logger = MetricsLogger(Path("outputs/run"), 10_000, WandBConfig(), {}, is_main=False)
+        >>> logger = MetricsLogger(Path("outputs/run"), 10_000, is_main=False)
         >>> logger.log(100, {"train/loss": 0.523, "train/grad_norm": 1.234, "train/lr": 3e-4})
         >>> logger.close()
     """
@@ -116,40 +123,19 @@ class MetricsLogger:
         self,
         output_dir: Path,
         total_steps: int,
-        wandb_config: WandBConfig,
-        run_config: Mapping[str, Any],
+        trackers: Sequence[Tracker] = (),
+        *,
         is_main: bool = True,
         resume_step: int | None = None,
     ) -> None:
-        """Open ``<output_dir>/metrics.jsonl``, the progress bar and, where asked for, the wandb run.
-
-        Args:
-            output_dir: Directory of the run; made when missing.
-            total_steps: Optimizer steps of the whole run.
-            wandb_config: LeRobot's own ``--wandb.*`` options.
-            run_config: The configuration as plain values, kept with the wandb run.
-            is_main: Whether this rank logs at all.
-            resume_step: Step of the checkpoint the run goes on from, ``None`` for a new run.
-
-        Raises:
-            UserError: wandb was asked for and could not start (on the main rank only).
-        """
         self._active = is_main
         self._file: FileIO | None = None
         self._failing = False
-        self._wandb: Any = None
+        self._trackers = list(trackers)
         if not is_main:
             return
         self._total_steps = total_steps
-        is_new = not output_dir.exists()
         output_dir.mkdir(parents=True, exist_ok=True)
-        if wandb_config.enable:
-            try:
-                self._wandb = _start_wandb(output_dir, wandb_config, run_config, resume_step is not None)
-            except UserError:
-                if is_new:  # the mended command must not find its own directory in the way
-                    shutil.rmtree(output_dir, ignore_errors=True)
-                raise
         path = output_dir / METRICS_FILE
         if resume_step is not None:
             drop_rows_after(path, resume_step)
@@ -164,9 +150,9 @@ class MetricsLogger:
         )
 
     @property
-    def wandb_run_id(self) -> str | None:
-        """Identity of the wandb run, where there is one."""
-        return None if self._wandb is None else str(self._wandb.id)
+    def tracker_run_ids(self) -> dict[str, str]:
+        """Identity of the run at each tracker that gives it one, by the tracker's name."""
+        return {tracker.name: tracker.run_id for tracker in self._trackers if tracker.run_id is not None}
 
     def advance(self) -> None:
         """Move the progress bar by one optimizer step."""
@@ -178,22 +164,25 @@ class MetricsLogger:
 
         Args:
             step: Optimizer steps done so far.
-            metrics: Plain numbers by key (see the module's docstring). The console shows a training line when
-                ``train/loss`` is among them and an evaluation line when an ``eval/`` key is. An empty
-                mapping is not recorded.
+            metrics: Numbers by key. The console shows a training line if `train/loss` is among them and an
+                evaluation line if an `eval/` key is. Empty metrics are not recorded.
         """
         if not self._active or not metrics:
             return
         self._append(json_row(step, metrics) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(step, metrics)
+            except Exception as error:  # of any library: a tracker must not end the run
+                self._trackers.remove(tracker)
+                self.say(f"error: --log_to={tracker.name} failed ({error}); training continues without it")
         if "train/loss" in metrics:
             self.say(console_line(step, self._total_steps, metrics))
         if any(key.startswith("eval/") for key in metrics):
             self.say(eval_line(step, self._total_steps, metrics))
 
     def _append(self, row: str) -> None:
-        """A disk that is full costs rows of the log, not the run."""
+        """Append to `metrics.jsonl`; a full disk loses rows, but does not end the run."""
         assert self._file is not None
         content, size = row.encode(), self._file.seek(0, os.SEEK_END)
         try:
@@ -204,11 +193,13 @@ class MetricsLogger:
             with contextlib.suppress(OSError):
                 self._file.truncate(size)  # no torn row
             if not self._failing:
-                self.say(f"error: {self._file.name} cannot be written ({error}); training goes on without it")
+                self.say(
+                    f"error: {self._file.name} cannot be written ({error}); training continues without it"
+                )
             self._failing = True
 
     def write(self, path: Path, text: str) -> None:
-        """Write a small file, or say what it would have held."""
+        """Write a small file; if that fails, print its content."""
         if not self._active:
             return
         try:
@@ -217,7 +208,7 @@ class MetricsLogger:
             self.say(f"error: {path} cannot be written ({error}): {text}")
 
     def say(self, line: str) -> None:
-        """Print a line on the main rank's standard output without tearing the progress bar."""
+        """Print a line on rank 0's standard output, above the progress bar."""
         if not self._active:
             return
         # A terminal that cannot show λ must not end a training run.
@@ -226,61 +217,18 @@ class MetricsLogger:
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Finish the bar, the file and the wandb run; calling it again does nothing."""
+        """Close the bar, the file and the trackers; calling it again does nothing."""
         if not self._active:
             return
         self._active = False
         self._bar.close()
         if self._file is not None:
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _start_wandb(output_dir: Path, config: WandBConfig, run_config: Mapping[str, Any], resume: bool) -> Any:
-    """Start or continue the wandb run of ``output_dir``, whose id LeRobot's convention finds in its files."""
-    # Imported here: a run without wandb should not pay for it.
-    import wandb
-    from lerobot.common.wandb_utils import get_wandb_run_id_from_filesystem
-
-    run_id = config.run_id
-    if run_id is None and resume and (output_dir / "wandb" / "latest-run").exists():
-        run_id = get_wandb_run_id_from_filesystem(output_dir)
-    mode: Any = config.mode or "online"
-    if mode not in ("online", "offline", "disabled"):
-        raise UserError(f"--wandb.mode={mode}: choose online, offline or disabled")
-    try:
-        return wandb.init(
-            id=run_id,
-            project=config.project,
-            entity=config.entity,
-            name=run_config.get("job_name"),
-            notes=config.notes,
-            tags=_tags(run_config) if config.add_tags else None,
-            dir=output_dir,
-            config=dict(run_config),
-            job_type="train",
-            # Offline runs have no history to ask for; the same id joins them when they are synchronised.
-            resume="allow" if run_id is not None and mode == "online" else None,
-            mode=mode,
-            settings=wandb.Settings(silent=True),
-        )
-    except wandb.errors.Error as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--wandb.enable=true: wandb did not start ({reason}); "
-            "log in with 'wandb login' or pass --wandb.mode=offline"
-        ) from error
-
-
-def _tags(run_config: Mapping[str, Any]) -> list[str]:
-    """Return LeRobot's tags of a run, cut to the 64 characters that wandb allows."""
-    values = {
-        "policy": (run_config.get("policy") or {}).get("type"),
-        "seed": run_config.get("seed"),
-        "dataset": (run_config.get("dataset") or {}).get("repo_id"),
-    }
-    return [f"{name}:{value}"[:64] for name, value in values.items() if value is not None]
+        for tracker in self._trackers:
+            try:
+                tracker.close()
+            except Exception as error:  # of any library: a tracker must not end the run
+                print(f"error: --log_to={tracker.name} failed ({error})", flush=True)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -9,10 +9,11 @@ from craft_ds.checkpoints import complete_checkpoints, read_manifest
 from craft_ds.checkpoints.run_directory import FINAL
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.collectives import fail_together
-from craft_ds.distributed.env import is_local_rank0
+from craft_ds.distributed.env import is_local_rank0, launched_rank
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import AdapterPlan, has_adapters, plan_adapters
 from craft_ds.policies.loading import resolve_policy_path
+from craft_ds.training.trackers import check_trackers
 from craft_ds.training.world_eval import check_world
 
 
@@ -51,6 +52,8 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
     assert config.policy.pretrained_path is not None
     policy_dir = resolve_policy_path(config.policy.pretrained_path)
     check_world(config.world, config.policy)
+    if launched_rank() == 0:  # which alone logs
+        check_trackers(config.trackers)
     if config.resume:
         _check_resumable(config)
     inputs = PreflightResult(None, policy_dir, plan_adapters(config.lora, config.policy, policy_dir))

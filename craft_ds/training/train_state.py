@@ -103,13 +103,13 @@ class TrainState:
         progress: Counters of the run.
         dual: λ and its history.
         dataset_samples: Number of training samples; a data set of another size is another run.
-        wandb_run_id: Identity of the run at the tracker; None: not tracked.
+        tracker_run_ids: Identity of the run at each tracker, by the tracker's name.
     """
 
     progress: Progress
     dual: DualState
     dataset_samples: int = 0
-    wandb_run_id: str | None = None
+    tracker_run_ids: dict[str, str] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain Python values, which `torch.load(weights_only=True)` accepts."""
@@ -117,7 +117,7 @@ class TrainState:
             **self.dual.state_dict(),
             "progress": self.progress.state_dict(),
             "dataset_samples": self.dataset_samples,
-            "wandb_run_id": self.wandb_run_id,
+            "tracker_run_ids": dict(self.tracker_run_ids),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -131,4 +131,11 @@ class TrainState:
         self.progress = Progress.from_state_dict(state["progress"])
         self.dataset_samples = int(state["dataset_samples"])
         self.dual.load_state_dict(state)
-        self.wandb_run_id = state.get("wandb_run_id")
+        run_ids = state.get("tracker_run_ids")
+        if run_ids is None:  # before `--log_to`, only wandb's was stored
+            run_ids = {"wandb": state["wandb_run_id"]} if state.get("wandb_run_id") else {}
+        if not isinstance(run_ids, dict) or not all(
+            isinstance(part, str) for entry in run_ids.items() for part in entry
+        ):
+            raise ValueError(f"tracker_run_ids={run_ids!r}")
+        self.tracker_run_ids = dict(run_ids)

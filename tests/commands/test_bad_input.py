@@ -64,11 +64,20 @@ def flip_a_byte(path):
         (["--save_total_limit=-1"], ["--save_total_limit=-1"]),
         (["--rank_timeout=0"], ["--rank_timeout=0"]),
         (["--wandb.enable=true", "--wandb.mode=ofline"], ["--wandb.mode=ofline"]),
+        (["--log_to=wandb,mlflow"], ["--log_to=mlflow", "wandb, tensorboard, trackio"]),
     ],
 )
 def test_a_flag(refuses, run, flags, names):
     line = refuses(run, *flags)
     assert all(name in line for name in names), line
+
+
+def test_a_tracker_that_is_not_installed_before_the_data_set_is_opened(refuses, run, monkeypatch):
+    monkeypatch.setattr("craft_ds.training.trackers.find_spec", lambda _: None)
+    monkeypatch.setattr("craft_ds.training.build.load_datasets", None)
+    line = refuses(run, "--log_to=trackio")
+    assert "--log_to=trackio" in line
+    assert "pip install trackio" in line
 
 
 @pytest.mark.parametrize(

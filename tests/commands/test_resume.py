@@ -268,8 +268,7 @@ def test_wandb_continues_its_run_in_another_directory(train, tmp_path, monkeypat
     ended = train(None, f"--config_path={tmp_path}/run/step_000002", "--resume=true", f"--output_dir={on}")
     assert ended.status == 0, ended.errors
     [directory] = on.glob("wandb/offline-run-*")
-    assert state["wandb_run_id"]
-    assert directory.name.endswith(f"-{state['wandb_run_id']}")
+    assert directory.name.endswith(f"-{state['tracker_run_ids']['wandb']}")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

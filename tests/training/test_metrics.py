@@ -3,13 +3,10 @@ import json
 import os
 import sys
 import termios
-import time
 from pathlib import Path
 
 import pytest
-from lerobot.configs.default import WandBConfig
 
-from craft_ds.errors import UserError
 from craft_ds.training.metrics import MetricsLogger, console_line, drop_rows_after, eval_line, json_row
 
 PLAIN = {"train/loss": 0.523, "train/grad_norm": 1.2341, "train/lr": 3e-4}
@@ -25,10 +22,8 @@ CRAFT = PLAIN | {
 }
 
 
-def make_logger(
-    path: Path, *, main: bool = True, resume: int | None = None, **wandb: object
-) -> MetricsLogger:
-    return MetricsLogger(path, 10_000, WandBConfig(**wandb), {"seed": 7}, is_main=main, resume_step=resume)
+def make_logger(path: Path, *, main: bool = True, resume: int | None = None) -> MetricsLogger:
+    return MetricsLogger(path, 10_000, is_main=main, resume_step=resume)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -111,7 +106,7 @@ def test_bar_survives_on_a_terminal(tmp_path, monkeypatch):
 
 
 def test_other_ranks_do_nothing(tmp_path, capsys):
-    logger = make_logger(tmp_path / "run", main=False, enable=True)
+    logger = make_logger(tmp_path / "run", main=False)
     logger.log(1, CRAFT)
     logger.advance()
     logger.say("hello")
@@ -159,66 +154,3 @@ def test_console_that_cannot_show_greek(tmp_path, monkeypatch):
         logger.close()
         monkeypatch.undo()
     assert "?=1.23" in (tmp_path / "out").read_text()
-
-
-def wandb_history(run_file: Path) -> tuple[list[dict], dict]:
-    """Read an offline run back with wandb's own reader: history rows and configuration."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    deadline = time.monotonic() + 30
-    while run_file.stat().st_size < 100 and time.monotonic() < deadline:
-        time.sleep(0.05)  # wandb's own process writes the file a moment after `finish`
-    store = DataStore()
-    store.open_for_scan(str(run_file))
-    history, config = [], {}
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            history.append(
-                {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in items}
-            )
-        elif record.WhichOneof("record_type") == "run":
-            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-    return history, config
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-
-
-def test_wandb_offline_run_holds_the_keys_and_resume_keeps_its_id(tmp_path, offline):
-    logger = make_logger(tmp_path, enable=True, mode="offline")
-    logger.log(100, CRAFT)
-    logger.log(200, CRAFT | {"train/loss": 0.25})
-    logger.close()
-    [run_file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    history, config = wandb_history(run_file)
-    assert [row["_step"] for row in history] == [100, 200]
-    assert history[0].items() >= CRAFT.items()
-    assert history[1]["train/loss"] == 0.25
-    assert config["seed"] == 7
-
-    make_logger(tmp_path, enable=True, mode="offline", resume=200).close()
-    runs = [run.name for run in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
-    assert runs == [run_file.name] * 2
-
-
-def test_wandb_errors_are_one_line(tmp_path, offline, monkeypatch):
-    import wandb
-
-    with pytest.raises(UserError, match=r"^--wandb.mode=ofline: choose online, offline or disabled$"):
-        make_logger(tmp_path, enable=True, mode="ofline")
-
-    def fail(**_: object) -> None:
-        raise wandb.errors.UsageError("No API key configured.\nMore.")
-
-    monkeypatch.setattr(wandb, "init", fail)
-    with pytest.raises(
-        UserError, match=r"^--wandb.enable=true: .*No API key configured.* --wandb.mode=offline$"
-    ):
-        make_logger(tmp_path, enable=True)

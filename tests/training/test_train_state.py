@@ -66,15 +66,15 @@ def test_a_malformed_state_is_refused(progress, odd):
 
 def test_train_state_round_trip_with_the_keys_of_the_file(progress):
     progress.advance(applied(2.0), retention=True)
-    state = TrainState(progress, DualState(CraftConfig(initial_lambda=0.25)), 40, "run-1")
+    state = TrainState(progress, DualState(CraftConfig(initial_lambda=0.25)), 40, {"wandb": "run-1"})
     saved = state.state_dict()
-    assert saved.keys() == {"multiplier", "history", "progress", "dataset_samples", "wandb_run_id"}
+    assert saved.keys() == {"multiplier", "history", "progress", "dataset_samples", "tracker_run_ids"}
 
     restored = TrainState(Progress(), DualState(CraftConfig()))
     restored.load_state_dict(saved)
     assert restored.progress == progress
     assert restored.dual.multiplier == 0.25
-    assert (restored.dataset_samples, restored.wandb_run_id) == (40, "run-1")
+    assert (restored.dataset_samples, restored.tracker_run_ids) == (40, {"wandb": "run-1"})
 
 
 @pytest.mark.parametrize("missing", ["multiplier", "history", "progress", "dataset_samples"])
@@ -84,3 +84,21 @@ def test_an_incomplete_train_state_is_refused(progress, missing):
     del saved[missing]
     with pytest.raises((KeyError, ValueError), match=missing):
         state.load_state_dict(saved)
+
+
+def test_a_state_from_before_log_to_keeps_its_wandb_run(progress):
+    saved = TrainState(progress, DualState(CraftConfig()), 40).state_dict()
+    del saved["tracker_run_ids"]
+    restored = TrainState(Progress(), DualState(CraftConfig()))
+    restored.load_state_dict(saved | {"wandb_run_id": "run-1"})
+    assert restored.tracker_run_ids == {"wandb": "run-1"}
+    for nothing in ({}, {"wandb_run_id": None}):
+        restored.load_state_dict(saved | nothing)
+        assert restored.tracker_run_ids == {}
+
+
+@pytest.mark.parametrize("odd", [["run-1"], {"wandb": 1}, {1: "run-1"}, "run-1"])
+def test_malformed_tracker_run_ids_are_refused(progress, odd):
+    state = TrainState(progress, DualState(CraftConfig()), 40)
+    with pytest.raises(ValueError, match="tracker_run_ids"):
+        state.load_state_dict(state.state_dict() | {"tracker_run_ids": odd})
