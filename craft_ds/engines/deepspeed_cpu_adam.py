@@ -61,7 +61,7 @@ def compile_cpu_adam() -> None:
 
 
 def wait_for_other_builders(directory: Path) -> None:
-    """Wait while another process compiles in `directory`, and remove the markerer of a killed one.
+    """Wait while another process compiles in `directory`, and remove the marker of a killed one.
 
     torch marks a folder in which it builds with a file `lock`. A killed process leaves it behind, and torch
     itself would then wait forever without a message.

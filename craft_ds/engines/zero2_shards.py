@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime import engine as deepspeed_engine
 from torch import Tensor, nn
 
 from craft_ds.engines.zero_shards import FrozenPart, Partition, ZeroShards
@@ -15,7 +15,7 @@ from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
 def without_broadcast() -> AbstractContextManager:
     """Prevent `deepspeed.initialize` from broadcasting rank 0's model: each rank reads its own part."""
-    return replace_attribute(DeepSpeedEngine, "_broadcast_model", lambda engine: None)
+    return replace_attribute(deepspeed_engine.DeepSpeedEngine, "_broadcast_model", lambda engine: None)
 
 
 class Zero2Shards(ZeroShards):

@@ -256,7 +256,7 @@ def with_code(policy, marker, monkeypatch, tmp_path):
     """A policy whose action tokenizer contains a program."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = policy / "action_tokenizer"
-    source = (folder / "fast.py").read_text()
+    source = (folder / "fast_tokenizer.py").read_text()
     (folder / "evil.py").write_text(f"{source}\nimport os\nos.mkdir({str(marker)!r})\n")
     program = {"auto_map": {"AutoProcessor": "evil.FastActionProcessor"}, "processor_class": "EvilProcessor"}
     edit(folder / "processor_config.json", lambda content: content.update(program))
