@@ -86,6 +86,7 @@ def test_lerobot_flags_exist_and_have_the_stated_defaults():
         ("--lora.full_modules=[lm_head]", "renamed: use --lora.modules_to_save"),
         ("--craft=true", "--craft.enabled=true"),
         ("--engine=zero3", "--ds_config zero3"),
+        ("--ds_config=zero9", "the shipped ones are zero2"),
         ("--engine=zro", "did you mean zero?"),
         ("--world.tasks=red", "reach-red"),
         ("--world.tasks=reach-red", "--world.tasks=[reach-red]"),
