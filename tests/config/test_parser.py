@@ -145,13 +145,13 @@ def test_an_exit_is_an_error_and_other_output_is_kept(capsys):
         print("warning: kept", file=sys.stderr)
     assert capsys.readouterr().err == "warning: kept\n"
 
-    def leave() -> None:
+    def exit_with_usage() -> None:
         with exits_as_user_error():
             print("usage: a\n  b\nprog: error: one\nmore line", file=sys.stderr)
             sys.exit(2)
 
     with pytest.raises(UserError, match=r"^one more line$"):
-        leave()
+        exit_with_usage()
     assert capsys.readouterr().err == ""
 
     with pytest.raises(SystemExit), exits_as_user_error():
