@@ -6,7 +6,7 @@ source scripts/setup.sh
 
 DATASET="lerobot/aloha_sim_insertion_human"   # the new task
 POLICY="lerobot/pi0_fast"                     # the teacher: what is fine-tuned, and what must not be lost
-ANCHORS="data/anchor_cache"                   # from scripts/build_anchor_cache.py, on the old tasks
+ANCHORS="data/anchor_cache"                   # built by craft-ds anchors from the old tasks
 OUTPUT="outputs/craft_train"
 
 # MASTER_PORT=29501 bash scripts/train_craft.sh runs beside another job of this machine.

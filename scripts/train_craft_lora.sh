@@ -7,10 +7,10 @@ source scripts/setup.sh
 
 DATASET="lerobot/aloha_sim_insertion_human"   # the new task
 POLICY="lerobot/pi0_fast"                     # the teacher: frozen here, adapters train beside it
-ANCHORS="data/anchor_cache"                   # from scripts/build_anchor_cache.py, on the old tasks
+ANCHORS="data/anchor_cache"                   # built by craft-ds anchors from the old tasks
 OUTPUT="outputs/craft_lora"
 
-# ds_configs/zero3_lora.json is the same preset for DeepSpeed.
+# `--ds_config zero3_lora` is the same preset for DeepSpeed.
 exec torchrun --standalone --nproc-per-node "${NPROC:-auto}" scripts/train_craft.py \
     --config_path=fsdp_configs/lora.yaml \
     --policy.path="$POLICY" \

@@ -1,4 +1,4 @@
-"""How a command's process ends."""
+"""Exit status and output of a command's process."""
 
 import os
 import signal

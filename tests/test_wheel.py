@@ -77,12 +77,12 @@ def test_unpacked_wheel_answers_in_an_empty_directory(unpacked, tmp_path, argume
 
 def test_unpacked_wheel_finds_its_configs_by_name(unpacked, tmp_path):
     program = (
-        "from craft_ds.config.arguments import normalise_arguments as normalise;"
-        "print(*normalise(['--ds_config', 'zero3', '--config_path', 'lora']))"
+        "from craft_ds.config.shipped_files import resolve_shipped as resolve;"
+        "print(resolve('--engine.ds_config', 'zero3'), resolve('--config_path', 'lora'))"
     )
     ended = run(unpacked, tmp_path, "-c", program)
-    expected = f"--engine.ds_config={unpacked}/craft_ds/ds_configs/zero3.json "
-    assert ended.stdout.strip() == f"{expected}--config_path={unpacked}/craft_ds/fsdp_configs/lora.yaml"
+    expected = [f"{unpacked}/craft_ds/{name}" for name in ("ds_configs/zero3.json", "fsdp_configs/lora.yaml")]
+    assert ended.stdout.split() == expected
 
 
 def run(unpacked: Path, directory: Path, *arguments: str) -> subprocess.CompletedProcess:

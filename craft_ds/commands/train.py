@@ -22,8 +22,9 @@ def main(arguments: Sequence[str]) -> None:
         print(train_help())
         return
     given = normalise_arguments(arguments)
-    print_only = "--print_config" in given
-    given = [argument for argument in given if argument != "--print_config"]
+    switches = ("--print_config", "--print_config=true")
+    print_only = not set(switches).isdisjoint(given)
+    given = [argument for argument in given if argument not in switches]
     refuse_misspelt_flags(given)
     if print_only and not {"--resume=true", "--resume=auto"}.isdisjoint(given):
         raise UserError(

@@ -28,9 +28,9 @@ def normalise_arguments(arguments: Sequence[str]) -> list[str]:
     for argument in joined:
         name, equals, value = argument.partition("=")
         name = _ALIASES.get(name, name)
-        value = resolve_shipped(name, value)
-        if name == "--config_path" and Path(value).is_dir():
-            value = str(Path(value) / TRAIN_CONFIG_NAME)
+        if name == "--config_path":
+            value = resolve_shipped(name, value)
+            value = str(Path(value) / TRAIN_CONFIG_NAME) if Path(value).is_dir() else value
         last.pop(name, None)
         if name == "--lora.preset" and argument.startswith("--lora="):
             last["--lora.enabled"] = "--lora.enabled=true"

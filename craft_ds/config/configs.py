@@ -104,7 +104,7 @@ class CraftConfig:
         )
         _require(
             -1.0 <= self.conflict_threshold <= 1.0,
-            f"--craft.conflict_threshold={self.conflict_threshold} is a cosine and lies in [-1, 1]",
+            f"--craft.conflict_threshold={self.conflict_threshold} is a cosine and must lie in [-1, 1]",
         )
         check_choice("--craft.projection_mode", self.projection_mode, ProjectionMode)
         check_choice("--craft.epsilon_schedule", self.epsilon_schedule, EpsilonSchedule)

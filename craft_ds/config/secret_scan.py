@@ -16,8 +16,8 @@ SECRET_VARIABLES = (
 )
 # A shorter value could occur in a configuration by chance.
 _SHORTEST = 8
-_NAMED_SO = re.compile(r"(--[\w.-]*(?:key|token|secret|password)=)\S+", re.IGNORECASE)
-_LOOKS = (
+_SECRET_FLAG = re.compile(r"(--[\w.-]*(?:key|token|secret|password)=)\S+", re.IGNORECASE)
+_PATTERNS = (
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "a token of the Hugging Face hub"),
     (re.compile(r"\bwandb_v\d_[A-Za-z0-9_]{20,}"), "a key of Weights & Biases"),
     (re.compile(r"\w://[^/@\s]*:[^/@\s]+@"), "a password in an address"),
@@ -37,7 +37,7 @@ def refuse_secrets(config: Mapping[str, Any], environment: Mapping[str, str] = o
         UserError: Names the flag, without the secret.
     """
     for flag, text in _texts(config, ""):
-        what = next((kind for look, kind in _LOOKS if look.search(text)), None)
+        what = next((kind for pattern, kind in _PATTERNS if pattern.search(text)), None)
         for name in SECRET_VARIABLES:
             value = environment.get(name, "")
             if len(value) >= _SHORTEST and value in text:
@@ -51,7 +51,7 @@ def refuse_secrets(config: Mapping[str, Any], environment: Mapping[str, str] = o
 
 def redact(text: str) -> str:
     """Return a message without the values of flags whose names suggest secrets."""
-    return _NAMED_SO.sub(r"\1…", text)
+    return _SECRET_FLAG.sub(r"\1…", text)
 
 
 def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:

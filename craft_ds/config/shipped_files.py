@@ -17,7 +17,8 @@ def shipped_names(flag: str) -> list[str]:
 def resolve_shipped(flag: str, value: str) -> str:
     """Return the path of the shipped file of this name; other values are returned as they are.
 
-    A file or directory of that name in the working directory is preferred.
+    A file or directory of that name in the working directory is preferred. The name is kept in a run's
+    configuration, so that the run can be resumed where the package is installed elsewhere.
 
     Raises:
         UserError: The value is a bare name, and no shipped file has it.

@@ -6,6 +6,7 @@ from functools import cache
 
 from craft_ds.config.describe import FlagDescription, describe_flags
 from craft_ds.config.help import LEROBOT_FLAGS
+from craft_ds.config.shipped_files import resolve_shipped
 from craft_ds.errors import UserError
 from craft_ds.worlds.tasks import TASKS
 
@@ -66,6 +67,8 @@ def refuse_misspelt_flags(arguments: Iterable[str]) -> None:
             raise UserError(f"{name}: no such flag; use {FOREIGN_FLAGS[name]}")
         if name == "--engine.name" and value in FOREIGN_ENGINES:
             raise UserError(f"--engine={value}: no such engine; use {FOREIGN_ENGINES[value]}")
+        if name == "--engine.ds_config":
+            resolve_shipped(name, value)
         if name in own:
             _refuse_value(own[name], value)
         elif any(name.startswith(prefix) for prefix in prefixes) and name not in _groups(own):

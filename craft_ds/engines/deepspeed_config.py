@@ -11,7 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from craft_ds.config.shipped_files import shipped_names
+from craft_ds.config.shipped_files import resolve_shipped, shipped_names
 from craft_ds.errors import UserError
 
 _TOP = {
@@ -87,7 +87,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         UserError: The file is missing or is not a JSON object.
     """
     try:
-        config = json.loads(Path(path).read_text())
+        config = json.loads(Path(resolve_shipped("--engine.ds_config", str(path))).read_text())
     except FileNotFoundError:
         shipped = ", ".join(shipped_names("--engine.ds_config"))
         raise UserError(f"--ds_config={path}: no such file; the shipped ones are {shipped}") from None

@@ -11,7 +11,7 @@ from craft_ds.testing.policies import make_test_policy_dir
 
 @pytest.fixture
 def run(tmp_path):
-    """The output directory of a run that must not come about."""
+    """The output directory of a run that must not start."""
     return tmp_path / "run"
 
 
@@ -25,7 +25,7 @@ def anchors(inputs, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_cameras(tmp_path_factory):
-    """A policy that also looks through a second camera."""
+    """A policy with a second camera."""
     return make_test_policy_dir(tmp_path_factory.mktemp("two") / "policy", cameras=2)
 
 
@@ -67,7 +67,7 @@ def flip_a_byte(path):
         (["--log_to=wandb,mlflow"], ["--log_to=mlflow", "wandb, tensorboard, trackio"]),
     ],
 )
-def test_a_flag(refuses, run, flags, names):
+def test_a_bad_flag_is_named(refuses, run, flags, names):
     line = refuses(run, *flags)
     assert all(name in line for name in names), line
 
@@ -90,7 +90,7 @@ def test_a_tracker_that_is_not_installed_before_the_data_set_is_opened(refuses, 
         (["--craft.projection_mode=sum"], ["--craft.projection_mode=sum"]),
     ],
 )
-def test_a_craft_flag(refuses, inputs, run, flags, names):
+def test_a_bad_craft_flag_is_named(refuses, inputs, run, flags, names):
     line = refuses(run, *inputs.craft_flags(), *flags)
     assert all(name in line for name in names), line
 
@@ -106,7 +106,7 @@ def test_an_output_directory_that_cannot_be_made(refuses, tmp_path):
     assert f"--output_dir={tmp_path}/file/run" in refuses(tmp_path / "file" / "run")
 
 
-# --- DeepSpeed's file, as far as it is known without ranks ------------------------------------------------
+# --- DeepSpeed's file, as far as it can be checked without ranks ------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_processes_without_an_engine_that_shards(refuses, run, monkeypatch):
 # --- the policy -------------------------------------------------------------------------------------------
 
 
-def test_a_policy_path_that_is_not_there(refuses, run, tmp_path):
+def test_a_missing_policy_path(refuses, run, tmp_path):
     line = refuses(run, f"--policy.path={tmp_path}/none/at/all")
     assert f"{tmp_path}/none/at/all" in line
 
@@ -155,7 +155,7 @@ def test_a_policy_path_that_is_not_there(refuses, run, tmp_path):
         ("policy_preprocessor.json", "policy_preprocessor.json is missing"),
     ],
 )
-def test_a_policy_path_without(refuses, inputs, run, tmp_path, name, reason):
+def test_a_policy_path_without_a_file(refuses, inputs, run, tmp_path, name, reason):
     policy = tmp_path / "policy"
     shutil.copytree(inputs.policy, policy)
     (policy / name).unlink()
@@ -185,7 +185,7 @@ def test_a_hub_policy_without_a_network(refuses, run, monkeypatch):
 # --- the data set -----------------------------------------------------------------------------------------
 
 
-def test_a_data_set_that_is_not_there(refuses, run, tmp_path):
+def test_a_missing_data_set(refuses, run, tmp_path):
     assert f"--dataset.root={tmp_path}/none" in refuses(run, f"--dataset.root={tmp_path}/none")
 
 
@@ -200,7 +200,7 @@ def test_a_data_set_of_another_robot(refuses, run, tmp_path):
     assert "does not fit the policy's processors" in refuses(run, f"--dataset.root={root}")
 
 
-def test_nothing_left_to_hold_out(refuses, run):
+def test_too_few_episodes_to_hold_out(refuses, run):
     line = refuses(run, "--eval_freq=1", "--dataset.episodes=[0]")
     assert "eval_split=0.05 leaves 0 training episodes" in line
 
@@ -208,7 +208,7 @@ def test_nothing_left_to_hold_out(refuses, run):
 # --- the anchor cache -------------------------------------------------------------------------------------
 
 
-def test_no_anchor_cache(refuses, inputs, run, tmp_path):
+def test_a_missing_anchor_cache(refuses, inputs, run, tmp_path):
     line = refuses(run, *inputs.craft_flags(), f"--craft.anchor_cache_dir={tmp_path}/none")
     assert f"no anchor cache at {tmp_path}/none" in line
     assert "craft-ds anchors" in line
@@ -257,7 +257,7 @@ def finished(inputs, tmp_path_factory):
 
 @pytest.fixture
 def resume(refuses, finished, tmp_path):
-    """Refuse to resume a copy of the finished run, after `change` was made to it."""
+    """Refuse to resume a copy of the finished run, after `change` modified it."""
 
     def resume(checkpoint: str, change, *flags: str) -> str:
         copy = tmp_path / "copy"
@@ -275,7 +275,7 @@ def nothing(_: object) -> None:
     pass
 
 
-def test_resuming_a_run_that_is_done(resume):
+def test_resuming_a_finished_run(resume):
     line = resume("final", nothing)
     assert "has done 2 of --steps=2" in line
 
@@ -300,7 +300,7 @@ def test_resuming_from_a_damaged_checkpoint(resume, name):
     assert f"step_000001/{name} is damaged" in line
 
 
-def test_resuming_from_what_is_no_checkpoint(resume):
+def test_resuming_from_a_directory_that_is_not_a_checkpoint(resume):
     def change(run):
         shutil.rmtree(run / "final")
         (run / "step_000001" / "manifest.json").unlink()

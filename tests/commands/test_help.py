@@ -16,6 +16,7 @@ from craft_ds.config.arguments import normalise_arguments
 from craft_ds.config.help import LEROBOT_FLAGS, REFUSED_FLAGS, train_help, without_refused
 from craft_ds.config.shipped_files import shipped_names
 from craft_ds.config.suggestions import own_flags, suggestion
+from craft_ds.engines.deepspeed_config import read_ds_config
 from craft_ds.errors import UserError
 
 
@@ -85,6 +86,7 @@ def test_lerobot_flags_exist_and_have_the_stated_defaults():
         ("--lora.full_modules=[lm_head]", "renamed: use --lora.modules_to_save"),
         ("--craft=true", "--craft.enabled=true"),
         ("--engine=zero3", "--ds_config zero3"),
+        ("--ds_config=zero9", "the shipped ones are zero2"),
         ("--engine=zro", "did you mean zero?"),
         ("--world.tasks=red", "reach-red"),
         ("--world.tasks=reach-red", "--world.tasks=[reach-red]"),
@@ -108,11 +110,19 @@ def test_flag_with_one_letter_dropped_suggests_itself():
                 assert suggestion(name) == f"; did you mean {flag}?"
 
 
-@pytest.mark.parametrize("flag", ["--ds_config", "--config_path"])
-def test_shipped_file_is_found_by_name(flag):
-    field = "--engine.ds_config" if flag == "--ds_config" else flag
-    for name in shipped_names(field):
-        ((_, path),) = [argument.split("=") for argument in normalise_arguments([flag, name])]
-        assert path.rsplit("/", 1)[1].startswith(f"{name}.")
-    with pytest.raises(UserError, match=rf"{flag}=none: no such file.*{shipped_names(field)[0]}"):
-        normalise_arguments([flag, "none"])
+def test_shipped_fsdp_config_is_found_by_name():
+    for name in shipped_names("--config_path"):
+        ((_, path),) = [argument.split("=") for argument in normalise_arguments(["--config_path", name])]
+        assert path.endswith(f"/fsdp_configs/{name}.yaml")
+    with pytest.raises(UserError, match=r"--config_path=none: no such file.* of the names lora$"):
+        normalise_arguments(["--config_path", "none"])
+
+
+def test_shipped_ds_config_is_found_by_name():
+    assert normalise_arguments(["--ds_config", "zero3"]) == ["--engine.ds_config=zero3"]
+    names = shipped_names("--engine.ds_config")
+    assert {"zero2", "zero3", "zero3_bf16", "zero3_lora", "zero3_offload"} == set(names)
+    for name in names:
+        assert read_ds_config(name)["zero_optimization"]["stage"] == int(name[4])
+    with pytest.raises(UserError, match=r"--ds_config=none: no such file.*zero3_bf16"):
+        read_ds_config("none")

@@ -45,7 +45,7 @@ def test_printed_config_parses_to_the_same_config(flags, tmp_path, capsys):
 
 
 def test_printed_config_has_the_resolved_values(flags, capsys):
-    run_command("train", [*flags, "--print_config"])
+    run_command("train", [*flags, "--print_config=true"])
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["engine"]["name"] == "single"
     assert printed["eval_steps"] == 2

@@ -3,7 +3,7 @@ import pytest
 from craft_ds.config.configs import CraftConfig, EngineConfig, FsdpConfig
 from craft_ds.errors import UserError
 
-# The guide's table of parameters.
+# The table of parameters in the guide.
 GUIDE = {
     "enabled": False,
     "anchor_cache_dir": "",
@@ -83,7 +83,7 @@ def test_a_bad_value_is_named(changes, names):
     message = str(raised.value)
     assert "\n" not in message
     assert all(name in message for name in names), message
-    # The baseline reads none of these.
+    # The baseline uses none of these.
     CraftConfig(**{**changes, "enabled": False}).validate()
 
 
@@ -98,7 +98,7 @@ def test_a_bad_value_is_named(changes, names):
         ({"name": "fsdp", "fsdp": FsdpConfig(dp_replicate=2)}, "fsdp"),
     ],
 )
-def test_the_engine_follows_from_ds_config(given, resolved):
+def test_engine_auto_is_resolved(given, resolved):
     engine = EngineConfig(**given)
     engine.resolve()
     assert engine.name == resolved

@@ -26,17 +26,17 @@ def own_argv(monkeypatch):
         (["--rename_map={'a=b': 1}"], ["--rename_map={'a=b': 1}"]),
         (["-h", "--policy.type=act"], ["-h", "--policy.type=act"]),
         (["stray", "--steps=3"], ["stray", "--steps=3"]),
-        # The last one counts, for the flag that LeRobot reads by itself too.
+        # The last one counts, also for the flag that LeRobot reads itself.
         (["--policy.path=a", "--steps=1", "--policy.path", "b"], ["--steps=1", "--policy.path=b"]),
         (["--engine=zero", "--engine.name=single"], ["--engine.name=single"]),
     ],
 )
-def test_arguments_are_brought_into_one_form(given, understood):
+def test_arguments_are_normalised(given, understood):
     assert normalise_arguments(given) == understood
     assert normalise_arguments(understood) == understood
 
 
-def test_a_checkpoint_directory_stands_for_its_config(tmp_path):
+def test_a_checkpoint_directory_means_its_config(tmp_path):
     assert normalise_arguments([f"--config_path={tmp_path}"]) == [
         f"--config_path={tmp_path}/train_config.json"
     ]
@@ -57,7 +57,7 @@ def test_flags_reach_their_fields():
     assert (config.dataset.repo_id, config.steps, config.seed) == ("a/b", 7, None)
     assert config.craft.retention_freq == 3
     assert config.engine.ds_config == "x.json"
-    # LeRobot reads these again at validation.
+    # LeRobot reads sys.argv again at validation.
     assert "--engine.ds_config=x.json" in sys.argv
 
 
@@ -83,13 +83,13 @@ def test_flags_reach_their_fields():
         (["--config_path=none"], r"--config_path=none: no such file; must be a .json or .yaml file, .*"),
     ],
 )
-def test_a_complaint_is_one_line(arguments, message, capfd):
+def test_an_error_is_one_line(arguments, message, capfd):
     with pytest.raises(UserError, match=f"^{message}$"):
         parse_arguments(["--dataset.repo_id=a/b", *arguments])
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_data_set_is_needed():
+def test_the_data_set_is_required():
     with pytest.raises(UserError, match=r"Missing required field.*`dataset`"):
         parse_arguments(["--steps=1"])
 
@@ -115,7 +115,7 @@ def test_a_bad_config_file_is_named(tmp_path, name, text, reason):
     assert f"--config_path={path}" in message
 
 
-def test_flags_win_over_the_config_file_and_nothing_is_kept_for_the_next_call(tmp_path):
+def test_flags_override_the_file_and_do_not_leak_to_the_next_call(tmp_path):
     path = tmp_path / "run.yaml"
     content = {"steps": 5, "seed": 3, "policy": {"path": "teacher", "optimizer_lr": 0.1}}
     path.write_text(yaml.dump({**content, "dataset": {"repo_id": "a/b"}, "craft": {"lambda_lr": 0.5}}))
@@ -145,13 +145,13 @@ def test_an_exit_is_an_error_and_other_output_is_kept(capsys):
         print("warning: kept", file=sys.stderr)
     assert capsys.readouterr().err == "warning: kept\n"
 
-    def leave() -> None:
+    def exit_with_usage() -> None:
         with exits_as_user_error():
             print("usage: a\n  b\nprog: error: one\nmore line", file=sys.stderr)
             sys.exit(2)
 
     with pytest.raises(UserError, match=r"^one more line$"):
-        leave()
+        exit_with_usage()
     assert capsys.readouterr().err == ""
 
     with pytest.raises(SystemExit), exits_as_user_error():

@@ -21,7 +21,7 @@ def own_argv(monkeypatch):
 
 @pytest.fixture
 def make(inputs):
-    """A configuration as it is made in Python; `policy__name` sets a field of the policy."""
+    """Make a configuration in Python; `policy__name` sets a field of the policy."""
 
     def make(**changes) -> TrainConfig:
         policy = load_policy_config(inputs.policy)
@@ -33,7 +33,7 @@ def make(inputs):
     return make
 
 
-def test_validation_settles_what_the_loop_reads(make):
+def test_validation_resolves_defaults_once(make):
     config = make()
     config.validate()
     assert config.engine.name == "single"
@@ -59,7 +59,7 @@ def test_evaluation_needs_a_held_out_part(make, name):
     assert config.dataset.eval_split == 0.2
 
 
-def test_own_optimizer_and_scheduler_are_taken_without_the_preset(make):
+def test_own_optimizer_and_scheduler_are_used_without_preset(make):
     preset = make().policy.get_optimizer_preset()
     preset.lr = 0.5
     scheduler = make().policy.get_scheduler_preset()
@@ -85,7 +85,7 @@ def test_own_optimizer_and_scheduler_are_taken_without_the_preset(make):
         ({"engine": EngineConfig(name="zero")}, ["--ds_config"]),
         ({"resume": True}, ["--resume=true", "--config_path"]),
         ({"dataloader_multiprocessing_context": "thread"}, ["dataloader_multiprocessing_context"]),
-        # The parser takes null for a value of any type.
+        # The parser accepts null for a value of any type.
         ({"steps": None}, ["--steps=null: give it a value"]),
         ({"engine": EngineConfig(fsdp=FsdpConfig(dp_shard=None))}, ["--engine.fsdp.dp_shard=null"]),
         ({"policy__optimizer_lr": None}, ["--policy.optimizer_lr=null"]),
@@ -99,7 +99,7 @@ def test_bad_values_are_named(make, changes, names):
     assert all(name in message for name in names), message
 
 
-def test_an_optimizer_beside_the_preset_would_have_no_effect(make):
+def test_an_optimizer_with_the_preset_is_refused(make):
     optimizer = make().policy.get_optimizer_preset()
     optimizer.lr = 0.5
     with pytest.raises(UserError, match=r"--optimizer.*--policy.optimizer_.*--use_policy_training_preset"):
@@ -114,7 +114,7 @@ def test_an_output_that_exists_is_refused(make, tmp_path, what):
         make(output_dir=path).validate()
 
 
-def test_policy_path_of_the_command_line_brings_its_config(inputs, monkeypatch):
+def test_policy_path_flag_loads_its_config(inputs, monkeypatch):
     flags = [f"--policy.path={inputs.policy}", "--policy.optimizer_lr=0.25"]
     monkeypatch.setattr(sys, "argv", ["train_craft.py", *flags])
     config = TrainConfig(dataset=DatasetConfig("craft-ds/test"))
@@ -143,7 +143,7 @@ def test_policy_path_contradicts_resume(make, inputs, monkeypatch):
 def test_tokenizers_follow_the_policy_directory(make, inputs, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(inputs.policy, moved)
-    # LeRobot's own way to read a configuration leaves the relative names of the file.
+    # LeRobot's own reader keeps the relative names in the file.
     policy = PreTrainedConfig.from_pretrained(moved)
     assert policy.text_tokenizer_name == "text_tokenizer"
     policy.pretrained_path = moved
