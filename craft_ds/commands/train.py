@@ -34,6 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     # Imported here: LeRobot and torch take seconds, and their import errors become one line too.
     from craft_ds.checkpoints.run_directory import repair_last_link
     from craft_ds.config.parser import parse_arguments
+    from craft_ds.config.secret_scan import refuse_secrets
     from craft_ds.distributed.collectives import destroy_process_group, process_group_is_initialized
     from craft_ds.training.resume import resolve_resume
     from craft_ds.training.start_report import first_line
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     for line in chosen.messages if is_local_rank0() else ():
         print(line, flush=True)
     config = parse_arguments(chosen.arguments)
+    refuse_secrets(config.to_dict())  # before anything is printed
     if launched_rank() == 0:
         print(first_line(config), flush=True)
     config.verified_checkpoint = chosen.checkpoint

@@ -6,7 +6,6 @@ from pathlib import Path
 import craft_ds
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.config.configs import CraftConfig
-from craft_ds.config.secret_scan import redact
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.env import launched_world_size
 from craft_ds.training.train_state import Progress
@@ -20,7 +19,7 @@ def first_line(config: TrainConfig) -> str:
     ranks = launched_world_size()
     return (
         f"craft-ds {craft_ds.__version__}: {config.steps} steps on {ranks} rank{'s' if ranks > 1 else ''}, "
-        f"writing to {redact(str(config.output_dir or 'outputs/'))}"
+        f"writing to {config.output_dir or 'outputs/'}"
     )
 
 
