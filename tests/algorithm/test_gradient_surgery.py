@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from craft_ds.algorithm.gradient_surgery import GramTriple, clip_factor, merge
 from craft_ds.config.configs import CraftConfig
 
-settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+settings.register_profile("patient", deadline=None)  # a busy machine is not a failure
 settings.load_profile("patient")
 
 MODES = ["weighted", "equal", "task_priority"]

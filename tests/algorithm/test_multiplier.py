@@ -12,7 +12,7 @@ from craft_ds.algorithm.gradient_surgery import GramTriple, merge
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord, ascend, epsilon_at
 from craft_ds.config.configs import CraftConfig
 
-settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+settings.register_profile("patient", deadline=None)  # a busy machine is not a failure
 settings.load_profile("patient")
 
 SCHEDULES = ["linear", "cosine", "exponential"]

@@ -234,18 +234,18 @@ def gradients(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
         from deepspeed.utils import safe_get_local_grad
 
         for name, parameter in trainable.items():
-            whole = safe_get_local_grad(parameter).reshape(-1)
-            start = engine.rank * whole.numel()
-            numel = min(whole.numel(), parameter.ds_numel - start)
+            full = safe_get_local_grad(parameter).reshape(-1)
+            start = engine.rank * full.numel()
+            numel = min(full.numel(), parameter.ds_numel - start)
             if numel > 0:
-                yield name, start, whole[:numel]
+                yield name, start, full[:numel]
     else:
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in trainable.items():
-            whole = safe_get_full_grad(parameter)
+            full = safe_get_full_grad(parameter)
             if engine.rank == 0:
-                yield name, 0, whole.reshape(-1)
+                yield name, 0, full.reshape(-1)
 
 
 def masters(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:

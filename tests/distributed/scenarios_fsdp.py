@@ -101,11 +101,11 @@ def tied_weights_and_buffers(lab: Lab) -> None:
         assert abs(found.loss - expected.loss) <= TOLERANCE * expected.loss
         assert abs(found.grad_norm - expected.grad_norm) <= TOLERANCE * expected.grad_norm
     assert policy.head.weight is policy.embed.weight
-    whole = dict(original.named_parameters())
+    full = dict(original.named_parameters())
     assert [shard.name for shard in engine.shards() if "head" in shard.name] == []
     for shard in engine.shards():
         stop = shard.start + shard.master.numel()
-        expected_part = whole[shard.name].detach().reshape(-1)[shard.start : stop]
+        expected_part = full[shard.name].detach().reshape(-1)[shard.start : stop]
         torch.testing.assert_close(shard.master, expected_part, rtol=TOLERANCE, atol=TOLERANCE)
 
 
