@@ -140,11 +140,11 @@ def _build(
     held_out = len(heldout) if heldout is not None else 0
     logger.say(dataset_line(train.num_episodes, len(train), held_out, _task_texts(train)))
     logger.say(f"✓ policy: {description}, {_describe_engine(config, engine)}")
+    teacher_loss = None
     if inputs.cache is not None:
         logger.say(anchor_line(inputs.cache, config.craft))
-        messages += epsilon_lines(
-            config.craft, inputs.cache.teacher_loss[config.craft.constraint_split]["overall"]
-        )
+        teacher_loss = inputs.cache.teacher_loss[config.craft.constraint_split]["overall"]
+        messages += epsilon_lines(config.craft, teacher_loss)
     for message in (*size_lines(config, state.progress, len(train), engine.world_size), *messages):
         logger.say(message)
     return Run(
@@ -157,7 +157,16 @@ def _build(
         logger=logger,
         evaluator=Evaluator(config, engine, watchdog, preprocessor, postprocessor, heldout, anchors),
         checkpointer=Checkpointer(
-            config, engine, state, scheduler, adapters, inputs.policy_dir, logger, watchdog, background
+            config=config,
+            engine=engine,
+            state=state,
+            scheduler=scheduler,
+            adapters=adapters,
+            policy_dir=inputs.policy_dir,
+            logger=logger,
+            watchdog=watchdog,
+            teacher_loss=teacher_loss,
+            background=background,
         ),
         preemption=preemption,
         watchdog=watchdog,

@@ -13,7 +13,7 @@ from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import Adapters
-from craft_ds.training.metrics import MetricsLogger
+from craft_ds.training.metrics import METRICS_FILE, MetricsLogger
 from craft_ds.training.plots import plot_lambda_analysis
 from craft_ds.training.train_state import TrainState
 
@@ -34,6 +34,7 @@ class Checkpointer:
         policy_dir: Directory with the policy's configuration and processors.
         logger: Receives a line per save.
         watchdog: Told of progress while files are written.
+        teacher_loss: L0 on the anchors that measure the constraint, for the plot; None: the baseline.
         background: Writes periodic checkpoints beside training; None: training waits for them.
     """
 
@@ -45,6 +46,7 @@ class Checkpointer:
     policy_dir: Path
     logger: MetricsLogger
     watchdog: RankWatchdog
+    teacher_loss: float | None
     background: BackgroundSaver | None
 
     def save_periodic(self) -> None:
@@ -125,4 +127,9 @@ class Checkpointer:
     def _write_history(self, directory: Path) -> None:
         self.state.dual.write_csv(directory / HISTORY_CSV)
         if self.state.dual.history:
-            plot_lambda_analysis(directory / HISTORY_CSV, directory / HISTORY_PLOT)
+            plot_lambda_analysis(
+                directory / HISTORY_CSV,
+                directory / HISTORY_PLOT,
+                metrics_jsonl=Path(self.config.output_dir) / METRICS_FILE,
+                teacher_loss=self.teacher_loss,
+            )
