@@ -4,6 +4,7 @@ Each tracker's package is imported only if the run uses it.
 """
 
 import shutil
+import uuid
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -186,7 +187,8 @@ class TrackioTracker:
 
     Args:
         config: The validated configuration, which is stored with the run.
-        run_id: Name of the run to continue; None: a new run, named like the output directory.
+        run_id: Name of the run to continue; None: a new run, named like the output directory with a random
+            suffix. trackio accepts a name twice and resumes the latest run of that name.
 
     Raises:
         UserError: trackio did not start.
@@ -200,7 +202,7 @@ class TrackioTracker:
         try:
             self._run: Any = trackio.init(
                 project=config.wandb.project,
-                name=run_id or Path(config.output_dir).name,
+                name=run_id or f"{Path(config.output_dir).name}-{uuid.uuid4().hex[:8]}",
                 config=config.to_dict(),
                 resume="never" if run_id is None else "allow",
             )
@@ -209,7 +211,7 @@ class TrackioTracker:
 
     @property
     def run_id(self) -> str:
-        """Trackio's name of the run, which differs from the one asked for if that was taken."""
+        """Trackio's name of the run."""
         return str(self._run.name)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
