@@ -153,7 +153,7 @@ def _draw_seconds(panel: Axes, logged: dict[str, np.ndarray]) -> None:
     panel.set_title("Time per step", pad=24)
     panel.set_ylabel("seconds")
     _draw_curve(panel, logged["step"], logged["time/step_s"], BLUE, "step")
-    _draw_curve(panel, logged["step"], logged["time/data_s"], ORANGE, "of which waiting for data")
+    _draw_curve(panel, logged["step"], logged["time/data_s"], ORANGE, "waiting for data")
     _, high = _bulk(logged["time/step_s"], [0.0])
     panel.set_ylim(0, 1.2 * high or 1.0)
 

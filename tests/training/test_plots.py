@@ -84,7 +84,7 @@ def test_the_panels_show_history_and_metrics(tmp_path, figures):
     np.testing.assert_allclose(cosine["conflict (2 of 10)"].get_xdata(), [10, 15])
     assert len(cosine["no conflict"].get_xdata()) == 8
     np.testing.assert_allclose(seconds["step"].get_ydata(), 0.2)
-    np.testing.assert_allclose(seconds["of which waiting for data"].get_ydata(), 0.1)
+    np.testing.assert_allclose(seconds["waiting for data"].get_ydata(), 0.1)
     assert all(panel.get_title() and panel.get_ylabel() for panel in figures[0].axes)
     assert [panel.get_xlabel() for panel in figures[0].axes] == ["", "", "optimizer step", "optimizer step"]
 
