@@ -92,7 +92,7 @@ def test_losses_are_those_of_one_process(whole_run, inputs, train, tmp_path):
     flags = [*inputs.craft_flags(), *RUN, "--batch_size=4", "--craft.anchor_batch_size=4"]
     assert train(tmp_path / "single", *flags).status == 0
     one, two = measured(tmp_path / "single"), measured(output)
-    assert len(one) == 6  # 4 steps, 2 evaluations
+    assert len(one) == 7  # 4 steps, 2 evaluations, the last λ
     for expected, found in zip(one, two, strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
 

@@ -18,6 +18,7 @@ from craft_ds.anchors.cache import AnchorCache
 LINE = re.compile(
     r"Step (\d+)/4 \| loss=\d+\.\d{3} \| grdn=\d+\.\d{3} \| lr=\d\.\de[+-]\d\d "
     r"\| L_ret=\d+\.\d{3} \| λ=\d+\.\d\d \| ε=\d+\.\d\d \| conflict=[✓✗] \| cos=-?\d\.\d\d"
+    r" \| \d+\.\d\d s/step \| [\d.e+]+ samples/s \| \d+:\d\d:\d\d left"
 )
 
 
