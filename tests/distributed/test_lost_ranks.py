@@ -96,11 +96,11 @@ def test_a_hanging_rank_is_named_with_its_position():
     ended = run("sleeps", 1, world_size=3)
     assert ended.statuses == [LOST_RANK_STATUS] * 3
     [line] = ended.named()
-    assert re.match(r"rank 1 hangs in distributed/watchdog_ranks\.py:\d+ in sleep_for_ever", line)
+    assert re.match(r"rank 1 hangs in distributed/watchdog_ranks\.py:\d+ in sleep_forever", line)
     assert " while the others wait for it: no progress for " in line
     assert "--rank_timeout" in line
     # The stack of the one that is named.
-    assert ["in sleep_for_ever\n" in output for output in ended.outputs] == [False, True, False]
+    assert ["in sleep_forever\n" in output for output in ended.outputs] == [False, True, False]
     assert ended.seconds < OF_A_HANG_S
 
 

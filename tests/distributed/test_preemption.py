@@ -58,6 +58,15 @@ def test_handlers_are_as_before_afterwards():
     assert signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.fixture
+def default_interrupts():
+    """Handle SIGINT as in the foreground: a shell that starts the tests in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupts")
 def test_an_interrupt_is_noted_once_there_is_something_to_save():
     preemption = Preemption()
     with preemption.listening():
