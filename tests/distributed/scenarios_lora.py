@@ -156,7 +156,17 @@ def lora_costs(lab: Lab) -> Output:
     (engine, _), output = lab.lora_engine(PLAIN, adapters_of(lab, "plain"), persistence=0), Output()
     task, anchors = lab.pi0_batches(0, 1), lab.pi0_batches(0, 1)
     plain = partial(task_step, engine, task, 1.0)
-    retention = partial(retention_step, engine, task, anchors, None, 1.0, craft_config(threshold=ALWAYS), 1.0)
+    retention = partial(
+        retention_step,
+        engine,
+        task=task,
+        anchors=anchors,
+        constraint=None,
+        multiplier=1.0,
+        craft=craft_config(threshold=ALWAYS),
+        max_norm=1.0,
+        extra=[0.0],
+    )
     for name, action in (("plain", plain), ("retention", retention)) * 2:
         with MemoryCounter() as counter:
             action()

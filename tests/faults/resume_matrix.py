@@ -96,7 +96,7 @@ class MatrixLab:
             for rank, log in enumerate(logs)
         }
         self.server.run([*flags, *KINDS[kind]], ranks_of(kind), injectors=injectors).check()
-        rows = untimed(run)
+        rows = [row for row in untimed(run) if "train/loss" in row]  # without the last λ
         drawn = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
         return Run(run, rows, _in_order(drawn, len(rows)))
 
