@@ -10,6 +10,8 @@ import pytest
 from runs import assert_trained, losses
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 

@@ -12,6 +12,8 @@ from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
 from craft_ds.lora.targets import lora_presets
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan_memory.py"
 SMALL = (
     "--policy.type=tiny_pi0_fast",

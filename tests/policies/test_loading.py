@@ -266,6 +266,7 @@ assert torch.equal(tokens, load_file(path + "/expected.safetensors")["tokens"])
 """
 
 
+@pytest.mark.slow
 def test_copied_files_load_in_a_stock_process(stock_dir, tmp_path):
     path, expected = stock_dir
     copy_policy_files(path, tmp_path / "copy.tmp", tmp_path / "copy")
