@@ -27,6 +27,8 @@ from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.loading import load_policy, load_policy_config
 from craft_ds.testing.policies import random_batch
 
+pytestmark = pytest.mark.slow  # merges one policy of each kind of adapter
+
 CAMERA = "observation.images.top"
 
 
