@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
 
+from craft_ds.config.arguments import expand_home
 from craft_ds.distributed.env import is_local_rank0
 from craft_ds.errors import (
     LOST_RANK_STATUS,
@@ -97,7 +98,8 @@ def _stdout_is_closed() -> bool:
 def run_command(name: str, arguments: Sequence[str]) -> None:
     """Run a subcommand in this process; raises `SystemExit` as `run_main` does."""
     module, _ = COMMANDS[name]
-    run_main(lambda: import_module(f"craft_ds.commands.{module}").main(list(arguments)))
+    given = expand_home(arguments)
+    run_main(lambda: import_module(f"craft_ds.commands.{module}").main(given))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from craft_ds.config.describe import FlagDescription, describe_flags
-from craft_ds.config.help import LEROBOT_FLAGS, REFUSED_FLAGS
+from craft_ds.config.help import LEROBOT_FLAGS
+from craft_ds.config.unsupported import UNSUPPORTED
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -46,7 +47,13 @@ def _lines() -> Iterator[str]:
     yield "|---|---|"
     for name, line in LEROBOT_FLAGS.items():
         yield _row(f"`{name}`", line[0].upper() + line[1:])
-    yield "\nRefused, with all flags below them: " + ", ".join(f"`{name}`" for name in REFUSED_FLAGS) + "."
+    yield "\n## Refused flags of LeRobot\n"
+    yield "They have no effect here, and neither have the flags below them.\n"
+    yield "| Flag | Accepted value | Instead |"
+    yield "|---|---|---|"
+    for name, entry in UNSUPPORTED.items():
+        accepted = ", ".join(_code(str(value).lower()) for value in entry.accepted)
+        yield _row(f"`{name}`", accepted, entry.instead)
 
 
 def _kind(flag: FlagDescription) -> str:

@@ -29,7 +29,7 @@ from craft_ds.errors import UserError
 from craft_ds.lora.adapters import ADAPTER_WEIGHTS, Adapters
 from craft_ds.lora.peft_config import write_adapter_config
 from craft_ds.lora.weights import BASE_SHA256
-from craft_ds.policies.directory import WEIGHTS, copy_policy_files
+from craft_ds.policies.directory import NO_EDITS, WEIGHTS, PolicyEdits, copy_policy_files
 from craft_ds.tensor_io.filesystem import fsync, publish_directory, unfinished_path
 from craft_ds.tensor_io.per_rank_file import Part, create_piece, piece_path
 from craft_ds.tensor_io.tensor_file import TensorFile, TensorSpec, create_tensor_file
@@ -48,6 +48,7 @@ class PendingCheckpoint:
         contents: Parameters and optimizer state.
         config: The configuration of the run.
         policy_dir: The policy the run started from; its config, processors and tokenizers are copied.
+        edits: What the run changes in them.
         states: Contents of further files by name.
         step: Optimizer steps done.
         rank: This rank.
@@ -60,6 +61,7 @@ class PendingCheckpoint:
     contents: ShardPlan
     config: TrainConfig
     policy_dir: Path
+    edits: PolicyEdits
     states: dict[str, bytes]
     step: int
     rank: int
@@ -110,7 +112,7 @@ class PendingCheckpoint:
             )
         remove_unfinished(self.directory.parent)
         self.temporary.mkdir(parents=True)
-        copy_policy_files(self._policy_source(), self.temporary, self.directory)
+        copy_policy_files(self._policy_source(), self.temporary, self.directory, self.edits)
         if self.contents.adapters is not None:
             write_adapter_config(self.temporary, self.contents.adapters.config)
         self.config._save_pretrained(self.temporary)
@@ -225,6 +227,7 @@ def prepare_checkpoint(
     scheduler_state: dict[str, Any] | None,
     craft_state: dict[str, Any],
     step: int,
+    edits: PolicyEdits = NO_EDITS,
     adapters: Adapters | None = None,
     extra: Callable[[Path], None] | None = None,
     progress: Callable[[], None] = lambda: None,
@@ -239,6 +242,7 @@ def prepare_checkpoint(
         scheduler_state: State of the learning-rate scheduler, if there is one.
         craft_state: λ, its history and the progress of the run; plain Python values.
         step: Optimizer steps done.
+        edits: What the run changes in the policy's configuration and processors.
         adapters: The trained adapters, which alone are written; None for full training.
         extra: Writes further files into the directory it is given (rank 0 only).
         progress: Called after each piece of work, in the thread that does it.
@@ -248,6 +252,7 @@ def prepare_checkpoint(
         contents=plan_shards(engine, adapters),
         config=config,
         policy_dir=policy_dir,
+        edits=edits,
         states={SCHEDULER: _as_bytes(scheduler_state), CRAFT_STATE: _as_bytes(craft_state)},
         step=step,
         rank=engine.rank,

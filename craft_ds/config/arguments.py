@@ -1,5 +1,7 @@
 """Normal form of the flags of a training run. Imports neither torch nor LeRobot."""
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +11,16 @@ TRAIN_CONFIG_NAME = "train_config.json"  # the name that LeRobot gives it
 # Short forms of flags, with the fields that they set.
 _ALIASES = {"--engine": "--engine.name", "--ds_config": "--engine.ds_config", "--lora": "--lora.preset"}
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
+# Flags whose values are paths and which the parser would read as YAML, in which `#` and `: ` have a meaning.
+_PATH_FLAGS = (
+    "--output_dir",
+    "--dataset.root",
+    "--craft.anchor_cache_dir",
+    "--engine.ds_config",
+    "--lora.base_path",
+)
+_PLAIN = re.compile(r"[\w./+-]+")
+_YAML_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "y", "n")
 
 
 def normalise_arguments(arguments: Sequence[str]) -> list[str]:
@@ -19,7 +31,7 @@ def normalise_arguments(arguments: Sequence[str]) -> list[str]:
     can be followed by the user's. (LeRobot would use the first `--policy.path`.)
     """
     joined: list[str] = []
-    for argument in arguments:
+    for argument in expand_home(arguments):
         if joined and _is_flag(joined[-1]) and "=" not in joined[-1] and not _is_flag(argument):
             joined[-1] += f"={argument}"
         else:
@@ -37,7 +49,33 @@ def normalise_arguments(arguments: Sequence[str]) -> list[str]:
             value = "default" if value == "preset" else value
         if name not in _LAUNCHER_FLAGS:
             last[name] = name + equals + value
-    return list(last.values())
+    return [
+        f"--policy.path={argument.partition('=')[2]}"
+        if name == "--policy.pretrained_path" and not {"--policy.path", "--resume"} & last.keys()
+        else argument
+        for name, argument in last.items()
+    ]
+
+
+def expand_home(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with `~` in `--flag=~/path` expanded, as the shell does in `--flag ~/path`."""
+    return [
+        re.sub(r"(?<==)~(?=/|$)", lambda _: str(Path.home()), argument, count=1)
+        if argument.startswith("--")
+        else argument
+        for argument in arguments
+    ]
+
+
+def quote_paths(arguments: Sequence[str]) -> list[str]:
+    """Return the flags with paths quoted, so that a YAML parser reads them as they are."""
+    quoted = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        special = not _PLAIN.fullmatch(value) or value.lower() in _YAML_BOOLEANS
+        literal = name in _PATH_FLAGS and value[:1] not in ("", '"', "'") and special
+        quoted.append(f"{name}={json.dumps(value)}" if equals and literal else argument)
+    return quoted
 
 
 def _is_flag(argument: str) -> bool:

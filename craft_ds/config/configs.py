@@ -16,6 +16,7 @@ FsdpDtype = Literal["auto", "float32", "bfloat16"]
 LoraInit = Literal["default", "gaussian"]
 CheckpointLayout = Literal["consolidated", "per_rank"]
 ActivationCheckpointing = Literal["none", "full"]
+Normalization = Literal["policy", "dataset"]
 TrackerName = Literal["wandb", "tensorboard", "trackio"]
 
 
@@ -315,6 +316,13 @@ class RunOptions:
     alternative."""
     world: WorldEvalConfig = field(default_factory=WorldEvalConfig)
     """Evaluation in an embedded world every `eval_freq` steps, `--world.*`."""
+    normalization: Normalization = "policy"
+    """Statistics that normalise state and action: `policy` keeps those that the policy was trained with,
+    which old and new tasks then share; `dataset` takes those of `--dataset.repo_id`, as `lerobot-train` does.
+    They are saved with the policy."""
+    allow_missing_cameras: bool = False
+    """Train on a data set that lacks some of the policy's cameras: pi0_fast and its relatives mask them. At
+    least one camera is needed."""
     eval_freq: int = 0
     """Steps between reports of the held-out task loss and the anchor loss; 0: none. Holds out
     `--dataset.eval_split` of the data set, 0.05 if it is not given. `--eval_steps` is LeRobot's name of the

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator
 
 from craft_ds.config.describe import describe_flags
+from craft_ds.config.unsupported import UNSUPPORTED
 
 LEROBOT_FLAGS = {
     "--policy.path": "policy to fine-tune: a directory or a hub id",
@@ -34,18 +35,6 @@ LEROBOT_FLAGS = {
 }
 """The flags of LeRobot that most runs use."""
 
-REFUSED_FLAGS = (
-    "--env",
-    "--reward_model",
-    "--sample_weighting",
-    "--save_checkpoint_to_hub",
-    "--dataset.streaming",
-    "--job",
-    "--policy.push_to_hub",
-    "--policy.repo_id",
-)
-"""Flags of LeRobot that craft-ds refuses, with all flags below them."""
-
 
 def train_help() -> str:
     """Return the text of `craft-ds train --help`, without importing torch or LeRobot."""
@@ -58,7 +47,7 @@ def without_refused(text: str) -> str:
     for line in text.splitlines():
         if line.startswith("  -"):
             name = line.split()[0]
-            refused = any(name == flag or name.startswith(f"{flag}.") for flag in REFUSED_FLAGS)
+            refused = any(name == flag or name.startswith(f"{flag}.") for flag in UNSUPPORTED)
         elif line and not line.startswith("   "):
             refused = False
         if not refused:

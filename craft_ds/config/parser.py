@@ -12,7 +12,7 @@ import draccus
 import yaml
 from lerobot.configs import parser
 
-from craft_ds.config.arguments import normalise_arguments
+from craft_ds.config.arguments import normalise_arguments, quote_paths
 from craft_ds.config.secret_scan import redact
 from craft_ds.config.suggestions import suggestion
 from craft_ds.config.train_config import TrainConfig
@@ -29,7 +29,7 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         UserError: An unknown flag, a value that does not parse, or a configuration file that is missing or
             unreadable.
     """
-    sys.argv[1:] = normalise_arguments(arguments)
+    sys.argv[1:] = quote_paths(normalise_arguments(arguments))
     config_path = parser.parse_arg("config_path")
     if config_path is not None:
         _check_config_file(Path(config_path))
@@ -41,10 +41,14 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
     def identity(config: TrainConfig) -> TrainConfig:
         return config
 
+    # LeRobot accepts either --policy.path or --policy.type; with both, the type is checked later.
+    given = sys.argv[1:]
+    if parser.get_path_arg("policy"):
+        sys.argv[1:] = parser.filter_arg("policy.type", given)
     where = f" (--config_path={config_path}, or see --help)" if config_path else " (see --help)"
     try:
         with exits_as_user_error():
-            return identity()
+            config = identity()
     except (UserError, argparse.ArgumentError, draccus.ParsingError) as error:
         message = one_line(error.__cause__ or error, limit=None)
         # draccus writes a flag as `name`.
@@ -53,6 +57,8 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         if unknown:
             message += suggestion(unknown[1])
         raise UserError(redact(message) + where) from error
+    sys.argv[1:] = given
+    return config
 
 
 def _check_config_file(path: Path) -> None:

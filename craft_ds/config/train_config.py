@@ -1,29 +1,37 @@
 """The configuration of a run: LeRobot's `TrainPipelineConfig` and what craft-ds adds to it."""
 
+import copy
 import json
+import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Self, get_args, get_type_hints
 
+import draccus
 import yaml
 from lerobot.configs import PreTrainedConfig, parser
-from lerobot.configs.default import PeftConfig
+from lerobot.configs.default import DatasetConfig, PeftConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
 from craft_ds.config.configs import (
     ActivationCheckpointing,
     LoraConfig,
+    Normalization,
     RunOptions,
     TrackerName,
     check_choice,
 )
 from craft_ds.config.secret_scan import refuse_secrets
 from craft_ds.config.suggestions import RENAMED_FLAGS
+from craft_ds.config.unsupported import NO_EFFECT_IN_PI0_FAST, refuse_unsupported
 from craft_ds.distributed.preemption import parse_duration
 from craft_ds.errors import UserError, one_line
-from craft_ds.policies.loading import load_policy_config
+from craft_ds.policies.changes import changed_fields
+from craft_ds.policies.loading import check_action_steps, load_policy_config, resolve_policy_path
 from craft_ds.policies.tiny_pi0_fast.tokenizers import reroot_tokenizers
 
 
@@ -96,6 +104,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             if getattr(self, name) < minimum:
                 raise UserError(f"--{name}={getattr(self, name)} must be at least {minimum}")
         check_choice("--activation_checkpointing", self.activation_checkpointing, ActivationCheckpointing)
+        check_choice("--normalization", self.normalization, Normalization)
         self._refuse_unsupported()
         if not self.resume and self.output_dir and Path(self.output_dir).exists():
             raise UserError(
@@ -117,18 +126,34 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             raise UserError(one_line(error, limit=None)) from error
         refuse_secrets(self.to_dict())
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write `train_config.json`, with absolute paths: a run may be resumed from another directory."""
+        saved = copy.deepcopy(self)
+        for owner, name in (
+            (saved, "output_dir"),
+            (saved.dataset, "root"),
+            (saved.craft, "anchor_cache_dir"),
+            (saved.engine, "ds_config"),
+            (saved.lora, "base_path"),
+            (saved.policy, "pretrained_path"),
+        ):
+            value = getattr(owner, name)
+            if value and (name == "output_dir" or Path(value).exists()):
+                setattr(owner, name, type(value)(Path(value).absolute()))
+        super(TrainConfig, saved)._save_pretrained(save_directory)
+
     def _refuse_unsupported(self) -> None:
-        refused = {
-            "--env": self.env is not None,
-            "--reward_model": self.reward_model is not None,
-            "--sample_weighting": self.sample_weighting is not None,
-            "--save_checkpoint_to_hub": self.save_checkpoint_to_hub,
-            "--dataset.streaming": self.dataset.streaming,
-            "--job.target": self.job.is_remote,
+        given = {argument.partition("=")[0].removeprefix("--") for argument in sys.argv[1:]}
+        defaults = flat(TrainConfig(dataset=DatasetConfig(repo_id="")).to_dict())
+        plain = {
+            name: value for name, value in flat(self.to_dict()).items() if not name.startswith("policy.")
         }
-        for flag, given in refused.items():
-            if given:
-                raise UserError(f"{flag} is not supported by craft-ds: omit it")
+        refuse_unsupported(plain, defaults, given, from_file=not self.resume)
+        if not self.dataset.use_imagenet_stats and self.normalization == "policy":
+            raise UserError(
+                "--dataset.use_imagenet_stats=false has no effect with the policy's statistics: omit it, or "
+                "set --normalization=dataset"
+            )
 
     def _resolve_pretrained_from_cli(self) -> None:
         """Load the configuration of `--policy.path`, or find the checkpoint to resume."""
@@ -142,8 +167,12 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             self._resolve_resume_checkpoint()
         elif path:
             overrides = parser.get_yaml_overrides("policy") + (parser.get_cli_overrides("policy") or [])
-            self.policy = load_policy_config(path, overrides)
+            revision = dict(flag.partition("=")[::2] for flag in overrides).get("--pretrained_revision")
+            self.policy = load_policy_config(resolve_policy_path(path, revision), overrides)
             self.policy.pretrained_path = Path(path)
+            asked = parser.get_type_arg("policy")
+            if asked and asked != self.policy.type:
+                raise UserError(f"--policy.type={asked}, but {path} is of type {self.policy.type}: omit it")
         if self.policy is None or not self.policy.pretrained_path:
             raise UserError("--policy.path is missing: craft-ds fine-tunes a trained policy")
         # A configuration that was saved or made in Python may contain former paths of its tokenizers.
@@ -152,10 +181,8 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
 
     def _resolve_policy(self, policy: PreTrainedConfig) -> None:
         _refuse_nulls(policy, "policy.")
-        if policy.push_to_hub and policy.repo_id:
-            raise UserError(
-                "--policy.repo_id: craft-ds does not push; train without it and upload final/ afterwards"
-            )
+        check_action_steps(policy)
+        self._refuse_policy_flags(policy)
         if getattr(policy, "gradient_checkpointing", False):
             self.activation_checkpointing = "full"
         # LeRobot's default is to push, which requires a repo_id.
@@ -171,6 +198,29 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
                         "give both --optimizer.* and --scheduler.* with --use_policy_training_preset=false"
                     )
 
+    def _refuse_policy_flags(self, policy: PreTrainedConfig) -> None:
+        """Check that every flag of the policy has an effect, in training and in the saved policy."""
+        given = {argument.partition("=")[0].removeprefix("--") for argument in sys.argv[1:]}
+        given |= {f"policy.{flag.partition('=')[0][2:]}" for flag in parser.get_yaml_overrides("policy")}
+        source = load_policy_config(resolve_policy_path(policy.pretrained_path, policy.pretrained_revision))
+        own = flat({"policy": draccus.encode(source, PreTrainedConfig)})
+        values = flat({"policy": draccus.encode(policy, PreTrainedConfig)})
+        # LeRobot's default is to push: only a flag shows that the user wants to.
+        if "policy.push_to_hub" not in given:
+            del values["policy.push_to_hub"]
+        refuse_unsupported(values, own, given, from_file=not self.resume)
+        changed = changed_fields(policy, source)
+        if isinstance(policy, PI0FastConfig):
+            for name in NO_EFFECT_IN_PI0_FAST:
+                if name in changed:
+                    raise UserError(f"--policy.{name} has no effect in {policy.type}: omit it")
+        dtype = getattr(policy, "dtype", None)
+        if ("policy.dtype" in given or "dtype" in changed) and dtype != self.engine.dtype and not self.resume:
+            raise UserError(
+                f"--policy.dtype={dtype}, but --engine.dtype={self.engine.dtype} is what trains: set "
+                f"--engine.dtype={dtype}, or omit --policy.dtype"
+            )
+
     def _resolve_resume_checkpoint(self) -> None:
         """The checkpoint is the directory of `--config_path`, whatever the saved config named."""
         config_path = parser.parse_arg("config_path")
@@ -182,6 +232,8 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         self.checkpoint_path = path if path.is_dir() else path.parent
         if self.policy is not None:
             self.policy.pretrained_path = self.checkpoint_path
+        if not parser.parse_arg("output_dir"):  # the saved one may be relative to another directory
+            self.output_dir = self.checkpoint_path.parent
 
 
 def _refuse_nulls(config: Any, above: str = "") -> None:
@@ -196,6 +248,15 @@ def _refuse_nulls(config: Any, above: str = "") -> None:
             raise UserError(f"--{flag}=null: give it a value, or omit it")
         if is_dataclass(value):
             _refuse_nulls(value, f"{flag}.")
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one level, with names joined by dots."""
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        nested = isinstance(value, dict) and value
+        values |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return values
 
 
 def _rename_fields(content: Any) -> bool:

@@ -3,6 +3,7 @@
 LeRobot looks on the hub for a data set that is missing or unfinished here, and reports the hub's failure.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 from lerobot.configs import PreTrainedConfig
@@ -42,13 +43,41 @@ def check_dataset_root(root: str | Path, flag: str = "--dataset_root") -> None:
             )
 
 
-def camera_keys(config: PreTrainedConfig, preprocessor: PolicyProcessorPipeline) -> dict[str, str]:
-    """Map each camera of a policy to its name in the data set, before the processors rename it."""
-    names = {key: key for key in policy_cameras(config)}
+def camera_keys(
+    config: PreTrainedConfig,
+    preprocessor: PolicyProcessorPipeline,
+    available: Collection[str] | None = None,
+) -> dict[str, str]:
+    """Map each camera of a policy to its name in the data set, before the processors rename it.
+
+    Args:
+        config: The policy's configuration.
+        preprocessor: The policy's preprocessor, which may rename observations.
+        available: Cameras of the data set; those of the policy that it lacks are left out. None: the names
+            that the preprocessor renames.
+
+    Raises:
+        UserError: Two cameras of the data set get the same name.
+    """
+    new_names: dict[str, str] = {}
     for step in preprocessor.steps:
         if isinstance(step, RenameObservationsProcessorStep):
-            names.update({new: old for old, new in step.rename_map.items() if new in names})
-    return names
+            new_names |= step.rename_map
+    cameras = policy_cameras(config)
+    if available is None:
+        old_names = {new: old for old, new in new_names.items()}
+        return {key: old_names.get(key, key) for key in cameras}
+    found = {}
+    for key in cameras:
+        candidates = [name for name in available if new_names.get(name, name) == key]
+        if len(candidates) > 1:
+            raise UserError(
+                f"the data set has {' and '.join(candidates)}, which both become {key}: give a --rename_map "
+                "that names one camera of the data set for each of the policy's"
+            )
+        if candidates:
+            found[key] = candidates[0]
+    return found
 
 
 def open_dataset(
@@ -73,7 +102,7 @@ def open_dataset(
         check_dataset_root(local)
     try:
         meta = LeRobotDatasetMetadata(repo_id, root=root)
-        _check_features(meta, config, preprocessor)
+        check_features(meta, config, preprocessor)
         # LeRobot probes torchcodec unless a backend is named, and prints pages when FFmpeg is missing.
         backend = None if meta.video_keys else "pyav"
         return LeRobotDataset(
@@ -91,18 +120,41 @@ def open_dataset(
         ) from error
 
 
-def _check_features(
-    meta: LeRobotDatasetMetadata, config: PreTrainedConfig, preprocessor: PolicyProcessorPipeline
+def check_features(
+    meta: LeRobotDatasetMetadata,
+    config: PreTrainedConfig,
+    preprocessor: PolicyProcessorPipeline,
+    allow_missing_cameras: bool = False,
+    named: str = "",
 ) -> None:
-    missing = sorted(set(camera_keys(config, preprocessor).values()) - set(meta.camera_keys))
-    if missing:
+    """Check that a data set has what a policy reads.
+
+    Args:
+        meta: The data set's metadata.
+        config: The policy's configuration.
+        preprocessor: The policy's preprocessor, which may rename cameras.
+        allow_missing_cameras: Accept a data set without some of the cameras, which the policy then masks.
+        named: The data set in the error message; empty: its id.
+
+    Raises:
+        UserError: The data set lacks a camera, state or action.
+    """
+    named = named or f"data set {meta.repo_id}"
+    found = camera_keys(config, preprocessor, meta.camera_keys)
+    missing = [name for name in policy_cameras(config) if name not in found]
+    if allow_missing_cameras and missing and not hasattr(config, "empty_cameras"):
         raise UserError(
-            f"data set {meta.repo_id} lacks cameras of the policy: {', '.join(missing)}; "
-            f"it has {', '.join(meta.camera_keys) or 'none'}"
+            f"--allow_missing_cameras: a policy of type {config.type} cannot mask cameras: omit it"
+        )
+    if missing and not (allow_missing_cameras and found):
+        raise UserError(
+            f"{named} lacks the policy's camera {', '.join(missing)} (it has "
+            f"{', '.join(meta.camera_keys) or 'none'}): map the names by --rename_map, choose a matching "
+            "data set, or mask what is missing by --allow_missing_cameras"
         )
     for key in (OBS_STATE, ACTION):
         if key not in meta.features:
-            raise UserError(f"data set {meta.repo_id} has no {key}, which the policy needs")
+            raise UserError(f"{named} has no {key}, which the policy needs")
 
 
 def _parquet_is_complete(file: Path) -> bool:

@@ -80,18 +80,15 @@ class _StreamDataset(Dataset[dict[str, Any]]):
             return self._dataset[self._sampler.draw([position])[0]]
 
 
-def load_datasets(
-    config: TrainConfig, cameras: list[str], world_size: int = 1
-) -> tuple[LeRobotDataset, LeRobotDataset | None]:
+def load_datasets(config: TrainConfig, world_size: int = 1) -> tuple[LeRobotDataset, LeRobotDataset | None]:
     """Load the training data set and, with `eval_freq`, the held-out one (last episodes of every task).
 
     Args:
         config: A validated configuration; not changed.
-        cameras: Image features of the policy.
         world_size: Number of ranks.
 
     Raises:
-        UserError: The data set cannot be opened, lacks a camera, cannot be split or has fewer training
+        UserError: The data set cannot be opened, cannot be split or has fewer training
             samples than there are ranks.
     """
     root = Path(config.dataset.root or HF_LEROBOT_HOME / config.dataset.repo_id)
@@ -109,14 +106,6 @@ def load_datasets(
             f"--dataset.repo_id={config.dataset.repo_id} cannot be opened: {reason}"
             + ("" if config.dataset.root else " (set --dataset.root for a local data set)")
         ) from error
-    available = {config.rename_map.get(name, name) for name in train.meta.camera_keys}
-    missing = sorted(set(cameras) - available)
-    if missing:
-        raise UserError(
-            f"--dataset.repo_id={config.dataset.repo_id} lacks the policy's camera {', '.join(missing)} (it "
-            f"has {', '.join(sorted(available)) or 'none'}): choose a matching data set or map the names by "
-            "--rename_map"
-        )
     if len(train) < world_size:
         raise UserError(
             f"--dataset.repo_id={config.dataset.repo_id} has {len(train)} training samples for "

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME
-from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.utils.collate import lerobot_collate_fn
 from lerobot.utils.constants import (
     ACTION_TOKEN_MASK,
@@ -25,6 +24,7 @@ from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.data.lerobot_dataset import open_dataset
 from craft_ds.data.task_data import images_to_float
 from craft_ds.errors import UserError, one_line
+from craft_ds.policies.changes import policy_changes
 from craft_ds.policies.loading import load_processors, policy_cameras
 from craft_ds.policies.token_loss import Batch
 
@@ -91,10 +91,8 @@ def _frames(run: dict[str, Any], checkpoint: Path, config: PreTrainedConfig) -> 
     repo_id, root = run["dataset"]["repo_id"], run["dataset"]["root"]
     if not Path(root or HF_LEROBOT_HOME / repo_id).is_dir():
         raise UserError(f"data set {repo_id} is not on this machine")
-    preprocessor, _ = load_processors(config, checkpoint)
-    for step in preprocessor.steps:
-        if run["rename_map"] and isinstance(step, RenameObservationsProcessorStep):
-            step.rename_map = run["rename_map"]
+    changes = policy_changes(config, config, rename_map=run["rename_map"])  # older checkpoints lack it
+    preprocessor, _ = load_processors(config, checkpoint, changes=changes)
     dataset = open_dataset(repo_id, root, config, preprocessor)
 
     def read(rows: list[int]) -> Batch:

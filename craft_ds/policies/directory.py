@@ -4,6 +4,7 @@
 their `.safetensors` state, and for an embedded policy `text_tokenizer/` and `action_tokenizer/`.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
+from safetensors.torch import save_file
+from torch import Tensor
 
 from craft_ds.errors import UserError
 from craft_ds.policies.tiny_pi0_fast.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER
@@ -28,6 +31,24 @@ _FOLDER_OF_FIELD = {
     "paligemma_tokenizer_name": TEXT_TOKENIZER,
     "action_tokenizer_name": ACTION_TOKENIZER,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyEdits:
+    """Values that a copy of a policy directory has in place of those in the original.
+
+    Attributes:
+        config: Fields of `config.json`, as JSON values.
+        steps: Fields of processor steps as JSON values, by file and step.
+        states: Tensors that replace the state of a step, by file and step.
+    """
+
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steps: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    states: dict[str, dict[str, dict[str, Tensor]]] = dataclasses.field(default_factory=dict)
+
+
+NO_EDITS = PolicyEdits()
 
 
 def save_policy_directory(
@@ -58,13 +79,16 @@ def save_policy_directory(
     _rename_tokenizers(directory, root=None)
 
 
-def copy_policy_files(source_dir: str | Path, target_dir: str | Path, final_dir: str | Path) -> None:
+def copy_policy_files(
+    source_dir: str | Path, target_dir: str | Path, final_dir: str | Path, edits: PolicyEdits = NO_EDITS
+) -> None:
     """Copy a policy directory without its weights, so that stock LeRobot loads the copy.
 
     Args:
         source_dir: A policy directory.
         target_dir: Output folder, created if missing. May be a temporary name of `final_dir`.
         final_dir: Final path of the directory: stored tokenizer names become absolute paths in it.
+        edits: Values that differ in the copy.
 
     Raises:
         UserError: A file of the directory is damaged, or names a file outside of it.
@@ -72,19 +96,34 @@ def copy_policy_files(source_dir: str | Path, target_dir: str | Path, final_dir:
     """
     source, target = Path(source_dir), Path(target_dir)
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / CONFIG, target / CONFIG)
+    _write(target / CONFIG, read_config(source) | edits.config, indent=4)
     for name in (PREPROCESSOR, POSTPROCESSOR):
-        if not (source / name).is_file():
-            continue
-        pipeline = read_pipeline(source / name)
-        shutil.copyfile(source / name, target / name)
-        for step in pipeline["steps"]:
-            if "state_file" in step:
-                shutil.copyfile(source / step["state_file"], target / step["state_file"])
+        if (source / name).is_file():
+            _copy_pipeline(source / name, target / name, edits)
     for folder in (TEXT_TOKENIZER, ACTION_TOKENIZER):
         if (source / folder).is_dir():
             shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
     _rename_tokenizers(target, root=Path(final_dir).resolve())
+
+
+def _copy_pipeline(source: Path, target: Path, edits: PolicyEdits) -> None:
+    pipeline = read_pipeline(source)
+    for index, step in enumerate(pipeline["steps"]):
+        name = str(step.get("registry_name", str(step.get("class")).rpartition(".")[2]))
+        if changed := edits.steps.get(source.name, {}).get(name):
+            step["config"] = step.get("config", {}) | changed
+        state = edits.states.get(source.name, {}).get(name)
+        if state is not None:
+            # The name that LeRobot gives it.
+            step.setdefault("state_file", f"{source.stem}_step_{index}_{name}.safetensors")
+            save_file(state, target.parent / step["state_file"])
+        elif "state_file" in step:
+            shutil.copyfile(source.parent / step["state_file"], target.parent / step["state_file"])
+    _write(target, pipeline, indent=2)
+
+
+def _write(file: Path, content: dict[str, Any], indent: int) -> None:
+    file.write_text(json.dumps(content, indent=indent) + "\n")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -152,7 +191,7 @@ def _rename_tokenizers(directory: Path, root: Path | None) -> None:
 
     config = read_config(directory)
     rename(config)
-    (directory / CONFIG).write_text(json.dumps(config, indent=4) + "\n")
+    _write(directory / CONFIG, config, indent=4)
     for name in (PREPROCESSOR, POSTPROCESSOR):
         if not (directory / name).is_file():
             continue
@@ -165,4 +204,4 @@ def _rename_tokenizers(directory: Path, root: Path | None) -> None:
                     raise UserError(f"{directory / CONFIG} is damaged: it has no fast_skip_tokens")
                 fields.setdefault("fast_skip_tokens", config["fast_skip_tokens"])
             rename(fields)
-        (directory / name).write_text(json.dumps(pipeline, indent=2) + "\n")
+        _write(directory / name, pipeline, indent=2)

@@ -15,11 +15,13 @@ import torch
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from transformers import AutoProcessor, AutoTokenizer
 
 from craft_ds.errors import UserError, exits_as_user_error, one_line
+from craft_ds.policies.changes import PolicyChanges, StepFields, match_saved_steps
 from craft_ds.policies.directory import (
     ACTION_STEPS,
     CONFIG,
@@ -49,8 +51,12 @@ _HUB_FILES = [
 ]
 
 
-def resolve_policy_path(path: str | Path) -> Path:
+def resolve_policy_path(path: str | Path, revision: str | None = None) -> Path:
     """Return the local folder of a policy: `path` itself, or the downloaded snapshot of a hub policy.
+
+    Args:
+        path: A folder, or a hub id.
+        revision: Commit, branch or tag of a hub policy; not used for a folder.
 
     Raises:
         UserError: `path` is not a folder, and not a hub policy that can be fetched.
@@ -60,7 +66,7 @@ def resolve_policy_path(path: str | Path) -> Path:
     if not _HUB_ID.fullmatch(str(path)):
         raise UserError(f"policy path '{path}' is not a folder, and not a hub id like lerobot/pi0fast-base")
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -104,6 +110,22 @@ def _check_tokenizers(config: PreTrainedConfig, named_in: Path | str = "the poli
     for field in ("text_tokenizer_name", "action_tokenizer_name"):
         if name := getattr(config, field, None):
             check_tokenizer(name, named_in)
+
+
+def check_action_steps(config: PreTrainedConfig) -> None:
+    """Check that a policy which decodes tokens acts with all the actions that its tokens encode.
+
+    LeRobot's pi0_fast decodes `n_action_steps` actions from tokens of `chunk_size`: with fewer steps, perfect
+    tokens give wrong actions.
+
+    Raises:
+        UserError: The two differ.
+    """
+    if isinstance(config, PI0FastConfig) and config.n_action_steps != config.chunk_size:
+        raise UserError(
+            f"--policy.n_action_steps={config.n_action_steps} and --policy.chunk_size={config.chunk_size}: "
+            f"{config.type} decodes its tokens as n_action_steps actions, so set both to the same number"
+        )
 
 
 def policy_cameras(config: PreTrainedConfig) -> list[str]:
@@ -182,7 +204,10 @@ def _check_sizes(config: PreTrainedConfig, directory: Path) -> None:
 
 
 def load_processors(
-    config: PreTrainedConfig, path: str | Path, device: str = "cpu"
+    config: PreTrainedConfig,
+    path: str | Path,
+    device: str = "cpu",
+    changes: PolicyChanges | None = None,
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """Load the frozen processors of a policy, with the statistics of its training.
 
@@ -193,12 +218,13 @@ def load_processors(
         config: From `load_policy_config`.
         path: A policy directory or a hub id.
         device: Device on which the preprocessor puts the batch.
+        changes: What a run changes in the saved processors; None: nothing.
 
     Returns:
         The preprocessor and the postprocessor.
 
     Raises:
-        UserError: A file is missing or cannot be read.
+        UserError: A file is missing or cannot be read, or cannot be changed as asked.
     """
     directory = resolve_policy_path(path)
     for name in (PREPROCESSOR, POSTPROCESSOR):
@@ -206,16 +232,25 @@ def load_processors(
             raise UserError(f"{directory / name} is missing: '{path}' has no saved processors")
     _check_tokenizers(config)
     overrides = _overrides(config, device)
+    changes = changes or PolicyChanges()
     try:
         names = _check_steps(directory / PREPROCESSOR, overrides)
-        _check_steps(directory / POSTPROCESSOR, {})
+        overrides = {name: fields for name, fields in overrides.items() if name in names}
+        before = match_saved_steps(changes.preprocessor, names, directory / PREPROCESSOR)
+        names = _check_steps(directory / POSTPROCESSOR, {})
+        after = match_saved_steps(changes.postprocessor, names, directory / POSTPROCESSOR)
         return make_pre_post_processors(
             config,
             pretrained_path=str(directory),
-            preprocessor_overrides={k: v for k, v in overrides.items() if k in names},
+            preprocessor_overrides=_merged(before, overrides),
+            postprocessor_overrides=after,
         )
     except Exception as error:
         raise UserError(f"cannot load the processors of '{path}': {one_line(error)}") from error
+
+
+def _merged(one: StepFields, other: StepFields) -> StepFields:
+    return {name: one.get(name, {}) | other.get(name, {}) for name in one.keys() | other.keys()}
 
 
 def _check_steps(file: Path, overrides: dict[str, dict[str, Any]]) -> set[str]:

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.processor import PolicyProcessorPipeline, RenameObservationsProcessorStep
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from craft_ds.algorithm.multiplier import DualState
@@ -24,6 +26,7 @@ from craft_ds.checkpoints.run_directory import complete_checkpoints, move_aside
 from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import partition_step
+from craft_ds.data.lerobot_dataset import check_features
 from craft_ds.data.task_data import StepSampler, check_processors, load_datasets, training_batches
 from craft_ds.distributed.collectives import fail_together, rank0_first, rank0_only
 from craft_ds.distributed.env import launched_rank, launched_world_size
@@ -36,7 +39,9 @@ from craft_ds.engines.fsdp_wrapping import gathered_dtype
 from craft_ds.errors import Preempted, UserError
 from craft_ds.lora.adapters import Adapters, add_adapters
 from craft_ds.lora.weights import open_weights
-from craft_ds.policies.loading import build_policy, load_processors, policy_cameras
+from craft_ds.policies.changes import PolicyChanges, policy_changes, policy_edits
+from craft_ds.policies.loading import build_policy, load_policy_config, load_processors
+from craft_ds.policies.statistics import adopt_widths, check_needed, check_statistics
 from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import weights_sha256
 from craft_ds.policies.wrapping import wrapping_warning
@@ -100,7 +105,16 @@ def _build(
     saved = _read_saved(config) if config.resume else None
     messages = _resolve_changed_flags(config, saved) if saved else []
     inputs = check_inputs(config)
-    train, heldout = rank0_first(load_datasets)(config, policy_cameras(config.policy), world_size)
+    train, heldout = rank0_first(load_datasets)(config, world_size)
+    changes = fail_together(_policy_changes)(config, inputs.policy_dir, train.meta)
+    preprocessor, postprocessor = _load_processors(config, inputs.policy_dir, changes)
+    fail_together(check_features)(
+        train.meta,
+        config.policy,
+        preprocessor,
+        config.allow_missing_cameras,
+        f"--dataset.repo_id={config.dataset.repo_id}",
+    )
     state = _build_state(config, saved, len(train), world_size)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
@@ -123,7 +137,7 @@ def _build(
             ds_config,
         )
 
-    preprocessor, postprocessor = _load_processors(config, inputs.policy_dir, engine)
+    preprocessor, postprocessor = _load_processors(config, inputs.policy_dir, changes, str(engine.device))
     fail_together(check_processors)(config, train, preprocessor)
     anchors = _open_anchors(config, inputs.cache, engine, state.progress)
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
@@ -163,6 +177,7 @@ def _build(
             scheduler=scheduler,
             adapters=adapters,
             policy_dir=inputs.policy_dir,
+            edits=policy_edits(changes, preprocessor, postprocessor),
             logger=logger,
             watchdog=watchdog,
             teacher_loss=teacher_loss,
@@ -268,16 +283,26 @@ def _move_incomplete_aside(config: TrainConfig) -> list[str]:
     return [f"{reason}: renamed {path} to {move_aside(path)}" for path, reason in broken.items()]
 
 
+def _policy_changes(config: TrainConfig, policy_dir: Path, dataset: LeRobotDatasetMetadata) -> PolicyChanges:
+    """Determine what flags change in the policy; with `--normalization=dataset`, adopt the data's widths."""
+    source, statistics = load_policy_config(policy_dir), None
+    if config.normalization == "dataset" and not config.resume:
+        renamed = {config.rename_map.get(name, name): name for name in dataset.features}
+        features = dataset_to_policy_features(dataset.features)
+        adopt_widths(config.policy, {name: features[key] for name, key in renamed.items() if key in features})
+        statistics = {name: dataset.stats[key] for name, key in renamed.items() if key in dataset.stats}
+        check_needed(config.policy, statistics, f"--dataset.repo_id={config.dataset.repo_id}")
+    return policy_changes(config.policy, source, rename_map=config.rename_map, statistics=statistics)
+
+
 @fail_together
 def _load_processors(
-    config: TrainConfig, policy_dir: Path, engine: Engine
+    config: TrainConfig, policy_dir: Path, changes: PolicyChanges, device: str = "cpu"
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """Load the policy's processors for the engine's device, with the run's `rename_map`."""
-    preprocessor, postprocessor = load_processors(config.policy, policy_dir, str(engine.device))
-    for processor in preprocessor.steps:
-        if config.rename_map and isinstance(processor, RenameObservationsProcessorStep):
-            processor.rename_map = config.rename_map
-    return preprocessor, postprocessor
+    """Load the policy's processors with the run's changes, and check that they have all statistics."""
+    processors = load_processors(config.policy, policy_dir, device, changes)
+    check_statistics(config.policy.pretrained_path, *processors)
+    return processors
 
 
 @fail_together

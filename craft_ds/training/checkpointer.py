@@ -13,6 +13,7 @@ from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import Adapters
+from craft_ds.policies.directory import PolicyEdits
 from craft_ds.training.metrics import METRICS_FILE, MetricsLogger
 from craft_ds.training.plots import plot_lambda_analysis
 from craft_ds.training.train_state import TrainState
@@ -32,6 +33,7 @@ class Checkpointer:
         scheduler: Learning-rate schedule; None: constant.
         adapters: The adapters that train; None: the policy's own weights train.
         policy_dir: Directory with the policy's configuration and processors.
+        edits: What the run changes in them.
         logger: Receives a line per save.
         watchdog: Told of progress while files are written.
         teacher_loss: L0 on the anchors that measure the constraint, for the plot; None: the baseline.
@@ -44,6 +46,7 @@ class Checkpointer:
     scheduler: LRScheduler | None
     adapters: Adapters | None
     policy_dir: Path
+    edits: PolicyEdits
     logger: MetricsLogger
     watchdog: RankWatchdog
     teacher_loss: float | None
@@ -116,6 +119,7 @@ class Checkpointer:
             engine=self.engine,
             config=self.config,
             policy_dir=self.policy_dir,
+            edits=self.edits,
             scheduler_state=self.scheduler.state_dict() if self.scheduler else None,
             craft_state=self.state.state_dict(),
             step=self.state.progress.step,

@@ -12,12 +12,13 @@ from lerobot.configs.train import TRAIN_CONFIG_NAME
 
 from craft_ds.checkpoints import complete_checkpoints, verify_checkpoint
 from craft_ds.checkpoints.run_directory import LAST, checkpoint_directories, move_aside
+from craft_ds.config.train_config import flat
 from craft_ds.distributed.collectives import init_process_group, rank0_only
 from craft_ds.distributed.env import launched_rank, launched_world_size
 from craft_ds.errors import UserError
 
 # These cannot change within a run.
-_FIXED = ("policy.", "dataset.repo_id", "dataset.revision", "dataset.episodes")
+_FIXED = ("policy.", "dataset.repo_id", "dataset.revision", "dataset.episodes", "normalization")
 _FREE_OF_POLICY = (
     "optimizer_",
     "scheduler_",
@@ -43,6 +44,7 @@ _NOT_LISTED = (
     "output_dir",
     "policy.pretrained_path",
 )
+_PATHS = ("dataset.root", "craft.anchor_cache_dir", "engine.ds_config", "lora.base_path")
 
 
 class ResumeChoice(NamedTuple):
@@ -189,11 +191,11 @@ def changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     Raises:
         UserError: A flag differs that cannot change within a run.
     """
-    before, now = _flat(saved), _flat(current)
+    before, now = flat(saved), flat(current)
     changed = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if old == new or name in _NOT_LISTED or name.startswith("checkpoint_"):
+        if old == new or _same_path(name, old, new) or name in _NOT_LISTED or name.startswith("checkpoint_"):
             continue
         if name.endswith("tokenizer_name") and old and new and Path(old).name == Path(new).name:
             continue  # the checkpoint's own tokenizer, in another location
@@ -208,13 +210,9 @@ def changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     return changed
 
 
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-        )
-    return flat
+def _same_path(name: str, old: Any, new: Any) -> bool:
+    """Return True for one path in two forms: checkpoints contain absolute paths."""
+    return name in _PATHS and bool(old and new) and Path(old).resolve() == Path(new).resolve()
 
 
 def _shown(value: Any) -> str:

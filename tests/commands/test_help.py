@@ -13,9 +13,10 @@ from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
 from craft_ds.cli import COMMANDS, run_command
 from craft_ds.config.arguments import normalise_arguments
-from craft_ds.config.help import LEROBOT_FLAGS, REFUSED_FLAGS, train_help, without_refused
+from craft_ds.config.help import LEROBOT_FLAGS, train_help, without_refused
 from craft_ds.config.shipped_files import shipped_names
 from craft_ds.config.suggestions import own_flags, suggestion
+from craft_ds.config.unsupported import UNSUPPORTED
 from craft_ds.engines.deepspeed_config import read_ds_config
 from craft_ds.errors import UserError
 
@@ -51,9 +52,9 @@ def test_full_help_has_every_flag_but_the_refused_ones(capsys):
     groups = {
         f"--{name}" for name in ("dataset", "wandb", "peft", "eval", "optimizer", "scheduler", "policy")
     }
-    assert lerobot - groups - set(REFUSED_FLAGS) <= flags
-    assert {"--dataset.eval_split", "--wandb.entity", "--eval.n_episodes", *own_flags()} <= flags
-    assert [flag for flag in flags if any(f"{flag}.".startswith(f"{name}.") for name in REFUSED_FLAGS)] == []
+    assert lerobot - groups - set(UNSUPPORTED) <= flags
+    assert {"--dataset.eval_split", "--wandb.entity", *own_flags()} <= flags
+    assert [flag for flag in flags if any(f"{flag}.".startswith(f"{name}.") for name in UNSUPPORTED)] == []
 
 
 def test_lerobot_flags_exist_and_have_the_stated_defaults():

@@ -78,7 +78,6 @@ def test_flags_reach_their_fields():
         (["--craft.enabled=maybe"], r"--craft.enabled: Couldn't parse 'maybe' into a bool \(see --help\)"),
         (["--steps"], r"argument --steps: expected one argument \(see --help\)"),
         (["--dataset.eval_split=2"], r"eval_split must be in \[0.0, 1.0\), got 2.0 \(see --help\)"),
-        (["--policy.path=a", "--policy.type=act"], r"Cannot specify both --policy.path and --policy.type .*"),
         (["--config_path=none.json"], r"--config_path=none.json: no such file"),
         (["--config_path=none"], r"--config_path=none: no such file; must be a .json or .yaml file, .*"),
     ],

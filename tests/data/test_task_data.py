@@ -21,7 +21,7 @@ from craft_ds.data.task_data import (
     training_batches,
 )
 from craft_ds.errors import UserError
-from craft_ds.policies.loading import load_policy_config, load_processors, policy_cameras
+from craft_ds.policies.loading import load_policy_config, load_processors
 from craft_ds.testing.datasets import make_test_dataset
 
 
@@ -40,7 +40,7 @@ def config(inputs):
 
 def load(config):
     config.validate()
-    return load_datasets(config, policy_cameras(config.policy))
+    return load_datasets(config)
 
 
 # --- the draw -------------------------------------------------------------------------------------------
@@ -146,10 +146,9 @@ def test_workers_change_nothing(config):
 
 def test_more_ranks_than_samples_are_refused(config):
     config.validate()
-    cameras = policy_cameras(config.policy)
-    load_datasets(config, cameras, world_size=80)
+    load_datasets(config, world_size=80)
     with pytest.raises(UserError, match=r"80 training samples for 81 ranks"):
-        load_datasets(config, cameras, world_size=81)
+        load_datasets(config, world_size=81)
 
 
 def test_the_held_out_part_shares_no_episode(config):
@@ -231,19 +230,6 @@ def test_a_hub_that_does_not_answer_is_one_line(config, tmp_path, monkeypatch):
     config.dataset.root = None
     with pytest.raises(UserError, match=r"^--dataset.repo_id=craft-ds/test cannot be opened: name not known"):
         load(config)
-
-
-def test_a_missing_camera_is_named_with_what_there_is(config):
-    config.validate()
-    with pytest.raises(UserError, match=r"lacks the policy's camera observation.images.wrist .*images.top"):
-        load_datasets(config, ["observation.images.top", "observation.images.wrist"])
-
-
-def test_the_rename_map_finds_the_camera(config):
-    config.rename_map = {"observation.images.top": "observation.images.wrist"}
-    config.validate()
-    train, _ = load_datasets(config, ["observation.images.wrist"])
-    assert len(train) == 80
 
 
 def test_an_episode_that_is_not_there_is_one_line(config):
