@@ -25,6 +25,7 @@ COMMANDS = {
     "train": ("train", "fine-tune a policy, with or without the retention constraint"),
     "anchors": ("anchors", "build the anchor cache: samples of the old tasks"),
     "export": ("export", "export a checkpoint as a policy directory that stock LeRobot loads"),
+    "statistics": ("statistics", "write a policy with the statistics of data sets"),
     "plan": ("plan", "plan the memory of a run per rank, without allocating anything"),
     "eval": ("evaluate", "evaluate a policy in an embedded world"),
     "demo": ("demo", "fine-tune the embedded policy with and without CRaFT, and evaluate both"),
@@ -113,7 +114,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
     if name in ("--help", "-h", "help"):
         print("usage: craft-ds COMMAND ...\n\ncommands:")
         for command, (_, line) in COMMANDS.items():
-            print(f"  {command:<10}{line}")
+            print(f"  {command:<12}{line}")
         print("\n`craft-ds COMMAND --help` lists the flags of a command.")
     elif name == "--version":
         run_command("version", [])

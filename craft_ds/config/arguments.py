@@ -58,11 +58,10 @@ def normalise_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def expand_home(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with `~` in `--flag=~/path` expanded, as the shell does in `--flag ~/path`."""
+    """Return the arguments with a leading `~` expanded: the shell leaves it in `--flag=~/path`."""
+    home = str(Path.home())
     return [
-        re.sub(r"(?<==)~(?=/|$)", lambda _: str(Path.home()), argument, count=1)
-        if argument.startswith("--")
-        else argument
+        re.sub(r"^(--[\w.-]+=)?~(?=/|$)", lambda found: (found[1] or "") + home, argument)
         for argument in arguments
     ]
 

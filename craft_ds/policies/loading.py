@@ -96,7 +96,16 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
         flags = " with " * bool(overrides) + " ".join(f"--policy.{flag[2:]}" for flag in overrides)
         reason = one_line(error)
         raise UserError(f"{directory / CONFIG}{flags} is not a policy configuration: {reason}") from error
+    asked = {
+        field: getattr(config, field, None) for field in ("text_tokenizer_name", "action_tokenizer_name")
+    }
     reroot_tokenizers(config, directory)
+    for field, name in asked.items():
+        if any(flag.startswith(f"--{field}=") for flag in overrides) and name != getattr(config, field):
+            raise UserError(
+                f"--policy.{field}={name}: {directory} has its own tokenizer in "
+                f"{Path(getattr(config, field)).name}/, with which it was trained: omit the flag"
+            )
     for field in ("text_tokenizer_name", "action_tokenizer_name"):
         name = getattr(config, field, None)
         # transformers would query the hub for minutes before rejecting such a name.

@@ -46,6 +46,7 @@ def make_test_dataset(
     image_size: tuple[int, int] = (64, 64),
     state_dim: int = 4,
     action_dim: int = 4,
+    scale: float = 1.0,
 ) -> Path:
     """Write a data set of `tasks * episodes_per_task` episodes and return its root.
 
@@ -63,6 +64,7 @@ def make_test_dataset(
         image_size: Height and width in pixels.
         state_dim: Entries of ``observation.state``.
         action_dim: Entries of ``action``.
+        scale: Factor of states and actions.
 
     Returns:
         ``root`` as a path.
@@ -80,7 +82,7 @@ def make_test_dataset(
         task = episode % tasks
         phase = rng.uniform(0, 2 * np.pi, size=max(state_dim, action_dim))
         for frame in range(frames):
-            wave = np.sin(phase + 0.2 * (task + 1) * frame)
+            wave = scale * np.sin(phase + 0.2 * (task + 1) * frame)
             step = {
                 f"{OBS_IMAGES}.{name}": rng.integers(0, 256, size=(*image_size, 3), dtype=np.uint8)
                 for name in cameras
