@@ -82,7 +82,8 @@ def record(root: Path, tasks: tuple[str, ...], episodes: int, frames: int, seed:
             following = np.sin(phase + speed * (frame + 1) / FPS) * np.linspace(0.3, 3.0, ENTRIES)
             sample: dict[str, Any] = {
                 f"{OBS_IMAGES}.{name}": np.stack(
-                    [columns + np.uint8(5 * frame % 256), rows + np.uint8(50 * shift), rows + columns], axis=-1
+                    [columns + np.uint8(5 * frame % 256), rows + np.uint8(50 * shift), rows + columns],
+                    axis=-1,
                 )
                 for shift, name in enumerate(CAMERAS)
             }

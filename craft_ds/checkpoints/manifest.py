@@ -1,15 +1,17 @@
 """The manifest of a checkpoint: sizes and checksums of its files.
 
-`manifest.json` is written last. It lists every other file with its size and the XXH3 checksum (128 bits,
-https://xxhash.com) of each segment, and contains a SHA-256 of itself. A directory without a matching manifest
-is never loaded. The checksums detect damage, not forgery: anyone who can write the files can write the
-manifest, so the contents of all files are still validated as untrusted input.
+`manifest.json` is written last. It is the complete list of the directory: it has every other file with its
+size and the XXH3 checksum (128 bits, https://xxhash.com) of each segment, and contains a SHA-256 of itself. A
+directory without a matching manifest is never loaded, nor one with a file that the manifest does not list.
+The checksums detect damage, not forgery: anyone who can write the files can write the manifest, so the
+contents of all files are still validated as untrusted input.
 """
 
 import hashlib
 import json
 import math
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import xxhash
 
 from craft_ds.distributed.collectives import fail_together, gather_objects
 from craft_ds.errors import UserError
+from craft_ds.tensor_io.per_rank_file import piece_path
 from craft_ds.tensor_io.safe_json import is_count, path_inside, read_object
 
 MANIFEST = "manifest.json"
@@ -26,17 +29,17 @@ FORMAT_VERSION = 2
 SEGMENT = 1 << 28
 CHECKSUMS = "xxh3_128"
 _CHECKSUM = re.compile("[0-9a-f]{32}")
-_REQUIRED = [
-    re.compile(pattern)
-    for pattern in (
-        r"config\.json",
-        r"train_config\.json",
-        r"scheduler\.pt",
-        r"craft_state\.pt",
-        r"optimizer\..*safetensors",
-        r"(?:adapter_)?model\..*safetensors",
-    )
-]
+_REQUIRED = (
+    "config.json",
+    "train_config.json",
+    "policy_preprocessor.json",
+    "policy_postprocessor.json",
+    "scheduler.pt",
+    "craft_state.pt",
+)
+_TENSORS = ("model", "adapter_model", "optimizer")
+# Notes that nothing reads, such as the model card that an upload adds.
+_NEVER_READ = (".md",)
 
 
 def write_manifest(
@@ -139,14 +142,52 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     if manifest.pop("sha256", None) != _own_sha256(manifest) or not _is_valid(directory, manifest):
         raise _damaged(path)
-    for wanted in _REQUIRED:
-        if not any(wanted.fullmatch(name) for name in manifest["files"]):
-            raise UserError(f"{path} does not list {wanted.pattern}: resume from an older checkpoint")
+    _check_complete(path, manifest)
     for name, entry in manifest["files"].items():
         file = directory / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             raise UserError(f"{file} is missing or incomplete: resume from an older checkpoint")
+    _check_nothing_else(directory, manifest["files"])
     return manifest
+
+
+def _check_complete(path: Path, manifest: dict[str, Any]) -> None:
+    """Check that a manifest lists the files of one of the two layouts, and no others of their kind."""
+    names = set(manifest["files"])
+    adapters = "adapter_config.json" in names
+    weights = "adapter_model" if adapters else "model"
+    missing = [name for name in _REQUIRED if name not in names]
+    pieces = {
+        piece_path(Path(f"{stem}.safetensors"), rank).name
+        for stem in (weights, "optimizer")
+        for rank in range(min(manifest["world_size"], len(names)))  # a forged number may be huge
+    }
+    joined = {f"{stem}.safetensors" for stem in (weights, "optimizer")}
+    found = {name for name in names if name.endswith(".safetensors") and name.split(".")[0] in _TENSORS}
+    missing += [] if found in (pieces, joined) else sorted((joined if found & joined else pieces) - found)
+    if missing:
+        raise UserError(f"{path} does not list {missing[0]}: resume from an older checkpoint")
+    if found not in (pieces, joined):
+        raise UserError(
+            f"{path} lists {min(found - joined if found & joined else found - pieces)}, which does not belong"
+            " to its layout: resume from an older checkpoint"
+        )
+
+
+def _check_nothing_else(directory: Path, listed: Container[str]) -> None:
+    """Check that a directory has regular files only, and no other that something could read."""
+    for file in directory.rglob("*"):
+        name = str(file.relative_to(directory))
+        if file.is_symlink():
+            raise UserError(f"{file} is a link: replace it by the file, or resume from an older checkpoint")
+        hidden = any(part.startswith(".") for part in file.relative_to(directory).parts)
+        if file.is_dir() or hidden or name == MANIFEST or file.suffix in _NEVER_READ:
+            continue
+        if name not in listed:
+            raise UserError(
+                f"{file} is not a file of the checkpoint ({MANIFEST} does not list it): move it away, or "
+                "resume from an older checkpoint"
+            )
 
 
 def _damaged(path: Path) -> UserError:

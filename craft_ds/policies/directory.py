@@ -75,7 +75,7 @@ def save_policy_directory(
     ):
         source = Path(getattr(policy.config, field))
         if source.is_dir() and source.resolve() != (directory / folder).resolve():
-            shutil.copytree(source, directory / folder, dirs_exist_ok=True)
+            _copy_folder(source, directory / folder)
     _rename_tokenizers(directory, root=None)
 
 
@@ -102,8 +102,28 @@ def copy_policy_files(
             _copy_pipeline(source / name, target / name, edits)
     for folder in (TEXT_TOKENIZER, ACTION_TOKENIZER):
         if (source / folder).is_dir():
-            shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
+            _copy_folder(source / folder, target / folder)
     _rename_tokenizers(target, root=Path(final_dir).resolve())
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy a tokenizer's folder: regular files inside the policy's directory only.
+
+    A snapshot of the hub's cache consists of links into the same repository's `blobs`.
+
+    Raises:
+        UserError: A file is a link to somewhere else, or not a regular file.
+    """
+    policy = source.parent.resolve()
+    allowed = policy.parents[1] if policy.parent.name == "snapshots" else policy
+    for path in (source, *source.rglob("*")):
+        if path.is_symlink() and not (path.resolve().is_relative_to(allowed) and path.resolve().is_file()):
+            raise UserError(
+                f"{path} is a link to {path.resolve()}, outside of the policy: replace it by the file"
+            )
+        if not (path.is_dir() or path.is_file()):
+            raise UserError(f"{path} is not a regular file: remove it")
+    shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def _copy_pipeline(source: Path, target: Path, edits: PolicyEdits) -> None:
