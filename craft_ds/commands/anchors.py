@@ -1,6 +1,7 @@
 """Build an anchor cache: samples of the old tasks, preprocessed by the teacher policy's own processors."""
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 
@@ -50,7 +51,41 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="also store the features of the teacher's vision tower (fp16), for training with that tower "
         "frozen and --craft.vision_features=true",
     )
+    add(
+        "--rename_map",
+        type=_rename_map,
+        help="names of observations in the data set, mapped to the policy's, as JSON: "
+        '{"observation.images.front": "observation.images.top"}; replaces the map of the teacher\'s own '
+        "preprocessor",
+    )
+    add(
+        "--allow_missing_cameras",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_bool,
+        metavar="true",
+        help="accept a data set that lacks cameras of the policy: the policy masks them",
+    )
     return parser.parse_args(arguments)
+
+
+def _rename_map(text: str) -> dict[str, str]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} must be JSON such as {{"observation.images.front": "observation.images.top"}}'
+        )
+    return names
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+    return text.lower() == "true"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -61,6 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     # Imported here so that --help and errors in flags are fast.
     from craft_ds.anchors.build import BuildOptions, build_anchor_cache
     from craft_ds.anchors.cache import AnchorCache
+    from craft_ds.anchors.coverage import coverage_table, coverage_warnings
 
     built = build_anchor_cache(BuildOptions(**vars(args)))
     cache = AnchorCache.open(args.output_dir, verify=not built)
@@ -70,3 +106,7 @@ def main(arguments: Sequence[str]) -> None:
         f"{'built' if built else 'already built'}: {args.output_dir} ({counts} anchors of "
         f"{len(cache.tasks)} tasks, teacher loss {loss:.4f} per token)"
     )
+    for line in [*coverage_table(cache), *coverage_warnings(cache, "heldout")]:
+        print(line)
+    if missing := cache.metadata.get("missing_cameras"):
+        print(f"masked cameras, which the data set lacks: {', '.join(missing)}")

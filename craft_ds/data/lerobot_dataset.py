@@ -3,6 +3,7 @@
 LeRobot looks on the hub for a data set that is missing or unfinished here, and reports the hub's failure.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 from lerobot.configs import PreTrainedConfig
@@ -42,12 +43,43 @@ def check_dataset_root(root: str | Path, flag: str = "--dataset_root") -> None:
             )
 
 
-def camera_keys(config: PreTrainedConfig, preprocessor: PolicyProcessorPipeline) -> dict[str, str]:
-    """Map each camera of a policy to its name in the data set, before the processors rename it."""
+def camera_keys(
+    config: PreTrainedConfig,
+    preprocessor: PolicyProcessorPipeline,
+    available: Collection[str] | None = None,
+) -> dict[str, str]:
+    """Map each camera of a policy to its name in the data set, before the processors rename it.
+
+    Args:
+        config: The policy's configuration.
+        preprocessor: The policy's preprocessor.
+        available: Cameras of the data set: one that has the policy's own name counts too, although the
+            processors would rename another one. None: the names that the processors expect.
+
+    Raises:
+        UserError: Two cameras of the data set would become the same camera of the policy.
+    """
     names = {key: key for key in policy_cameras(config)}
     for step in preprocessor.steps:
-        if isinstance(step, RenameObservationsProcessorStep):
-            names.update({new: old for old, new in step.rename_map.items() if new in names})
+        if not isinstance(step, RenameObservationsProcessorStep):
+            continue
+        for name in names:
+            sources = [old for old, new in step.rename_map.items() if new == name]
+            if name not in step.rename_map:
+                sources.append(name)
+            if available is not None:
+                sources = [source for source in sources if source in available] or sources
+                if len(sources) > 1 and sources[1] in available:
+                    raise UserError(
+                        f"the data set's cameras {' and '.join(sources)} would both be the policy's {name}: "
+                        "map all names by --rename_map"
+                    )
+            if not sources and available is not None:
+                raise UserError(
+                    f"the processors rename {name} to {step.rename_map[name]}, and nothing to {name}: map a "
+                    "camera to it by --rename_map"
+                )
+            names[name] = sources[0] if sources else name
     return names
 
 
@@ -56,6 +88,7 @@ def open_dataset(
     root: str | Path | None,
     config: PreTrainedConfig,
     preprocessor: PolicyProcessorPipeline,
+    allow_missing_cameras: bool = False,
 ) -> LeRobotDataset:
     """Open a data set with the action chunks that a policy trains on; LeRobot pads the ends of episodes.
 
@@ -64,6 +97,7 @@ def open_dataset(
         root: Local folder; None: LeRobot's cache, then the hub.
         config: The policy's configuration.
         preprocessor: The policy's preprocessor.
+        allow_missing_cameras: Accept a data set that has some of the policy's cameras.
 
     Raises:
         UserError: There is no finished data set, or it lacks the policy's cameras, state or action.
@@ -73,7 +107,7 @@ def open_dataset(
         check_dataset_root(local)
     try:
         meta = LeRobotDatasetMetadata(repo_id, root=root)
-        _check_features(meta, config, preprocessor)
+        _check_features(meta, config, preprocessor, allow_missing_cameras)
         # LeRobot probes torchcodec unless a backend is named, and prints pages when FFmpeg is missing.
         backend = None if meta.video_keys else "pyav"
         return LeRobotDataset(
@@ -92,13 +126,20 @@ def open_dataset(
 
 
 def _check_features(
-    meta: LeRobotDatasetMetadata, config: PreTrainedConfig, preprocessor: PolicyProcessorPipeline
+    meta: LeRobotDatasetMetadata,
+    config: PreTrainedConfig,
+    preprocessor: PolicyProcessorPipeline,
+    allow_missing_cameras: bool,
 ) -> None:
-    missing = sorted(set(camera_keys(config, preprocessor).values()) - set(meta.camera_keys))
-    if missing:
+    cameras = {*camera_keys(config, preprocessor, meta.camera_keys).values()}
+    missing = sorted(cameras - set(meta.camera_keys))
+    if missing and not (allow_missing_cameras and cameras & {*meta.camera_keys}):
+        hint = "map their names by --rename_map, or have them masked by --allow_missing_cameras"
+        if allow_missing_cameras:
+            hint = "at least one is needed"
         raise UserError(
             f"data set {meta.repo_id} lacks cameras of the policy: {', '.join(missing)}; "
-            f"it has {', '.join(meta.camera_keys) or 'none'}"
+            f"it has {', '.join(meta.camera_keys) or 'none'}: {hint}"
         )
     for key in (OBS_STATE, ACTION):
         if key not in meta.features:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from craft_ds.algorithm.multiplier import DualState
 from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.coverage import coverage_warnings
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.anchors.vision import check_frozen_tower
 from craft_ds.checkpoints import BackgroundSaver, load_optimizer, read_states, verify_checkpoint
@@ -145,6 +146,7 @@ def _build(
         logger.say(anchor_line(inputs.cache, config.craft))
         teacher_loss = inputs.cache.teacher_loss[config.craft.constraint_split]["overall"]
         messages += epsilon_lines(config.craft, teacher_loss)
+        messages += coverage_warnings(inputs.cache, config.craft.constraint_split)
     for message in (*size_lines(config, state.progress, len(train), engine.world_size), *messages):
         logger.say(message)
     return Run(

@@ -4,15 +4,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.coverage import check_coverage
 from craft_ds.anchors.vision import check_vision_features
 from craft_ds.checkpoints import complete_checkpoints, read_manifest
 from craft_ds.checkpoints.run_directory import FINAL
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.collectives import fail_together
-from craft_ds.distributed.env import is_local_rank0, launched_rank
+from craft_ds.distributed.env import is_local_rank0, launched_rank, launched_world_size
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import AdapterPlan, has_adapters, plan_adapters
-from craft_ds.policies.loading import resolve_policy_path
+from craft_ds.policies.loading import load_processors, resolve_policy_path
 from craft_ds.training.trackers import check_trackers
 from craft_ds.training.world_eval import check_world
 
@@ -61,6 +62,10 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
         return inputs
     cache = AnchorCache.open(config.craft.anchor_cache_dir, verify=is_local_rank0())
     cache.check_policy(config.policy)
+    if is_local_rank0():
+        preprocessor, _ = load_processors(config.policy, policy_dir)
+        cache.check_preprocessor(preprocessor, policy_dir)
+    check_coverage(cache, config.craft.constraint_split, launched_world_size())
     if config.craft.vision_features and is_local_rank0():
         check_vision_features(cache, inputs.weights_dir, config.policy)
     return inputs._replace(cache=cache)
