@@ -101,7 +101,7 @@ class AnchorEncoder:
     def _check_finite(self, raw: dict[str, Any]) -> None:
         """Check state and action: tokens are integers, so that no loss would show a NaN."""
         for key in (OBS_STATE, ACTION):
-            finite = raw[key].isfinite().flatten(1).all(dim=1)
+            finite = raw[key].isfinite().reshape(len(raw[key]), -1).all(dim=1)
             if not finite.all():
                 row = int((~finite).nonzero()[0])
                 raise UserError(
@@ -141,11 +141,11 @@ def _build(options: BuildOptions, output: Path) -> bool:
     preprocessor, _ = load_processors(config, directory, device="cpu")
     check_statistics(preprocessor, options.policy_path)
     if options.rename_map is not None:
-        _rename(preprocessor, options.rename_map)
+        _rename(preprocessor, options.rename_map, config)
     dataset = open_dataset(
         options.dataset_repo_id, options.dataset_root, config, preprocessor, options.allow_missing_cameras
     )
-    _check_rename_map(options, dataset.meta, config)
+    _check_rename_map(options, dataset.meta)
     samples: Dataset = dataset
     encoder = AnchorEncoder(config, preprocessor, dataset.meta, options.image_size)
     selection = _select(options, dataset)
@@ -170,8 +170,13 @@ def _build(options: BuildOptions, output: Path) -> bool:
     return True
 
 
-def _rename(preprocessor: PolicyProcessorPipeline, rename_map: dict[str, str]) -> None:
+def _rename(
+    preprocessor: PolicyProcessorPipeline, rename_map: dict[str, str], config: PreTrainedConfig
+) -> None:
     """Replace the map of the preprocessor's own renaming step, as training does."""
+    for old, new in rename_map.items():
+        if new not in config.input_features:
+            raise UserError(f"--rename_map: the policy reads no {new}, to which {old} would be renamed")
     steps = [step for step in preprocessor.steps if isinstance(step, RenameObservationsProcessorStep)]
     if not steps:
         raise UserError("--rename_map: the teacher's preprocessor has no step that renames observations")
@@ -179,13 +184,11 @@ def _rename(preprocessor: PolicyProcessorPipeline, rename_map: dict[str, str]) -
         step.rename_map = rename_map
 
 
-def _check_rename_map(options: BuildOptions, meta: LeRobotDatasetMetadata, config: PreTrainedConfig) -> None:
-    """Check that every entry of the map renames something to a name that the policy reads."""
-    for old, new in (options.rename_map or {}).items():
+def _check_rename_map(options: BuildOptions, meta: LeRobotDatasetMetadata) -> None:
+    """Check that every entry of the map renames something."""
+    for old in options.rename_map or {}:
         if old not in meta.features:
             raise UserError(f"--rename_map: data set {options.dataset_repo_id} has no {old} to be renamed")
-        if new not in config.input_features:
-            raise UserError(f"--rename_map: the policy reads no {new}, to which {old} would be renamed")
 
 
 def _select(options: BuildOptions, dataset: LeRobotDataset) -> AnchorSelection:

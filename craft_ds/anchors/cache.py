@@ -193,8 +193,8 @@ class AnchorCache:
         differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
         what = f", and its hash of {differing[0]} differs" if wanted and found else ""
         raise UserError(
-            f"anchor cache {self.path} (teacher {self.metadata['teacher']['path']}) is of an earlier craft-ds: "
-            f"it holds no statistics to compare with those of the policy{what}; build it again with "
+            f"anchor cache {self.path} (teacher {self.metadata['teacher']['path']}) is of an earlier craft-ds"
+            f" and holds no statistics to compare with those of the policy{what}; build it again with "
             "`craft-ds anchors`"
         )
 

@@ -51,6 +51,8 @@ def check_metadata(metadata: dict[str, Any]) -> None:
     chunk_size = metadata.get("chunk_size")
     _check(chunk_size is None or is_count(chunk_size, 1), "chunk_size")
     _check_origin(metadata["dataset"])
+    processors = metadata.get("processors")
+    _check(processors is None or isinstance(processors, dict), "processors")
     if metadata.get("preprocessing") is not None:
         _check_preprocessing(metadata["preprocessing"])
     _check_fields(metadata["fields"], cameras, features is not None)

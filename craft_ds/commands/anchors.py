@@ -5,6 +5,8 @@ import json
 import os
 from collections.abc import Sequence
 
+from craft_ds.errors import exits_as_user_error
+
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the flags."""
@@ -67,7 +69,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="true",
         help="accept a data set that lacks cameras of the policy: the policy masks them",
     )
-    return parser.parse_args(arguments)
+    with exits_as_user_error():
+        return parser.parse_args(arguments)
 
 
 def _rename_map(text: str) -> dict[str, str]:
