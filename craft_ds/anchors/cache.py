@@ -27,7 +27,12 @@ from craft_ds.anchors.preprocessing import describe_preprocessor, first_differen
 from craft_ds.anchors.schema import DTYPES, check_metadata
 from craft_ds.errors import UserError, one_line
 from craft_ds.policies.directory import PREPROCESSOR
-from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
+from craft_ds.policies.loading import (
+    load_policy_config,
+    load_processors,
+    policy_cameras,
+    tokenizer_fingerprint,
+)
 from craft_ds.policies.pi0_fast.vision import features_key
 from craft_ds.tensor_io.filesystem import file_sha256
 from craft_ds.tensor_io.safe_json import read_object
@@ -151,51 +156,42 @@ class AnchorCache:
         if fingerprint != self.metadata["tokenizer"]:
             self._mismatch("tokenizers", self.metadata["tokenizer"][:12], fingerprint[:12])
 
-    def check_preprocessor(
-        self, preprocessor: PolicyProcessorPipeline, directory: Path | None = None
-    ) -> None:
+    def check_preprocessor(self, preprocessor: PolicyProcessorPipeline, directory: Path) -> None:
         """Check that this preprocessor does to state and action what the teacher's did.
 
         Args:
             preprocessor: The preprocessor of the trained policy as it is used, with the statistics in effect.
-            directory: Folder of the saved processors if it is used as it was loaded. Caches of craft-ds 0.1
-                hold only hashes of the teacher's processors, which are compared with those of its files.
+            directory: The policy's folder. Caches of craft-ds 0.1 hold only hashes of the teacher's
+                processors, whose statistics are then read from this folder or the teacher's, if the hashes are
+                those of its files.
 
         Raises:
             UserError: The statistics, a normalisation mode or another setting that decides tokens differ; the
                 message names the first difference.
         """
-        described = describe_preprocessor(preprocessor)
         recorded = self.metadata.get("preprocessing")
         if recorded is None:
-            self._check_processor_files(directory)
-            return
-        difference = first_difference(recorded, described, self._dimension_names())
-        if difference is None:
-            return
-        if "step" in difference.what:
-            self._mismatch(*difference)
-        self._mismatch(
-            *difference,
-            advice="train with the teacher's statistics, or build anchors by a teacher that has the policy's",
-        )
+            recorded = self._find_preprocessing((directory, Path(self.metadata["teacher"]["path"])))
+        difference = first_difference(recorded, describe_preprocessor(preprocessor), self._dimension_names())
+        if difference is not None:
+            self._mismatch(
+                *difference,
+                advice="train with the teacher's processors, or build anchors by a teacher with the policy's",
+            )
 
-    def _check_processor_files(self, directory: Path | None) -> None:
-        """Compare the hashes of the teacher's processors with the files of the policy's."""
-        recorded = self.metadata.get("processors")
+    def _find_preprocessing(self, directories: Sequence[Path]) -> list[dict[str, Any]]:
+        """Describe the preprocessor of the first directory whose files have the recorded hashes."""
         prefix = PREPROCESSOR.removesuffix(".json")
-        wanted = {name: recorded[name] for name in recorded or {} if name.startswith(prefix)}
-        found = {}
-        if directory is not None:
-            found = {file.name: processor_sha256(file) for file in sorted(directory.glob(f"{prefix}*"))}
-        if wanted and wanted == found:
-            return
-        differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        what = f", and its hash of {differing[0]} differs" if wanted and found else ""
+        recorded = self.metadata.get("processors") or {}
+        wanted = {name: recorded[name] for name in recorded if name.startswith(prefix)}
+        for directory in directories:
+            files = sorted(directory.glob(f"{prefix}*"))
+            if wanted and wanted == {file.name: processor_sha256(file) for file in files}:
+                return describe_preprocessor(load_processors(load_policy_config(directory), directory)[0])
         raise UserError(
-            f"anchor cache {self.path} (teacher {self.metadata['teacher']['path']}) is of an earlier craft-ds"
-            f" and holds no statistics to compare with those of the policy{what}; build it again with "
-            "`craft-ds anchors`"
+            f"anchor cache {self.path} is of an earlier craft-ds and holds no statistics, only hashes, and "
+            f"neither the policy's processors in {directories[0]} nor those of the teacher {directories[1]} "
+            "have them: build it again with `craft-ds anchors`"
         )
 
     def _dimension_names(self) -> dict[str, list[str]]:

@@ -79,13 +79,17 @@ def coverage_warnings(cache: AnchorCache, constraint_split: str) -> list[str]:
         cache: The anchors.
         constraint_split: `--craft.constraint_split`.
     """
+    if constraint_split != "heldout":
+        return []
+    if not cache.splits["heldout"]:
+        return ["warning: no anchors are held out: train with --craft.constraint_split=train"]
     counts = count_by_task(cache)
     unmeasured = [
         text
         for text, train, heldout in zip(cache.tasks, *counts.values(), strict=True)
         if train and not heldout
     ]
-    if constraint_split != "heldout" or not unmeasured:
+    if not unmeasured:
         return []
     return [
         f"warning: no held-out anchors of {named_tasks(unmeasured)}, which the constraint does not measure: "

@@ -86,7 +86,7 @@ def _check_origin(dataset: dict[str, Any]) -> None:
     """Check the entries of the old data set that caches of craft-ds 0.1 lack."""
     fps, features, frames = (dataset.get(name) for name in ("fps", "features", "task_frames"))
     _check(fps is None or (_is_number(fps) and fps > 0), "dataset.fps")
-    for key, feature in (features or {}).items():
+    for key, feature in ({} if features is None else features).items():
         shape, names = feature["shape"], feature["names"]
         _check(isinstance(shape, list) and all(map(is_count, shape)), f"dataset.features: the shape of {key}")
         _check(names is None or isinstance(names, list | dict), f"dataset.features: the names of {key}")

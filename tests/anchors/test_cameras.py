@@ -87,7 +87,7 @@ def refusal(build, *args, **changes):
         (("top", "side1"), {FRONT: TOP}, f"--rename_map: data set craft-ds/test has no {FRONT}"),
         (("front", "side1"), {FRONT: "top"}, "--rename_map: the policy reads no top"),
         (("top", "side1", "front"), {FRONT: TOP}, f"{FRONT} and {TOP} would both be the policy's {TOP}"),
-        (("top", "side1"), {FRONT: TOP, TOP: SIDE}, f"lacks cameras of the policy: {FRONT}"),
+        (("top", "side1"), {FRONT: TOP, TOP: SIDE}, f"{TOP} and {SIDE} would both be the policy's {SIDE}"),
     ],
 )
 def test_names_that_cannot_be(build, cameras, names, words):

@@ -89,6 +89,9 @@ def test_no_heldout_anchors_at_all(options, tmp_path):
     data = make_dataset(tmp_path / "data", [["open"] * 4, ["close"] * 4])
     build_anchor_cache(options(tmp_path / "cache", dataset_root=str(data), num_samples=4))
     cache = AnchorCache.open(tmp_path / "cache")
+    assert coverage_warnings(cache, "train") == []
+    (warning,) = coverage_warnings(cache, "heldout")
+    assert "no anchors are held out: train with --craft.constraint_split=train" in warning
     with pytest.raises(UserError) as caught:
         check_coverage(cache, "heldout", 1)
     for word in (

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from builds import edit_processor, make_dataset
+from lerobot.processor import NormalizerProcessorStep
 from safetensors.torch import load_file, save_file
 
 from craft_ds.anchors.build import build_anchor_cache
@@ -41,15 +42,15 @@ def change_statistics(directory, factor=3.0):
     save_file({name: tensor * factor for name, tensor in tensors.items()}, directory / NORMALIZER)
 
 
-def check(cache, directory, with_files=True):
+def check(cache, directory):
     config = load_policy_config(directory)
     cache.check_policy(config)
-    cache.check_preprocessor(load_processors(config, directory)[0], directory if with_files else None)
+    cache.check_preprocessor(load_processors(config, directory)[0], directory)
 
 
-def refusal(cache, directory, with_files=True):
+def refusal(cache, directory):
     with pytest.raises(UserError) as caught:
-        check(cache, directory, with_files)
+        check(cache, directory)
     line = str(caught.value)
     assert "\n" not in line
     assert str(cache.path) in line
@@ -63,7 +64,7 @@ def test_statistics_of_another_policy_are_named(built, teacher, other):
     change_statistics(other)
     line = refusal(cache, other)
     assert "min of action[0] (x0) -1 in the cache, -3 in the policy" in line
-    assert "teacher's statistics" in line
+    assert "train with the teacher's processors" in line
 
 
 def test_names_of_dimensions_may_be_in_a_dictionary(options, teacher, other, tmp_path):
@@ -92,15 +93,31 @@ def test_a_policy_with_other_chunks(built, teacher):
 def test_an_old_cache_fits_the_policy_with_its_files(old, teacher, other):
     cache = AnchorCache.open(old)
     check(cache, teacher)
+    # The files have other hashes, but the teacher is still there to be compared with.
+    edit_processor(other, lambda steps: steps["device_processor"].update(device="cuda"))
+    check(cache, other)
+    change_statistics(other)
+    assert "min of action[0] -1 in the cache, -3 in the policy" in refusal(cache, other)
+
+
+def test_an_old_cache_of_a_teacher_that_is_gone(old, teacher, other):
+    metadata = json.loads((old / METADATA_FILE).read_text())
+    edit_metadata(old, teacher=metadata["teacher"] | {"path": "gone"})
+    cache = AnchorCache.open(old)
     # A tokenizer's folder is not part of the hash.
     edit_processor(other, lambda steps: steps["tokenizer_processor"].update(tokenizer_name="elsewhere"))
     check(cache, other)
+    changed = load_processors(load_policy_config(other), other)[0]
+    for step in changed.steps:
+        if isinstance(step, NormalizerProcessorStep):
+            step.load_state_dict({name: 3 * tensor for name, tensor in step.state_dict().items()})
+    with pytest.raises(UserError, match=r"min of action\[0\] -1 in the cache, -3 in the policy"):
+        cache.check_preprocessor(changed, other)  # statistics in effect that are not those of the folder
     change_statistics(other)
     line = refusal(cache, other)
-    assert f"its hash of {NORMALIZER} differs" in line
+    assert f"holds no statistics, only hashes, and neither the policy's processors in {other}" in line
+    assert "teacher gone" in line
     assert "build it again" in line
-    # Statistics that are not those of the files cannot be compared.
-    assert "no statistics to compare" in refusal(cache, teacher, with_files=False)
 
 
 def test_an_old_cache_knows_the_chunks_by_the_teachers_configuration(old, teacher):
@@ -112,7 +129,7 @@ def test_an_old_cache_knows_the_chunks_by_the_teachers_configuration(old, teache
 
 def test_an_old_cache_without_any_hash(old, teacher):
     edit_metadata(old, processors=None)
-    assert "no statistics to compare" in refusal(AnchorCache.open(old), teacher)
+    assert "holds no statistics" in refusal(AnchorCache.open(old), teacher)
 
 
 @pytest.mark.usefixtures("no_policy")
