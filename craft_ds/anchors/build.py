@@ -39,7 +39,6 @@ from craft_ds.anchors.cache import (
     read_metadata,
     shard_name,
 )
-from craft_ds.anchors.preprocessing import check_statistics
 from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.anchors.schema import ORIGIN_FIELDS, TOKEN_FIELDS
 from craft_ds.anchors.selection import AnchorSelection, select_anchors
@@ -50,6 +49,7 @@ from craft_ds.lora.adapters import weights_directory
 from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.loading import load_policy_config, load_processors, resolve_policy_path
 from craft_ds.policies.pi0_fast.vision import features_key
+from craft_ds.policies.statistics import check_statistics
 from craft_ds.policies.token_loss import token_loss
 from craft_ds.tensor_io.filesystem import atomic_file, file_sha256, publish_directory
 
@@ -66,9 +66,8 @@ class AnchorEncoder:
     ) -> None:
         self.preprocessor = preprocessor
         self.repo_id = meta.repo_id
-        names = camera_keys(config, preprocessor, meta.camera_keys)
         # The policy masks a camera that is not in the batch.
-        self.cameras = {name: key for name, key in names.items() if key in meta.camera_keys}
+        self.cameras = camera_keys(config, preprocessor, meta.camera_keys)
         self.resolution = None
         if image_size == "model":
             self.resolution = getattr(config, "image_resolution", None)
@@ -138,8 +137,8 @@ def _build(options: BuildOptions, output: Path) -> bool:
             f"--policy_path={options.policy_path} is a policy of type {config.type}: anchors, and so CRaFT, "
             "are for pi0_fast"
         )
-    preprocessor, _ = load_processors(config, directory, device="cpu")
-    check_statistics(preprocessor, options.policy_path)
+    preprocessor, postprocessor = load_processors(config, directory, device="cpu")
+    check_statistics(options.policy_path, preprocessor, postprocessor)
     if options.rename_map is not None:
         _rename(preprocessor, options.rename_map, config)
     dataset = open_dataset(

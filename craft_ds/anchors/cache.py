@@ -162,8 +162,8 @@ class AnchorCache:
         Args:
             preprocessor: The preprocessor of the trained policy as it is used, with the statistics in effect.
             directory: The policy's folder. Caches of craft-ds 0.1 hold only hashes of the teacher's
-                processors, whose statistics are then read from this folder or the teacher's, if the hashes are
-                those of its files.
+                processors, whose statistics are then read from this folder or the teacher's, whichever has
+                files with these hashes.
 
         Raises:
             UserError: The statistics, a normalisation mode or another setting that decides tokens differ; the

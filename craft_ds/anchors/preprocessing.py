@@ -21,18 +21,14 @@ from lerobot.processor import (
     RelativeActionsProcessorStep,
     RenameObservationsProcessorStep,
 )
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION
 
 from craft_ds.errors import UserError
+from craft_ds.policies.statistics import NEEDED
 from craft_ds.tensor_io.filesystem import file_sha256
 
-STATISTICS = {
-    "MEAN_STD": ("mean", "std"),
-    "MIN_MAX": ("min", "max"),
-    "QUANTILES": ("q01", "q99"),
-    "QUANTILE10": ("q10", "q90"),
-}
-"""Statistics that each normalisation mode of LeRobot uses."""
+STATISTICS = {mode.value: names for mode, names in NEEDED.items()}
+"""Statistics that each normalisation mode reads, by the mode's name."""
 _TOLERANCE = 1e-5
 """Difference of two statistics, in units of the dimension's width, that moves no value to another bin but by
 chance: a state has 256 bins."""
@@ -122,33 +118,6 @@ def first_difference(
     return None
 
 
-def has_statistics(step: NormalizerProcessorStep, key: str) -> bool:
-    """Return True if a normaliser has any statistics of a feature; without, LeRobot leaves it as it is."""
-    return any(name.rpartition(".")[0] == key for name in step.state_dict())
-
-
-def check_statistics(preprocessor: PolicyProcessorPipeline, policy: str) -> None:
-    """Check that state and action are normalised wherever the preprocessor has a normalisation mode for them.
-
-    Args:
-        preprocessor: A policy's preprocessor.
-        policy: The policy's name for the message.
-
-    Raises:
-        UserError: The statistics are missing, so raw values would be turned into tokens.
-    """
-    for step in preprocessor.steps:
-        if not isinstance(step, NormalizerProcessorStep):
-            continue
-        for key, kind in ((OBS_STATE, FeatureType.STATE), (ACTION, FeatureType.ACTION)):
-            mode = step.norm_map.get(kind, NormalizationMode.IDENTITY)
-            if mode != NormalizationMode.IDENTITY and not has_statistics(step, key):
-                raise UserError(
-                    f"the normaliser of {policy} has no statistics of {key}, which it should normalise by "
-                    f"{mode.value}: train a teacher with statistics first"
-                )
-
-
 def _normalized_features(step: NormalizerProcessorStep) -> dict[str, dict[str, Any]]:
     """Return mode and statistics of each feature that a normaliser changes."""
     types = {key: feature.type for key, feature in step.features.items()}
@@ -159,11 +128,12 @@ def _normalized_features(step: NormalizerProcessorStep) -> dict[str, dict[str, A
         if kind != FeatureType.ACTION and (allowed is None or key in allowed)
     }
     statistics = step.state_dict()
+    known = {name.rpartition(".")[0] for name in statistics}
     described = {}
     # LeRobot normalises actions whether they are in `features` or not.
     for key, kind in {**kept, ACTION: FeatureType.ACTION}.items():
         mode = step.norm_map.get(kind, NormalizationMode.IDENTITY)
-        if mode == NormalizationMode.IDENTITY or not has_statistics(step, key):
+        if mode == NormalizationMode.IDENTITY or key not in known:
             continue
         names = STATISTICS[mode.value]
         for name in names:

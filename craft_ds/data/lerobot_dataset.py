@@ -52,35 +52,32 @@ def camera_keys(
 
     Args:
         config: The policy's configuration.
-        preprocessor: The policy's preprocessor.
-        available: Cameras of the data set: one that has the policy's own name counts too, although the
-            processors would rename another one. None: the names that the processors expect.
+        preprocessor: The policy's preprocessor, which may rename observations.
+        available: Cameras of the data set; those of the policy that it lacks are left out. None: the names
+            that the preprocessor renames.
 
     Raises:
-        UserError: Two cameras of the data set would become the same camera of the policy.
+        UserError: Two cameras of the data set get the same name.
     """
-    names = {key: key for key in policy_cameras(config)}
+    new_names: dict[str, str] = {}
     for step in preprocessor.steps:
-        if not isinstance(step, RenameObservationsProcessorStep):
-            continue
-        for name in names:
-            sources = [old for old, new in step.rename_map.items() if new == name]
-            if name not in step.rename_map:
-                sources.append(name)
-            if available is not None:
-                sources = [source for source in sources if source in available] or sources
-                if len(sources) > 1 and sources[1] in available:
-                    raise UserError(
-                        f"the data set's cameras {' and '.join(sources)} would both be the policy's {name}: "
-                        "map all names by --rename_map"
-                    )
-            if not sources and available is not None:
-                raise UserError(
-                    f"the processors rename {name} to {step.rename_map[name]}, and nothing to {name}: map a "
-                    "camera to it by --rename_map"
-                )
-            names[name] = sources[0] if sources else name
-    return names
+        if isinstance(step, RenameObservationsProcessorStep):
+            new_names |= step.rename_map
+    cameras = policy_cameras(config)
+    if available is None:
+        old_names = {new: old for old, new in new_names.items()}
+        return {key: old_names.get(key, key) for key in cameras}
+    found = {}
+    for key in cameras:
+        candidates = [name for name in available if new_names.get(name, name) == key]
+        if len(candidates) > 1:
+            raise UserError(
+                f"the data set has {' and '.join(candidates)}, which both become {key}: give a --rename_map "
+                "that names one camera of the data set for each of the policy's"
+            )
+        if candidates:
+            found[key] = candidates[0]
+    return found
 
 
 def open_dataset(
@@ -97,7 +94,7 @@ def open_dataset(
         root: Local folder; None: LeRobot's cache, then the hub.
         config: The policy's configuration.
         preprocessor: The policy's preprocessor.
-        allow_missing_cameras: Accept a data set that has some of the policy's cameras.
+        allow_missing_cameras: Accept a data set without some of the cameras, which the policy then masks.
 
     Raises:
         UserError: There is no finished data set, or it lacks the policy's cameras, state or action.
@@ -107,7 +104,7 @@ def open_dataset(
         check_dataset_root(local)
     try:
         meta = LeRobotDatasetMetadata(repo_id, root=root)
-        _check_features(meta, config, preprocessor, allow_missing_cameras)
+        check_features(meta, config, preprocessor, allow_missing_cameras)
         # LeRobot probes torchcodec unless a backend is named, and prints pages when FFmpeg is missing.
         backend = None if meta.video_keys else "pyav"
         return LeRobotDataset(
@@ -125,25 +122,41 @@ def open_dataset(
         ) from error
 
 
-def _check_features(
+def check_features(
     meta: LeRobotDatasetMetadata,
     config: PreTrainedConfig,
     preprocessor: PolicyProcessorPipeline,
-    allow_missing_cameras: bool,
+    allow_missing_cameras: bool = False,
+    named: str = "",
 ) -> None:
-    cameras = {*camera_keys(config, preprocessor, meta.camera_keys).values()}
-    missing = sorted(cameras - set(meta.camera_keys))
-    if missing and not (allow_missing_cameras and cameras & {*meta.camera_keys}):
-        hint = "map their names by --rename_map, or have them masked by --allow_missing_cameras"
-        if allow_missing_cameras:
-            hint = "at least one is needed"
+    """Check that a data set has what a policy reads.
+
+    Args:
+        meta: The data set's metadata.
+        config: The policy's configuration.
+        preprocessor: The policy's preprocessor, which may rename cameras.
+        allow_missing_cameras: Accept a data set without some of the cameras, which the policy then masks.
+        named: The data set in the error message; empty: its id.
+
+    Raises:
+        UserError: The data set lacks a camera, state or action.
+    """
+    named = named or f"data set {meta.repo_id}"
+    found = camera_keys(config, preprocessor, meta.camera_keys)
+    missing = [name for name in policy_cameras(config) if name not in found]
+    if allow_missing_cameras and missing and not hasattr(config, "empty_cameras"):
         raise UserError(
-            f"data set {meta.repo_id} lacks cameras of the policy: {', '.join(missing)}; "
-            f"it has {', '.join(meta.camera_keys) or 'none'}: {hint}"
+            f"--allow_missing_cameras: a policy of type {config.type} cannot mask cameras: omit it"
+        )
+    if missing and not (allow_missing_cameras and found):
+        raise UserError(
+            f"{named} lacks the policy's camera {', '.join(missing)} (it has "
+            f"{', '.join(meta.camera_keys) or 'none'}): map the names by --rename_map, choose a matching "
+            "data set, or mask what is missing by --allow_missing_cameras"
         )
     for key in (OBS_STATE, ACTION):
         if key not in meta.features:
-            raise UserError(f"data set {meta.repo_id} has no {key}, which the policy needs")
+            raise UserError(f"{named} has no {key}, which the policy needs")
 
 
 def _parquet_is_complete(file: Path) -> bool:

@@ -144,7 +144,7 @@ def test_an_old_cache_is_the_same_build(old, options):
 @pytest.mark.usefixtures("no_policy")
 def test_a_teacher_without_statistics_builds_nothing(options, other, tmp_path):
     save_file({}, other / NORMALIZER)
-    with pytest.raises(UserError, match=r"no statistics of observation\.state"):
+    with pytest.raises(UserError, match=r"no statistics \(min, max\) of observation\.state"):
         build_anchor_cache(options(tmp_path / "cache", policy_path=str(other)))
 
 

@@ -14,12 +14,7 @@ from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 from safetensors.torch import load_file, save_file
 
-from craft_ds.anchors.preprocessing import (
-    STATISTICS,
-    check_statistics,
-    describe_preprocessor,
-    first_difference,
-)
+from craft_ds.anchors.preprocessing import STATISTICS, describe_preprocessor, first_difference
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy_config, load_processors
 
@@ -234,10 +229,3 @@ def test_the_statistic_and_its_dimension_are_named(teacher, other):
     names = {"action": ["shoulder", "elbow", "wrist", "gripper"]}
     found = first_difference(recorded, describe_preprocessor(load(other)), names)
     assert found == ("max of action[2] (wrist)", "3", "9")
-
-
-def test_a_teacher_without_statistics(teacher, other):
-    check_statistics(load(teacher), "me/teacher")
-    save_file({}, other / NORMALIZER)
-    with pytest.raises(UserError, match=r"me/teacher has no statistics of observation\.state.*MIN_MAX"):
-        check_statistics(load(other), "me/teacher")
