@@ -16,20 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.configs import PreTrainedConfig
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.common.vla_utils import resize_with_pad_torch
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.collate import lerobot_collate_fn
+from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from craft_ds.anchors.build_lock import locked_output
 from craft_ds.anchors.build_plan import BuildOptions, Teacher, check_plan_matches, make_plan
 from craft_ds.anchors.cache import (
     METADATA_FILE,
     SPLITS,
-    file_sha256,
     metadata_sha256,
     partial_directory,
     read_metadata,
@@ -43,20 +47,33 @@ from craft_ds.data.lerobot_dataset import camera_keys, open_dataset
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import weights_directory
 from craft_ds.lora.weights import load_trained_policy
-from craft_ds.policies.loading import load_policy_config, load_processors, resolve_policy_path
+from craft_ds.policies.changes import policy_changes
+from craft_ds.policies.loading import (
+    check_action_steps,
+    load_policy_config,
+    load_processors,
+    resolve_policy_path,
+)
 from craft_ds.policies.pi0_fast.vision import features_key
+from craft_ds.policies.statistics import check_statistics
 from craft_ds.policies.token_loss import token_loss
-from craft_ds.tensor_io.filesystem import atomic_file, publish_directory
+from craft_ds.tensor_io.filesystem import atomic_file, file_sha256, publish_directory
 
 
 class AnchorEncoder:
     """Turn data set samples into stored anchors by the teacher's processors; images stay 8-bit."""
 
     def __init__(
-        self, config: PreTrainedConfig, preprocessor: PolicyProcessorPipeline, image_size: str
+        self,
+        config: PreTrainedConfig,
+        preprocessor: PolicyProcessorPipeline,
+        meta: LeRobotDatasetMetadata,
+        image_size: str,
     ) -> None:
         self.preprocessor = preprocessor
-        self.cameras = camera_keys(config, preprocessor)
+        self.repo_id = meta.repo_id
+        # The policy masks a camera that is not in the batch.
+        self.cameras = camera_keys(config, preprocessor, meta.camera_keys)
         self.resolution = None
         if image_size == "model":
             self.resolution = getattr(config, "image_resolution", None)
@@ -67,8 +84,10 @@ class AnchorEncoder:
         """Encode a collated batch of the data set.
 
         Raises:
-            UserError: The processors change the images, so stored images cannot replace them.
+            UserError: The processors change the images, so stored images cannot replace them; or a state or
+                an action is not finite.
         """
+        self._check_finite(raw)
         stored = {name: torch.round(raw[key] * 255).to(torch.uint8) for name, key in self.cameras.items()}
         origin = {name: raw[f"{name}_index"].to(torch.int32) for name in ORIGIN_FIELDS}
         batch = self.preprocessor(raw)
@@ -84,6 +103,17 @@ class AnchorEncoder:
             stored[name] = batch[name] if batch[name].dtype == torch.bool else batch[name].to(torch.int32)
         return stored | origin
 
+    def _check_finite(self, raw: dict[str, Any]) -> None:
+        """Check state and action: tokens are integers, so that no loss would show a NaN."""
+        for key in (OBS_STATE, ACTION):
+            finite = raw[key].isfinite().reshape(len(raw[key]), -1).all(dim=1)
+            if not finite.all():
+                row = int((~finite).nonzero()[0])
+                raise UserError(
+                    f"data set {self.repo_id}, episode {int(raw['episode_index'][row])}, frame "
+                    f"{int(raw['frame_index'][row])}: {key} is not finite; correct or remove the episode"
+                )
+
 
 def build_anchor_cache(options: BuildOptions) -> bool:
     """Build an anchor cache, or finish an interrupted build.
@@ -96,33 +126,56 @@ def build_anchor_cache(options: BuildOptions) -> bool:
 
     Raises:
         UserError: An option, the data set or the policy is unusable, or the output directory holds
-            something else.
+            something else or is being built by another process.
     """
     output = Path(options.output_dir)
     if output.exists() and not (output / METADATA_FILE).is_file():
         raise UserError(f"--output_dir={output} exists and is not an anchor cache: choose another directory")
-    teacher = resolve_policy_path(options.policy_path)
-    config = load_policy_config(teacher)
-    preprocessor, _ = load_processors(config, teacher, device="cpu")
-    encoder = AnchorEncoder(config, preprocessor, options.image_size)
-    dataset = open_dataset(options.dataset_repo_id, options.dataset_root, config, preprocessor)
+    with locked_output(output):
+        return _build(options, output)
+
+
+def _build(options: BuildOptions, output: Path) -> bool:
+    directory = resolve_policy_path(options.policy_path)
+    config = load_policy_config(directory)
+    if not isinstance(config, PI0FastConfig):
+        raise UserError(
+            f"--policy_path={options.policy_path} is a policy of type {config.type}: anchors, and so CRaFT, "
+            "are for pi0_fast"
+        )
+    check_action_steps(config)
+    for old, new in (options.rename_map or {}).items():
+        if new not in config.input_features:
+            raise UserError(f"--rename_map: the policy reads no {new}, to which {old} would be renamed")
+    renamed = policy_changes(config, config, rename_map=options.rename_map)
+    preprocessor, postprocessor = load_processors(config, directory, changes=renamed)
+    check_statistics(options.policy_path, preprocessor, postprocessor)
+    dataset = open_dataset(
+        options.dataset_repo_id, options.dataset_root, config, preprocessor, options.allow_missing_cameras
+    )
+    for old in options.rename_map or {}:
+        if old not in dataset.meta.features:
+            raise UserError(f"--rename_map: data set {options.dataset_repo_id} has no {old} to be renamed")
+    samples: Dataset = dataset
+    encoder = AnchorEncoder(config, preprocessor, dataset.meta, options.image_size)
     selection = _select(options, dataset)
-    example = _example(options, dataset, int(selection.frames[0]), encoder)
+    example = _example(options, samples, int(selection.frames[0]), encoder)
     fingerprint = None
     if options.vision_features:
-        tower = read_vision_tower(config, weights_directory(teacher))
+        tower = read_vision_tower(config, weights_directory(directory))
         fingerprint = tower.fingerprint
         empty = torch.empty(0, *tower.shape, dtype=torch.float16)
         example |= {features_key(camera): empty for camera in encoder.cameras}
-    plan = make_plan(options, Teacher(teacher, config, fingerprint), dataset, selection, example)
+    teacher = Teacher(directory, config, fingerprint, preprocessor)
+    plan = make_plan(options, teacher, dataset, selection, example)
     partial = partial_directory(output)
     if output.exists():
         check_plan_matches(plan, read_metadata(output), f"--output_dir={output} holds another anchor cache")
         shutil.rmtree(partial, ignore_errors=True)
         return False
     _start_or_resume(partial, plan)
-    policy = load_trained_policy(config, teacher, device=options.device)
-    _write_shards(options, partial, dataset, selection, encoder, policy)
+    policy = load_trained_policy(config, directory, device=options.device)
+    _write_shards(options, partial, samples, selection, encoder, policy)
     _publish(output, partial, plan)
     return True
 
@@ -135,11 +188,17 @@ def _select(options: BuildOptions, dataset: LeRobotDataset) -> AnchorSelection:
             f"--num_samples={options.num_samples} is more than the {len(task)} frames of "
             f"{options.dataset_repo_id}"
         )
+    tasks = len(np.unique(task))
+    if options.num_samples < tasks:
+        raise UserError(
+            f"--num_samples={options.num_samples} is less than the {tasks} tasks of {options.dataset_repo_id}"
+            ": give each task anchors, at least two to have one held out"
+        )
     return select_anchors(task, episode, options.num_samples, options.heldout_fraction, options.seed)
 
 
 def _example(
-    options: BuildOptions, dataset: LeRobotDataset, frame: int, encoder: AnchorEncoder
+    options: BuildOptions, dataset: Dataset, frame: int, encoder: AnchorEncoder
 ) -> dict[str, Tensor]:
     """Encode one sample, to see that data and processors fit before the policy is loaded."""
     try:
@@ -168,7 +227,7 @@ def _start_or_resume(partial: Path, plan: dict[str, Any]) -> None:
 def _write_shards(
     options: BuildOptions,
     partial: Path,
-    dataset: LeRobotDataset,
+    samples: Dataset,
     selection: AnchorSelection,
     encoder: AnchorEncoder,
     policy: PreTrainedPolicy,
@@ -180,7 +239,7 @@ def _write_shards(
     batch_sampler = [selection.frames[batch].tolist() for batches in groups.values() for batch in batches]
     loader = iter(
         torch.utils.data.DataLoader(
-            dataset,
+            samples,
             batch_sampler=batch_sampler,
             num_workers=options.num_workers,
             collate_fn=lerobot_collate_fn,

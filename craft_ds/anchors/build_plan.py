@@ -12,9 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from craft_ds.anchors.cache import FORMAT, VERSION, file_sha256
+from craft_ds.anchors.cache import FORMAT, VERSION
+from craft_ds.anchors.preprocessing import (
+    describe_preprocessor,
+    processor_sha256,
+    without_tokenizer_names,
+)
 from craft_ds.anchors.schema import DTYPES
 from craft_ds.anchors.selection import AnchorSelection
 from craft_ds.errors import UserError
@@ -22,6 +29,9 @@ from craft_ds.lora.adapters import ADAPTER_WEIGHTS, weights_directory
 from craft_ds.policies.directory import CONFIG
 from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
 from craft_ds.policies.weights import weight_files
+from craft_ds.tensor_io.filesystem import file_sha256
+
+_NOT_IN_OLD_CACHES = ("preprocessing", "chunk_size", "fps", "features", "task_frames")
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,9 @@ class BuildOptions:
             rounded to 8 bits).
         vision_features: Also store the output of the teacher's vision tower in fp16. Training with the same
             tower frozen can then skip the tower.
+        rename_map: Names of observations in the data set, mapped to the policy's; replaces the map of the
+            teacher's own preprocessor. None: the teacher's own map.
+        allow_missing_cameras: Accept a data set that lacks cameras of the policy: the policy masks them.
 
     Raises:
         UserError: A value is out of range.
@@ -62,6 +75,8 @@ class BuildOptions:
     shard_size: int = 256
     image_size: str = "dataset"
     vision_features: bool = False
+    rename_map: dict[str, str] | None = None
+    allow_missing_cameras: bool = False
 
     def __post_init__(self) -> None:
         least = {"num_samples": 1, "batch_size": 1, "num_workers": 0, "seed": 0, "shard_size": 1}
@@ -81,11 +96,13 @@ class Teacher(NamedTuple):
         directory: Its local folder.
         config: Its configuration.
         vision_fingerprint: Fingerprint of its vision tower where features are stored, else None.
+        preprocessor: Its preprocessor.
     """
 
     directory: Path
     config: PreTrainedConfig
-    vision_fingerprint: str | None = None
+    vision_fingerprint: str | None
+    preprocessor: PolicyProcessorPipeline
 
 
 def make_plan(
@@ -103,22 +120,33 @@ def make_plan(
         dataset: The old data set.
         selection: The frames selected from it.
         example: An encoded batch, for the names, types and shapes of the fields.
+
+    Raises:
+        UserError: The teacher's normaliser has incomplete statistics.
     """
-    directory, config, vision_fingerprint = teacher
+    directory, config, vision_fingerprint, preprocessor = teacher
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     episodes = dataset.hf_dataset.data.column("episode_index").to_numpy()[selection.frames]
-    vision = {} if vision_fingerprint is None else {"vision_features": {"fingerprint": vision_fingerprint}}
+    tasks = list(dataset.meta.tasks.sort_values("task_index").index)
+    frames = np.bincount(dataset.hf_dataset.data.column("task_index").to_numpy(), minlength=len(tasks))
+    optional: dict[str, Any] = {}
+    if vision_fingerprint is not None:
+        optional["vision_features"] = {"fingerprint": vision_fingerprint}
+    if missing := [camera for camera in policy_cameras(config) if camera not in example]:
+        optional["missing_cameras"] = missing
+    renamed = {} if options.rename_map is None else {"rename_map": options.rename_map}
     return {
         "format": FORMAT,
         "version": VERSION,
         "request": {
             name: getattr(options, name)
             for name in ("num_samples", "heldout_fraction", "seed", "shard_size", "image_size")
-        },
+        }
+        | renamed,
         "teacher": {
             "path": options.policy_path,
             "type": config.type,
-            "config": _without_tokenizer_names(json.loads((directory / CONFIG).read_text(encoding="utf-8"))),
+            "config": without_tokenizer_names(json.loads((directory / CONFIG).read_text(encoding="utf-8"))),
             "weights_sha256": _weights_sha256(directory),
         },
         "dataset": {
@@ -126,18 +154,27 @@ def make_plan(
             "root": options.dataset_root,
             "revision": dataset.revision,
             "meta_sha256": _joint_sha256(dataset.root, sorted((dataset.root / "meta").rglob("*.*"))),
-            "tasks": list(dataset.meta.tasks.sort_values("task_index").index),
+            "fps": dataset.meta.fps,
+            "features": {
+                key: {"shape": list(feature["shape"]), "names": feature.get("names")}
+                for key, feature in dataset.meta.features.items()
+                if key in (OBS_STATE, ACTION)
+            },
+            "tasks": tasks,
+            "task_frames": frames.tolist(),
             "episodes": {
                 "train": np.unique(episodes[~selection.heldout]).tolist(),
                 "heldout": selection.heldout_episodes,
             },
         },
         "processors": {
-            file.name: _processor_sha256(file) for file in sorted(directory.glob("policy_*processor*"))
+            file.name: processor_sha256(file) for file in sorted(directory.glob("policy_*processor*"))
         },
+        "preprocessing": describe_preprocessor(preprocessor),
+        "chunk_size": config.chunk_size,
         "tokenizer": tokenizer_fingerprint(config),
-        "cameras": policy_cameras(config),
-        **vision,
+        "cameras": [camera for camera in policy_cameras(config) if camera in example],
+        **optional,
         "fields": {
             name: {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape[1:])}
             for name, tensor in example.items()
@@ -159,6 +196,10 @@ def check_plan_matches(plan: dict[str, Any], existing: dict[str, Any], complaint
     """
     for name, wanted in plan.items():
         found = existing.get(name)
+        if found is None and name in _NOT_IN_OLD_CACHES:
+            continue
+        if name == "dataset" and isinstance(found, dict):
+            wanted = {key: wanted[key] for key in wanted if key in found or key not in _NOT_IN_OLD_CACHES}
         if found == wanted:
             continue
         if isinstance(wanted, dict) and isinstance(found, dict):
@@ -178,20 +219,3 @@ def _weights_sha256(teacher: Path) -> str:
 def _joint_sha256(root: Path, files: list[Path]) -> str:
     lines = [f"{file.relative_to(root)} {file_sha256(file)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _processor_sha256(file: Path) -> str:
-    """Hash a processor's file; a .json without its tokenizer names, which may be local paths."""
-    if file.suffix != ".json":
-        return file_sha256(file)
-    content = _without_tokenizer_names(json.loads(file.read_text(encoding="utf-8")))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _without_tokenizer_names(content: Any) -> Any:
-    if isinstance(content, dict):
-        kept = {key: value for key, value in content.items() if not key.endswith("tokenizer_name")}
-        return {key: _without_tokenizer_names(value) for key, value in kept.items()}
-    if isinstance(content, list):
-        return [_without_tokenizer_names(value) for value in content]
-    return content

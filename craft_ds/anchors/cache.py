@@ -14,18 +14,27 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lerobot.configs import PreTrainedConfig
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION_TOKENS, OBS_LANGUAGE_TOKENS
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from craft_ds.anchors.preprocessing import describe_preprocessor, first_difference, processor_sha256
 from craft_ds.anchors.schema import DTYPES, check_metadata
 from craft_ds.errors import UserError, one_line
-from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
+from craft_ds.policies.directory import PREPROCESSOR
+from craft_ds.policies.loading import (
+    load_policy_config,
+    load_processors,
+    policy_cameras,
+    tokenizer_fingerprint,
+)
 from craft_ds.policies.pi0_fast.vision import features_key
+from craft_ds.tensor_io.filesystem import file_sha256
 from craft_ds.tensor_io.safe_json import read_object
 
 FORMAT = "craft-ds anchor cache"
@@ -43,12 +52,6 @@ def shard_name(number: int) -> str:
 def partial_directory(path: Path) -> Path:
     """Return the sibling of a cache that holds its unfinished build."""
     return path.with_name(f".{path.name}.partial")
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def metadata_sha256(metadata: dict[str, Any]) -> str:
@@ -80,6 +83,9 @@ class AnchorCache:
         self.cameras: list[str] = metadata["cameras"]
         self.teacher_loss: dict[str, dict[str, Any]] = metadata["teacher_loss"]
         self.vision_fingerprint: str | None = metadata.get("vision_features", {}).get("fingerprint")
+        settings = metadata["teacher"].get("config")
+        recorded = settings.get("chunk_size") if isinstance(settings, dict) else None
+        self._chunk_size: int | None = metadata.get("chunk_size", recorded)
         self._shard_size: int = metadata["request"]["shard_size"]
         self._fields: dict[str, dict[str, Any]] = metadata["fields"]
         self._slices = [{name: handle.get_slice(name) for name in self._fields} for handle in handles]
@@ -119,18 +125,25 @@ class AnchorCache:
         return self.metadata["num_samples"]
 
     def check_policy(self, config: PreTrainedConfig) -> None:
-        """Check that this policy reads the anchors as the teacher did.
+        """Check that this policy reads the anchors as the teacher did; see also `check_preprocessor`.
+
+        Cameras that the build recorded as missing may be missing: the policy masks them.
 
         Args:
             config: The policy's configuration, as `craft_ds.policies.loading.load_policy_config` gives it.
 
         Raises:
-            UserError: The tokenizers, cameras, image shapes or token lengths differ.
+            UserError: The tokenizers, cameras, image shapes, chunk or token lengths differ.
         """
         cameras = policy_cameras(config)
-        if set(cameras) != set(self.cameras):
+        missing = self.metadata.get("missing_cameras") or []
+        if {*cameras} - {*missing} != {*self.cameras}:
             self._mismatch("cameras", sorted(self.cameras), sorted(cameras))
-        for name in cameras:
+        # n_action_steps only acts at inference: anchors hold complete chunks.
+        wanted = getattr(config, "chunk_size", None)
+        if None not in (self._chunk_size, wanted) and self._chunk_size != wanted:
+            self._mismatch("chunk_size", self._chunk_size, wanted)
+        for name in self.cameras:
             self._check_image_shape(name, config)
         for field, option in (
             (OBS_LANGUAGE_TOKENS, "tokenizer_max_length"),
@@ -142,6 +155,56 @@ class AnchorCache:
         fingerprint = tokenizer_fingerprint(config)
         if fingerprint != self.metadata["tokenizer"]:
             self._mismatch("tokenizers", self.metadata["tokenizer"][:12], fingerprint[:12])
+
+    def check_preprocessor(self, preprocessor: PolicyProcessorPipeline, directory: Path) -> None:
+        """Check that this preprocessor does to state and action what the teacher's did.
+
+        Args:
+            preprocessor: The preprocessor of the trained policy as it is used, with the statistics in effect.
+            directory: The policy's folder. Caches of craft-ds 0.1 hold only hashes of the teacher's
+                processors, whose statistics are then read from this folder or the teacher's, whichever has
+                files with these hashes.
+
+        Raises:
+            UserError: The statistics, a normalisation mode or another setting that decides tokens differ; the
+                message names the first difference.
+        """
+        recorded = self.metadata.get("preprocessing")
+        if recorded is None:
+            recorded = self._find_preprocessing((directory, Path(self.metadata["teacher"]["path"])))
+        difference = first_difference(recorded, describe_preprocessor(preprocessor), self._dimension_names())
+        if difference is not None:
+            self._mismatch(
+                *difference,
+                advice="train with the teacher's processors, or build anchors by a teacher with the policy's",
+            )
+
+    def _find_preprocessing(self, directories: Sequence[Path]) -> list[dict[str, Any]]:
+        """Describe the preprocessor of the first directory whose files have the recorded hashes."""
+        prefix = PREPROCESSOR.removesuffix(".json")
+        recorded = self.metadata.get("processors") or {}
+        wanted = {name: recorded[name] for name in recorded if name.startswith(prefix)}
+        for directory in directories:
+            files = sorted(directory.glob(f"{prefix}*"))
+            if wanted and wanted == {file.name: processor_sha256(file) for file in files}:
+                return describe_preprocessor(load_processors(load_policy_config(directory), directory)[0])
+        raise UserError(
+            f"anchor cache {self.path} is of an earlier craft-ds and holds no statistics, only hashes, and "
+            f"neither the policy's processors in {directories[0]} nor those of the teacher {directories[1]} "
+            "have them: build it again with `craft-ds anchors`"
+        )
+
+    def _dimension_names(self) -> dict[str, list[str]]:
+        """Return the names of the dimensions of state and action, where the old data set has them."""
+        features = self.metadata["dataset"].get("features") or {}
+        named = {}
+        for key, feature in features.items():
+            names = feature["names"]
+            if isinstance(names, dict):  # as in {"motors": [...]}
+                names = next(iter(names.values()), None)
+            if isinstance(names, list):
+                named[key] = [str(name) for name in names]
+        return named
 
     def read(self, indices: Sequence[int], vision_features: bool = False) -> dict[str, Tensor]:
         """Read anchors, with the fields as they are stored.
@@ -202,11 +265,17 @@ class AnchorCache:
         if [channels, *size] != [expected[0], *wanted]:
             self._mismatch(f"image shape of {name}", [channels, *size], [expected[0], *wanted])
 
-    def _mismatch(self, what: str, cached: Any, wanted: Any) -> None:
+    def _mismatch(
+        self,
+        what: str,
+        cached: Any,
+        wanted: Any,
+        advice: str = "build one for this policy with `craft-ds anchors`",
+    ) -> NoReturn:
         teacher = self.metadata["teacher"]["path"]
         raise UserError(
             f"anchor cache {self.path} (teacher {teacher}) does not fit the policy: {what} {cached} in the "
-            f"cache, {wanted} in the policy; build one for this policy with `craft-ds anchors`"
+            f"cache, {wanted} in the policy; {advice}"
         )
 
 

@@ -14,10 +14,10 @@ from lerobot.utils.constants import ACTION_TOKENS, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
 from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.coverage import check_enough
 from craft_ds.anchors.schema import ORIGIN_FIELDS
 from craft_ds.anchors.selection import allocate_evenly
 from craft_ds.data.batch_partition import StepPartition
-from craft_ds.errors import UserError
 
 
 class AnchorSampler:
@@ -39,7 +39,7 @@ class AnchorSampler:
 
     def __init__(self, cache: AnchorCache, split: str, share: StepPartition, seed: int) -> None:
         members = cache.splits[split]
-        _check_enough(cache, split, share.world_size)
+        check_enough(cache, split, share.world_size)
         self.seed = seed
         self.global_batch = share.total
         self._strata = _strata(cache, members)
@@ -130,15 +130,6 @@ def to_policy_batch(anchors: dict[str, Tensor], device: torch.device | str) -> d
             value = value.to(torch.int64)
         batch[name] = value
     return batch
-
-
-def _check_enough(cache: AnchorCache, split: str, world_size: int) -> None:
-    count = len(cache.splits[split])
-    if count < world_size:
-        raise UserError(
-            f"anchor cache {cache.path} has {count} {split} anchors for {world_size} ranks: build a cache "
-            "with more (`craft-ds anchors --num_samples --heldout_fraction`) or start fewer ranks"
-        )
 
 
 def _strata(cache: AnchorCache, members: list[int]) -> list[list[int]]:

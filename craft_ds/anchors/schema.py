@@ -15,6 +15,7 @@ from lerobot.utils.constants import (
     OBS_LANGUAGE_TOKENS,
 )
 
+from craft_ds.anchors.preprocessing import STATISTICS
 from craft_ds.policies.pi0_fast.vision import features_key
 from craft_ds.tensor_io.safe_json import is_count
 
@@ -45,6 +46,15 @@ def check_metadata(metadata: dict[str, Any]) -> None:
     _check(metadata["request"]["image_size"] in ("dataset", "model"), "request.image_size")
     features = metadata.get("vision_features")
     _check(features is None or isinstance(features["fingerprint"], str), "vision_features")
+    missing = metadata.get("missing_cameras")
+    _check(missing is None or (_are_texts(missing) and not {*missing} & {*cameras}), "missing_cameras")
+    chunk_size = metadata.get("chunk_size")
+    _check(chunk_size is None or is_count(chunk_size, 1), "chunk_size")
+    _check_origin(metadata["dataset"])
+    processors = metadata.get("processors")
+    _check(processors is None or isinstance(processors, dict), "processors")
+    if metadata.get("preprocessing") is not None:
+        _check_preprocessing(metadata["preprocessing"])
     _check_fields(metadata["fields"], cameras, features is not None)
     _check_shards(metadata["shards"], metadata["num_samples"], metadata["request"]["shard_size"])
     for split in ("train", "heldout", "all"):
@@ -72,6 +82,37 @@ def _check_fields(fields: dict[str, Any], cameras: list[str], with_features: boo
         )
 
 
+def _check_origin(dataset: dict[str, Any]) -> None:
+    """Check the entries of the old data set that caches of craft-ds 0.1 lack."""
+    fps, features, frames = (dataset.get(name) for name in ("fps", "features", "task_frames"))
+    _check(fps is None or (_is_number(fps) and fps > 0), "dataset.fps")
+    for key, feature in ({} if features is None else features).items():
+        shape, names = feature["shape"], feature["names"]
+        _check(isinstance(shape, list) and all(map(is_count, shape)), f"dataset.features: the shape of {key}")
+        _check(names is None or isinstance(names, list | dict), f"dataset.features: the names of {key}")
+    _check(
+        frames is None
+        or (isinstance(frames, list) and len(frames) == len(dataset["tasks"]) and all(map(is_count, frames))),
+        "dataset.task_frames",
+    )
+
+
+def _check_preprocessing(steps: Any) -> None:
+    """Check the description of the teacher's preprocessor."""
+    _check(isinstance(steps, list), "preprocessing")
+    for step in steps:
+        _check(isinstance(step["step"], str), "preprocessing")
+        features = step["features"] if step["step"] == "normalizer" else {}
+        for key, entry in features.items():
+            values = [entry[name] for name in STATISTICS[entry["mode"]]]
+            _check(
+                _is_number(entry["eps"])
+                and all(isinstance(value, list) and all(map(_is_number, value)) for value in values)
+                and len(values[0]) == len(values[1]),
+                f"preprocessing: the statistics of {key}",
+            )
+
+
 def _check_shards(shards: list[Any], samples: Any, shard_size: Any) -> None:
     """Check that every shard but the last is full, and that together they have all samples."""
     _check(is_count(samples, 1) and samples < _MAX_SIZE, "num_samples")
@@ -88,8 +129,12 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _is_loss(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    return _is_number(value) and value >= 0
 
 
 def _check(sound: object, what: str) -> None:

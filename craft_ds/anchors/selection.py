@@ -27,14 +27,16 @@ def select_anchors(
     """Select frames without replacement.
 
     Tasks get equal shares of `num_samples`, and the episodes of a task get equal shares of the task's frames.
-    Frames that a short task or episode lacks are taken from the others.
+    Frames that a short task or episode lacks are taken from the others. A task of which any frame is selected
+    has one outside of the held-out episodes, and with two or more also one inside, where it has frames there.
 
     Args:
         task: Task of each frame, (F,).
         episode: Episode of each frame, (F,).
         num_samples: Frames to select, at most F.
-        heldout_fraction: Fraction of each task's episodes to hold out, in [0, 1). With two episodes or more,
-            at least one is held out (unless the fraction is 0) and at least one is not.
+        heldout_fraction: Fraction of each task's episodes to hold out, in [0, 1). Every task keeps an episode
+            that is not held out. With two or more, at least one is held out (unless the fraction is 0), if
+            every other task in that episode keeps another.
         seed: Seed of the selection.
     """
     heldout_episodes = _hold_out(task, episode, heldout_fraction, seed)
@@ -46,7 +48,9 @@ def select_anchors(
         members = members[np.argsort(episode[members], kind="stable")]
         _, lengths = np.unique(episode[members], return_counts=True)
         by_episode = np.split(members, np.cumsum(lengths)[:-1])
-        for frames, count in zip(by_episode, allocate_evenly(int(share), lengths, rng), strict=True):
+        counts = allocate_evenly(int(share), lengths, rng)
+        _cover_splits(counts, np.isin([episode[frames[0]] for frames in by_episode], heldout_episodes))
+        for frames, count in zip(by_episode, counts, strict=True):
             parts.append(rng.choice(frames, size=count, replace=False))
     selected = np.concatenate(parts)
     heldout = np.isin(episode[selected], heldout_episodes)
@@ -73,14 +77,49 @@ def allocate_evenly(total: int, capacities: np.ndarray, rng: np.random.Generator
     return shares
 
 
+def _cover_splits(counts: np.ndarray, heldout: np.ndarray) -> None:
+    """Move one of a task's few frames to a split that would have none, in place: to training first.
+
+    Args:
+        counts: Frames to select from each episode of the task, (n,).
+        heldout: True where the episode is held out, (n,).
+    """
+    for split, least in ((~heldout, 1), (heldout, 2)):
+        if split.any() and not counts[split].any() and counts.sum() >= least:
+            counts[np.argmax(counts)] -= 1
+            counts[np.argmax(split)] += 1
+
+
 def _hold_out(task: np.ndarray, episode: np.ndarray, fraction: float, seed: int) -> list[int]:
     """Choose episodes to hold out. An episode with several tasks counts for the task of its first frame."""
     episodes, first = np.unique(episode, return_index=True)
     rng = np.random.default_rng((seed, 0))
-    heldout: list[int] = []
+    heldout: set[int] = set()
     for one_task in np.unique(task[first]):
         candidates = episodes[task[first] == one_task]
         wanted = max(round(fraction * len(candidates)), 1) if fraction > 0 else 0
         count = min(wanted, len(candidates) - 1)
-        heldout += rng.choice(candidates, size=count, replace=False).tolist()
+        heldout |= set(rng.choice(candidates, size=count, replace=False).tolist())
+    if fraction > 0:
+        _cover_tasks([set(np.unique(episode[task == one]).tolist()) for one in np.unique(task)], heldout)
     return sorted(heldout)
+
+
+def _cover_tasks(episodes_of_tasks: list[set[int]], heldout: set[int]) -> None:
+    """Change the held-out episodes where tasks that share episodes would have none in a split, in place.
+
+    Args:
+        episodes_of_tasks: Episodes in which each task has frames.
+        heldout: The held-out episodes.
+    """
+    for episodes in episodes_of_tasks:
+        if episodes <= heldout:
+            heldout.remove(min(episodes))
+    for episodes in episodes_of_tasks:
+        if episodes & heldout:
+            continue
+        free = (
+            one for one in sorted(episodes) if all(others - heldout != {one} for others in episodes_of_tasks)
+        )
+        if (one := next(free, None)) is not None:
+            heldout.add(one)

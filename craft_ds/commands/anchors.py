@@ -4,6 +4,9 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from craft_ds.config.arguments import parse_rename_map
+from craft_ds.errors import exits_as_user_error
+
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the flags."""
@@ -50,7 +53,30 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="also store the features of the teacher's vision tower (fp16), for training with that tower "
         "frozen and --craft.vision_features=true",
     )
-    return parser.parse_args(arguments)
+    add(
+        "--rename_map",
+        default="{}",
+        help="names of observations in the data set, mapped to the policy's, as JSON: "
+        '{"observation.images.front": "observation.images.top"}; replaces the map of the teacher\'s own '
+        "preprocessor",
+    )
+    add(
+        "--allow_missing_cameras",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_bool,
+        metavar="true",
+        help="accept a data set that lacks cameras of the policy: the policy masks them",
+    )
+    with exits_as_user_error():
+        return parser.parse_args(arguments)
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+    return text.lower() == "true"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -61,8 +87,10 @@ def main(arguments: Sequence[str]) -> None:
     # Imported here so that --help and errors in flags are fast.
     from craft_ds.anchors.build import BuildOptions, build_anchor_cache
     from craft_ds.anchors.cache import AnchorCache
+    from craft_ds.anchors.coverage import coverage_table, coverage_warnings
 
-    built = build_anchor_cache(BuildOptions(**vars(args)))
+    rename_map = parse_rename_map(args.rename_map) or None
+    built = build_anchor_cache(BuildOptions(**vars(args) | {"rename_map": rename_map}))
     cache = AnchorCache.open(args.output_dir, verify=not built)
     counts = " and ".join(f"{len(cache.splits[split])} {split}" for split in cache.splits)
     loss = cache.teacher_loss["all"]["overall"]
@@ -70,3 +98,7 @@ def main(arguments: Sequence[str]) -> None:
         f"{'built' if built else 'already built'}: {args.output_dir} ({counts} anchors of "
         f"{len(cache.tasks)} tasks, teacher loss {loss:.4f} per token)"
     )
+    for line in [*coverage_table(cache), *coverage_warnings(cache, "heldout")]:
+        print(line)
+    if missing := cache.metadata.get("missing_cameras"):
+        print(f"masked cameras, which the data set lacks: {', '.join(missing)}")

@@ -1,10 +1,10 @@
 """`craft-ds statistics`: write a policy whose normalisers have the statistics of data sets."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from craft_ds.config.arguments import parse_rename_map
 from craft_ds.errors import UserError
 
 
@@ -40,18 +40,3 @@ def main(arguments: Sequence[str]) -> None:
         args.policy_path, datasets, args.output_dir, rename_map=rename_map, replace=args.replace
     )
     print(f"wrote {args.output_dir}: {args.policy_path} with the {result}")
-
-
-def parse_rename_map(text: str) -> dict[str, str]:
-    """Read the value of `--rename_map`.
-
-    Raises:
-        UserError: It is not a JSON object of strings.
-    """
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or not all(isinstance(entry, str) for entry in value.values()):
-        raise UserError(f'--rename_map={text}: write a JSON object such as {{"old name": "new name"}}')
-    return value

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from craft_ds.config.shipped_files import resolve_shipped
+from craft_ds.errors import UserError
 
 TRAIN_CONFIG_NAME = "train_config.json"  # the name that LeRobot gives it
 # Short forms of flags, with the fields that they set.
@@ -75,6 +76,21 @@ def quote_paths(arguments: Sequence[str]) -> list[str]:
         literal = name in _PATH_FLAGS and value[:1] not in ("", '"', "'") and special
         quoted.append(f"{name}={json.dumps(value)}" if equals and literal else argument)
     return quoted
+
+
+def parse_rename_map(text: str) -> dict[str, str]:
+    """Read the value of `--rename_map`.
+
+    Raises:
+        UserError: It is not a JSON object of strings.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(entry, str) for entry in value.values()):
+        raise UserError(f'--rename_map={text} must be JSON such as {{"old name": "new name"}}')
+    return value
 
 
 def _is_flag(argument: str) -> bool:

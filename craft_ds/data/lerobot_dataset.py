@@ -85,6 +85,7 @@ def open_dataset(
     root: str | Path | None,
     config: PreTrainedConfig,
     preprocessor: PolicyProcessorPipeline,
+    allow_missing_cameras: bool = False,
 ) -> LeRobotDataset:
     """Open a data set with the action chunks that a policy trains on; LeRobot pads the ends of episodes.
 
@@ -93,6 +94,7 @@ def open_dataset(
         root: Local folder; None: LeRobot's cache, then the hub.
         config: The policy's configuration.
         preprocessor: The policy's preprocessor.
+        allow_missing_cameras: Accept a data set without some of the cameras, which the policy then masks.
 
     Raises:
         UserError: There is no finished data set, or it lacks the policy's cameras, state or action.
@@ -102,7 +104,7 @@ def open_dataset(
         check_dataset_root(local)
     try:
         meta = LeRobotDatasetMetadata(repo_id, root=root)
-        check_features(meta, config, preprocessor)
+        check_features(meta, config, preprocessor, allow_missing_cameras)
         # LeRobot probes torchcodec unless a backend is named, and prints pages when FFmpeg is missing.
         backend = None if meta.video_keys else "pyav"
         return LeRobotDataset(

@@ -142,10 +142,21 @@ def write_test_cache(
         "request": {"shard_size": shard_size, "image_size": "dataset"},
         "teacher": {"path": "teacher"},
         "dataset": {
+            "fps": 10,
+            "features": {ACTION: {"shape": [2], "names": ["x0", "x1"]}},
             "tasks": list(TASK_TEXTS[: max(task, default=0) + 1]),
+            "task_frames": np.bincount(task).tolist(),
             "episodes": {"heldout": list(heldout_episodes)},
         },
         "cameras": [f"{OBS_IMAGES}.top"],
+        "processors": {"policy_preprocessor.json": "0" * 64},
+        "preprocessing": [
+            {
+                "step": "normalizer",
+                "features": {ACTION: {"mode": "MIN_MAX", "eps": 1e-8, "min": [0.0, 0.0], "max": [1.0, 2.0]}},
+            }
+        ],
+        "chunk_size": 8,
         "tokenizer": "0123456789abcdef",
         "fields": {
             name: {"dtype": names[tensor.dtype], "shape": list(tensor.shape[1:])}

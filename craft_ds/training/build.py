@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from craft_ds.algorithm.multiplier import DualState
 from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.coverage import coverage_warnings
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.anchors.vision import check_frozen_tower
 from craft_ds.checkpoints import BackgroundSaver, load_optimizer, read_states, verify_checkpoint
@@ -115,6 +116,8 @@ def _build(
         config.allow_missing_cameras,
         f"--dataset.repo_id={config.dataset.repo_id}",
     )
+    if inputs.cache is not None:
+        fail_together(inputs.cache.check_preprocessor)(preprocessor, inputs.policy_dir)
     state = _build_state(config, saved, len(train), world_size)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
@@ -159,6 +162,7 @@ def _build(
         logger.say(anchor_line(inputs.cache, config.craft))
         teacher_loss = inputs.cache.teacher_loss[config.craft.constraint_split]["overall"]
         messages += epsilon_lines(config.craft, teacher_loss)
+        messages += coverage_warnings(inputs.cache, config.craft.constraint_split)
     for message in (*size_lines(config, state.progress, len(train), engine.world_size), *messages):
         logger.say(message)
     return Run(

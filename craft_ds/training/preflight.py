@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.coverage import check_coverage
 from craft_ds.anchors.vision import check_vision_features
 from craft_ds.checkpoints import complete_checkpoints, read_manifest
 from craft_ds.checkpoints.run_directory import FINAL
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.collectives import fail_together
-from craft_ds.distributed.env import is_local_rank0, launched_rank
+from craft_ds.distributed.env import is_local_rank0, launched_rank, launched_world_size
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import AdapterPlan, has_adapters, plan_adapters
 from craft_ds.policies.loading import resolve_policy_path
@@ -61,6 +62,7 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
         return inputs
     cache = AnchorCache.open(config.craft.anchor_cache_dir, verify=is_local_rank0())
     cache.check_policy(config.policy)
+    check_coverage(cache, config.craft.constraint_split, launched_world_size())
     if config.craft.vision_features and is_local_rank0():
         check_vision_features(cache, inputs.weights_dir, config.policy)
     return inputs._replace(cache=cache)

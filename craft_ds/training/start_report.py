@@ -1,10 +1,10 @@
 """Lines that a run prints before its first step: what it trains, on what, and how much."""
 
-from collections import Counter
 from pathlib import Path
 
 import craft_ds
 from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.coverage import count_by_task
 from craft_ds.config.configs import CraftConfig
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.env import launched_world_size
@@ -37,15 +37,15 @@ def dataset_line(episodes: int, samples: int, heldout: int, tasks: list[str]) ->
 
 
 def anchor_line(cache: AnchorCache, craft: CraftConfig) -> str:
-    """Return the number of anchors, and L0, the teacher's own loss, by task."""
-    counts = Counter(cache.tasks[int(cache.task[index])] for index in cache.splits["train"])
+    """Return the number of anchors by task and split, and L0, the teacher's own loss, by task."""
     losses = cache.teacher_loss[craft.constraint_split]["by_task"]
     by_task = "; ".join(
-        f"{text[:40]!r} {count}" + (f" (L0 {losses[text]:.3f})" if text in losses else "")
-        for text, count in counts.items()
+        f"{text[:40]!r} {train} + {heldout} held out"
+        + (f" (L0 {_loss(losses[text])})" if text in losses else "")
+        for text, train, heldout in zip(cache.tasks, *count_by_task(cache).values(), strict=True)
     )
     held_out = len(cache.splits["heldout"])
-    return f"✓ anchors: {len(cache.splits['train'])}, and {held_out} held out; {by_task}"
+    return f"✓ anchors: {len(cache.splits['train'])} + {held_out} held out; {by_task}"
 
 
 def size_lines(config: TrainConfig, progress: Progress, samples: int, world_size: int) -> list[str]:
@@ -86,13 +86,23 @@ def epsilon_lines(craft: CraftConfig, teacher_loss: float) -> list[str]:
     """
     unit = teacher_loss if craft.epsilon_relative else 1.0
     start, end = craft.epsilon_start * unit, craft.epsilon_end * unit
-    lines = [f"ε: {start:.3f} to {end:.3f}; the teacher's own loss L0 is {teacher_loss:.3f}"]
+    lines = [f"ε: {_loss(start)} to {_loss(end)}; the teacher's own loss L0 is {_loss(teacher_loss)}"]
     advice = "set --craft.epsilon_relative=true --craft.epsilon_start=1.3 --craft.epsilon_end=1.1"
-    if end >= _NEVER_BINDS * teacher_loss:
-        lines.append(f"warning: ε ends {end / teacher_loss:.1f} times above L0 and may never bind: {advice}")
-    if end < _NEVER_MET * teacher_loss:
+    if teacher_loss == 0:
+        lines.append("warning: L0 is 0, so that no ε can be given relative to it: set an absolute one")
+    elif end >= _NEVER_BINDS * teacher_loss:
+        lines.append(
+            f"warning: ε ends at {end / teacher_loss:.3g} times L0 and may never bind, which would protect "
+            f"nothing: {advice}"
+        )
+    elif end < _NEVER_MET * teacher_loss:
         lines.append(f"warning: ε ends below L0 and may never be met, so that λ grows: {advice}")
     return lines
+
+
+def _loss(value: float) -> str:
+    """Format a loss with three decimals, a small one with three digits."""
+    return f"{value:.3f}" if value >= 0.1 or value == 0 else f"{value:.3g}"
 
 
 def _texts(tasks: list[str]) -> str:

@@ -100,8 +100,8 @@ def test_own_statistics_are_replaced_only_on_demand(inputs, tmp_path):
             ["--dataset_root=a", "--dataset_root=b"],
             "--dataset_root is given 2 times and --dataset_repo_id 1 times",
         ),
-        (["--rename_map=[1]"], "write a JSON object"),
-        (["--rename_map={'a': 'b'}"], "write a JSON object"),
+        (["--rename_map=[1]"], "must be JSON"),
+        (["--rename_map={'a': 'b'}"], "must be JSON"),
         (["--dataset_root=/nowhere"], "holds no LeRobot data set"),
     ],
 )

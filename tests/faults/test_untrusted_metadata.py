@@ -57,6 +57,22 @@ def changes():
         ("teacher_loss",): (),
         ("teacher_loss", "train", "overall"): (0, 2.5, 1 << 70),
         ("vision_features",): (None,),
+        ("missing_cameras",): (None, []),
+        ("chunk_size",): (None,),
+        ("processors",): (None, {}),
+        ("preprocessing",): (None, []),
+        ("preprocessing", 0): (),
+        ("preprocessing", 0, "features", "action"): (),
+        ("preprocessing", 0, "features", "action", "mode"): (),
+        ("preprocessing", 0, "features", "action", "eps"): (-1, 0, 2.5, 1 << 70),
+        ("preprocessing", 0, "features", "action", "min"): (),
+        ("preprocessing", 0, "features", "action", "min", 1): (-1, 0, 2.5, 1 << 70),
+        ("dataset", "fps"): (None, 2.5, 1 << 70),
+        ("dataset", "features"): (None, {}),
+        ("dataset", "features", "action"): (),
+        ("dataset", "features", "action", "shape"): ([],),
+        ("dataset", "features", "action", "names"): (None, [], {}, [[]]),
+        ("dataset", "task_frames"): (None,),
     }.items():
         for value in odd:
             if not any(type(value) is type(other) and value == other for other in allowed):

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from craft_ds.config.configs import CraftConfig
 from craft_ds.training.start_report import anchor_line, dataset_line, epsilon_lines, size_lines
@@ -36,15 +37,15 @@ def test_the_data_set_names_its_tasks():
     assert line == "✓ data set: 38 episodes, 388 samples, 22 held out; 4 tasks: 'a', 'b', 'c', and 1 more"
 
 
-def test_anchors_are_counted_by_task_with_l0():
+def test_anchors_are_counted_by_task_and_split_with_l0():
     cache = SimpleNamespace(
         tasks=["reach", "push"],
-        task=[0, 1, 1, 0],
+        task=torch.tensor([0, 1, 1, 0]),
         splits={"train": [0, 1, 2], "heldout": [3]},
-        teacher_loss={"heldout": {"by_task": {"reach": 0.25}}},
+        teacher_loss={"heldout": {"by_task": {"reach": 0.0025}}},
     )
     line = anchor_line(cache, CraftConfig(enabled=True))
-    assert line == "✓ anchors: 3, and 1 held out; 'reach' 1 (L0 0.250); 'push' 2"
+    assert line == "✓ anchors: 3 + 1 held out; 'reach' 1 + 1 held out (L0 0.0025); 'push' 2 + 0 held out"
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,30 @@ def test_an_epsilon_out_of_reach_is_a_warning(flags, warned):
 def test_a_relative_epsilon_is_shown_in_absolute_units():
     craft = CraftConfig(enabled=True, epsilon_relative=True, epsilon_start=1.5, epsilon_end=1.0)
     assert epsilon_lines(craft, 0.6)[0] == "ε: 0.900 to 0.600; the teacher's own loss L0 is 0.600"
+
+
+@pytest.mark.parametrize(("teacher_loss", "ratio"), [(0.002, "50"), (0.0004, "250")])
+def test_the_default_epsilon_never_binds_on_a_good_teacher(teacher_loss, ratio):
+    """The default falls from 1.0 to 0.1: a policy may lose all that such a teacher knows."""
+    first, warning = epsilon_lines(CraftConfig(enabled=True), teacher_loss)
+    assert first == f"ε: 1.000 to 0.100; the teacher's own loss L0 is {teacher_loss}"
+    assert warning.startswith(f"warning: ε ends at {ratio} times L0 and may never bind")
+    assert "--craft.epsilon_relative=true --craft.epsilon_start=1.3 --craft.epsilon_end=1.1" in warning
+
+
+def test_the_default_epsilon_is_never_met_by_a_poor_teacher():
+    _, warning = epsilon_lines(CraftConfig(enabled=True), 1.7)
+    assert warning.startswith("warning: ε ends below L0 and may never be met")
+    assert "--craft.epsilon_relative=true --craft.epsilon_start=1.3 --craft.epsilon_end=1.1" in warning
+
+
+@pytest.mark.parametrize("teacher_loss", [1e-4, 0.002, 0.6, 1.7, 9.0])
+def test_the_advised_epsilon_is_without_a_warning(teacher_loss):
+    craft = CraftConfig(enabled=True, epsilon_relative=True, epsilon_start=1.3, epsilon_end=1.1)
+    assert len(epsilon_lines(craft, teacher_loss)) == 1
+
+
+def test_a_teacher_without_any_loss():
+    for relative in (False, True):
+        _, warning = epsilon_lines(CraftConfig(enabled=True, epsilon_relative=relative), 0.0)
+        assert warning.startswith("warning: L0 is 0")
