@@ -16,6 +16,7 @@ FsdpDtype = Literal["auto", "float32", "bfloat16"]
 LoraInit = Literal["default", "gaussian"]
 CheckpointLayout = Literal["consolidated", "per_rank"]
 ActivationCheckpointing = Literal["none", "full"]
+OnBadSample = Literal["error", "skip"]
 TrackerName = Literal["wandb", "tensorboard", "trackio"]
 
 
@@ -345,3 +346,12 @@ class RunOptions:
     max_skipped_steps: int = 10
     """Number of consecutive steps with a non-finite loss or gradient that are skipped; one more stops the
     run."""
+    on_bad_sample: OnBadSample = "error"
+    """A sample that cannot be read (damaged picture, cut video, missing file, timestamp beyond
+    `--tolerance_s`) or whose state or action is non-finite or an outlier: `error` stops the run with a line
+    that names data set, episode and frame; `skip` trains another sample instead, the same on every resume and
+    for any number of ranks, and logs and counts it as `train/bad_samples`."""
+    outlier_factor: float = 20.0
+    """A state or action entry is an outlier if it lies more than this many times the usual range outside of
+    that range, which the central 90 % of the data set's frames have. An entry that hardly moves has the
+    widest range of its vector. 0: only non-finite entries are bad."""

@@ -6,16 +6,18 @@ Interface for everything that reads samples (training, evaluation, anchors, expo
 """
 
 import errno
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import ACTION, OBS_PREFIX
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from craft_ds.data.value_limits import ValueLimits
+from craft_ds.data.value_limits import ValueLimits, column, rows_of
 from craft_ds.errors import UserError, one_line
 
 # Errors of the machine, not of the data: a restart can help, so they are not a property of the sample.
@@ -75,7 +77,7 @@ class NamedSamples(Dataset[dict[str, Any]]):
             key: [round(seconds * dataset.meta.fps) for seconds in deltas]
             for key, deltas in (dataset.delta_timestamps or {}).items()
         }
-        self._images = {key: _image_size(features[key]) for key in dataset.meta.camera_keys}
+        self._images = {key: image_shape(features[key]) for key in dataset.meta.camera_keys}
         self._vectors = {
             key: int(feature["shape"][0])
             for key, feature in features.items()
@@ -110,17 +112,37 @@ class NamedSamples(Dataset[dict[str, Any]]):
             if width == 1 and sample[key].ndim < 1 + (key in self._steps):
                 sample[key] = sample[key].unsqueeze(-1)
             self._check_vector(index, key, width, sample[key])
-        for key, size in self._images.items():
+        for key, shape in self._images.items():
             if sample.get(key) is None:
                 raise self._bad(index, f"{key} is missing")
-            found = tuple(sample[key].shape[-2:])
-            if found != size:
+            found = tuple(sample[key].shape[-3:])
+            if found != shape:
                 raise self._bad(
                     index,
-                    f"{key} is a picture of {found[0]}×{found[1]} (height × width), not of "
-                    f"{size[0]}×{size[1]} as meta/info.json says",
+                    f"{key} is a picture of {_described(found)}, not of {_described(shape)} as in info.json",
                 )
         return sample
+
+    def bad_values(self) -> tuple[list[BadSample], int]:
+        """Find all frames whose state or action is bad, in the columns at once.
+
+        Returns:
+            The errors of the first frames, at most 100, and the number of bad frames.
+        """
+        bad = np.zeros(len(self), dtype=bool)
+        for key in self._vectors:
+            bad |= ~self._good(key, torch.from_numpy(column(self.dataset, key))).all(dim=1).numpy()
+        indices = np.flatnonzero(bad)
+        return [self._bad_frame(int(index)) for index in indices[:100]], len(indices)
+
+    def _bad_frame(self, index: int) -> BadSample:
+        row = self.dataset.hf_dataset.data.slice(index, 1)
+        for key, width in self._vectors.items():
+            try:
+                self._check_vector(index, key, width, torch.from_numpy(rows_of(row.column(key)))[0])
+            except BadSample as error:
+                return error
+        raise AssertionError(f"frame {index} is good")
 
     def place(self, index: int) -> tuple[int, int]:
         """Return the episode of a sample, and its frame within the episode."""
@@ -148,13 +170,16 @@ class NamedSamples(Dataset[dict[str, Any]]):
                 return self._bad(index, _reading_failed(found), later)
         return self._bad(index, _reading_failed(error))
 
+    def _good(self, key: str, value: Tensor) -> Tensor:
+        """Return True for every entry that is finite and within the limits."""
+        good = torch.isfinite(value)
+        return good if self._limits is None else good & self._limits.contain(key, value)
+
     def _check_vector(self, index: int, key: str, width: int, value: Tensor) -> None:
         """Check a vector, shape (entries), or a chunk of vectors, shape (steps, entries)."""
         if value.shape[-1] != width:
             raise self._bad(index, f"{key} has {value.shape[-1]} entries, not {width}")
-        good = torch.isfinite(value)
-        if self._limits is not None:
-            good &= self._limits.contain(key, value)
+        good = self._good(key, value)
         if good.all():
             return
         *step, entry = (~good).nonzero()[0].tolist()
@@ -178,7 +203,8 @@ class _Caught(Dataset[Any]):
             return error
 
 
-class _Collate(NamedTuple):
+@dataclass(frozen=True)
+class _Collate:
     """Collates samples, or returns the first error among them."""
 
     collate: Callable[[list[Any]], Any]
@@ -190,7 +216,7 @@ class _Collate(NamedTuple):
 
 def sample_loader(
     dataset: Dataset[Any],
-    batch_sampler: Iterable[Iterable[int]],
+    batch_sampler: Any,
     *,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
     **options: Any,
@@ -199,7 +225,7 @@ def sample_loader(
 
     Args:
         dataset: Its items may raise `BadSample`.
-        batch_sampler: Indices of each batch.
+        batch_sampler: Iterable of the indices of each batch.
         collate_fn: Makes a batch of samples.
         **options: Further arguments of `DataLoader`, such as `num_workers`.
 
@@ -209,7 +235,11 @@ def sample_loader(
     loader = DataLoader(
         _Caught(dataset), batch_sampler=batch_sampler, collate_fn=_Collate(collate_fn), **options
     )
-    for batch in loader:
+    return _raising(iter(loader))  # workers start now, not with the first batch
+
+
+def _raising(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
         if isinstance(batch, BadSample):
             raise batch
         yield batch
@@ -223,8 +253,14 @@ def _reading_failed(error: Exception) -> str:
     return f"it cannot be read ({type(error).__name__}: {text})"
 
 
-def _image_size(feature: dict[str, Any]) -> tuple[int, int]:
-    """Return height and width in a camera's feature, which LeRobot has in either order of axes."""
+def image_shape(feature: dict[str, Any]) -> tuple[int, int, int]:
+    """Return channels, height and width of a camera's feature, which LeRobot has in either order of axes."""
     shape, names = tuple(feature["shape"]), list(feature.get("names") or [])
-    channels_first = bool(names) and str(names[0]).startswith("channel")
-    return (shape[1], shape[2]) if channels_first else (shape[0], shape[1])
+    if names and str(names[0]).startswith("channel"):
+        return shape[0], shape[1], shape[2]
+    return shape[2], shape[0], shape[1]
+
+
+def _described(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
+    return f"{height}×{width}×{channels} (height × width × channels)"

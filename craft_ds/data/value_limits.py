@@ -80,14 +80,22 @@ def value_limits(dataset: LeRobotDataset, factor: float) -> ValueLimits:
 
 def column(dataset: LeRobotDataset, key: str) -> np.ndarray:
     """Return a numerical column of the data set, fp64 of shape (frames, entries); NaN where there is none."""
-    chunks = dataset.hf_dataset.data.column(key).chunks
-    parts = [_flatten(chunk) for chunk in chunks if len(chunk)]
+    return rows_of(dataset.hf_dataset.data.column(key))
+
+
+def rows_of(values: pa.ChunkedArray) -> np.ndarray:
+    """Return a numerical column as fp64 of shape (rows, entries); NaN where there is no value."""
+    parts = [_flatten(chunk) for chunk in values.chunks if len(chunk)]
     return np.concatenate(parts) if parts else np.empty((0, 1))
 
 
 def _flatten(chunk: pa.Array) -> np.ndarray:
     rows = len(chunk)
+    if chunk.null_count:
+        vectors = chunk.to_pylist()
+        width = max((np.size(vector) for vector in vectors if vector is not None), default=1)
+        filled = [np.full(width, np.nan) if vector is None else vector for vector in vectors]
+        return np.array(filled, dtype=np.float64).reshape(rows, -1)
     while pa.types.is_list(chunk.type) or pa.types.is_fixed_size_list(chunk.type):
         chunk = chunk.flatten()
-    values = chunk.to_numpy(zero_copy_only=False).astype(np.float64)
-    return values.reshape(rows, -1)
+    return chunk.to_numpy(zero_copy_only=False).astype(np.float64).reshape(rows, -1)

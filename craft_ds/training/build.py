@@ -24,7 +24,14 @@ from craft_ds.checkpoints.run_directory import complete_checkpoints, move_aside
 from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import partition_step
-from craft_ds.data.task_data import StepSampler, check_processors, load_datasets, training_batches
+from craft_ds.data.checked_samples import NamedSamples
+from craft_ds.data.task_data import (
+    StepSampler,
+    check_processors,
+    check_samples,
+    load_datasets,
+    training_batches,
+)
 from craft_ds.distributed.collectives import fail_together, rank0_first, rank0_only
 from craft_ds.distributed.env import launched_rank, launched_world_size
 from craft_ds.distributed.preemption import Preemption, parse_duration
@@ -41,6 +48,7 @@ from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import weights_sha256
 from craft_ds.policies.wrapping import wrapping_warning
 from craft_ds.tensor_io.safe_json import read_object
+from craft_ds.training.bad_samples import BadSampleLog
 from craft_ds.training.checkpointer import Checkpointer
 from craft_ds.training.evaluator import Evaluator
 from craft_ds.training.metrics import MetricsLogger
@@ -101,6 +109,8 @@ def _build(
     messages = _resolve_changed_flags(config, saved) if saved else []
     inputs = check_inputs(config)
     train, heldout = rank0_first(load_datasets)(config, policy_cameras(config.policy), world_size)
+    samples, heldout_samples, warnings = fail_together(check_samples)(config, train, heldout)
+    messages += warnings
     state = _build_state(config, saved, len(train), world_size)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
@@ -124,13 +134,13 @@ def _build(
         )
 
     preprocessor, postprocessor = _load_processors(config, inputs.policy_dir, engine)
-    fail_together(check_processors)(config, train, preprocessor)
+    fail_together(check_processors)(config, samples, preprocessor)
     anchors = _open_anchors(config, inputs.cache, engine, state.progress)
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
     if saved is not None:
         fail_together(load_optimizer)(config.checkpoint_path, engine, adapters)
         _restore_scheduler(config.checkpoint_path, saved.scheduler, scheduler)
-    tasks = _open_tasks(config, train, preprocessor, engine, state.progress)
+    tasks = _open_tasks(config, samples, preprocessor, engine, state.progress)
     background = BackgroundSaver() if config.checkpoint.background and config.save_checkpoint else None
 
     engine.barrier()  # no rank creates the output directory before all have found it free
@@ -147,6 +157,21 @@ def _build(
         messages += epsilon_lines(config.craft, teacher_loss)
     for message in (*size_lines(config, state.progress, len(train), engine.world_size), *messages):
         logger.say(message)
+    checkpointer = Checkpointer(
+        config=config,
+        engine=engine,
+        state=state,
+        scheduler=scheduler,
+        adapters=adapters,
+        policy_dir=inputs.policy_dir,
+        logger=logger,
+        watchdog=watchdog,
+        teacher_loss=teacher_loss,
+        background=background,
+    )
+    bad_samples = BadSampleLog(
+        config.on_bad_sample, logger.say, lambda: checkpointer.report_finished_saves(wait=True)
+    )
     return Run(
         config=config,
         engine=engine,
@@ -155,21 +180,13 @@ def _build(
         anchors=anchors,
         scheduler=scheduler,
         logger=logger,
-        evaluator=Evaluator(config, engine, watchdog, preprocessor, postprocessor, heldout, anchors),
-        checkpointer=Checkpointer(
-            config=config,
-            engine=engine,
-            state=state,
-            scheduler=scheduler,
-            adapters=adapters,
-            policy_dir=inputs.policy_dir,
-            logger=logger,
-            watchdog=watchdog,
-            teacher_loss=teacher_loss,
-            background=background,
+        evaluator=Evaluator(
+            config, engine, watchdog, preprocessor, postprocessor, heldout_samples, anchors, bad_samples
         ),
+        checkpointer=checkpointer,
         preemption=preemption,
         watchdog=watchdog,
+        bad_samples=bad_samples,
         owns_process_group=owns_process_group,
     )
 
@@ -283,7 +300,7 @@ def _load_processors(
 @fail_together
 def _open_tasks(
     config: TrainConfig,
-    train: LeRobotDataset,
+    samples: NamedSamples,
     preprocessor: PolicyProcessorPipeline,
     engine: Engine,
     progress: Progress,
@@ -291,8 +308,8 @@ def _open_tasks(
     partition = partition_step(
         progress.samples_per_step, engine.world_size, config.batch_size, "task samples"
     )
-    sampler = StepSampler(len(train), partition, engine.rank, config.seed or 0, progress.samples_seen)
-    return TaskStream(training_batches(config, train, sampler), preprocessor, partition, sampler)
+    sampler = StepSampler(len(samples), partition, engine.rank, config.seed or 0, progress.samples_seen)
+    return TaskStream(training_batches(config, samples, sampler), preprocessor, partition, sampler)
 
 
 def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedPolicy:

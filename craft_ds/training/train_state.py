@@ -23,6 +23,7 @@ class Progress:
             were computed: while these flags stay the same, another number of ranks does not change a step.
         skipped: Steps with a non-finite loss or gradient.
         skipped_in_a_row: The most recent consecutive ones of these.
+        bad_samples: Task samples that were replaced because they were bad.
         losses: Task losses since the last logged step.
         latest: Metrics of the last retention step, by their names in the log.
     """
@@ -36,6 +37,7 @@ class Progress:
     asked: list[int] = field(default_factory=list)
     skipped: int = 0
     skipped_in_a_row: int = 0
+    bad_samples: int = 0
     losses: list[float] = field(default_factory=list)
     latest: dict[str, float] = field(default_factory=dict)
 

@@ -26,9 +26,9 @@ def _picture(content: bytes) -> dict[str, Any]:
     return {"bytes": content, "path": None}
 
 
-def _of_size(width: int, height: int) -> dict[str, Any]:
+def _of_size(width: int, height: int, mode: str = "RGB") -> dict[str, Any]:
     stream = io.BytesIO()
-    Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8)).save(stream, format="PNG")
+    Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8)).convert(mode).save(stream, format="PNG")
     return _picture(stream.getvalue())
 
 
@@ -41,7 +41,8 @@ DAMAGES = {
     "empty picture": Damage(CAMERA, lambda old: _picture(b""), "it cannot be read"),
     "text for a picture": Damage(CAMERA, lambda old: _picture(b"not a picture"), "it cannot be read"),
     "no picture": Damage(CAMERA, lambda old: None, "observation.images.top is missing"),
-    "small picture": Damage(CAMERA, lambda old: _of_size(32, 48), "a picture of 48×32"),
+    "small picture": Damage(CAMERA, lambda old: _of_size(32, 48), "a picture of 48×32×3"),
+    "gray picture": Damage(CAMERA, lambda old: _of_size(64, 64, "L"), "a picture of 64×64×1"),
     "picture file that is gone": Damage(
         CAMERA, lambda old: {"bytes": None, "path": "/nowhere/frame.png"}, "/nowhere/frame.png is missing"
     ),
