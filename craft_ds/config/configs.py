@@ -317,9 +317,9 @@ class RunOptions:
     world: WorldEvalConfig = field(default_factory=WorldEvalConfig)
     """Evaluation in an embedded world every `eval_freq` steps, `--world.*`."""
     eval_freq: int = 0
-    """Steps between reports of the held-out task loss and the anchor loss; 0: none. Holds out
-    `--dataset.eval_split` of the data set, 0.05 if it is not given. `--eval_steps` is LeRobot's name of the
-    same flag."""
+    """Steps between reports of the held-out task loss and the anchor loss; 0: none. Holds out the last
+    episodes of every task: the share `--dataset.eval_split` of them, 0.05 if it is not given, and at least
+    one. `--eval_steps` is LeRobot's name of the same flag."""
     eval_steps: int = 0
     """LeRobot's name for `--eval_freq`."""
     gradient_accumulation_steps: int = 1

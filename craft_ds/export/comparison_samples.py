@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.sampler import to_policy_batch
+from craft_ds.data.checked_samples import NamedSamples
 from craft_ds.data.lerobot_dataset import open_dataset
 from craft_ds.data.task_data import images_to_float
 from craft_ds.errors import UserError, one_line
@@ -95,7 +96,7 @@ def _frames(run: dict[str, Any], checkpoint: Path, config: PreTrainedConfig) -> 
     for step in preprocessor.steps:
         if run["rename_map"] and isinstance(step, RenameObservationsProcessorStep):
             step.rename_map = run["rename_map"]
-    dataset = open_dataset(repo_id, root, config, preprocessor)
+    dataset = NamedSamples(open_dataset(repo_id, root, config, preprocessor))
 
     def read(rows: list[int]) -> Batch:
         return preprocessor(images_to_float(lerobot_collate_fn([dataset[row] for row in rows])))

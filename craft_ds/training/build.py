@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline, RenameObservationsProcessorStep
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -25,6 +24,7 @@ from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import partition_step
 from craft_ds.data.checked_samples import NamedSamples
+from craft_ds.data.fingerprint import changed_parts, dataset_fingerprint
 from craft_ds.data.task_data import (
     StepSampler,
     check_processors,
@@ -55,7 +55,13 @@ from craft_ds.training.metrics import MetricsLogger
 from craft_ds.training.preflight import check_inputs
 from craft_ds.training.resume import changed_flags
 from craft_ds.training.run import Run, TaskStream
-from craft_ds.training.start_report import anchor_line, dataset_line, epsilon_lines, size_lines
+from craft_ds.training.start_report import (
+    anchor_line,
+    dataset_line,
+    epsilon_lines,
+    heldout_lines,
+    size_lines,
+)
 from craft_ds.training.trackers import open_trackers
 from craft_ds.training.train_state import Progress, TrainState
 
@@ -111,7 +117,8 @@ def _build(
     train, heldout = rank0_first(load_datasets)(config, policy_cameras(config.policy), world_size)
     samples, heldout_samples, warnings = fail_together(check_samples)(config, train, heldout)
     messages += warnings
-    state = _build_state(config, saved, len(train), world_size)
+    fingerprint = rank0_only(dataset_fingerprint)(*(part for part in (train, heldout) if part is not None))
+    state = _build_state(config, saved, len(train), fingerprint, world_size)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
     base_sha256 = rank0_only(weights_sha256)(inputs.weights_dir) if inputs.plan else ""
@@ -147,14 +154,15 @@ def _build(
     messages += rank0_only(_move_incomplete_aside)(config)
     logger = _open_logger(config, engine, state)
     state.tracker_run_ids |= logger.tracker_run_ids
-    held_out = len(heldout) if heldout is not None else 0
-    logger.say(dataset_line(train.num_episodes, len(train), held_out, _task_texts(train)))
+    logger.say(dataset_line(train, heldout))
     logger.say(f"✓ policy: {description}, {_describe_engine(config, engine)}")
     teacher_loss = None
     if inputs.cache is not None:
         logger.say(anchor_line(inputs.cache, config.craft))
         teacher_loss = inputs.cache.teacher_loss[config.craft.constraint_split]["overall"]
         messages += epsilon_lines(config.craft, teacher_loss)
+    if heldout is not None:
+        messages += heldout_lines(config.dataset.eval_split, train.num_episodes, heldout.num_episodes)
     for message in (*size_lines(config, state.progress, len(train), engine.world_size), *messages):
         logger.say(message)
     checkpointer = Checkpointer(
@@ -233,9 +241,11 @@ def _resolve_changed_flags(config: TrainConfig, saved: _Saved) -> list[str]:
 
 
 @fail_together
-def _build_state(config: TrainConfig, saved: _Saved | None, samples: int, world_size: int) -> TrainState:
+def _build_state(
+    config: TrainConfig, saved: _Saved | None, samples: int, fingerprint: dict[str, str], world_size: int
+) -> TrainState:
     """Build the state at the run's first step, and compute the size of a step for this number of ranks."""
-    state = TrainState(Progress(), DualState(config.craft), samples)
+    state = TrainState(Progress(), DualState(config.craft), samples, fingerprint)
     if saved is not None:
         path = config.checkpoint_path
         try:
@@ -248,6 +258,14 @@ def _build_state(config: TrainConfig, saved: _Saved | None, samples: int, world_
                 f"trained on {state.dataset_samples}: give the same data set and --dataset.eval_split, or "
                 "start a new run with --policy.path instead of --resume"
             )
+        # Checkpoints of older versions have no fingerprint.
+        if changed := changed_parts(state.dataset_fingerprint or fingerprint, fingerprint):
+            raise UserError(
+                f"--dataset.repo_id={config.dataset.repo_id} is not the data set that {path} was trained on: "
+                f"its files in {' and '.join(f'{part}/' for part in changed)} have changed; restore them, or "
+                "start a new run with --policy.path instead of --resume"
+            )
+        state.dataset_fingerprint = fingerprint
     anchors = config.craft.anchor_batch_size if config.craft.enabled else 0
     state.progress.set_step_size(config.batch_size, config.gradient_accumulation_steps, anchors, world_size)
     check_step(config, state.progress.samples_per_step)
@@ -350,11 +368,6 @@ def _open_logger(config: TrainConfig, engine: Engine, state: TrainState) -> Metr
         )
     except OSError as error:
         raise UserError(f"--output_dir={config.output_dir} cannot be written: {error}") from error
-
-
-def _task_texts(train: LeRobotDataset) -> list[str]:
-    """Return the texts of the data set's tasks; of all episodes, held-out ones included."""
-    return [] if train.meta.tasks is None else list(train.meta.tasks.index)
 
 
 def _wrapping_warning(config: TrainConfig, policy: PreTrainedPolicy) -> str | None:
