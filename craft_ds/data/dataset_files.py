@@ -35,22 +35,18 @@ class Place(NamedTuple):
         return f"{self.flag}={self.root}"
 
 
-def check_dataset_root(
-    root: str | Path, flag: str = "--dataset_root", episodes: Sequence[int] | None = None
-) -> None:
-    """Check that a folder holds a finished LeRobot v3 data set whose metadata and tables are consistent.
+def check_finished(root: str | Path, flag: str = "--dataset_root") -> None:
+    """Check that a folder holds a finished LeRobot v3 data set, of which files may be missing.
 
     Args:
         root: The data set's folder.
         flag: Name of the flag in the error message.
-        episodes: The episodes that will be used; None: all.
 
     Raises:
-        UserError: There is no data set, its recording was not finalised, its version is another, or a file
-            is damaged or inconsistent.
+        UserError: There is no data set, its recording was not finalised, or it has another version.
     """
     place = Place(Path(root), flag)
-    info = _read_info(place)
+    _read_info(place)
     for folder in (place.root / "meta" / "episodes", place.root / "data"):
         files = sorted(folder.glob("*/*.parquet"))
         broken = [file for file in files if not _parquet_is_complete(file)]
@@ -60,20 +56,12 @@ def check_dataset_root(
                 f"{place} was not finalised ({what}): the program that records it must "
                 "end with dataset.finalize()"
             )
-    tasks = place.root / "meta" / "tasks.parquet"
-    if not tasks.is_file():
-        raise UserError(f"{place} has no task texts: {tasks} is missing; copy it from the original data set")
-    if not _rows(tasks):
-        raise UserError(
-            f"{place} has no task texts: {tasks} has no row; record the data set anew with a task, or write "
-            "the texts with lerobot-edit-dataset --operation.type modify_tasks"
-        )
-    lengths = _check_episodes(place, info, episodes)
-    _check_rows(place, lengths, episodes)
 
 
-def check_files(root: str | Path, flag: str, episodes: Sequence[int] | None = None) -> None:
-    """Check that all data and video files of some episodes are there; call after `check_dataset_root`.
+def check_dataset_root(
+    root: str | Path, flag: str = "--dataset_root", episodes: Sequence[int] | None = None
+) -> None:
+    """Check that a folder holds a complete LeRobot v3 data set, consistent in itself.
 
     Args:
         root: The data set's folder.
@@ -81,27 +69,22 @@ def check_files(root: str | Path, flag: str, episodes: Sequence[int] | None = No
         episodes: The episodes that will be used; None: all.
 
     Raises:
-        UserError: Names the first file that is missing.
+        UserError: As `check_finished`; or a file is missing, damaged or contradicts another.
     """
+    check_finished(root, flag)
     place = Place(Path(root), flag)
     info = _read_info(place)
-    videos = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
-    wanted = None if episodes is None else set(episodes)
-    missing: dict[Path, list[int]] = {}
-    for row in _episode_rows(place, videos):
-        if wanted is not None and row["episode_index"] not in wanted:
-            continue
-        for path in _files_of(info, row, videos):
-            if path in missing or not (place.root / path).is_file():
-                missing.setdefault(path, []).append(row["episode_index"])
-    if missing:
-        path, used_by = next(iter(missing.items()))
-        more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
+    tasks = place.root / "meta" / "tasks.parquet"
+    if not tasks.is_file():
+        raise UserError(f"{place} has no task texts: {tasks} is missing; copy it from the original data set")
+    if not _rows(tasks):
         raise UserError(
-            f"{place} lacks {path}{more}, which episode{'s' * (len(used_by) > 1)} "
-            f"{_listed(used_by)} need{'s' * (len(used_by) == 1)}: restore it, or leave them out of "
-            "--dataset.episodes"
+            f"{place} has no task texts: {tasks} has no row; copy it from the original data set, or record "
+            "with a task"
         )
+    lengths = _check_episodes(place, info, episodes)
+    _check_files(place, info, episodes)
+    _check_rows(place, lengths, episodes)
 
 
 def _read_info(place: Place) -> dict[str, Any]:
@@ -155,6 +138,27 @@ def _check_episodes(place: Place, info: dict[str, Any], episodes: Sequence[int] 
             f"0 to {len(found) - 1}"
         )
     return [row["length"] for row in rows]
+
+
+def _check_files(place: Place, info: dict[str, Any], episodes: Sequence[int] | None) -> None:
+    """Check that all data and video files of the episodes are there."""
+    videos = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
+    wanted = None if episodes is None else set(episodes)
+    missing: dict[Path, list[int]] = {}
+    for row in _episode_rows(place, videos):
+        if wanted is not None and row["episode_index"] not in wanted:
+            continue
+        for path in _files_of(info, row, videos):
+            if path in missing or not (place.root / path).is_file():
+                missing.setdefault(path, []).append(row["episode_index"])
+    if missing:
+        path, used_by = next(iter(missing.items()))
+        more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
+        raise UserError(
+            f"{place} lacks {path}{more}, which episode{'s' * (len(used_by) > 1)} "
+            f"{_listed(used_by)} need{'s' * (len(used_by) == 1)}: restore it, or leave them out of "
+            "--dataset.episodes"
+        )
 
 
 def _check_rows(place: Place, lengths: list[int], episodes: Sequence[int] | None) -> None:

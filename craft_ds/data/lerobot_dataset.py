@@ -10,7 +10,7 @@ from lerobot.datasets.utils import CompatibilityError
 from lerobot.processor import PolicyProcessorPipeline, RenameObservationsProcessorStep
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
-from craft_ds.data.dataset_files import check_dataset_root, check_files
+from craft_ds.data.dataset_files import check_dataset_root, check_finished
 from craft_ds.data.feature_checks import check_pictures, check_vectors
 from craft_ds.data.task_texts import order_task_texts
 from craft_ds.errors import UserError, one_line
@@ -43,11 +43,10 @@ def open_dataset(
     Raises:
         UserError: There is no finished data set, or it lacks the policy's cameras, state or action.
     """
-    local = Path(root) if root is not None else HF_LEROBOT_HOME / repo_id
-    if root is not None or local.exists():
-        check_dataset_root(local)
     if root is not None:
-        check_files(root, "--dataset_root")
+        check_dataset_root(root)
+    elif (HF_LEROBOT_HOME / repo_id).exists():
+        check_finished(HF_LEROBOT_HOME / repo_id)
     try:
         meta = LeRobotDatasetMetadata(repo_id, root=root)
         _check_features(meta, config, preprocessor)

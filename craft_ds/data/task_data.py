@@ -3,7 +3,6 @@
 import copy
 import itertools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils.data import Sampler, default_collate
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import StepPartition
 from craft_ds.data.checked_samples import BadSample, NamedSamples, sample_loader
-from craft_ds.data.dataset_files import check_dataset_root, check_files
+from craft_ds.data.dataset_files import check_dataset_root, check_finished
 from craft_ds.data.feature_checks import check_pictures, check_vectors
 from craft_ds.data.lerobot_dataset import opening_failed
 from craft_ds.data.replacement import RawBatch, ReplacingSamples, collate_drawn
@@ -85,11 +84,10 @@ def load_datasets(
     """
     name = f"--dataset.repo_id={config.dataset.repo_id}"
     _refuse_lists(config.dataset.repo_id)
-    root = Path(config.dataset.root or HF_LEROBOT_HOME / config.dataset.repo_id)
-    if config.dataset.root is not None or root.exists():
-        check_dataset_root(root, "--dataset.root", config.dataset.episodes)
     if config.dataset.root is not None:
-        check_files(root, "--dataset.root", config.dataset.episodes)
+        check_dataset_root(config.dataset.root, "--dataset.root", config.dataset.episodes)
+    elif (HF_LEROBOT_HOME / config.dataset.repo_id).exists():
+        check_finished(HF_LEROBOT_HOME / config.dataset.repo_id, "--dataset.root")
     if not config.eval_freq:
         config = copy.copy(config)
         config.dataset = copy.copy(config.dataset)
