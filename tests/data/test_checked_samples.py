@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from bad_data import DAMAGES, damage, open_test_dataset
 
 from craft_ds.data.checked_samples import BadSample, NamedSamples, sample_loader
 from craft_ds.data.value_limits import value_limits
+from craft_ds.testing.damaged_samples import DAMAGES, damage, open_test_dataset
 from craft_ds.testing.datasets import make_test_dataset
 
 
@@ -135,7 +135,7 @@ def test_vectors_of_one_entry_keep_their_axis(tmp_path, chunk):
 
 def of_values(root, values: np.ndarray, factor: float = 20.0):
     """Limits of a data set whose states are these."""
-    from bad_data import rewrite_column
+    from craft_ds.testing.damaged_samples import rewrite_column
 
     rewrite_column(root, "observation.state", list(values.astype(np.float32)))
     return value_limits(open_test_dataset(root, 1), factor)

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from bad_data import damage, open_test_dataset
 from torch.utils.data import get_worker_info
 
 from craft_ds.config.train_config import TrainConfig
@@ -12,6 +11,7 @@ from craft_ds.data.batch_partition import partition_step
 from craft_ds.data.checked_samples import BadSample, NamedSamples
 from craft_ds.data.replacement import PROBES, ReplacingSamples
 from craft_ds.data.task_data import StepSampler, heldout_batches, training_batches
+from craft_ds.testing.damaged_samples import damage, open_test_dataset
 from craft_ds.testing.datasets import make_test_dataset
 
 BAD = {(0, 3), (1, 0), (1, 7)}

@@ -2,10 +2,10 @@
 
 import pandas as pd
 import pytest
-from bad_data import open_test_dataset, rewrite_column
 
 from craft_ds.data.task_texts import UNUSED, order_task_texts
 from craft_ds.errors import UserError
+from craft_ds.testing.damaged_samples import open_test_dataset, rewrite_column
 from craft_ds.testing.datasets import TASK_TEXTS, make_test_dataset
 
 
