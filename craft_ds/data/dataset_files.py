@@ -84,6 +84,7 @@ def check_dataset_root(
         )
     lengths = _check_episodes(place, info, episodes)
     _check_files(place, info, episodes)
+    _check_columns(place, info)
     _check_rows(place, lengths, episodes)
 
 
@@ -161,6 +162,21 @@ def _check_files(place: Place, info: dict[str, Any], episodes: Sequence[int] | N
         )
 
 
+def _check_columns(place: Place, info: dict[str, Any]) -> None:
+    """Check that the data files have the columns that `info.json` names."""
+    named = {key for key, feature in info["features"].items() if feature["dtype"] != "video"}
+    for file in sorted((place.root / "data").glob("*/*.parquet")):
+        found = set(_schema(file).names)
+        extra, absent = sorted(found - named), sorted(named - found)
+        if extra or absent:
+            says = (
+                f"{file} has the columns {', '.join(extra)}, which meta/info.json does not name"
+                if extra
+                else f"meta/info.json names the columns {', '.join(absent)}, which {file} does not have"
+            )
+            raise UserError(f"{place}: {says}; copy both files from the original data set")
+
+
 def _check_rows(place: Place, lengths: list[int], episodes: Sequence[int] | None) -> None:
     """Check that the tables hold the frames of the episodes, in order."""
     parts = [
@@ -209,8 +225,16 @@ def _read(file: Path, names: list[str]) -> pa.Table:
 
 
 def _rows(file: Path) -> int:
+    return int(_metadata(file).num_rows)
+
+
+def _schema(file: Path) -> pa.Schema:
+    return _metadata(file).schema.to_arrow_schema()
+
+
+def _metadata(file: Path) -> pq.FileMetaData:
     try:
-        return int(pq.read_metadata(file).num_rows)
+        return pq.read_metadata(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged ({one_line(error, 160)}): restore it") from error
 

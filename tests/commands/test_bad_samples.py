@@ -24,6 +24,10 @@ RUN = ["--steps=6", "--save_freq=2", "--seed=7"]
 SKIP = [*RUN, "--on_bad_sample=skip"]
 
 
+def with_workers(count: int) -> list[str]:
+    return [f"--num_workers={count}", "--dataloader_multiprocessing_context=fork"]
+
+
 def drawn(first: int, last: int) -> list[int]:
     """Samples at these positions of the stream of a run of 80 samples."""
     return StepSampler(80, partition_step(2, 1, 2, "samples"), 0, 7).draw(range(first, last))
@@ -70,13 +74,12 @@ def error_line(ended) -> str:
 # --- error ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    "layout", [[], ["--checkpoint.background=true"]], ids=["saved at once", "background"]
+    ("workers", "layout"), [(2, []), (0, ["--checkpoint.background=true"])], ids=["workers", "background"]
 )
 def test_a_bad_picture_is_one_line_and_status_2(train, damaged, frame, tmp_path, workers, layout):
     run, (episode, at) = tmp_path / "run", frame
-    flags = [*RUN, f"--dataset.root={damaged}", f"--num_workers={workers}", *layout]
+    flags = [*RUN, f"--dataset.root={damaged}", *with_workers(workers), *layout]
     line = error_line(train(run, *flags, "--resume=auto"))
     assert f"data set craft-ds/test, episode {episode}, frame {at}: it cannot be read" in line
     assert "--on_bad_sample=skip" in line
@@ -165,12 +168,11 @@ def test_bad_samples_are_counted_and_logged_once(train, many, skipped, tmp_path)
     assert "2 of 80 frames have a bad state or action and will be replaced" in ended.output
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize(("workers", "step"), [(2, 2), (0, 4)])
 def test_a_resumed_run_has_the_same_bits(train, skipped, tmp_path, workers, step):
     run = tmp_path / "run"
     config = f"--config_path={skipped}/step_{step:06d}/train_config.json"
-    ended = train(None, config, "--resume=true", f"--output_dir={run}", f"--num_workers={workers}")
+    ended = train(None, config, "--resume=true", f"--output_dir={run}", *with_workers(workers))
     assert ended.status == 0, ended.errors
     assert_same_bits(run / "final", skipped / "final")
     assert losses(run) == losses(skipped)[step:]
@@ -270,12 +272,11 @@ def shift(root: Path) -> None:
     pq.write_table(table.set_column(at, table.schema.field("timestamp"), pa.array(times)), file)
 
 
-@pytest.mark.parametrize("spoil", [cut, empty, shift])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("spoil", "workers"), [(cut, 0), (empty, 0), (shift, 2)])
 def test_a_bad_video_is_an_error_or_is_replaced(train, videos, tmp_path, spoil, workers):
     root = shutil.copytree(videos, tmp_path / "data")
     spoil(root)
-    flags = [f"--dataset.root={root}", "--dataset.video_backend=pyav", f"--num_workers={workers}"]
+    flags = [f"--dataset.root={root}", "--dataset.video_backend=pyav", *with_workers(workers)]
     line = error_line(train(tmp_path / "run", *flags, "--steps=8"))
     assert "data set craft-ds/test, episode 1, frame " in line
     ended = train(tmp_path / "skip", *flags, "--steps=8", "--on_bad_sample=skip")
@@ -327,7 +328,8 @@ def test_two_ranks_train_the_samples_of_one(two_ranks, skipped):
     assert [rank["skip"]["status"] for rank in ranks] == [0, 0], ranks
     assert losses(scratch / "skip") == pytest.approx(losses(skipped), rel=1e-5)
     one, two = trained(skipped / "final"), trained(scratch / "skip" / "final")
-    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    for name in one:
+        assert (one[name] - two[name]).norm() <= 1e-3 * one[name].norm() + 1e-6, name
     counted = [
         [row["train/bad_samples"] for row in metrics(run) if "train/bad_samples" in row]
         for run in (skipped, scratch / "skip")

@@ -195,5 +195,18 @@ def test_a_wrong_count_of_episodes_is_named(root):
 
 
 def test_a_table_without_a_column_is_damaged(root):
-    edit_table(only(root, "data"), lambda table: table.drop_columns(["index"]))
-    assert refused(root).startswith(f"{only(root, 'data')} is damaged (")
+    edit_table(only(root, "meta/episodes"), lambda table: table.drop_columns(["length"]))
+    assert refused(root).startswith(f"{only(root, 'meta/episodes')} is damaged (")
+
+
+@pytest.mark.parametrize("name", ["index", "action", "observation.images.top"])
+def test_a_column_that_is_not_there_is_named(root, name):
+    edit_table(only(root, "data"), lambda table: table.drop_columns([name]))
+    assert f"meta/info.json names the columns {name}, which {only(root, 'data')} does not have" in refused(
+        root
+    )
+
+
+def test_a_column_that_is_not_named_is_named(root):
+    edit_table(only(root, "data"), lambda table: table.append_column("more", table["index"]))
+    assert f"{only(root, 'data')} has the columns more, which meta/info.json does not name" in refused(root)
