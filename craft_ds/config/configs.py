@@ -353,5 +353,5 @@ class RunOptions:
     for any number of ranks, and logs and counts it as `train/bad_samples`."""
     outlier_factor: float = 20.0
     """A state or action entry is an outlier if it lies more than this many times the usual range outside of
-    that range, which the central 90 % of the data set's frames have. An entry that hardly moves has the
-    widest range of its vector. 0: only non-finite entries are bad."""
+    that range, which holds the central nine tenths of the data set's frames. An entry that hardly moves has
+    the widest range of its vector. 0: only non-finite entries are bad."""
