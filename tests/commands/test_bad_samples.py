@@ -131,14 +131,15 @@ def test_a_bad_flag_is_named(refuses, tmp_path, flag, words):
 
 @pytest.fixture(scope="module")
 def skipped(inputs, many, tmp_path_factory) -> Path:
-    """An uninterrupted run over the data with many bad samples."""
+    """An uninterrupted CRaFT run over the data with many bad samples."""
     from craft_ds.config.parser import parse_arguments
     from craft_ds.training.trainer import train_craft
 
     output = tmp_path_factory.mktemp("runs") / "skipped"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.argv", ["train_craft.py"])
-        train_craft(parse_arguments([*inputs.flags(output), *SKIP, f"--dataset.root={many}"]))
+        flags = [*inputs.flags(output), *inputs.craft_flags(), *SKIP, f"--dataset.root={many}"]
+        train_craft(parse_arguments(flags))
     return output
 
 
@@ -296,7 +297,13 @@ def two_ranks(inputs, damaged, many, bad_heldout, tmp_path_factory):
     own = {
         "error": [*RUN, *fsdp, f"--dataset.root={damaged}"],
         "error_in_evaluation": [*fsdp, *bad_heldout],
-        "skip": [*SKIP, *fsdp, f"--dataset.root={many}"],
+        "skip": [
+            *inputs.craft_flags(),
+            *SKIP,
+            *fsdp,
+            "--craft.anchor_batch_size=1",
+            f"--dataset.root={many}",
+        ],
     }
     commands = {name: [*inputs.flags(scratch / name), *flags] for name, flags in own.items()}
     (scratch / "commands.json").write_text(json.dumps(commands))

@@ -43,7 +43,7 @@ def stream(samples, *, world: int = 1, workers: int = 0, first: int = 0, steps: 
     return found, bad
 
 
-def test_good_samples_stay_where_they_are_and_bad_ones_do_not_train(samples):
+def test_good_samples_stay_and_bad_ones_do_not_train(samples):
     found, bad = stream(samples)
     sampler = StepSampler(24, partition_step(4, 1, 4, "samples"), 0, 7)
     drawn = [samples.place(index) for index in sampler.draw(range(48))]
