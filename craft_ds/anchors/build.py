@@ -23,10 +23,8 @@ from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.collate import lerobot_collate_fn
-from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from craft_ds.anchors.build_lock import locked_output
@@ -43,6 +41,7 @@ from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.anchors.schema import ORIGIN_FIELDS, TOKEN_FIELDS
 from craft_ds.anchors.selection import AnchorSelection, select_anchors
 from craft_ds.anchors.vision import fp16_vision_features, read_vision_tower
+from craft_ds.data.checked_samples import NamedSamples, sample_loader
 from craft_ds.data.lerobot_dataset import camera_keys, open_dataset
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import weights_directory
@@ -71,7 +70,6 @@ class AnchorEncoder:
         image_size: str,
     ) -> None:
         self.preprocessor = preprocessor
-        self.repo_id = meta.repo_id
         # The policy masks a camera that is not in the batch.
         self.cameras = camera_keys(config, preprocessor, meta.camera_keys)
         self.resolution = None
@@ -84,10 +82,8 @@ class AnchorEncoder:
         """Encode a collated batch of the data set.
 
         Raises:
-            UserError: The processors change the images, so stored images cannot replace them; or a state or
-                an action is not finite.
+            UserError: The processors change the images, so stored images cannot replace them.
         """
-        self._check_finite(raw)
         stored = {name: torch.round(raw[key] * 255).to(torch.uint8) for name, key in self.cameras.items()}
         origin = {name: raw[f"{name}_index"].to(torch.int32) for name in ORIGIN_FIELDS}
         batch = self.preprocessor(raw)
@@ -102,17 +98,6 @@ class AnchorEncoder:
         for name in TOKEN_FIELDS:
             stored[name] = batch[name] if batch[name].dtype == torch.bool else batch[name].to(torch.int32)
         return stored | origin
-
-    def _check_finite(self, raw: dict[str, Any]) -> None:
-        """Check state and action: tokens are integers, so that no loss would show a NaN."""
-        for key in (OBS_STATE, ACTION):
-            finite = raw[key].isfinite().reshape(len(raw[key]), -1).all(dim=1)
-            if not finite.all():
-                row = int((~finite).nonzero()[0])
-                raise UserError(
-                    f"data set {self.repo_id}, episode {int(raw['episode_index'][row])}, frame "
-                    f"{int(raw['frame_index'][row])}: {key} is not finite; correct or remove the episode"
-                )
 
 
 def build_anchor_cache(options: BuildOptions) -> bool:
@@ -149,14 +134,14 @@ def _build(options: BuildOptions, output: Path) -> bool:
             raise UserError(f"--rename_map: the policy reads no {new}, to which {old} would be renamed")
     renamed = policy_changes(config, config, rename_map=options.rename_map)
     preprocessor, postprocessor = load_processors(config, directory, changes=renamed)
-    check_statistics(options.policy_path, preprocessor, postprocessor)
+    check_statistics(options.policy_path, config, preprocessor, postprocessor)
     dataset = open_dataset(
         options.dataset_repo_id, options.dataset_root, config, preprocessor, options.allow_missing_cameras
     )
     for old in options.rename_map or {}:
         if old not in dataset.meta.features:
             raise UserError(f"--rename_map: data set {options.dataset_repo_id} has no {old} to be renamed")
-    samples: Dataset = dataset
+    samples = NamedSamples(dataset)
     encoder = AnchorEncoder(config, preprocessor, dataset.meta, options.image_size)
     selection = _select(options, dataset)
     example = _example(options, samples, int(selection.frames[0]), encoder)
@@ -198,7 +183,7 @@ def _select(options: BuildOptions, dataset: LeRobotDataset) -> AnchorSelection:
 
 
 def _example(
-    options: BuildOptions, dataset: Dataset, frame: int, encoder: AnchorEncoder
+    options: BuildOptions, dataset: NamedSamples, frame: int, encoder: AnchorEncoder
 ) -> dict[str, Tensor]:
     """Encode one sample, to see that data and processors fit before the policy is loaded."""
     try:
@@ -227,7 +212,7 @@ def _start_or_resume(partial: Path, plan: dict[str, Any]) -> None:
 def _write_shards(
     options: BuildOptions,
     partial: Path,
-    samples: Dataset,
+    samples: NamedSamples,
     selection: AnchorSelection,
     encoder: AnchorEncoder,
     policy: PreTrainedPolicy,
@@ -237,13 +222,8 @@ def _write_shards(
     missing = [number for number in range(len(starts)) if not _record_file(partial, number).is_file()]
     groups = {number: list(_uniform_batches(selection, starts[number], options)) for number in missing}
     batch_sampler = [selection.frames[batch].tolist() for batches in groups.values() for batch in batches]
-    loader = iter(
-        torch.utils.data.DataLoader(
-            samples,
-            batch_sampler=batch_sampler,
-            num_workers=options.num_workers,
-            collate_fn=lerobot_collate_fn,
-        )
+    loader = sample_loader(
+        samples, batch_sampler, num_workers=options.num_workers, collate_fn=lerobot_collate_fn
     )
     done = len(selection.frames) - sum(len(batch) for batches in groups.values() for batch in batches)
     with tqdm(total=len(selection.frames), initial=done, unit="sample", desc="anchors") as bar:

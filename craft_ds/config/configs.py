@@ -17,6 +17,7 @@ LoraInit = Literal["default", "gaussian"]
 CheckpointLayout = Literal["consolidated", "per_rank"]
 ActivationCheckpointing = Literal["none", "full"]
 Normalization = Literal["policy", "dataset"]
+OnBadSample = Literal["error", "skip"]
 TrackerName = Literal["wandb", "tensorboard", "trackio"]
 
 
@@ -324,9 +325,9 @@ class RunOptions:
     """Train on a data set that lacks some of the policy's cameras: pi0_fast and its relatives mask them. At
     least one camera is needed."""
     eval_freq: int = 0
-    """Steps between reports of the held-out task loss and the anchor loss; 0: none. Holds out
-    `--dataset.eval_split` of the data set, 0.05 if it is not given. `--eval_steps` is LeRobot's name of the
-    same flag."""
+    """Steps between reports of the held-out task loss and the anchor loss; 0: none. Holds out the last
+    episodes of every task: the share `--dataset.eval_split` of them, 0.05 if it is not given, and at least
+    one. `--eval_steps` is LeRobot's name of the same flag."""
     eval_steps: int = 0
     """LeRobot's name for `--eval_freq`."""
     gradient_accumulation_steps: int = 1
@@ -353,3 +354,12 @@ class RunOptions:
     max_skipped_steps: int = 10
     """Number of consecutive steps with a non-finite loss or gradient that are skipped; one more stops the
     run."""
+    on_bad_sample: OnBadSample = "error"
+    """A sample that cannot be read (damaged picture, cut video, missing file, timestamp beyond
+    `--tolerance_s`) or whose state or action is non-finite or an outlier: `error` stops the run with a line
+    that names data set, episode and frame; `skip` trains another sample instead, the same on every resume and
+    for any number of ranks, and logs and counts it as `train/bad_samples`."""
+    outlier_factor: float = 20.0
+    """A state or action entry is an outlier if it lies more than this many times the usual range outside of
+    that range, which holds the central nine tenths of the data set's frames. An entry that hardly moves has
+    the widest range of its vector. 0: only non-finite entries are bad."""

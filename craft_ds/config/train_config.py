@@ -21,6 +21,7 @@ from craft_ds.config.configs import (
     ActivationCheckpointing,
     LoraConfig,
     Normalization,
+    OnBadSample,
     RunOptions,
     TrackerName,
     check_choice,
@@ -98,6 +99,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             "save_total_limit": 0,
             "keep_period": 0,
             "max_skipped_steps": 0,
+            "outlier_factor": 0,
             "rank_timeout": 1,
         }
         for name, minimum in least.items():
@@ -105,6 +107,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
                 raise UserError(f"--{name}={getattr(self, name)} must be at least {minimum}")
         check_choice("--activation_checkpointing", self.activation_checkpointing, ActivationCheckpointing)
         check_choice("--normalization", self.normalization, Normalization)
+        check_choice("--on_bad_sample", self.on_bad_sample, OnBadSample)
         self._refuse_unsupported()
         if not self.resume and self.output_dir and Path(self.output_dir).exists():
             raise UserError(

@@ -1,46 +1,21 @@
-"""Open a LeRobot data set for a policy, with clear errors where those of LeRobot mislead.
-
-LeRobot looks on the hub for a data set that is missing or unfinished here, and reports the hub's failure.
-"""
+"""Open a LeRobot data set for a policy, with clear errors where those of LeRobot mislead."""
 
 from collections.abc import Collection
 from pathlib import Path
 
 from lerobot.configs import PreTrainedConfig
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.dataset_metadata import CODEBASE_VERSION, LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.utils import CompatibilityError
 from lerobot.processor import PolicyProcessorPipeline, RenameObservationsProcessorStep
-from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_STATE
+from lerobot.utils.constants import HF_LEROBOT_HOME
 
-from craft_ds.errors import UserError
+from craft_ds.data.dataset_files import check_dataset_root, check_finished
+from craft_ds.data.feature_checks import check_pictures, check_vectors
+from craft_ds.data.task_texts import order_task_texts
+from craft_ds.errors import UserError, one_line
 from craft_ds.policies.loading import policy_cameras
-
-_PARQUET_END = b"PAR1"
-
-
-def check_dataset_root(root: str | Path, flag: str = "--dataset_root") -> None:
-    """Check that a folder holds a finished LeRobot v3 data set.
-
-    Args:
-        root: The data set's folder.
-        flag: Name of the flag in the error message.
-
-    Raises:
-        UserError: There is no data set, or its recording was not finalised.
-    """
-    root = Path(root)
-    if not (root / "meta" / "info.json").is_file():
-        raise UserError(f"{flag}={root} holds no LeRobot data set: {root / 'meta' / 'info.json'} is missing")
-    for folder in (root / "meta" / "episodes", root / "data"):
-        files = sorted(folder.glob("*/*.parquet"))
-        broken = [file for file in files if not _parquet_is_complete(file)]
-        if broken or not files:
-            what = f"{broken[0]} is cut off" if broken else f"{folder} holds no parquet file"
-            raise UserError(
-                f"{flag}={root} was not finalised ({what}): the program that records it must "
-                "end with dataset.finalize()"
-            )
 
 
 def camera_keys(
@@ -59,10 +34,7 @@ def camera_keys(
     Raises:
         UserError: Two cameras of the data set get the same name.
     """
-    new_names: dict[str, str] = {}
-    for step in preprocessor.steps:
-        if isinstance(step, RenameObservationsProcessorStep):
-            new_names |= step.rename_map
+    new_names = _rename_map(preprocessor)
     cameras = policy_cameras(config)
     if available is None:
         old_names = {new: old for old, new in new_names.items()}
@@ -78,6 +50,14 @@ def camera_keys(
         if candidates:
             found[key] = candidates[0]
     return found
+
+
+def _rename_map(preprocessor: PolicyProcessorPipeline) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for step in preprocessor.steps:
+        if isinstance(step, RenameObservationsProcessorStep):
+            names |= step.rename_map
+    return names
 
 
 def open_dataset(
@@ -99,27 +79,27 @@ def open_dataset(
     Raises:
         UserError: There is no finished data set, or it lacks the policy's cameras, state or action.
     """
-    local = Path(root) if root is not None else HF_LEROBOT_HOME / repo_id
-    if root is not None or local.exists():
-        check_dataset_root(local)
+    if root is not None:
+        check_dataset_root(root)
+    elif (HF_LEROBOT_HOME / repo_id).exists():
+        check_finished(HF_LEROBOT_HOME / repo_id)
     try:
         meta = LeRobotDatasetMetadata(repo_id, root=root)
         check_features(meta, config, preprocessor, allow_missing_cameras)
         # LeRobot probes torchcodec unless a backend is named, and prints pages when FFmpeg is missing.
         backend = None if meta.video_keys else "pyav"
-        return LeRobotDataset(
+        dataset = LeRobotDataset(
             repo_id,
             root=root,
             delta_timestamps=resolve_delta_timestamps(config, meta),
             video_backend=backend,
         )
+        order_task_texts(dataset)
+        return dataset
     except UserError:
         raise
     except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"data set {repo_id} cannot be opened ({first_line}): give its local folder by --dataset_root"
-        ) from error
+        raise UserError(opening_failed(f"data set {repo_id}", error, root, "--dataset_root")) from error
 
 
 def check_features(
@@ -139,7 +119,7 @@ def check_features(
         named: The data set in the error message; empty: its id.
 
     Raises:
-        UserError: The data set lacks a camera, state or action.
+        UserError: The data set lacks a camera, state or action, or has them in another size.
     """
     named = named or f"data set {meta.repo_id}"
     found = camera_keys(config, preprocessor, meta.camera_keys)
@@ -154,16 +134,27 @@ def check_features(
             f"{', '.join(meta.camera_keys) or 'none'}): map the names by --rename_map, choose a matching "
             "data set, or mask what is missing by --allow_missing_cameras"
         )
-    for key in (OBS_STATE, ACTION):
-        if key not in meta.features:
-            raise UserError(f"{named} has no {key}, which the policy needs")
+    renamed = _rename_map(preprocessor)
+    check_vectors(named, meta.features, config, renamed)
+    check_pictures(named, meta.features, config, renamed)
 
 
-def _parquet_is_complete(file: Path) -> bool:
-    """Return True if a file ends with parquet's magic bytes, which are written last."""
-    with open(file, "rb") as stream:
-        stream.seek(0, 2)
-        if stream.tell() < 2 * len(_PARQUET_END):
-            return False
-        stream.seek(-len(_PARQUET_END), 2)
-        return stream.read() == _PARQUET_END
+def opening_failed(name: str, error: Exception, root: str | Path | None, flag: str) -> str:
+    """Return the message of a data set that LeRobot cannot open.
+
+    Args:
+        name: The data set in the message.
+        error: LeRobot's or the hub's error.
+        root: The local folder; None: it was looked for on the hub.
+        flag: Name of the flag that gives a local folder.
+    """
+    if isinstance(error, CompatibilityError):  # a page of Markdown that starts with an empty line
+        return (
+            f"{name} is on the hub in another format than {CODEBASE_VERSION} ({one_line(error, 120)}…): "
+            "convert it with python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=…"
+        )
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    reason = one_line(lines[0] if lines else type(error).__name__)
+    if root is not None:
+        return f"{name} in {root} cannot be opened: {reason}; check its files, or copy it anew"
+    return f"{name} cannot be opened: {reason} (set {flag} for a local data set)"

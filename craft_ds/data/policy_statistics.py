@@ -108,7 +108,7 @@ def write_policy_with_statistics(
     else:
         changes = policy_changes(config, source)
         processors = make_pre_post_processors(config, dataset_stats=statistics)
-    check_statistics(output, *processors)
+    check_statistics(output, config, *processors)
     with atomic_directory(output) as temporary:
         if not has_processors:
             for processor in processors:
@@ -123,7 +123,7 @@ def write_policy_with_statistics(
 
 def _refuse_statistics(config: PreTrainedConfig, directory: Path) -> None:
     try:
-        check_statistics(directory, *load_processors(config, directory))
+        check_statistics(directory, config, *load_processors(config, directory))
     except UserError:
         return
     raise UserError(

@@ -1,10 +1,7 @@
 """Task data: LeRobot data sets, sampled so that any world size sees the same samples in the same steps."""
 
-import copy
 import itertools
-import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +10,16 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import HF_LEROBOT_HOME
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Sampler, default_collate
 
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import StepPartition
-from craft_ds.data.lerobot_dataset import check_dataset_root
+from craft_ds.data.checked_samples import BadSample, NamedSamples, sample_loader
+from craft_ds.data.dataset_files import check_dataset_root, check_finished
+from craft_ds.data.lerobot_dataset import opening_failed
+from craft_ds.data.replacement import RawBatch, ReplacingSamples, collate_drawn
+from craft_ds.data.task_texts import order_task_texts
+from craft_ds.data.value_limits import value_limits
 from craft_ds.distributed.preemption import ignore_signals_in_worker
 from craft_ds.errors import UserError
 
@@ -53,9 +55,10 @@ class StepSampler(Sampler[list[int]]):
 
     def draw(self, positions: Iterable[int]) -> list[int]:
         """Return the samples at these positions of the stream."""
-        return [self._draw(position) for position in positions]
+        return [self.index_at(position) for position in positions]
 
-    def _draw(self, position: int) -> int:
+    def index_at(self, position: int) -> int:
+        """Return the sample at a position of the stream."""
         epoch, index = divmod(position, self.size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
@@ -63,25 +66,8 @@ class StepSampler(Sampler[list[int]]):
         return int(self._order[1][index])
 
 
-class _StreamDataset(Dataset[dict[str, Any]]):
-    """A data set indexed by position in the stream.
-
-    The random state depends on the position alone: image transforms are the same for any number of workers
-    and ranks, and in a run that was interrupted.
-    """
-
-    def __init__(self, dataset: LeRobotDataset, sampler: StepSampler, seed: int):
-        self._dataset, self._sampler, self._seed = dataset, sampler, seed
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        with torch.random.fork_rng(devices=[]):
-            # A CPU generator uses 32 bits of its seed.
-            torch.manual_seed(zlib.crc32(f"{self._seed} {position}".encode()))
-            return self._dataset[self._sampler.draw([position])[0]]
-
-
 def load_datasets(config: TrainConfig, world_size: int = 1) -> tuple[LeRobotDataset, LeRobotDataset | None]:
-    """Load the training data set and, with `eval_freq`, the held-out one (last episodes of every task).
+    """Load the training data set and, with `eval_split`, the held-out one (last episodes of every task).
 
     Args:
         config: A validated configuration; not changed.
@@ -91,21 +77,18 @@ def load_datasets(config: TrainConfig, world_size: int = 1) -> tuple[LeRobotData
         UserError: The data set cannot be opened, cannot be split or has fewer training
             samples than there are ranks.
     """
-    root = Path(config.dataset.root or HF_LEROBOT_HOME / config.dataset.repo_id)
-    if config.dataset.root is not None or root.exists():
-        check_dataset_root(root, "--dataset.root")
-    if not config.eval_freq:
-        config = copy.copy(config)
-        config.dataset = copy.copy(config.dataset)
-        config.dataset.eval_split = 0.0
+    name = f"--dataset.repo_id={config.dataset.repo_id}"
+    _refuse_lists(config.dataset.repo_id)
+    if config.dataset.root is not None:
+        check_dataset_root(config.dataset.root, "--dataset.root", config.dataset.episodes)
+    elif (HF_LEROBOT_HOME / config.dataset.repo_id).exists():
+        check_finished(HF_LEROBOT_HOME / config.dataset.repo_id, "--dataset.root")
     try:
         train, heldout = make_train_eval_datasets(config)
     except Exception as error:  # the hub's client raises errors of many types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"--dataset.repo_id={config.dataset.repo_id} cannot be opened: {reason}"
-            + ("" if config.dataset.root else " (set --dataset.root for a local data set)")
-        ) from error
+        raise UserError(opening_failed(name, error, config.dataset.root, "--dataset.root")) from error
+    for part in (train, heldout) if heldout is not None else (train,):
+        order_task_texts(part)
     if len(train) < world_size:
         raise UserError(
             f"--dataset.repo_id={config.dataset.repo_id} has {len(train)} training samples for "
@@ -114,16 +97,76 @@ def load_datasets(config: TrainConfig, world_size: int = 1) -> tuple[LeRobotData
     return train, heldout
 
 
+def _refuse_lists(repo_id: str) -> None:
+    """Refuse several data sets: LeRobot cannot train on them, and with a root would open the root alone."""
+    if repo_id.lstrip().startswith(("[", "(")) or "," in repo_id:
+        raise UserError(
+            f"--dataset.repo_id={repo_id} names several data sets, and a run trains on one: merge them with "
+            "lerobot-edit-dataset --operation.type merge --operation.repo_ids \"['…', '…']\" "
+            "--new_repo_id … --new_root …"
+        )
+
+
+def check_samples(
+    config: TrainConfig, train: LeRobotDataset, heldout: LeRobotDataset | None
+) -> tuple[NamedSamples, NamedSamples | None, list[str]]:
+    """Check states and actions of all frames, and return the data sets with checked samples.
+
+    Pictures are checked when they are read.
+
+    Returns:
+        The training samples, the held-out ones, and a warning if frames are bad and will be replaced.
+
+    Raises:
+        UserError: A state or action is bad, and bad samples are errors.
+    """
+    limits = value_limits(train, config.outlier_factor)
+    checked = [NamedSamples(part, limits) for part in (train, heldout) if part is not None]
+    messages = []
+    for samples in checked:
+        errors, count = samples.bad_values()
+        if not errors:
+            continue
+        if config.on_bad_sample == "error":
+            others = f", and {count - 1} more frames like it" if count > 1 else ""
+            raise UserError(advise(errors[0], others))
+        messages.append(
+            f"warning: {count} of {len(samples)} frames have a bad state or action and will be replaced "
+            f"(--on_bad_sample=skip); the first: {errors[0]}"
+        )
+    return checked[0], checked[1] if heldout is not None else None, messages
+
+
+def advise(error: BadSample, others: str = "") -> str:
+    """Return the message of a bad sample with what to do.
+
+    Args:
+        error: The bad sample.
+        others: Text about further ones.
+    """
+    return (
+        f"{error}{others}: repair it, leave episode {error.episode} out of --dataset.episodes, or replace "
+        "bad samples by --on_bad_sample=skip"
+    )
+
+
 def check_processors(
-    config: TrainConfig, dataset: LeRobotDataset, preprocessor: PolicyProcessorPipeline
+    config: TrainConfig, samples: NamedSamples, preprocessor: PolicyProcessorPipeline
 ) -> None:
     """Check that the policy's processors accept a sample of the data set.
 
     Raises:
-        UserError: They do not.
+        UserError: They do not, or the sample is bad and bad samples are errors.
     """
     try:
-        preprocessor(images_to_float(default_collate([dataset[0]])))
+        if config.on_bad_sample == "error":
+            sample = samples[0]
+        else:
+            sample = ReplacingSamples(samples, config.seed or 0)[0].sample
+    except BadSample as error:
+        raise UserError(advise(error)) from error
+    try:
+        preprocessor(images_to_float(default_collate([sample])))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -132,16 +175,14 @@ def check_processors(
         ) from error
 
 
-def training_batches(
-    config: TrainConfig, dataset: LeRobotDataset, sampler: StepSampler
-) -> Iterator[dict[str, Any]]:
+def training_batches(config: TrainConfig, samples: NamedSamples, sampler: StepSampler) -> Iterator[RawBatch]:
     """Return an endless iterator of raw micro-batches in a sampler's order."""
-    return iter(_loader(config, _StreamDataset(dataset, sampler, config.seed or 0), sampler.positions()))
+    return _loader(config, ReplacingSamples(samples, config.seed or 0, sampler.index_at), sampler.positions())
 
 
 def heldout_batches(
-    config: TrainConfig, dataset: LeRobotDataset, rank: int, world_size: int
-) -> Iterator[tuple[dict[str, Any], bool]]:
+    config: TrainConfig, samples: NamedSamples, rank: int, world_size: int
+) -> Iterator[tuple[RawBatch, bool]]:
     """Iterate once over the held-out samples of all ranks, in the same number of batches per rank.
 
     With `max_eval_samples`, evenly spaced samples represent the data set.
@@ -150,17 +191,17 @@ def heldout_batches(
         A raw batch, and True if it counts. Where fewer samples than ranks remain, a rank without one gets a
         sample that does not count, so that sharded forward passes stay in step.
     """
-    stride = -(-len(dataset) // config.max_eval_samples) if config.max_eval_samples > 0 else 1
-    order = list(range(0, len(dataset), stride))
+    stride = -(-len(samples) // config.max_eval_samples) if config.max_eval_samples > 0 else 1
+    order = list(range(0, len(samples), stride))
     batches, counts = [], []
     for first in range(0, len(order), config.batch_size * world_size):
         mine = order[first : first + config.batch_size * world_size][rank::world_size]
         batches.append(mine or order[:1])
         counts.append(bool(mine))
-    yield from zip(_loader(config, dataset, batches), counts, strict=True)
+    yield from zip(_loader(config, ReplacingSamples(samples, config.seed or 0), batches), counts, strict=True)
 
 
-def _loader(config: TrainConfig, dataset: Dataset, batches: Any) -> DataLoader:
+def _loader(config: TrainConfig, samples: ReplacingSamples, batches: Any) -> Iterator[RawBatch]:
     workers: dict[str, Any] = {}
     if config.num_workers > 0:
         workers = {
@@ -168,9 +209,10 @@ def _loader(config: TrainConfig, dataset: Dataset, batches: Any) -> DataLoader:
             "prefetch_factor": config.prefetch_factor,
             "multiprocessing_context": config.dataloader_multiprocessing_context,
         }
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
+    return sample_loader(
+        samples,
+        batches,
+        collate_fn=collate_drawn,
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
         **workers,

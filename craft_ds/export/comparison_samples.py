@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.sampler import to_policy_batch
+from craft_ds.data.checked_samples import NamedSamples
 from craft_ds.data.lerobot_dataset import open_dataset
 from craft_ds.data.task_data import images_to_float
 from craft_ds.errors import UserError, one_line
@@ -93,7 +94,7 @@ def _frames(run: dict[str, Any], checkpoint: Path, config: PreTrainedConfig) -> 
         raise UserError(f"data set {repo_id} is not on this machine")
     changes = policy_changes(config, config, rename_map=run["rename_map"])  # older checkpoints lack it
     preprocessor, _ = load_processors(config, checkpoint, changes=changes)
-    dataset = open_dataset(repo_id, root, config, preprocessor)
+    dataset = NamedSamples(open_dataset(repo_id, root, config, preprocessor))
 
     def read(rows: list[int]) -> Batch:
         return preprocessor(images_to_float(lerobot_collate_fn([dataset[row] for row in rows])))

@@ -25,7 +25,10 @@ _ADVICE = "train with --normalization=dataset, or write a policy with statistics
 
 
 def check_statistics(
-    path: object, preprocessor: PolicyProcessorPipeline, postprocessor: PolicyProcessorPipeline
+    path: object,
+    config: PreTrainedConfig,
+    preprocessor: PolicyProcessorPipeline,
+    postprocessor: PolicyProcessorPipeline,
 ) -> None:
     """Check that a policy's processors have the statistics of everything that they normalise.
 
@@ -33,6 +36,7 @@ def check_statistics(
 
     Args:
         path: The policy, for the error message.
+        config: Its configuration.
         preprocessor: The policy's preprocessor.
         postprocessor: The policy's postprocessor.
 
@@ -50,12 +54,19 @@ def check_statistics(
                     f"policy {path} has no statistics ({', '.join(missing)}) of {name}, which it normalises "
                     f"by {mode.value}: {_ADVICE}"
                 )
-            width = found[f"{name}.{NEEDED[mode][0]}"].shape
-            if feature.type is not FeatureType.VISUAL and tuple(width) not in (tuple(feature.shape), (1,)):
+            width, wanted = found[f"{name}.{NEEDED[mode][0]}"].numel(), feature.shape[0]
+            if feature.type is not FeatureType.VISUAL and not _fits(config, name, width, wanted):
                 raise UserError(
-                    f"policy {path} has statistics of {width.numel()} entries for {name}, which has "
-                    f"{feature.shape[0]}: {_ADVICE}"
+                    f"policy {path} has statistics of {width} entries for {name}, which has {wanted}: "
+                    f"{_ADVICE}"
                 )
+
+
+def _fits(config: PreTrainedConfig, name: str, width: int, wanted: int) -> bool:
+    """Return True if statistics of one width fit a feature of another: some features are wider by padding."""
+    limit = getattr(config, "max_action_dim" if name == ACTION else "max_state_dim", None)
+    decoded = name == ACTION and hasattr(config, "action_tokenizer_name")
+    return width in (1, wanted) or (wanted == limit and width < wanted and not decoded)
 
 
 def _normalised(

@@ -33,10 +33,10 @@ def smooth_chunks(count: int, seed: int, chunk: int = 8, action_dim: int = 4) ->
     return np.clip(steps.cumsum(axis=1), -1.0, 1.0).astype(np.float32)
 
 
-def features(cameras: int = 1) -> dict[str, dict]:
-    """Return the `features` of a LeRobot data set with 64x64 cameras, state and action of 4 entries."""
+def features(cameras: int = 1, width: int = 4) -> dict[str, dict]:
+    """Return the `features` of a LeRobot data set with 64x64 cameras, state and action of `width` entries."""
     names = ["top", *(f"side{i}" for i in range(1, cameras))]
-    vector = {"dtype": "float32", "shape": (4,), "names": None}
+    vector = {"dtype": "float32", "shape": (width,), "names": None}
     image = {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
     return {
         **{f"observation.images.{name}": image for name in names},
@@ -45,23 +45,27 @@ def features(cameras: int = 1) -> dict[str, dict]:
     }
 
 
-def make_test_policy_dir(path: str | Path, seed: int = 0, cameras: int = 1) -> Path:
+def make_test_policy_dir(path: str | Path, seed: int = 0, cameras: int = 1, width: int = 4) -> Path:
     """Write a complete policy directory: about 90 thousand random weights, processors, tokenizers.
 
     Args:
         path: The folder to write.
         seed: Seeds the weights; the tokenizers and statistics are always the same.
         cameras: ``observation.images.top``, then ``observation.images.side1``, …
+        width: Entries of state and action, at most 4.
 
     Returns:
         The folder.
     """
     path = Path(path)
     build_text_tokenizer(TASKS, path / TEXT_TOKENIZER)
-    fit_action_tokenizer(smooth_chunks(200, seed=0), path / ACTION_TOKENIZER)
-    bounds = {"min": -torch.tensor([1.0, 2.0, 1.0, 0.5]), "max": torch.tensor([1.0, 2.0, 3.0, 0.5])}
+    fit_action_tokenizer(smooth_chunks(200, seed=0, action_dim=width), path / ACTION_TOKENIZER)
+    bounds = {
+        "min": -torch.tensor([1.0, 2.0, 1.0, 0.5])[:width],
+        "max": torch.tensor([1.0, 2.0, 3.0, 0.5])[:width],
+    }
     policy, preprocessor, postprocessor = build_tiny_policy(
-        features(cameras),
+        features(cameras, width),
         {"observation.state": bounds, "action": bounds},
         path / TEXT_TOKENIZER,
         path / ACTION_TOKENIZER,

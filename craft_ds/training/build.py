@@ -10,7 +10,6 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.feature_utils import dataset_to_policy_features
@@ -27,8 +26,16 @@ from craft_ds.checkpoints.run_directory import complete_checkpoints, move_aside
 from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import partition_step
+from craft_ds.data.checked_samples import NamedSamples
+from craft_ds.data.fingerprint import changed_parts, dataset_fingerprint
 from craft_ds.data.lerobot_dataset import check_features
-from craft_ds.data.task_data import StepSampler, check_processors, load_datasets, training_batches
+from craft_ds.data.task_data import (
+    StepSampler,
+    check_processors,
+    check_samples,
+    load_datasets,
+    training_batches,
+)
 from craft_ds.distributed.collectives import fail_together, rank0_first, rank0_only
 from craft_ds.distributed.env import launched_rank, launched_world_size
 from craft_ds.distributed.preemption import Preemption, parse_duration
@@ -47,13 +54,20 @@ from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import weights_sha256
 from craft_ds.policies.wrapping import wrapping_warning
 from craft_ds.tensor_io.safe_json import read_object
+from craft_ds.training.bad_samples import BadSampleLog
 from craft_ds.training.checkpointer import Checkpointer
 from craft_ds.training.evaluator import Evaluator
 from craft_ds.training.metrics import MetricsLogger
 from craft_ds.training.preflight import check_inputs
 from craft_ds.training.resume import changed_flags
 from craft_ds.training.run import Run, TaskStream
-from craft_ds.training.start_report import anchor_line, dataset_line, epsilon_lines, size_lines
+from craft_ds.training.start_report import (
+    anchor_line,
+    dataset_line,
+    epsilon_lines,
+    heldout_lines,
+    size_lines,
+)
 from craft_ds.training.trackers import open_trackers
 from craft_ds.training.train_state import Progress, TrainState
 
@@ -118,7 +132,10 @@ def _build(
     )
     if inputs.cache is not None:
         fail_together(inputs.cache.check_preprocessor)(preprocessor, inputs.policy_dir)
-    state = _build_state(config, saved, len(train), world_size)
+    samples, heldout_samples, warnings = fail_together(check_samples)(config, train, heldout)
+    messages += warnings
+    fingerprint = rank0_only(dataset_fingerprint)(*(part for part in (train, heldout) if part is not None))
+    state = _build_state(config, saved, len(train), fingerprint, world_size)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
     base_sha256 = rank0_only(weights_sha256)(inputs.weights_dir) if inputs.plan else ""
@@ -141,21 +158,20 @@ def _build(
         )
 
     preprocessor, postprocessor = _load_processors(config, inputs.policy_dir, changes, str(engine.device))
-    fail_together(check_processors)(config, train, preprocessor)
+    fail_together(check_processors)(config, samples, preprocessor)
     anchors = _open_anchors(config, inputs.cache, engine, state.progress)
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
     if saved is not None:
         fail_together(load_optimizer)(config.checkpoint_path, engine, adapters)
         _restore_scheduler(config.checkpoint_path, saved.scheduler, scheduler)
-    tasks = _open_tasks(config, train, preprocessor, engine, state.progress)
+    tasks = _open_tasks(config, samples, preprocessor, engine, state.progress)
     background = BackgroundSaver() if config.checkpoint.background and config.save_checkpoint else None
 
     engine.barrier()  # no rank creates the output directory before all have found it free
     messages += rank0_only(_move_incomplete_aside)(config)
     logger = _open_logger(config, engine, state)
     state.tracker_run_ids |= logger.tracker_run_ids
-    held_out = len(heldout) if heldout is not None else 0
-    logger.say(dataset_line(train.num_episodes, len(train), held_out, _task_texts(train)))
+    logger.say(dataset_line(train, heldout))
     logger.say(f"✓ policy: {description}, {_describe_engine(config, engine)}")
     teacher_loss = None
     if inputs.cache is not None:
@@ -163,8 +179,26 @@ def _build(
         teacher_loss = inputs.cache.teacher_loss[config.craft.constraint_split]["overall"]
         messages += epsilon_lines(config.craft, teacher_loss)
         messages += coverage_warnings(inputs.cache, config.craft.constraint_split)
+    if heldout is not None:
+        messages += heldout_lines(config.dataset.eval_split, train.num_episodes, heldout.num_episodes)
     for message in (*size_lines(config, state.progress, len(train), engine.world_size), *messages):
         logger.say(message)
+    checkpointer = Checkpointer(
+        config=config,
+        engine=engine,
+        state=state,
+        scheduler=scheduler,
+        adapters=adapters,
+        policy_dir=inputs.policy_dir,
+        edits=policy_edits(changes, preprocessor, postprocessor),
+        logger=logger,
+        watchdog=watchdog,
+        teacher_loss=teacher_loss,
+        background=background,
+    )
+    bad_samples = BadSampleLog(
+        config.on_bad_sample, logger.say, lambda: checkpointer.report_finished_saves(wait=True)
+    )
     return Run(
         config=config,
         engine=engine,
@@ -173,22 +207,13 @@ def _build(
         anchors=anchors,
         scheduler=scheduler,
         logger=logger,
-        evaluator=Evaluator(config, engine, watchdog, preprocessor, postprocessor, heldout, anchors),
-        checkpointer=Checkpointer(
-            config=config,
-            engine=engine,
-            state=state,
-            scheduler=scheduler,
-            adapters=adapters,
-            policy_dir=inputs.policy_dir,
-            edits=policy_edits(changes, preprocessor, postprocessor),
-            logger=logger,
-            watchdog=watchdog,
-            teacher_loss=teacher_loss,
-            background=background,
+        evaluator=Evaluator(
+            config, engine, watchdog, preprocessor, postprocessor, heldout_samples, anchors, bad_samples
         ),
+        checkpointer=checkpointer,
         preemption=preemption,
         watchdog=watchdog,
+        bad_samples=bad_samples,
         owns_process_group=owns_process_group,
     )
 
@@ -235,9 +260,11 @@ def _resolve_changed_flags(config: TrainConfig, saved: _Saved) -> list[str]:
 
 
 @fail_together
-def _build_state(config: TrainConfig, saved: _Saved | None, samples: int, world_size: int) -> TrainState:
+def _build_state(
+    config: TrainConfig, saved: _Saved | None, samples: int, fingerprint: dict[str, str], world_size: int
+) -> TrainState:
     """Build the state at the run's first step, and compute the size of a step for this number of ranks."""
-    state = TrainState(Progress(), DualState(config.craft), samples)
+    state = TrainState(Progress(), DualState(config.craft), samples, fingerprint)
     if saved is not None:
         path = config.checkpoint_path
         try:
@@ -250,6 +277,14 @@ def _build_state(config: TrainConfig, saved: _Saved | None, samples: int, world_
                 f"trained on {state.dataset_samples}: give the same data set and --dataset.eval_split, or "
                 "start a new run with --policy.path instead of --resume"
             )
+        # Checkpoints of older versions have no fingerprint.
+        if changed := changed_parts(state.dataset_fingerprint or fingerprint, fingerprint):
+            raise UserError(
+                f"--dataset.repo_id={config.dataset.repo_id} is not the data set that {path} was trained on: "
+                f"its files in {' and '.join(f'{part}/' for part in changed)} have changed; restore them, or "
+                "start a new run with --policy.path instead of --resume"
+            )
+        state.dataset_fingerprint = fingerprint
     anchors = config.craft.anchor_batch_size if config.craft.enabled else 0
     state.progress.set_step_size(config.batch_size, config.gradient_accumulation_steps, anchors, world_size)
     check_step(config, state.progress.samples_per_step)
@@ -305,14 +340,14 @@ def _load_processors(
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """Load the policy's processors with the run's changes, and check that they have all statistics."""
     processors = load_processors(config.policy, policy_dir, device, changes)
-    check_statistics(config.policy.pretrained_path, *processors)
+    check_statistics(config.policy.pretrained_path, config.policy, *processors)
     return processors
 
 
 @fail_together
 def _open_tasks(
     config: TrainConfig,
-    train: LeRobotDataset,
+    samples: NamedSamples,
     preprocessor: PolicyProcessorPipeline,
     engine: Engine,
     progress: Progress,
@@ -320,8 +355,8 @@ def _open_tasks(
     partition = partition_step(
         progress.samples_per_step, engine.world_size, config.batch_size, "task samples"
     )
-    sampler = StepSampler(len(train), partition, engine.rank, config.seed or 0, progress.samples_seen)
-    return TaskStream(training_batches(config, train, sampler), preprocessor, partition, sampler)
+    sampler = StepSampler(len(samples), partition, engine.rank, config.seed or 0, progress.samples_seen)
+    return TaskStream(training_batches(config, samples, sampler), preprocessor, partition, sampler)
 
 
 def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedPolicy:
@@ -362,11 +397,6 @@ def _open_logger(config: TrainConfig, engine: Engine, state: TrainState) -> Metr
         )
     except OSError as error:
         raise UserError(f"--output_dir={config.output_dir} cannot be written: {error}") from error
-
-
-def _task_texts(train: LeRobotDataset) -> list[str]:
-    """Return the texts of the data set's tasks; of all episodes, held-out ones included."""
-    return [] if train.meta.tasks is None else list(train.meta.tasks.index)
 
 
 def _wrapping_warning(config: TrainConfig, policy: PreTrainedPolicy) -> str | None:

@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
 from torch import Tensor
 
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.train_config import TrainConfig
+from craft_ds.data.checked_samples import BadSample, NamedSamples
+from craft_ds.data.replacement import RawBatch
 from craft_ds.data.task_data import heldout_batches, images_to_float
 from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines.base import Batch, Engine
+from craft_ds.training.bad_samples import BadSampleLog
 from craft_ds.training.train_step import TokenSums, measure
 from craft_ds.training.world_eval import evaluate_in_world
 
@@ -30,6 +32,7 @@ class Evaluator:
         postprocessor: From the policy's output to actions.
         heldout: Held-out episodes of the task; None: no task loss is measured.
         anchors: Anchors of the old tasks; None for the baseline.
+        bad_samples: Told of bad held-out samples.
     """
 
     config: TrainConfig
@@ -37,8 +40,9 @@ class Evaluator:
     watchdog: RankWatchdog
     preprocessor: PolicyProcessorPipeline
     postprocessor: PolicyProcessorPipeline
-    heldout: LeRobotDataset | None
+    heldout: NamedSamples | None
     anchors: AnchorStream | None
+    bad_samples: BadSampleLog
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the policy as it is now. Collective: call on all ranks.
@@ -46,13 +50,14 @@ class Evaluator:
         Returns:
             `eval/task_loss`, `eval/anchor_loss` and `eval/success/<task>`, each where it is configured; the
             same on all ranks.
+
+        Raises:
+            UserError: A held-out sample is bad, and bad samples are errors.
         """
         config, engine = self.config, self.engine
         metrics = {}
         if self.heldout is not None:
-            raw = heldout_batches(config, self.heldout, engine.rank, engine.world_size)
-            batches = ((self.preprocessor(images_to_float(batch)), counts) for batch, counts in raw)
-            metrics["eval/task_loss"] = self._mean_loss(batches)
+            metrics["eval/task_loss"] = self._task_loss(self.heldout)
         if self.anchors is not None:
             metrics["eval/anchor_loss"] = self._mean_loss(
                 self.anchors.heldout_batches(config.batch_size, config.max_eval_samples)
@@ -65,6 +70,26 @@ class Evaluator:
     def _act(self, batch: Batch) -> Tensor:
         self.watchdog.progress()
         return self.engine.act(batch)
+
+    def _task_loss(self, heldout: NamedSamples) -> float:
+        found: list[BadSample] = []
+        replaced = 0
+
+        def read(raw: Iterator[tuple[RawBatch, bool]]) -> Iterator[tuple[Batch, bool]]:
+            nonlocal replaced
+            for batch, counts in raw:
+                found.extend(batch.bad)
+                replaced += batch.replaced
+                yield self.preprocessor(images_to_float(batch.samples)), counts
+
+        loss = self._mean_loss(
+            read(heldout_batches(self.config, heldout, self.engine.rank, self.engine.world_size))
+        )
+        (all_replaced,) = self.engine.sum_scalars(
+            torch.tensor([replaced], dtype=torch.float64, device=self.engine.device)
+        )
+        self.bad_samples.settle(all_replaced, found)
+        return loss
 
     def _mean_loss(self, batches: Iterator[tuple[Batch, bool]]) -> float:
         """Return the mean loss per token over all ranks; NaN where there is no token."""

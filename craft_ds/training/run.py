@@ -15,12 +15,15 @@ from craft_ds.algorithm.multiplier import DualState, RetentionRecord
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import StepPartition
+from craft_ds.data.checked_samples import BadSample
+from craft_ds.data.replacement import RawBatch
 from craft_ds.data.task_data import StepSampler, images_to_float
 from craft_ds.distributed.collectives import destroy_process_group, gather_objects
 from craft_ds.distributed.preemption import Preemption
 from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines.base import Batch, Engine
 from craft_ds.errors import Preempted, TrainingDiverged
+from craft_ds.training.bad_samples import BadSampleLog
 from craft_ds.training.checkpointer import Checkpointer
 from craft_ds.training.evaluator import Evaluator
 from craft_ds.training.metrics import MetricsLogger, peak_memory_bytes
@@ -46,21 +49,35 @@ class TaskStream:
         partition: This rank's part of every step.
         sampler: Order of the samples.
         seconds: Time spent waiting for samples and in the preprocessor, since the last `take_seconds`.
+        bad: Bad samples met since the last `take_bad`.
     """
 
-    batches: Iterator[dict[str, Any]]
+    batches: Iterator[RawBatch]
     preprocessor: PolicyProcessorPipeline
     partition: StepPartition
     sampler: StepSampler
     seconds: float = 0.0
+    bad: list[BadSample] = field(default_factory=list)
 
-    def next_step(self) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of the next step."""
+    def next_step(self, votes: list[float]) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of the next step.
+
+        Args:
+            votes: Its last entry is increased by the number of replaced samples.
+        """
         for _ in range(self.partition.micro_batches):
             started = time.perf_counter()
-            batch = self.preprocessor(images_to_float(next(self.batches)))
+            raw = next(self.batches)
+            self.bad += raw.bad
+            votes[-1] += raw.replaced
+            batch = self.preprocessor(images_to_float(raw.samples))
             self.seconds += time.perf_counter() - started
             yield batch
+
+    def take_bad(self) -> list[BadSample]:
+        """Return `bad` and clear it."""
+        bad, self.bad = self.bad, []
+        return bad
 
     def take_seconds(self) -> float:
         """Return `seconds` and reset it."""
@@ -88,6 +105,7 @@ class Run:
         checkpointer: Saves every `save_freq` steps, on preemption and at the end.
         preemption: Tells if this rank was asked to stop.
         watchdog: Detects failed ranks.
+        bad_samples: Stops the run at a bad sample, or logs it.
         owns_process_group: True if the run created the process group; it must then destroy it.
     """
 
@@ -102,6 +120,7 @@ class Run:
     checkpointer: Checkpointer
     preemption: Preemption
     watchdog: RankWatchdog
+    bad_samples: BadSampleLog
     owns_process_group: bool
     _first_step_logged: bool = False
     _seconds: list[float] = field(default_factory=list)
@@ -128,9 +147,29 @@ class Run:
         assert self.config.optimizer is not None
         return self.config.optimizer.grad_clip_norm
 
-    def task_batches(self) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of the next step, through the policy's processors."""
-        return self.tasks.next_step()
+    def votes(self) -> list[float]:
+        """Return what is summed over ranks with a step: asked to stop, and the number of replaced samples."""
+        return [float(self.preemption.requested), 0.0]
+
+    def task_batches(self, votes: list[float]) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of the next step, through the policy's processors.
+
+        Args:
+            votes: From `votes`; the replaced samples are added while batches are read.
+        """
+        return self.tasks.next_step(votes)
+
+    def count_bad_samples(self, replaced: float) -> None:
+        """Stop at bad samples, or count and log them. Collective: call on all ranks, after every step.
+
+        Args:
+            replaced: Samples of all ranks that were replaced in the step.
+
+        Raises:
+            UserError: A sample is bad, and bad samples are errors.
+        """
+        self.bad_samples.settle(replaced, self.tasks.take_bad())
+        self.progress.bad_samples += int(replaced)
 
     def record(self, result: StepResult, retention: RetentionRecord | None, *, seconds: float) -> None:
         """Count a step; every `log_freq` steps, log its metrics.
@@ -166,6 +205,7 @@ class Run:
                     "train/grad_norm": result.grad_norm,
                     "train/lr": self.engine.optimizer.param_groups[0]["lr"],
                     "train/skipped_steps": progress.skipped,
+                    "train/bad_samples": progress.bad_samples,
                     "train/samples_seen": progress.samples_seen,
                     "train/tokens_seen": progress.tokens_seen,
                     **progress.latest,

@@ -1,12 +1,16 @@
 """Lines that a run prints before its first step: what it trains, on what, and how much."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 import craft_ds
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.coverage import count_by_task
 from craft_ds.config.configs import CraftConfig
 from craft_ds.config.train_config import TrainConfig
+from craft_ds.data.task_texts import UNUSED
 from craft_ds.distributed.env import launched_world_size
 from craft_ds.training.train_state import Progress
 
@@ -23,17 +27,41 @@ def first_line(config: TrainConfig) -> str:
     )
 
 
-def dataset_line(episodes: int, samples: int, heldout: int, tasks: list[str]) -> str:
-    """Return the data set's size.
+def dataset_line(train: LeRobotDataset, heldout: LeRobotDataset | None) -> str:
+    """Return the data set's size, its held-out episodes and its tasks.
 
     Args:
-        episodes: Episodes that train.
-        samples: Frames that train.
-        heldout: Frames held out for `--eval_freq`.
-        tasks: Their texts.
+        train: The episodes that train.
+        heldout: The episodes held out for `--eval_freq`; None: none.
     """
-    held_out = f", {heldout} held out" if heldout else ""
-    return f"✓ data set: {episodes} episodes, {samples} samples{held_out}; {_texts(tasks)}"
+    held_out = ""
+    if heldout is not None:
+        count, total = heldout.num_episodes, train.num_episodes + heldout.num_episodes
+        held_out = (
+            f", {len(heldout)} held out ({_episodes(heldout.episodes or [])}: {count} of {total} episodes, "
+            f"{count / total:.0%})"
+        )
+    tasks = [] if train.meta.tasks is None else [text for text in train.meta.tasks.index if text != UNUSED]
+    return f"✓ data set: {train.num_episodes} episodes, {len(train)} samples{held_out}; {_texts(tasks)}"
+
+
+def heldout_lines(asked: float, train: int, heldout: int) -> list[str]:
+    """Return a warning if the share that is held out is far from the one that was asked for.
+
+    LeRobot holds out the last episodes of every task, rounded up to at least one per task.
+
+    Args:
+        asked: `--dataset.eval_split`.
+        train: Episodes that train.
+        heldout: Episodes that are held out.
+    """
+    share = heldout / (train + heldout)
+    if share <= 1.5 * asked:
+        return []
+    return [
+        f"warning: {share:.0%} of the episodes are held out for --eval_freq, not --dataset.eval_split="
+        f"{asked:g}: at least one episode per task is; choose --dataset.episodes, or record more of each task"
+    ]
 
 
 def anchor_line(cache: AnchorCache, craft: CraftConfig) -> str:
@@ -103,6 +131,11 @@ def epsilon_lines(craft: CraftConfig, teacher_loss: float) -> list[str]:
 def _loss(value: float) -> str:
     """Format a loss with three decimals, a small one with three digits."""
     return f"{value:.3f}" if value >= 0.1 or value == 0 else f"{value:.3g}"
+
+
+def _episodes(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:12])) + (f", … {numbers[-1]}" if len(numbers) > 12 else "")
+    return f"episode{'s' if len(numbers) != 1 else ''} {shown}"
 
 
 def _texts(tasks: list[str]) -> str:

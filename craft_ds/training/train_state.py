@@ -23,6 +23,7 @@ class Progress:
             were computed: while these flags stay the same, another number of ranks does not change a step.
         skipped: Steps with a non-finite loss or gradient.
         skipped_in_a_row: The most recent consecutive ones of these.
+        bad_samples: Task samples that were replaced because they were bad.
         losses: Task losses since the last logged step.
         latest: Metrics of the last retention step, by their names in the log.
     """
@@ -36,6 +37,7 @@ class Progress:
     asked: list[int] = field(default_factory=list)
     skipped: int = 0
     skipped_in_a_row: int = 0
+    bad_samples: int = 0
     losses: list[float] = field(default_factory=list)
     latest: dict[str, float] = field(default_factory=dict)
 
@@ -103,12 +105,14 @@ class TrainState:
         progress: Counters of the run.
         dual: λ and its history.
         dataset_samples: Number of training samples; a data set of another size is another run.
+        dataset_fingerprint: Hashes of the data set's files; empty in checkpoints of older versions.
         tracker_run_ids: Identity of the run at each tracker, by the tracker's name.
     """
 
     progress: Progress
     dual: DualState
     dataset_samples: int = 0
+    dataset_fingerprint: dict[str, str] = field(default_factory=dict)
     tracker_run_ids: dict[str, str] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,6 +121,7 @@ class TrainState:
             **self.dual.state_dict(),
             "progress": self.progress.state_dict(),
             "dataset_samples": self.dataset_samples,
+            "dataset_fingerprint": dict(self.dataset_fingerprint),
             "tracker_run_ids": dict(self.tracker_run_ids),
         }
 
@@ -134,8 +139,18 @@ class TrainState:
         run_ids = state.get("tracker_run_ids")
         if run_ids is None:  # before `--log_to`, only wandb's was stored
             run_ids = {"wandb": state["wandb_run_id"]} if state.get("wandb_run_id") else {}
-        if not isinstance(run_ids, dict) or not all(
-            isinstance(part, str) for entry in run_ids.items() for part in entry
-        ):
-            raise ValueError(f"tracker_run_ids={run_ids!r}")
-        self.tracker_run_ids = dict(run_ids)
+        self.tracker_run_ids = _texts("tracker_run_ids", run_ids)
+        self.dataset_fingerprint = _texts("dataset_fingerprint", state.get("dataset_fingerprint", {}))
+
+
+def _texts(name: str, value: Any) -> dict[str, str]:
+    """Return a dictionary of texts from a file.
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    if not isinstance(value, dict) or not all(
+        isinstance(part, str) for entry in value.items() for part in entry
+    ):
+        raise ValueError(f"{name}={value!r}")
+    return dict(value)

@@ -82,7 +82,8 @@ def task_step(
         engine: Holds the model and the optimizer.
         batches: This rank's micro-batches.
         max_norm: Maximum norm of the gradient; 0 or less: no clipping.
-        extra: Scalars of the caller to sum over ranks in the step's all-reduce; not interpreted here.
+        extra: Scalars of the caller to sum over ranks in the step's all-reduce; not interpreted here, and
+            read after the last batch of the task.
     """
     task = accumulate(engine, batches)
     # Offloaded shards are on the CPU while the sums of a pass are on the engine's device.

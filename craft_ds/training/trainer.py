@@ -28,7 +28,7 @@ def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) ->
         The directory of the final checkpoint.
 
     Raises:
-        UserError: Bad input, found before anything is written.
+        UserError: Bad input, found before anything is written; or a bad sample.
         RankLost: Another rank has failed, died or hangs.
         Preempted: The run was asked to stop, and has saved.
         TrainingDiverged: More than `max_skipped_steps` steps in a row were non-finite.
@@ -46,37 +46,40 @@ def train(run: Run) -> None:
     Raises:
         Preempted: The run was asked to stop, and has saved.
         TrainingDiverged: More than `max_skipped_steps` steps in a row were non-finite.
+        UserError: A sample is bad, and bad samples are errors.
     """
     config, craft, anchors, dual = run.config, run.config.craft, run.anchors, run.dual
     run.watchdog.progress()
     for step in range(run.progress.step, config.steps):
         started = time.perf_counter()
         seed_step(config.seed or 0, step, run.engine.rank)
-        stop_vote = [float(run.preemption.requested)]  # summed over ranks in the step's all-reduce
+        votes = run.votes()  # summed over ranks in the step's all-reduce
         record = None
 
         if anchors is None or step % craft.retention_freq:
-            result = task_step(run.engine, run.task_batches(), run.max_norm, extra=stop_vote)
+            result = task_step(run.engine, run.task_batches(votes), run.max_norm, extra=votes)
         else:
             result = retention_step(
                 run.engine,
-                task=run.task_batches(),
+                task=run.task_batches(votes),
                 anchors=anchors.gradient_batches(run.progress.anchors_seen),
                 constraint=anchors.constraint_batches(run.progress.anchors_seen),
                 multiplier=dual.multiplier,
                 craft=craft,
                 max_norm=run.max_norm,
-                extra=stop_vote,
+                extra=votes,
             )
             epsilon = anchors.epsilon_unit * epsilon_at(step, config.steps, craft)
             record = _record(step, dual.multiplier, epsilon, result)
             if result.applied:
                 dual.ascend(record)  # λ ← clip(λ + lambda_lr · (L_ret − ε), 0, lambda_max)
 
+        stop, replaced = result.extra
+        run.count_bad_samples(replaced)
         if result.applied:
             run.advance_scheduler()
         run.record(result, record, seconds=time.perf_counter() - started)
-        run.after_step(stop=result.extra[0] > 0)
+        run.after_step(stop=stop > 0)
 
 
 def _record(step: int, multiplier: float, epsilon: float, result: StepResult) -> RetentionRecord:

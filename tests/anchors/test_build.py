@@ -231,7 +231,11 @@ class TestBadInput:
         data = make_test_dataset(
             tmp_path / "data", cameras=("top", "side1"), episodes_per_task=1, frames=3, state_dim=7
         )
-        refuses(options(tmp_path / "out", dataset_root=str(data), num_samples=6), "processors", "size")
+        refuses(
+            options(tmp_path / "out", dataset_root=str(data), num_samples=6),
+            "observation.state has",
+            "entries",
+        )
 
     def test_too_many_samples(self, options, tmp_path):
         refuses(options(tmp_path / "out", num_samples=73), "--num_samples=73", "72 frames")

@@ -59,10 +59,8 @@ def test_a_base_policy_gets_joint_statistics(inputs, tmp_path, processors):
     np.testing.assert_allclose(state["action.min"], joint.min(0), rtol=1e-6)
     np.testing.assert_allclose(state["action.q99"], np.quantile(joint, 0.99, axis=0), rtol=1e-6)
     np.testing.assert_allclose(state["action.std"], joint.std(0), rtol=1e-5)
-    pre, post = make_pre_post_processors(
-        PreTrainedConfig.from_pretrained(output), pretrained_path=str(output)
-    )
-    check_statistics(output, pre, post)
+    config = PreTrainedConfig.from_pretrained(output)
+    check_statistics(output, config, *make_pre_post_processors(config, pretrained_path=str(output)))
     assert (output / "model.safetensors").samefile(bare / "model.safetensors")
 
 
@@ -119,6 +117,11 @@ def test_data_sets_of_two_robots_are_refused(inputs, bare, tmp_path):
         write_policy_with_statistics(str(bare), datasets, tmp_path / "out")
 
 
+def check(policy):
+    config = load_policy_config(policy)
+    check_statistics(policy, config, *load_processors(config, policy))
+
+
 @pytest.mark.parametrize("key", ["action.min", "observation.state.max"])
 def test_a_missing_statistic_is_named_with_its_feature(inputs, tmp_path, key):
     policy = tmp_path / "policy"
@@ -129,7 +132,7 @@ def test_a_missing_statistic_is_named_with_its_feature(inputs, tmp_path, key):
         save_file(state, file)
     feature, _, entry = key.rpartition(".")
     with pytest.raises(UserError, match=rf"no statistics \({entry}\) of {feature}.*--normalization=dataset"):
-        check_statistics(policy, *load_processors(load_policy_config(policy), policy))
+        check(policy)
 
 
 def test_statistics_of_another_width_are_refused(inputs, tmp_path):
@@ -138,4 +141,4 @@ def test_statistics_of_another_width_are_refused(inputs, tmp_path):
     for file in policy.glob("policy_*.safetensors"):
         save_file({name: value[:3].contiguous() for name, value in load_file(file).items()}, file)
     with pytest.raises(UserError, match=r"statistics of 3 entries for observation.state, which has 4"):
-        check_statistics(policy, *load_processors(load_policy_config(policy), policy))
+        check(policy)

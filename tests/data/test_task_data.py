@@ -12,6 +12,8 @@ from lerobot.configs.default import DatasetConfig
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data import task_data
 from craft_ds.data.batch_partition import partition_step
+from craft_ds.data.checked_samples import NamedSamples
+from craft_ds.data.lerobot_dataset import check_features
 from craft_ds.data.task_data import (
     StepSampler,
     check_processors,
@@ -127,19 +129,19 @@ def test_the_loader_gives_the_samplers_frames(config):
     assert len(train) == 80
     for rank in range(2):
         sampler = sampler_of(80, 2, 1, rank, 2, 3, start=3)
-        batches = training_batches(config, train, sampler)
-        found = [next(batches)["index"].tolist() for _ in range(3)]
+        batches = training_batches(config, NamedSamples(train), sampler)
+        found = [next(batches).samples["index"].tolist() for _ in range(3)]
         assert found == take(sampler, 3)
 
 
 def test_workers_change_nothing(config):
     train, _ = load(config)
     sampler = sampler_of(80, 2, 1, 0, 1, 3)
-    plain = training_batches(config, train, sampler)
+    plain = training_batches(config, NamedSamples(train), sampler)
     config.num_workers, config.dataloader_multiprocessing_context = 1, "fork"
-    with_worker = training_batches(config, train, sampler)
+    with_worker = training_batches(config, NamedSamples(train), sampler)
     for _ in range(3):
-        expected, found = next(plain), next(with_worker)
+        expected, found = next(plain).samples, next(with_worker).samples
         assert torch.equal(found["index"], expected["index"])
         assert torch.equal(found["observation.images.top"], expected["observation.images.top"])
 
@@ -160,10 +162,11 @@ def test_the_held_out_part_shares_no_episode(config):
     assert not episodes[0] & episodes[1]
 
 
-def test_without_evaluation_nothing_is_held_out(config):
+def test_a_split_is_held_out_without_evaluation_too(config):
+    assert load(copy.deepcopy(config))[1] is None
     config.dataset.eval_split = 0.25
     train, heldout = load(config)
-    assert (len(train), heldout) == (80, None)
+    assert (len(train), len(heldout)) == (60, 20)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -188,7 +191,8 @@ def test_every_held_out_sample_counts_once(config, monkeypatch, world, limit):
 def test_held_out_batches_are_read(config):
     config.eval_freq, config.dataset.eval_split = 1, 0.25
     _, heldout = load(config)
-    seen = [int(i) for batch, _ in heldout_batches(config, heldout, 0, 1) for i in batch["frame_index"]]
+    batches = heldout_batches(config, NamedSamples(heldout), 0, 1)
+    seen = [int(i) for batch, _ in batches for i in batch.samples["frame_index"]]
     assert sorted(seen) == list(range(20))
 
 
@@ -232,21 +236,37 @@ def test_a_hub_that_does_not_answer_is_one_line(config, tmp_path, monkeypatch):
         load(config)
 
 
-def test_an_episode_that_is_not_there_is_one_line(config):
-    config.dataset.episodes = [99]
-    with pytest.raises(UserError, match=r"--dataset.repo_id=craft-ds/test cannot be opened") as raised:
+@pytest.mark.parametrize("episodes", [[99], [0, 99]])
+def test_an_episode_that_is_not_there_is_named(config, episodes):
+    config.dataset.episodes = episodes
+    with pytest.raises(
+        UserError, match=r"^--dataset.episodes names episode 99, but .* has 4 episodes, 0 to 3$"
+    ):
         load(config)
-    assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("entries", [{"state_dim": 6}, {"action_dim": 6}])
-def test_another_robots_data_is_refused_before_training(config, tmp_path, entries):
+@pytest.mark.parametrize("entries", [{"state_dim": 6}, {"action_dim": 6}, {"state_dim": 3}])
+def test_another_robots_data_is_refused_by_feature(config, tmp_path, entries):
     root = make_test_dataset(tmp_path / "six", tasks=1, episodes_per_task=1, frames=3, **entries)
-    preprocessor, _ = load_processors(config.policy, config.policy.pretrained_path)
-    fits, _ = load(copy.deepcopy(config))
-    check_processors(config, fits, preprocessor)
     config.dataset.root = str(root)
-    other, _ = load(config)
-    with pytest.raises(UserError, match=r"does not fit the policy's processors .*state and action") as raised:
-        check_processors(config, other, preprocessor)
+    ((argument, width),) = entries.items()
+    name = {"state_dim": "observation.state", "action_dim": "action"}[argument]
+    preprocessor, _ = load_processors(config.policy, config.policy.pretrained_path)
+    train, _ = load(config)
+    with pytest.raises(UserError, match=rf"{name} has {width} entries \(x0, x1, .*\), the policy takes 4: "):
+        check_features(train.meta, config.policy, preprocessor)
+
+
+def test_what_the_processors_refuse_is_one_line(config):
+    preprocessor, _ = load_processors(config.policy, config.policy.pretrained_path)
+    train, _ = load(copy.deepcopy(config))
+    check_processors(config, NamedSamples(train), preprocessor)
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("The size of tensor a (6) must match\nand more")
+
+    with pytest.raises(
+        UserError, match=r"does not fit the policy's processors \(The size .*match\)"
+    ) as raised:
+        check_processors(config, NamedSamples(train), refuse)
     assert "\n" not in str(raised.value)

@@ -208,7 +208,7 @@ def test_a_change_of_a_mode_needs_its_statistics(inputs, tmp_path):
     run = Run(inputs, tmp_path, [f"--policy.normalization_mapping={mapping}"])
     assert run.config.normalization_mapping["ACTION"] is NormalizationMode.QUANTILES
     with pytest.raises(UserError, match=r"no statistics \(q01, q99\) of action.*--normalization=dataset"):
-        check_statistics(inputs.policy, run.pre, run.post)
+        check_statistics(inputs.policy, run.config, run.pre, run.post)
 
 
 def test_nothing_changes_without_flags(inputs, tmp_path):

@@ -6,13 +6,30 @@ import pytest
 import torch
 
 from craft_ds.config.configs import CraftConfig
-from craft_ds.training.start_report import anchor_line, dataset_line, epsilon_lines, size_lines
+from craft_ds.training.start_report import (
+    anchor_line,
+    dataset_line,
+    epsilon_lines,
+    heldout_lines,
+    size_lines,
+)
 from craft_ds.training.train_state import Progress
 
 
 def config(**changes):
     given = {"batch_size": 8, "gradient_accumulation_steps": 2, "steps": 100, "output_dir": "outputs/run"}
     return SimpleNamespace(craft=CraftConfig(enabled=True, retention_freq=5), **(given | changes))
+
+
+class Part(SimpleNamespace):
+    def __len__(self) -> int:
+        return self.samples
+
+
+def part(episodes, samples, tasks):
+    """Some episodes of a data set."""
+    meta = SimpleNamespace(tasks=SimpleNamespace(index=tasks))
+    return Part(episodes=list(episodes), num_episodes=len(episodes), samples=samples, meta=meta)
 
 
 def progress(world_size, batch_size=8):
@@ -33,8 +50,29 @@ def test_a_resumed_run_says_that_its_batch_is_kept():
 
 
 def test_the_data_set_names_its_tasks():
-    line = dataset_line(38, 388, 22, ["a", "b", "c", "d"])
-    assert line == "✓ data set: 38 episodes, 388 samples, 22 held out; 4 tasks: 'a', 'b', 'c', and 1 more"
+    line = dataset_line(part(range(38), 388, ["a", "b", "c", "", "d"]), None)
+    assert line == "✓ data set: 38 episodes, 388 samples; 4 tasks: 'a', 'b', 'c', and 1 more"
+
+
+def test_the_data_set_names_its_held_out_episodes():
+    line = dataset_line(part([0, 1, 2], 60, ["a"]), part([3], 20, ["a"]))
+    assert line == (
+        "✓ data set: 3 episodes, 60 samples, 20 held out (episode 3: 1 of 4 episodes, 25%); 1 task: 'a'"
+    )
+    line = dataset_line(part(range(80), 60, ["a"]), part(range(80, 100), 20, ["a"]))
+    assert "(episodes 80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90, 91, … 99: 20 of 100" in line
+
+
+@pytest.mark.parametrize(
+    ("asked", "train", "heldout", "warned"),
+    [(0.05, 3, 1, "25%"), (0.05, 36, 4, "10%"), (0.05, 38, 2, None), (0.25, 3, 1, None), (0.05, 19, 1, None)],
+)
+def test_a_share_that_is_not_the_one_asked_for_is_warned(asked, train, heldout, warned):
+    lines = heldout_lines(asked, train, heldout)
+    assert bool(lines) == bool(warned)
+    if warned:
+        assert lines[0].startswith(f"warning: {warned} of the episodes are held out")
+        assert f"--dataset.eval_split={asked}" in lines[0]
 
 
 def test_anchors_are_counted_by_task_and_split_with_l0():

@@ -68,7 +68,14 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
     progress.advance(applied(2.0), retention=True)
     state = TrainState(progress, DualState(CraftConfig(initial_lambda=0.25)), 40, {"wandb": "run-1"})
     saved = state.state_dict()
-    assert saved.keys() == {"multiplier", "history", "progress", "dataset_samples", "tracker_run_ids"}
+    assert saved.keys() == {
+        "multiplier",
+        "history",
+        "progress",
+        "dataset_samples",
+        "dataset_fingerprint",
+        "tracker_run_ids",
+    }
 
     restored = TrainState(Progress(), DualState(CraftConfig()))
     restored.load_state_dict(saved)
