@@ -100,12 +100,13 @@ class AnchorEncoder:
     def _check_finite(self, raw: dict[str, Any]) -> None:
         """Check state and action: tokens are integers, so that no loss would show a NaN."""
         for key in (OBS_STATE, ACTION):
-            finite = raw[key].isfinite().reshape(len(raw[key]), -1).all(dim=1)
-            if not finite.all():
-                row = int((~finite).nonzero()[0])
+            bad = (~raw[key].isfinite()).nonzero()
+            if len(bad):
+                row, *_, entry = place = bad[0].tolist()
                 raise UserError(
                     f"data set {self.repo_id}, episode {int(raw['episode_index'][row])}, frame "
-                    f"{int(raw['frame_index'][row])}: {key} is not finite; correct or remove the episode"
+                    f"{int(raw['frame_index'][row])}: {key}[{entry}] is {float(raw[key][tuple(place)])}; "
+                    "correct or remove the episode"
                 )
 
 

@@ -142,5 +142,5 @@ def test_a_non_finite_value_is_named(options, tmp_path, key, value):
     refuses(
         options(tmp_path / "out", dataset_root=str(data), num_samples=8, heldout_fraction=0.0),
         "data set craft-ds/test, episode 1, frame",
-        f"{key} is not finite",
+        f"{key}[1] is {value}",
     )
