@@ -100,12 +100,14 @@ class AnchorEncoder:
     def _check_finite(self, raw: dict[str, Any]) -> None:
         """Check state and action: tokens are integers, so that no loss would show a NaN."""
         for key in (OBS_STATE, ACTION):
-            bad = (~raw[key].isfinite()).nonzero()
+            # LeRobot returns scalars for vectors of one entry.
+            values = raw[key] if raw[key].ndim > 1 else raw[key].unsqueeze(-1)
+            bad = (~values.isfinite()).nonzero()
             if len(bad):
                 row, *_, entry = place = bad[0].tolist()
                 raise UserError(
                     f"data set {self.repo_id}, episode {int(raw['episode_index'][row])}, frame "
-                    f"{int(raw['frame_index'][row])}: {key}[{entry}] is {float(raw[key][tuple(place)])}; "
+                    f"{int(raw['frame_index'][row])}: {key}[{entry}] is {float(values[tuple(place)])}; "
                     "correct or remove the episode"
                 )
 
