@@ -1,5 +1,6 @@
 """Two builders of the same cache at once: one builds, the other ends with one line."""
 
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -74,6 +75,23 @@ def test_a_file_system_without_locks(options, built, tmp_path, monkeypatch, capl
     assert build_anchor_cache(options(tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(built)
     assert "cannot be locked (Operation not supported)" in caplog.text
+
+
+def test_a_lock_file_deleted_before_it_is_locked(tmp_path, monkeypatch):
+    """The holder ends between opening and locking: the lock must be on the file that others will open."""
+    calls, lockf = [], fcntl.lockf
+
+    def late(file, operation):
+        calls.append(operation)
+        if len(calls) == 1:
+            (tmp_path / ".out.lock").unlink()
+        lockf(file, operation)
+
+    monkeypatch.setattr("fcntl.lockf", late)
+    with locked_output(tmp_path / "out"):
+        assert len(calls) == 2
+        assert (tmp_path / ".out.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def build(options, start, results):

@@ -120,7 +120,7 @@ def test_an_old_cache_of_a_teacher_that_is_gone(old, teacher, other):
     assert "build it again" in line
 
 
-def test_an_old_cache_knows_the_chunks_by_the_teachers_configuration(old, teacher):
+def test_chunks_of_an_old_cache(old, teacher):
     config = load_policy_config(teacher)
     config.chunk_size = 16
     with pytest.raises(UserError, match="chunk_size 8 in the cache, 16 in the policy"):
