@@ -45,6 +45,7 @@ from craft_ds.lora.adapters import weights_directory
 from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.loading import load_policy_config, load_processors, resolve_policy_path
 from craft_ds.policies.pi0_fast.vision import features_key
+from craft_ds.policies.support import check_craft_policy
 from craft_ds.policies.token_loss import token_loss
 from craft_ds.tensor_io.filesystem import atomic_file, publish_directory
 
@@ -103,6 +104,7 @@ def build_anchor_cache(options: BuildOptions) -> bool:
         raise UserError(f"--output_dir={output} exists and is not an anchor cache: choose another directory")
     teacher = resolve_policy_path(options.policy_path)
     config = load_policy_config(teacher)
+    check_craft_policy(config, f"the teacher {options.policy_path}")
     preprocessor, _ = load_processors(config, teacher, device="cpu")
     encoder = AnchorEncoder(config, preprocessor, options.image_size)
     dataset = open_dataset(options.dataset_repo_id, options.dataset_root, config, preprocessor)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from craft_ds.distributed.collectives import init_process_group
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
+from craft_ds.engines.batch_norm import average_running_statistics_
 from craft_ds.engines.deepspeed_cpu_adam import cpu_adam
 from craft_ds.engines.zero2_shards import Zero2Shards, without_broadcast
 from craft_ds.engines.zero3_shards import Zero3Shards, partition_parameters_
@@ -137,6 +138,7 @@ class DeepSpeedEngine:
         self._engine.step()
         if not self._engine.was_step_applied():
             raise RuntimeError("DeepSpeed skipped a step whose gradient norm was found finite")
+        average_running_statistics_(self.module)
         self.zero_grad()
 
     def zero_grad(self) -> None:

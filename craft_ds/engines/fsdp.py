@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from craft_ds.config.configs import FsdpConfig
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
+from craft_ds.engines.batch_norm import average_running_statistics_
 from craft_ds.engines.fsdp_wrapping import (
     gathered_dtype,
     local,
@@ -98,6 +99,11 @@ class FsdpEngine(GradShards):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient: one reduce-scatter per unit. Collective: call on all ranks."""
         (loss * self.world_size).backward()  # FSDP2 averages over ranks
+
+    def step(self) -> None:
+        """Take one optimizer step on the shards. Collective with batch normalisation: call on all ranks."""
+        super().step()
+        average_running_statistics_(self.module)
 
     def _local(self, tensor: Tensor) -> Tensor:
         return local(tensor)
