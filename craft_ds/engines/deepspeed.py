@@ -10,7 +10,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor, nn
 
 from craft_ds.distributed.collectives import init_process_group
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
@@ -21,7 +23,7 @@ from craft_ds.engines.zero3_shards import Zero3Shards, partition_parameters_
 from craft_ds.engines.zero_shards import ZeroShards
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
-from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss
+from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
 
 
 def init_distributed(timeout: timedelta | None = None) -> None:
@@ -43,6 +45,17 @@ def _read_buffers(module: PolicyWithLoss, read: ReadRange) -> dict[str, Tensor]:
         if key in persistent:
             fill_(values.view(-1), read, key, 0)
     return buffers
+
+
+def _cast_inputs_of_norms(module: nn.Module) -> None:
+    """Give normalisations inputs of their weights' dtype, which autocast does on accelerators only."""
+
+    def cast(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(values.to(norm.weight.dtype) for values in inputs)
+
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm | nn.GroupNorm) and part.weight is not None:
+            part.register_forward_pre_hook(cast)
 
 
 class DeepSpeedEngine:
@@ -77,6 +90,8 @@ class DeepSpeedEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         stage = config["zero_optimization"]["stage"]
         dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        # DeepSpeed casts parameters, but not what a policy computes between them; pi0_fast does so itself.
+        self._autocast = dtype != torch.float32 and not isinstance(module.policy, PI0FastPolicy)
         buffers = _read_buffers(module, read)
         if stage == 3:
             partition_parameters_(module, config, dtype)
@@ -90,6 +105,8 @@ class DeepSpeedEngine:
         with without_broadcast() if stage == 2 else nullcontext():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.device = self._engine.device
+        if self._autocast and self.device.type == "cpu":
+            _cast_inputs_of_norms(module)
         self._layout: ZeroShards
         if stage == 3:
             self._layout = Zero3Shards(self._engine.optimizer, module.policy)
@@ -104,13 +121,18 @@ class DeepSpeedEngine:
     def forward(self, batch: Batch) -> TokenLoss:
         """Return the loss of this rank's micro-batch. Collective: call on all ranks."""
         self._engine.train()
-        return self._engine(batch)
+        return self._engine(batch, call=self._loss)
+
+    def _loss(self, policy: PreTrainedPolicy, batch: Batch) -> TokenLoss:
+        # Entered here, since DeepSpeed disables autocast around its forward.
+        with torch.autocast(self.device.type, torch.bfloat16, self._autocast, cache_enabled=False):
+            return token_loss(policy, batch)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TokenLoss:
         """Run `forward` without gradients, in eval mode. Collective: call on all ranks."""
         self._engine.eval()
-        return self._engine(batch)
+        return self._engine(batch, call=self._loss)
 
     @torch.no_grad()
     def act(self, batch: Batch) -> Tensor:
