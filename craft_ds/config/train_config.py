@@ -115,7 +115,26 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             super().validate()
         except (ValueError, OSError) as error:
             raise UserError(one_line(error, limit=None)) from error
+        self._check_rates()
         refuse_secrets(self.to_dict())
+
+    def _check_rates(self) -> None:
+        """Check the numbers that LeRobot's optimizers and schedules divide by, or need to be positive."""
+        if self.use_policy_training_preset:
+            read = {"--policy": (self.policy, ("optimizer_lr", "scheduler_decay_steps"))}
+        else:
+            read = {
+                "--optimizer": (self.optimizer, ("lr",)),
+                "--scheduler": (self.scheduler, ("peak_lr", "num_decay_steps")),
+            }
+        flags = {
+            f"{group}.{name}": getattr(config, name, None)
+            for group, (config, names) in read.items()
+            for name in names
+        }
+        for flag, value in flags.items():
+            if value is not None and value <= 0:
+                raise UserError(f"{flag}={value} must be greater than 0")
 
     def _refuse_unsupported(self) -> None:
         refused = {
