@@ -121,24 +121,27 @@ class DeepSpeedEngine:
     def forward(self, batch: Batch) -> TokenLoss:
         """Return the loss of this rank's micro-batch. Collective: call on all ranks."""
         self._engine.train()
-        return self._engine(batch, call=self._loss)
+        return self._run(batch, token_loss)
 
-    def _loss(self, policy: PreTrainedPolicy, batch: Batch) -> TokenLoss:
-        # Entered here, since DeepSpeed disables autocast around its forward.
-        with torch.autocast(self.device.type, torch.bfloat16, self._autocast, cache_enabled=False):
-            return token_loss(policy, batch)
+    def _run(self, batch: Batch, call: Callable[[PreTrainedPolicy, Batch], Any]) -> Any:
+        def cast(policy: PreTrainedPolicy, batch: Batch) -> Any:
+            # Entered here, since DeepSpeed disables autocast around its forward.
+            with torch.autocast(self.device.type, torch.bfloat16, self._autocast, cache_enabled=False):
+                return call(policy, batch)
+
+        return self._engine(batch, call=cast)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TokenLoss:
         """Run `forward` without gradients, in eval mode. Collective: call on all ranks."""
         self._engine.eval()
-        return self._engine(batch, call=self._loss)
+        return self._run(batch, token_loss)
 
     @torch.no_grad()
     def act(self, batch: Batch) -> Tensor:
         """Return the policy's greedy action chunk. Collective: call on all ranks, equally often."""
         self._engine.eval()
-        return self._engine(batch, call=action_chunk).float()
+        return self._run(batch, action_chunk).float()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient. Collective: call on all ranks."""
