@@ -1,7 +1,7 @@
 """Small random policies of LeRobot's other types, with processors, for tests and benchmarks.
 
-LeRobot fixes the sizes of pi0 and pi0.5 to PaliGemma's; `small_sizes` shrinks what their constructors build.
-ACT and diffusion keep torchvision's ResNet-18. Two optional packages are replaced by stand-ins where they are
+LeRobot fixes the sizes of pi0 and pi0.5 to PaliGemma's, and ACT and diffusion use torchvision's ResNet-18;
+`small_sizes` shrinks what their constructors build. Two optional packages are replaced by stand-ins where they are
 not installed: diffusers (noise schedule of the diffusion policy) and num2words (SmolVLM's processor, which
 uses it in chat prompts only).
 """
@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import torchvision
 import transformers.models.smolvlm.processing_smolvlm as processing_smolvlm
 from lerobot.optim import schedulers
 from lerobot.policies.act import modeling_act
@@ -174,7 +175,7 @@ def _write_vlm(path: Path) -> None:
 
 @contextmanager
 def small_sizes() -> Iterator[None]:
-    """Build pi0 and pi0.5 at small sizes, and replace optional packages that are not installed.
+    """Build pi0, pi0.5 and ResNet-18 at small sizes, and replace optional packages that are not installed.
 
     Everything that builds or loads such a policy must run inside, LeRobot's own loading included.
     """
@@ -188,6 +189,7 @@ def small_sizes() -> Iterator[None]:
                 "PiGemmaForCausalLM": _small(module.PiGemmaForCausalLM),
             }.items():
                 stack.enter_context(replace_attribute(module, name, value))
+        stack.enter_context(replace_attribute(torchvision.models, "resnet18", _SmallResNet))
         stack.enter_context(replace_attribute(support, "_PACKAGES", {}))
         if importlib.util.find_spec("diffusers") is None:
             for owner, name, value in (
@@ -200,6 +202,17 @@ def small_sizes() -> Iterator[None]:
         if importlib.util.find_spec("num2words") is None:
             stack.enter_context(replace_attribute(processing_smolvlm, "num2words", str))
         yield
+
+
+class _SmallResNet(torchvision.models.ResNet):
+    """ResNet-18 with a quarter of the channels after the stem."""
+
+    def __init__(self, weights: None = None, **options: Any):
+        super().__init__(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2], **options)
+        self.fc = nn.Linear(128, 2)
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **options: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes // 4, *args, **options)
 
 
 def _small_gemma(variant: str) -> Any:
