@@ -121,20 +121,14 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
     def _check_rates(self) -> None:
         """Check the numbers that LeRobot's optimizers and schedules divide by, or need to be positive."""
         if self.use_policy_training_preset:
-            read = {"--policy": (self.policy, ("optimizer_lr", "scheduler_decay_steps"))}
+            flags = ["policy.optimizer_lr", "policy.scheduler_decay_steps"]
         else:
-            read = {
-                "--optimizer": (self.optimizer, ("lr",)),
-                "--scheduler": (self.scheduler, ("peak_lr", "num_decay_steps")),
-            }
-        flags = {
-            f"{group}.{name}": getattr(config, name, None)
-            for group, (config, names) in read.items()
-            for name in names
-        }
-        for flag, value in flags.items():
+            flags = ["optimizer.lr", "scheduler.peak_lr", "scheduler.num_decay_steps"]
+        for flag in flags:
+            group, name = flag.split(".")
+            value = getattr(getattr(self, group), name, None)
             if value is not None and value <= 0:
-                raise UserError(f"{flag}={value} must be greater than 0")
+                raise UserError(f"--{flag}={value} must be greater than 0")
 
     def _refuse_unsupported(self) -> None:
         refused = {

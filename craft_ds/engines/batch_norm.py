@@ -21,8 +21,8 @@ def batch_norm_warning(policy: nn.Module, world_size: int) -> str | None:
     if world_size == 1 or not layers:
         return None
     return (
-        f"{layers} batch normalisations use the statistics of each rank's own samples, so the loss depends on "
-        "--batch_size and the number of ranks; their running statistics are averaged over the ranks after "
+        f"{layers} batch normalisations use the statistics of each rank's own samples, so the loss depends "
+        "on --batch_size and the number of ranks; their running statistics are averaged over the ranks after "
         "every step"
     )
 

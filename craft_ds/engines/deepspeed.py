@@ -50,7 +50,7 @@ def _read_buffers(module: PolicyWithLoss, read: ReadRange) -> dict[str, Tensor]:
 def _cast_inputs_of_norms(module: nn.Module) -> None:
     """Give normalisations inputs of their weights' dtype, which autocast does on accelerators only."""
 
-    def cast(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def cast(norm: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(values.to(norm.weight.dtype) for values in inputs)
 
     for part in module.modules():

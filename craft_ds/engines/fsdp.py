@@ -83,9 +83,9 @@ class FsdpEngine(GradShards):
             if "mixed torch.Tensor and DTensor" not in str(error):
                 raise
             raise UserError(
-                f"--engine=fsdp: {type(self.module.policy).__name__} reads the weight of a module that it does "
-                "not call, so that FSDP2 has not gathered it: use --ds_config=zero2, or register its units "
-                "with craft_ds.policies.wrapping.shard_units"
+                f"--engine=fsdp: {type(self.module.policy).__name__} reads the weight of a module that it "
+                "does not call, so that FSDP2 has not gathered it: use --ds_config=zero2, or register its "
+                "units with craft_ds.policies.wrapping.shard_units"
             ) from error
 
     def evaluate(self, batch: Batch) -> TokenLoss:

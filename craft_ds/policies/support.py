@@ -20,7 +20,8 @@ def check_packages(config: PreTrainedConfig) -> None:
     package = _PACKAGES.get(config.type)
     if package is not None and find_spec(package) is None:
         raise UserError(
-            f"a policy of type {config.type} needs the package {package}: pip install 'lerobot[{config.type}]'"
+            f"a policy of type {config.type} needs the package {package}: "
+            f"pip install 'lerobot[{config.type}]'"
         )
 
 

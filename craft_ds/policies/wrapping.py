@@ -3,8 +3,8 @@
 FSDP2 gathers a unit's parameters when the unit is *called*. A unit that is too large makes every rank hold
 much of the model at once. A module that is used without calling it (through `.forward(`, by reading its
 weight, or by calling its parts from outside, as pi0 does with the layers of its two decoders) should not be
-a unit. `craft_ds.engines.fsdp_wrapping` gathers a unit whose parts are called from outside, but keeps it until
-the backward pass.
+a unit. `craft_ds.engines.fsdp_wrapping` gathers a unit whose parts are called from outside, but keeps it
+until the backward pass.
 """
 
 import inspect
@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy
-from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
+from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -77,12 +77,10 @@ def _layer_parts(policy: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
     """Return the parts of decoder layers that are called one by one, since the attention of two decoders is
     computed together; the root shards the small ones."""
     total = parameter_count(policy)
-    parts = [
-        part
-        for layer in layers
-        for part in (*layer.self_attn.children(), *layer.children())
-        if part is not layer.self_attn
-    ]
+    parts: list[nn.Module] = []
+    for layer in layers:
+        for name, part in layer.named_children():
+            parts += part.children() if name == "self_attn" else [part]
     return [part for part in parts if parameter_count(part) >= max(_LAYER_PART * total, 1)]
 
 

@@ -1,9 +1,9 @@
 """Small random policies of LeRobot's other types, with processors, for tests and benchmarks.
 
 LeRobot fixes the sizes of pi0 and pi0.5 to PaliGemma's, and ACT and diffusion use torchvision's ResNet-18;
-`small_sizes` shrinks what their constructors build. Two optional packages are replaced by stand-ins where they are
-not installed: diffusers (noise schedule of the diffusion policy) and num2words (SmolVLM's processor, which
-uses it in chat prompts only).
+`small_sizes` shrinks what their constructors build. Two optional packages are replaced by stand-ins where
+they are not installed: diffusers (noise schedule of the diffusion policy) and num2words (SmolVLM's processor,
+which uses it in chat prompts only).
 """
 
 import importlib.util
@@ -181,23 +181,25 @@ def small_sizes() -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in (modeling_pi0, modeling_pi05):
-            for name, value in {
+            replaced: dict[str, Any] = {
                 "get_gemma_config": _small_gemma,
                 "PaliGemmaForConditionalGenerationWithPiGemma": _small(
                     module.PaliGemmaForConditionalGenerationWithPiGemma
                 ),
                 "PiGemmaForCausalLM": _small(module.PiGemmaForCausalLM),
-            }.items():
+            }
+            for name, value in replaced.items():
                 stack.enter_context(replace_attribute(module, name, value))
         stack.enter_context(replace_attribute(torchvision.models, "resnet18", _SmallResNet))
         stack.enter_context(replace_attribute(support, "_PACKAGES", {}))
         if importlib.util.find_spec("diffusers") is None:
-            for owner, name, value in (
+            stand_ins: tuple[tuple[ModuleType, str, Any], ...] = (
                 (modeling_diffusion, "require_package", lambda *_, **__: None),
                 (modeling_diffusion, "DDPMScheduler", StandInNoiseSchedule),
                 (schedulers, "require_package", lambda *_, **__: None),
                 (schedulers, "get_scheduler", _constant_rate),
-            ):
+            )
+            for owner, name, value in stand_ins:
                 stack.enter_context(replace_attribute(owner, name, value))
         if importlib.util.find_spec("num2words") is None:
             stack.enter_context(replace_attribute(processing_smolvlm, "num2words", str))
@@ -270,7 +272,7 @@ def _constant_rate(*, optimizer: torch.optim.Optimizer, **_: Any) -> LambdaLR:
 
 @contextmanager
 def pinned_draws() -> Iterator[None]:
-    """Give every sample the same random draws in training, whatever its rank and place in a batch.
+    """Give every sample the same random draws, whatever its rank and place in a batch.
 
     The policies draw noise, times and latents for a complete batch, so one process and several ranks draw
     differently. With this, their losses can be compared.
@@ -287,7 +289,7 @@ def pinned_draws() -> Iterator[None]:
         return torch.full(size, (low + high) // 2, device=device)
 
     pinned = {
-        "randn": lambda shape, device=None: noise(shape, device),
+        "randn": lambda shape=None, *, size=None, device=None, **_: noise(shape or size, device),
         "randn_like": lambda tensor: noise(tensor.shape, tensor.device),
         "randint": steps,
     }

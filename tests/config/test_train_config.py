@@ -71,8 +71,11 @@ def test_own_optimizer_and_scheduler_are_used_without_preset(make):
 
 @pytest.mark.parametrize(
     ("optimizer", "scheduler", "name"),
-    [({"lr": 0.0}, {}, "--optimizer.lr=0.0"), ({}, {"peak_lr": 0.0}, "--scheduler.peak_lr=0.0")]
-    + [({}, {"num_decay_steps": 0}, "--scheduler.num_decay_steps=0")],
+    [
+        ({"lr": 0.0}, {}, "--optimizer.lr=0.0"),
+        ({}, {"peak_lr": 0.0}, "--scheduler.peak_lr=0.0"),
+        ({}, {"num_decay_steps": 0}, "--scheduler.num_decay_steps=0"),
+    ],
 )
 def test_own_rates_that_are_zero_are_refused(make, optimizer, scheduler, name):
     policy = make().policy

@@ -1,4 +1,4 @@
-"""FSDP2 units of policies that nobody wrote an adapter for, on one rank: parameters are sharded tensors there too."""
+"""FSDP2 units of policies without an adapter, on one rank: parameters are sharded tensors there too."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_a_unit_whose_parts_are_called_from_outside_is_gathered(group):
         for _ in range(3):
             loss = engine.forward(batch)
             engine.backward(loss.total, last=True)
-            seen += [float(loss.total), sum(float(part.square().sum()) for part in engine.gradient())]
+            seen += [loss.total.item(), sum(float(part.square().sum()) for part in engine.gradient())]
             engine.step()
             seen.append(float(engine.evaluate(batch).total))
         outcomes.append(seen)
@@ -85,13 +85,14 @@ def test_a_unit_whose_parts_are_called_from_outside_is_gathered(group):
 
 def test_a_weight_that_is_read_is_one_line(group):
     _, engine = engines(ReadingPolicy)
-    with pytest.raises(UserError, match="ReadingPolicy reads the weight .* --ds_config=zero2") as raised:
+    with pytest.raises(UserError, match=r"ReadingPolicy reads the weight .* --ds_config=zero2") as raised:
         engine.forward({"x": torch.ones(2, 6)})
     assert "\n" not in str(raised.value)
 
 
 def test_batch_norm_is_warned_of_on_several_ranks_only(group):
-    policy = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False))
+    untracked = nn.BatchNorm2d(4, track_running_stats=False)
+    policy = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), untracked)
     assert batch_norm_warning(policy, 2).startswith("2 batch normalisations use")
     assert batch_norm_warning(policy, 1) is None
     assert batch_norm_warning(nn.Linear(2, 2), 2) is None

@@ -17,7 +17,7 @@ def policy_dir(tmp_path_factory):
 
 @pytest.fixture
 def other_batches(inputs, monkeypatch):
-    """Make the policy batch of some frames of the new task; the last frames of episodes have padded actions."""
+    """Make the policy batch of some frames; the last frames of episodes have padded actions."""
 
     def make(config, policy_dir, frames=(0, 17, 19, 38)):
         flags = [*inputs.flags(policy_dir / "unused"), f"--policy.path={policy_dir}"]

@@ -25,7 +25,8 @@ def part(batch, start, stop):
 @pytest.mark.parametrize("name", CASES)
 def test_unequal_parts_have_the_loss_of_the_complete_batch(name, tmp_path, other_batches):
     with small_sizes(), pinned_draws(), torch.no_grad():
-        policy = load_policy(load_policy_config(make_small_policy_dir(tmp_path, name, **CASES[name])), tmp_path)
+        make_small_policy_dir(tmp_path, name, **CASES[name])
+        policy = load_policy(load_policy_config(tmp_path), tmp_path)
         policy.train()
         batch = other_batches(policy.config, tmp_path)
         assert batch["action_is_pad"].sum(1).unique().numel() > 2
