@@ -19,7 +19,6 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.common.vla_utils import resize_with_pad_torch
-from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.collate import lerobot_collate_fn
@@ -55,6 +54,7 @@ from craft_ds.policies.loading import (
 )
 from craft_ds.policies.pi0_fast.vision import features_key
 from craft_ds.policies.statistics import check_statistics
+from craft_ds.policies.support import check_craft_policy
 from craft_ds.policies.token_loss import token_loss
 from craft_ds.tensor_io.filesystem import atomic_file, file_sha256, publish_directory
 
@@ -123,11 +123,7 @@ def build_anchor_cache(options: BuildOptions) -> bool:
 def _build(options: BuildOptions, output: Path) -> bool:
     directory = resolve_policy_path(options.policy_path)
     config = load_policy_config(directory)
-    if not isinstance(config, PI0FastConfig):
-        raise UserError(
-            f"--policy_path={options.policy_path} is a policy of type {config.type}: anchors, and so CRaFT, "
-            "are for pi0_fast"
-        )
+    check_craft_policy(config, f"the teacher --policy_path={options.policy_path}")
     check_action_steps(config)
     for old, new in (options.rename_map or {}).items():
         if new not in config.input_features:

@@ -127,6 +127,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             super().validate()
         except (ValueError, OSError) as error:
             raise UserError(one_line(error, limit=None)) from error
+        self._check_rates()
         refuse_secrets(self.to_dict())
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -144,6 +145,18 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             if value and (name == "output_dir" or Path(value).exists()):
                 setattr(owner, name, type(value)(Path(value).absolute()))
         super(TrainConfig, saved)._save_pretrained(save_directory)
+
+    def _check_rates(self) -> None:
+        """Check the numbers that LeRobot's optimizers and schedules divide by, or need to be positive."""
+        if self.use_policy_training_preset:
+            flags = ["policy.optimizer_lr", "policy.scheduler_decay_steps"]
+        else:
+            flags = ["optimizer.lr", "scheduler.peak_lr", "scheduler.num_decay_steps"]
+        for flag in flags:
+            group, name = flag.split(".")
+            value = getattr(getattr(self, group), name, None)
+            if value is not None and value <= 0:
+                raise UserError(f"--{flag}={value} must be greater than 0")
 
     def _refuse_unsupported(self) -> None:
         given = {argument.partition("=")[0].removeprefix("--") for argument in sys.argv[1:]}

@@ -10,17 +10,20 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor, nn
 
 from craft_ds.distributed.collectives import init_process_group
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
+from craft_ds.engines.batch_norm import average_running_statistics_
 from craft_ds.engines.deepspeed_cpu_adam import cpu_adam
 from craft_ds.engines.zero2_shards import Zero2Shards, without_broadcast
 from craft_ds.engines.zero3_shards import Zero3Shards, partition_parameters_
 from craft_ds.engines.zero_shards import ZeroShards
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
-from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss
+from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
 
 
 def init_distributed(timeout: timedelta | None = None) -> None:
@@ -42,6 +45,17 @@ def _read_buffers(module: PolicyWithLoss, read: ReadRange) -> dict[str, Tensor]:
         if key in persistent:
             fill_(values.view(-1), read, key, 0)
     return buffers
+
+
+def _cast_inputs_of_norms(module: nn.Module) -> None:
+    """Give normalisations inputs of their weights' dtype, which autocast does on accelerators only."""
+
+    def cast(norm: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(values.to(norm.weight.dtype) for values in inputs)
+
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm | nn.GroupNorm) and part.weight is not None:
+            part.register_forward_pre_hook(cast)
 
 
 class DeepSpeedEngine:
@@ -76,6 +90,8 @@ class DeepSpeedEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         stage = config["zero_optimization"]["stage"]
         dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        # DeepSpeed casts parameters, but not what a policy computes between them; pi0_fast does so itself.
+        self._autocast = dtype != torch.float32 and not isinstance(module.policy, PI0FastPolicy)
         buffers = _read_buffers(module, read)
         if stage == 3:
             partition_parameters_(module, config, dtype)
@@ -89,6 +105,8 @@ class DeepSpeedEngine:
         with without_broadcast() if stage == 2 else nullcontext():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.device = self._engine.device
+        if self._autocast and self.device.type == "cpu":
+            _cast_inputs_of_norms(module)
         self._layout: ZeroShards
         if stage == 3:
             self._layout = Zero3Shards(self._engine.optimizer, module.policy)
@@ -103,19 +121,27 @@ class DeepSpeedEngine:
     def forward(self, batch: Batch) -> TokenLoss:
         """Return the loss of this rank's micro-batch. Collective: call on all ranks."""
         self._engine.train()
-        return self._engine(batch)
+        return self._run(batch, token_loss)
+
+    def _run(self, batch: Batch, call: Callable[[PreTrainedPolicy, Batch], Any]) -> Any:
+        def cast(policy: PreTrainedPolicy, batch: Batch) -> Any:
+            # Entered here, since DeepSpeed disables autocast around its forward.
+            with torch.autocast(self.device.type, torch.bfloat16, self._autocast, cache_enabled=False):
+                return call(policy, batch)
+
+        return self._engine(batch, call=cast)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TokenLoss:
         """Run `forward` without gradients, in eval mode. Collective: call on all ranks."""
         self._engine.eval()
-        return self._engine(batch)
+        return self._run(batch, token_loss)
 
     @torch.no_grad()
     def act(self, batch: Batch) -> Tensor:
         """Return the policy's greedy action chunk. Collective: call on all ranks, equally often."""
         self._engine.eval()
-        return self._engine(batch, call=action_chunk).float()
+        return self._run(batch, action_chunk).float()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient. Collective: call on all ranks."""
@@ -137,6 +163,7 @@ class DeepSpeedEngine:
         self._engine.step()
         if not self._engine.was_step_applied():
             raise RuntimeError("DeepSpeed skipped a step whose gradient norm was found finite")
+        average_running_statistics_(self.module)
         self.zero_grad()
 
     def zero_grad(self) -> None:

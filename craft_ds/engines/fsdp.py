@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from craft_ds.config.configs import FsdpConfig
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
+from craft_ds.engines.batch_norm import average_running_statistics_
 from craft_ds.engines.fsdp_wrapping import (
     gathered_dtype,
     local,
@@ -20,6 +21,7 @@ from craft_ds.engines.fsdp_wrapping import (
     shard_,
 )
 from craft_ds.engines.grad_shards import GradShards
+from craft_ds.errors import UserError
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
 from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
@@ -71,8 +73,20 @@ class FsdpEngine(GradShards):
     def forward(self, batch: Batch) -> TokenLoss:
         """Return the loss of this rank's micro-batch. Collective: call on all ranks."""
         self.module.train()
-        with self._autocast():
-            return self.module(batch)
+        return self._run(batch, token_loss)
+
+    def _run(self, batch: Batch, call: Callable[..., Any]) -> Any:
+        try:
+            with self._autocast():
+                return self.module(batch, call=call)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" not in str(error):
+                raise
+            raise UserError(
+                f"--engine=fsdp: {type(self.module.policy).__name__} reads the weight of a module that it "
+                "does not call, so that FSDP2 has not gathered it: use --ds_config=zero2, or register its "
+                "units with craft_ds.policies.wrapping.shard_units"
+            ) from error
 
     def evaluate(self, batch: Batch) -> TokenLoss:
         """Run `forward` without gradients, in eval mode. Collective: call on all ranks."""
@@ -85,8 +99,7 @@ class FsdpEngine(GradShards):
     @torch.no_grad()
     def _without_gradients(self, batch: Batch, call: Callable[..., Any]) -> Any:
         self.module.eval()
-        with self._autocast():
-            result = self.module(batch, call=call)
+        result = self._run(batch, call)
         reshard_(self.module)
         return result
 
@@ -98,6 +111,11 @@ class FsdpEngine(GradShards):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient: one reduce-scatter per unit. Collective: call on all ranks."""
         (loss * self.world_size).backward()  # FSDP2 averages over ranks
+
+    def step(self) -> None:
+        """Take one optimizer step on the shards. Collective with batch normalisation: call on all ranks."""
+        super().step()
+        average_running_statistics_(self.module)
 
     def _local(self, tensor: Tensor) -> Tensor:
         return local(tensor)

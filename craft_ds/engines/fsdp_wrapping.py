@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +89,45 @@ def shard_(module: PolicyWithLoss, mesh: DeviceMesh, options: FsdpConfig, param_
             offload_policy=offload,
         )
 
-    for unit in shard_units(module.policy):
+    units = shard_units(module.policy)
+    for unit in units:
         shard(unit, cast_inputs=True, reshard_after_forward=options.reshard_after_forward)
+        gather_for_parts_(unit)
     # The root's own parameters are needed first in backward: freeing them after forward would gather them
     # twice. The batch is not cast: policies do that after their own preprocessing.
     shard(module, cast_inputs=False, reshard_after_forward=False)
+
+
+def gather_for_parts_(unit: nn.Module) -> None:
+    """Gather a unit when a part of it is called while the unit itself is not.
+
+    FSDP2's hooks gather a unit when it is called. A policy may instead call the parts of a layer from outside
+    and never the layer. Then the unit is gathered here and stays so until the backward pass, which costs
+    memory, but is correct.
+
+    Args:
+        unit: A module that `fully_shard` was applied to.
+    """
+    assert isinstance(unit, FSDPModule)
+    running = False
+
+    def begin(*_: Any) -> None:
+        nonlocal running
+        running = True
+
+    def end(*_: Any) -> None:
+        nonlocal running
+        running = False
+
+    def gather(*_: Any) -> None:
+        if not running:
+            unit.unshard()
+
+    unit.register_forward_pre_hook(begin)
+    unit.register_forward_hook(end, always_call=True)
+    for part in unit.modules():
+        if part is not unit and any(True for _ in part.parameters(recurse=False)):
+            part.register_forward_pre_hook(gather)
 
 
 def reshard_(module: nn.Module) -> None:

@@ -7,15 +7,21 @@ by the constructors, and would be lost if everything was built on the meta devic
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 from transformers.initialization import no_init_weights
 
 from craft_ds.policies.replace_attribute import replace_attribute
+
+# Fields of policies' configurations that make a constructor download weights, and their value for none.
+_INITIAL_WEIGHTS = {"load_vlm_weights": False, "pretrained_backbone_weights": None}
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
@@ -25,10 +31,15 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
         config: From `load_policy_config`; not changed.
     """
     config = copy.copy(config)
+    given = {name: getattr(config, name) for name in _INITIAL_WEIGHTS if hasattr(config, name)}
     config.device = "meta"
-    # Initial weights are not used; sampling them would take time and memory.
-    with no_init_weights(), _parameters_on_meta():
+    # Initial weights are not used; sampling or downloading them would take time and memory.
+    for name in given:
+        setattr(config, name, _INITIAL_WEIGHTS[name])
+    with no_init_weights(), _parameters_on_meta(), _calls_on_meta():
         policy = get_policy_class(config.type)(config)
+    for name, value in given.items():
+        setattr(policy.config, name, value)
     return policy.eval()
 
 
@@ -59,6 +70,36 @@ def _parameters_on_meta() -> Iterator[None]:
     for (module, name), tensor in buffers.items():
         if tensor is not None and name in dict(module.named_buffers(recurse=False)):
             setattr(module, name, tensor)
+
+
+@contextmanager
+def _calls_on_meta() -> Iterator[None]:
+    """Run modules that a constructor calls, to learn the shape of their output, on the meta device.
+
+    Their parameters are there already, but their buffers and inputs are not.
+    """
+    call = nn.Module.__call__
+    outermost = True
+
+    def on_meta(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal outermost
+        if not outermost:
+            return call(module, *args, **kwargs)
+        state = {name: tensor.to("meta") for name, tensor in _named_tensors(module)}
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        outermost = False
+        try:
+            return functional_call(module, state, args, kwargs)
+        finally:
+            outermost = True
+
+    with replace_attribute(nn.Module, "__call__", on_meta):
+        yield
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def materialize_(module: nn.Module, device: torch.device | str) -> None:

@@ -15,8 +15,8 @@ from craft_ds.errors import UserError
 from craft_ds.tensor_io.safe_json import read_object
 
 TRUST_VARIABLE = "CRAFT_DS_TRUST_REMOTE_CODE"
-# Hub repositories of FAST tokenizers contain code; PaliGemma's does not.
-_TRUSTED_OWNERS = ("google", "lerobot", "physical-intelligence")
+# Hub repositories of FAST tokenizers contain code; PaliGemma's and SmolVLM's (HuggingFaceTB) do not.
+_TRUSTED_OWNERS = ("google", "HuggingFaceTB", "lerobot", "physical-intelligence")
 _OWN_PROCESSOR = "FastActionProcessor"
 
 

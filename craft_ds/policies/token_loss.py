@@ -9,10 +9,14 @@ from functools import singledispatch
 from typing import Any, NamedTuple
 
 import torch
+from lerobot.policies.act.modeling_act import ACTPolicy
+from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
+ACTION_IS_PAD = "action_is_pad"
 
 
 class TokenLoss(NamedTuple):
@@ -20,7 +24,8 @@ class TokenLoss(NamedTuple):
 
     Attributes:
         total: Sum of the loss over the supervised tokens; fp32 scalar that carries the graph.
-        count: Number of supervised tokens; fp32 scalar on the same device, without a graph.
+        count: Number of supervised tokens; fp32 scalar on the same device, without a graph. For policies
+            without tokens: what their own mean is taken over, samples or action steps that are not padding.
     """
 
     total: Tensor
@@ -31,15 +36,37 @@ class TokenLoss(NamedTuple):
 def token_loss(policy: PreTrainedPolicy, batch: Batch) -> TokenLoss:
     """Compute the loss of one batch.
 
-    Policy types without a registered function count samples: mean loss times batch size.
+    Policy types without a registered function count samples: mean loss times batch size. That is exact for
+    losses that are a mean over samples of equal weight.
 
     Args:
         policy: Any LeRobot policy.
         batch: A policy batch from the policy's preprocessor.
     """
-    mean, _ = policy.forward(batch)
     samples = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+    mean, *_ = policy.forward(batch)
     return TokenLoss(mean.float() * samples, torch.full((), float(samples), device=mean.device))
+
+
+@token_loss.register(ACTPolicy)
+@token_loss.register(SmolVLAPolicy)
+def _mean_over_valid_steps(policy: ACTPolicy | SmolVLAPolicy, batch: Batch) -> TokenLoss:
+    """Weight a mean over the action steps within the episode by the number of these steps.
+
+    ACT adds a mean over samples, the KL divergence, which is then weighted by these steps as well: its share
+    of the gradient depends a little on the number of ranks where their padding differs.
+    """
+    if ACTION_IS_PAD not in batch:
+        return token_loss.dispatch(PreTrainedPolicy)(policy, batch)
+    count = (~batch[ACTION_IS_PAD]).sum().float()
+    mean, *_ = policy.forward(batch)
+    return TokenLoss(mean.float() * count, count)
+
+
+@token_loss.register
+def _diffusion_loss(policy: DiffusionPolicy, batch: Batch) -> TokenLoss:
+    masked = policy.config.do_mask_loss_for_padding
+    return (_mean_over_valid_steps if masked else token_loss.dispatch(PreTrainedPolicy))(policy, batch)
 
 
 class PolicyWithLoss(nn.Module):

@@ -1,8 +1,10 @@
 """Modules of a policy that are sharded as units, and layers whose activations may be recomputed.
 
 FSDP2 gathers a unit's parameters when the unit is *called*. A unit that is too large makes every rank hold
-much of the model at once. A module that is used without calling it (through `.forward(`, or by reading its
-weight) must not be a unit, since its parameters would not be gathered.
+much of the model at once. A module that is used without calling it (through `.forward(`, by reading its
+weight, or by calling its parts from outside, as pi0 does with the layers of its two decoders) should not be
+a unit. `craft_ds.engines.fsdp_wrapping` gathers a unit whose parts are called from outside, but keeps it
+until the backward pass.
 """
 
 import inspect
@@ -13,13 +15,16 @@ from functools import singledispatch
 from typing import NamedTuple
 
 import torch
+from lerobot.policies.pi0.modeling_pi0 import PI0Policy
 from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
+from lerobot.policies.pi05.modeling_pi05 import PI05Policy
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # Shares of the model: a unit above the first is split if possible; a module below the others is not worth a
 # collective of its own. Members of a list are many, so they may be smaller.
-_SPLIT_ABOVE, _MEMBER, _ATTRIBUTE = 1 / 8, 1 / 1000, 1 / 50
+_SPLIT_ABOVE, _MEMBER, _ATTRIBUTE, _LAYER_PART = 1 / 8, 1 / 1000, 1 / 50, 1 / 5000
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # These read the weights of their parts without calling them.
 _INDIVISIBLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -44,6 +49,39 @@ def _pi0_fast_units(policy: PI0FastPolicy) -> list[nn.Module]:
     paligemma = policy.model.paligemma_with_expert.paligemma
     embedding = paligemma.model.language_model.embed_tokens
     return without_tied(policy, [*_pi0_fast_layers(policy), embedding, paligemma.lm_head])
+
+
+@shard_units.register(PI0Policy)
+@shard_units.register(PI05Policy)
+def _pi0_units(policy: PI0Policy | PI05Policy) -> list[nn.Module]:
+    model = policy.model.paligemma_with_expert
+    text, expert = model.paligemma.model.language_model, model.gemma_expert
+    # The heads are never called, so that they are never gathered.
+    whole = [*model.paligemma.model.vision_tower.vision_model.encoder.layers, text.embed_tokens]
+    heads = [model.paligemma.lm_head, expert.lm_head]
+    parts = _layer_parts(policy, [*text.layers, *expert.model.layers])
+    return without_tied(policy, [*whole, *parts, *heads])
+
+
+@shard_units.register
+def _smolvla_units(policy: SmolVLAPolicy) -> list[nn.Module]:
+    model = policy.model.vlm_with_expert
+    vlm = model.vlm.model
+    whole = [*vlm.vision_model.encoder.layers, vlm.text_model.embed_tokens, model.vlm.lm_head]
+    return without_tied(
+        policy, [*whole, *_layer_parts(policy, [*vlm.text_model.layers, *model.lm_expert.layers])]
+    )
+
+
+def _layer_parts(policy: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
+    """Return the parts of decoder layers that are called one by one, since the attention of two decoders is
+    computed together; the root shards the small ones."""
+    total = parameter_count(policy)
+    parts: list[nn.Module] = []
+    for layer in layers:
+        for name, part in layer.named_children():
+            parts += part.children() if name == "self_attn" else [part]
+    return [part for part in parts if parameter_count(part) >= max(_LAYER_PART * total, 1)]
 
 
 @singledispatch

@@ -43,6 +43,7 @@ from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines import build_engine, check_engine, check_step, init_engine_process_group
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Engine
+from craft_ds.engines.batch_norm import batch_norm_warning
 from craft_ds.engines.fsdp_wrapping import gathered_dtype
 from craft_ds.errors import Preempted, UserError
 from craft_ds.lora.adapters import Adapters, add_adapters
@@ -145,6 +146,8 @@ def _build(
         fail_together(check_frozen_tower)(policy)
     description = _describe_policy(config, policy, adapters)
     if warning := _wrapping_warning(config, policy):
+        messages.append(f"warning: {warning}")
+    if warning := batch_norm_warning(policy, world_size):
         messages.append(f"warning: {warning}")
     if config.activation_checkpointing == "full":
         checkpoint_activations(policy)

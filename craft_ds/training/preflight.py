@@ -14,6 +14,7 @@ from craft_ds.distributed.env import is_local_rank0, launched_rank, launched_wor
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import AdapterPlan, has_adapters, plan_adapters
 from craft_ds.policies.loading import resolve_policy_path
+from craft_ds.policies.support import check_craft_policy, check_packages
 from craft_ds.training.trackers import check_trackers
 from craft_ds.training.world_eval import check_world
 
@@ -51,6 +52,9 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
     """
     assert config.policy is not None  # checked by `TrainConfig.validate`
     assert config.policy.pretrained_path is not None
+    check_packages(config.policy)
+    if config.craft.enabled:
+        check_craft_policy(config.policy, "--craft.enabled=true")
     policy_dir = resolve_policy_path(config.policy.pretrained_path)
     check_world(config.world, config.policy)
     if launched_rank() == 0:  # which alone logs

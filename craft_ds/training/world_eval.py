@@ -35,6 +35,11 @@ def check_world(config: WorldEvalConfig, policy: PreTrainedConfig) -> None:
             f"--world.name={config.name} has one camera, {CAMERA}, but the policy uses "
             f"{', '.join(policy_cameras(policy))}: leave --world.name out"
         )
+    if (steps := getattr(policy, "n_obs_steps", 1)) > 1:
+        raise UserError(
+            f"--world.name={config.name} shows one observation at a time, but the policy uses "
+            f"n_obs_steps={steps}: leave --world.name out"
+        )
     features = {**policy.input_features, **policy.output_features}
     for key, names in ((STATE, world.state_names), (ACTION, world.action_names)):
         if key in features and tuple(features[key].shape) != (len(names),):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import sys
@@ -69,12 +70,34 @@ def test_own_optimizer_and_scheduler_are_used_without_preset(make):
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "scheduler", "name"),
+    [
+        ({"lr": 0.0}, {}, "--optimizer.lr=0.0"),
+        ({}, {"peak_lr": 0.0}, "--scheduler.peak_lr=0.0"),
+        ({}, {"num_decay_steps": 0}, "--scheduler.num_decay_steps=0"),
+    ],
+)
+def test_own_rates_that_are_zero_are_refused(make, optimizer, scheduler, name):
+    policy = make().policy
+    config = make(
+        optimizer=dataclasses.replace(policy.get_optimizer_preset(), **optimizer),
+        scheduler=dataclasses.replace(policy.get_scheduler_preset(), **scheduler),
+        use_policy_training_preset=False,
+    )
+    with pytest.raises(UserError, match=name):
+        config.validate()
+
+
+@pytest.mark.parametrize(
     ("changes", "names"),
     [
         ({"steps": 0}, ["--steps=0"]),
         ({"batch_size": 0}, ["--batch_size=0"]),
         ({"gradient_accumulation_steps": 0}, ["--gradient_accumulation_steps=0"]),
         ({"num_workers": -1}, ["--num_workers=-1"]),
+        ({"policy__optimizer_lr": 0.0}, ["--policy.optimizer_lr=0.0"]),
+        ({"policy__optimizer_lr": -1e-4}, ["--policy.optimizer_lr=-0.0001"]),
+        ({"policy__scheduler_decay_steps": 0}, ["--policy.scheduler_decay_steps=0"]),
         ({"eval_freq": 2, "eval_steps": 3}, ["--eval_freq=2", "--eval_steps=3"]),
         ({"save_checkpoint_to_hub": True}, ["--save_checkpoint_to_hub"]),
         ({"policy__repo_id": "me/mine", "policy__push_to_hub": True}, ["--policy.repo_id"]),

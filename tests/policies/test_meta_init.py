@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class
 from torch import nn
 
 from craft_ds.policies import meta_init
@@ -10,6 +11,7 @@ from craft_ds.policies.loading import load_policy, load_policy_config
 from craft_ds.policies.meta_init import build_on_meta, materialize_
 from craft_ds.policies.weights import tied_names, unique_tensors
 from craft_ds.testing.policies import make_test_policy_dir
+from craft_ds.testing.small_policies import make_small_policy_dir, small_sizes
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +79,34 @@ def test_a_file_holds_a_tied_tensor_once(tied):
     assert "head.weight" not in names
     assert "scale" not in names
     assert tied_names(tied) == {"head.weight": "embedding.weight"}
+
+
+INITIAL = {"act": {}, "diffusion": {"use_group_norm": False}, "pi0": {}, "pi05": {}, "smolvla": {}}
+DOWNLOADS = {
+    "act": {"pretrained_backbone_weights": "ResNet18_Weights.IMAGENET1K_V1"},
+    "diffusion": {"pretrained_backbone_weights": "ResNet18_Weights.IMAGENET1K_V1"},
+    "smolvla": {"load_vlm_weights": True},
+}
+
+
+@pytest.mark.parametrize("name", INITIAL)
+def test_other_policies_have_their_buffers_and_nothing_else(name, tmp_path):
+    with small_sizes():
+        config = load_policy_config(make_small_policy_dir(tmp_path, name, **INITIAL[name]))
+        complete = get_policy_class(name)(config)
+        for field, value in DOWNLOADS.get(name, {}).items():
+            setattr(config, field, value)  # as hub policies have it: nothing is fetched for values read later
+        policy = build_on_meta(config)
+    assert all(parameter.is_meta for parameter in policy.parameters())
+    assert {n: (p.shape, p.requires_grad) for n, p in policy.named_parameters()} == {
+        n: (p.shape, p.requires_grad) for n, p in complete.named_parameters()
+    }
+    found, expected = dict(policy.named_buffers()), dict(complete.named_buffers())
+    assert found.keys() == expected.keys()
+    statistics = ("running_mean", "running_var", "num_batches_tracked")  # read from the file
+    for key, buffer in expected.items():
+        assert not found[key].is_meta, key
+        if not key.endswith(statistics):
+            assert torch.equal(found[key], buffer), key
+    for field, value in DOWNLOADS.get(name, {}).items():
+        assert getattr(policy.config, field) == value

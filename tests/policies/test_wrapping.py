@@ -8,6 +8,7 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from torch import nn
 
 from craft_ds.policies.loading import load_policy, load_policy_config
+from craft_ds.policies.token_loss import token_loss
 from craft_ds.policies.wrapping import (
     checkpoint_units,
     largest_unit,
@@ -15,6 +16,7 @@ from craft_ds.policies.wrapping import (
     shard_units,
     wrapping_warning,
 )
+from craft_ds.testing.small_policies import OTHER_POLICIES, make_small_policy_dir, small_sizes
 
 
 class Block(nn.Module):
@@ -164,3 +166,44 @@ def test_a_policy_that_is_mostly_one_unit_is_warned_of():
     assert "shard_units" in warning
     assert "\n" not in warning
     assert wrapping_warning(Policy()) is None
+
+
+@pytest.mark.parametrize("name", OTHER_POLICIES)
+def test_units_of_other_policies_are_called_themselves(name, tmp_path, other_batches):
+    """A unit is gathered when it is called: no part of it may run while the unit does not."""
+    with small_sizes():
+        policy = load_policy(load_policy_config(make_small_policy_dir(tmp_path, name)), tmp_path)
+        policy.train()
+        units = shard_units(policy)
+        assert_disjoint(policy, units)
+        running, called, outside = [], set(), []
+        for unit, label in zip(units, names(policy, units), strict=True):
+            unit.register_forward_pre_hook(lambda *_, label=label: running.append(label))
+            unit.register_forward_hook(lambda *_, label=label: called.add(running.pop()))
+            for part in unit.modules():
+                if part is not unit and any(True for _ in part.parameters(recurse=False)):
+                    part.register_forward_pre_hook(
+                        lambda *_, label=label: None if label in running else outside.append(label)
+                    )
+        loss = token_loss(policy, other_batches(policy.config, tmp_path))
+        loss.total.backward()
+    assert outside == []
+    used = {
+        label
+        for unit, label in zip(units, names(policy, units), strict=True)
+        if any(parameter.grad is not None for parameter in unit.parameters())
+    }
+    assert used <= called
+    assert sum(map(parameter_count, units)) > 0.6 * parameter_count(policy)
+    assert wrapping_warning(policy) is None
+
+
+def test_the_heads_of_pi0_are_units_that_are_never_gathered(tmp_path):
+    with small_sizes():
+        policy = load_policy(load_policy_config(make_small_policy_dir(tmp_path, "pi0")), tmp_path)
+    model = policy.model.paligemma_with_expert
+    units = shard_units(policy)
+    assert model.gemma_expert.lm_head in units
+    # No layer of the two decoders is called, so none is a unit; the layers of the vision tower are.
+    assert not {*model.paligemma.model.language_model.layers, *model.gemma_expert.model.layers} & {*units}
+    assert {*model.paligemma.model.vision_tower.vision_model.encoder.layers} <= {*units}
