@@ -24,6 +24,7 @@ COMMANDS = {
     "train": ("train", "fine-tune a policy, with or without the retention constraint"),
     "anchors": ("anchors", "build the anchor cache: samples of the old tasks"),
     "export": ("export", "export a checkpoint as a policy directory that stock LeRobot loads"),
+    "data-report": ("data_report", "report how data sets fit a policy, before training"),
     "plan": ("plan", "plan the memory of a run per rank, without allocating anything"),
     "eval": ("evaluate", "evaluate a policy in an embedded world"),
     "demo": ("demo", "fine-tune the embedded policy with and without CRaFT, and evaluate both"),
@@ -111,7 +112,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
     if name in ("--help", "-h", "help"):
         print("usage: craft-ds COMMAND ...\n\ncommands:")
         for command, (_, line) in COMMANDS.items():
-            print(f"  {command:<10}{line}")
+            print(f"  {command:<13}{line}")
         print("\n`craft-ds COMMAND --help` lists the flags of a command.")
     elif name == "--version":
         run_command("version", [])

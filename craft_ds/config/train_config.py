@@ -14,6 +14,7 @@ from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 
 from craft_ds.config.configs import (
     ActivationCheckpointing,
+    DataCheck,
     LoraConfig,
     RunOptions,
     TrackerName,
@@ -79,6 +80,8 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             self.lora = asked
         self.lora.validate()
         self.checkpoint.validate()
+        check_choice("--data_check", self.data_check, DataCheck)
+        self.data_report.validate()
         for tracker in self.trackers:
             check_choice("--log_to", tracker, TrackerName)
         parse_duration("--max_runtime", self.max_runtime)

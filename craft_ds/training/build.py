@@ -42,9 +42,10 @@ from craft_ds.policies.weights import weights_sha256
 from craft_ds.policies.wrapping import wrapping_warning
 from craft_ds.tensor_io.safe_json import read_object
 from craft_ds.training.checkpointer import Checkpointer
+from craft_ds.training.data_check import check_data
 from craft_ds.training.evaluator import Evaluator
 from craft_ds.training.metrics import MetricsLogger
-from craft_ds.training.preflight import check_inputs
+from craft_ds.training.preflight import PreflightResult, check_inputs
 from craft_ds.training.resume import changed_flags
 from craft_ds.training.run import Run, TaskStream
 from craft_ds.training.start_report import anchor_line, dataset_line, epsilon_lines, size_lines
@@ -102,6 +103,7 @@ def _build(
     inputs = check_inputs(config)
     train, heldout = rank0_first(load_datasets)(config, policy_cameras(config.policy), world_size)
     state = _build_state(config, saved, len(train), world_size)
+    messages += rank0_only(_check_data)(config, train, inputs)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
     base_sha256 = rank0_only(weights_sha256)(inputs.weights_dir) if inputs.plan else ""
@@ -123,7 +125,9 @@ def _build(
             ds_config,
         )
 
-    preprocessor, postprocessor = _load_processors(config, inputs.policy_dir, engine)
+    preprocessor, postprocessor = fail_together(_load_processors)(
+        config, inputs.policy_dir, str(engine.device)
+    )
     fail_together(check_processors)(config, train, preprocessor)
     anchors = _open_anchors(config, inputs.cache, engine, state.progress)
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
@@ -268,12 +272,18 @@ def _move_incomplete_aside(config: TrainConfig) -> list[str]:
     return [f"{reason}: renamed {path} to {move_aside(path)}" for path, reason in broken.items()]
 
 
-@fail_together
+def _check_data(config: TrainConfig, train: LeRobotDataset, inputs: PreflightResult) -> list[str]:
+    """Return the lines of the data report; see `check_data`."""
+    if config.data_check == "off":
+        return []
+    return check_data(config, train, _load_processors(config, inputs.policy_dir, "cpu"), inputs.cache)
+
+
 def _load_processors(
-    config: TrainConfig, policy_dir: Path, engine: Engine
+    config: TrainConfig, policy_dir: Path, device: str
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """Load the policy's processors for the engine's device, with the run's `rename_map`."""
-    preprocessor, postprocessor = load_processors(config.policy, policy_dir, str(engine.device))
+    """Load the policy's processors for a device, with the run's `rename_map`."""
+    preprocessor, postprocessor = load_processors(config.policy, policy_dir, device)
     for processor in preprocessor.steps:
         if config.rename_map and isinstance(processor, RenameObservationsProcessorStep):
             processor.rename_map = config.rename_map
