@@ -315,6 +315,8 @@ class DataReportConfig:
     samples: int = 256
     """Action chunks and prompts, evenly spaced, that go through the policy's tokenizers; every task has at
     least one."""
+    images: int = 4
+    """Frames, evenly spaced, whose images are read; 0: none."""
     clip_warning: float = 0.05
     """Warn if more than this share of a dimension's values is clipped by the policy's statistics, beyond
     the share that the data set's own statistics would clip."""
@@ -353,6 +355,7 @@ class DataReportConfig:
             value = getattr(self, name)
             _require(value >= 1, f"--data_report.{name}={value} must be at least 1")
         for name in (
+            "images",
             "clip_warning",
             "clip_error",
             "far_error",

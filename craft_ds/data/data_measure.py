@@ -1,6 +1,6 @@
 """Measure how a data set fits a policy's frozen processors, before any model is built.
 
-The tabular fields of all frames are read, without decoding an image; a sample of action chunks and prompts
+The tabular fields of all frames are read, and the images of a few; a sample of action chunks and prompts
 goes through the policy's tokenizers and back. `data_verdicts` judges the numbers, `data_report_text` prints
 them.
 """
@@ -24,6 +24,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from craft_ds.config.configs import DataReportConfig
 from craft_ds.data.data_report import CameraReport, DataReport, DimensionReport, FieldReport
+from craft_ds.data.image_samples import sample_images
 from craft_ds.data.lerobot_dataset import camera_keys
 from craft_ds.data.normalisation import (
     has_relative_actions,
@@ -88,6 +89,7 @@ def measure_dataset(
         missing=tuple(key for key in keys if key not in features),
         cameras=_cameras(dataset, config, preprocessor),
         tokens=tokens,
+        images=sample_images(dataset, table, options.images),
     )
 
 
@@ -127,6 +129,7 @@ def _measure_field(
     values = table.fields[key]
     width = values.shape[1]
     names = feature_names(feature)
+    names = names if names and len(names) == width else None
     mode, stats = normalisation_of(preprocessor, policy_key)
     limits = limits_of(mode, stats)
     policy_width = None if limits is None else len(limits[0])
@@ -201,9 +204,10 @@ def _measure_dimension(
         high=None if limits is None else float(limits[1]),
         clipped=0.0 if scaled is None else _share(scaled, 1 + TOLERANCE),
         clipped_own=clipped_own,
-        far=0.0 if scaled is None else _share(scaled, far),
+        far=0.0 if scaled is None or limits is None else _share(scaled, far),
         far_own=far_own,
         dead=dead,
+        dead_own=own is not None and own[0] == own[1],
         moved=float(np.abs(values - limits[0]).max()) if dead and limits is not None else 0.0,
     )
 

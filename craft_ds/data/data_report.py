@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lerobot.configs import NormalizationMode
 
+from craft_ds.data.image_samples import ImageSample
 from craft_ds.data.token_samples import TokenSample
 
 
@@ -20,6 +21,7 @@ class DimensionReport:
         far: Share of values further outside than `--data_report.far`.
         far_own: The same share if the data set's own statistics were used.
         dead: The policy's statistics have no range here.
+        dead_own: Nor would the data set's own statistics.
         moved: Largest distance of the data from a dead dimension's constant; else 0.
         error: Root mean square error of decoded actions, in the data's units; None where nothing is decoded.
         relative_error: `error` divided by the standard deviation of the recorded actions; None as `error`,
@@ -40,6 +42,7 @@ class DimensionReport:
     far: float
     far_own: float
     dead: bool
+    dead_own: bool
     moved: float
     error: float | None = None
     relative_error: float | None = None
@@ -101,6 +104,7 @@ class DataReport:
         missing: State and action features of the policy that it lacks.
         cameras: Cameras of the data set, then those of the policy that it lacks.
         tokens: Lengths of prompts and actions in tokens.
+        images: A few frames with their images.
     """
 
     name: str
@@ -113,6 +117,7 @@ class DataReport:
     missing: tuple[str, ...]
     cameras: tuple[CameraReport, ...]
     tokens: TokenSample
+    images: ImageSample
 
     def field(self, key: str) -> FieldReport | None:
         """Return a feature by its name in the data set."""

@@ -16,8 +16,7 @@ def table(report: DataReport) -> Iterator[str]:
         f"data set {report.name}: {_count(report.episodes, 'episode')}, {_count(report.frames, 'frame')}, "
         f"{report.fps:g} fps, {_count(len(report.tasks), 'task')}"
     )
-    sampled = f", {_count(tokens.samples, 'sample')} through the tokenizers" if tokens.samples else ""
-    yield f"measured: {_count(report.measured, 'frame')}{sampled}"
+    yield f"measured: {_measured(report)}"
     for camera in report.cameras:
         yield f"camera {_camera(camera)}"
     for field in report.fields:
@@ -42,8 +41,7 @@ def summary(report: DataReport) -> str:
         parts.append(f"prompts up to {tokens.prompts.max} of {tokens.prompts.limit} tokens")
     if tokens.actions:
         parts.append(f"action chunks up to {tokens.actions.max} of {tokens.actions.limit}")
-    sampled = f", {_count(tokens.samples, 'sample')} tokenized" if tokens.samples else ""
-    return f"data report ({report.measured} of {_count(report.frames, 'frame')}{sampled}): {'; '.join(parts)}"
+    return f"data report ({_measured(report)}): {'; '.join(parts)}"
 
 
 def as_json(reports: Sequence[DataReport], findings: Sequence[Finding]) -> dict[str, Any]:
@@ -52,6 +50,15 @@ def as_json(reports: Sequence[DataReport], findings: Sequence[Finding]) -> dict[
         "datasets": [asdict(report) for report in reports],
         "findings": [finding._asdict() for finding in findings],
     }
+
+
+def _measured(report: DataReport) -> str:
+    parts = [f"{report.measured} of {_count(report.frames, 'frame')}"]
+    if report.tokens.samples:
+        parts.append(f"{report.tokens.samples} tokenized")
+    if report.images.samples:
+        parts.append(f"{report.images.samples} with images")
+    return ", ".join(parts)
 
 
 def _field(field: FieldReport) -> Iterator[str]:

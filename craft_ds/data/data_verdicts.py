@@ -32,35 +32,35 @@ class Finding(NamedTuple):
     Attributes:
         level: `error` or `warning`.
         text: What is wrong, where, and what to do.
+        trainable: Training is possible nevertheless.
     """
 
     level: Literal["error", "warning"]
     text: str
+    trainable: bool = True
 
 
-def judge(report: DataReport, options: DataReportConfig) -> list[Finding]:
+def judge(report: DataReport, options: DataReportConfig, *, skips_bad_samples: bool = False) -> list[Finding]:
     """Judge one data set; the most certain causes come first.
 
     Args:
         report: The measurements.
         options: The thresholds.
+        skips_bad_samples: Training replaces samples that are non-finite or cannot be read.
     """
     findings: list[Finding] = []
     for key in report.missing:
-        findings.append(
-            _error(report, key, "missing, but the policy reads it: choose a data set that has it")
-        )
+        text = "missing, but the policy reads it: choose a data set that has it"
+        findings.append(_error(report, key, text)._replace(trainable=False))
     for field in report.fields:
-        findings += _judge_values(report, field, options)
+        findings += _judge_values(report, field, skips_bad_samples=skips_bad_samples)
     for field in report.fields:
-        findings += _judge_ranges(report, field, options)
-    findings += _judge_actions(report, options)
+        ranges = list(_judge_ranges(report, field, options))
+        findings += ranges
+        if not any(finding.level == "error" for finding in ranges):  # which would be the cause
+            findings += _judge_actions(report, field, options)
     findings += _judge_tokens(report, options)
-    for camera in report.cameras:
-        if camera.shape is None:
-            text = f"missing, but a camera of the policy ({_cameras(report)}): map its name by --rename_map"
-            findings.append(_warning(report, camera.name, text))
-    return findings
+    return [*findings, *_judge_images(report)]
 
 
 def compare(old: DataReport, new: DataReport) -> list[Finding]:
@@ -125,25 +125,31 @@ def enforce(findings: Iterable[Finding], mode: DataCheck) -> list[str]:
         UserError: With `error`, one line that has the first error and the number of the others.
     """
     findings = list(findings)
-    errors = [finding.text for finding in findings if finding.level == "error"]
+    errors = [finding for finding in findings if finding.level == "error"]
     if errors and mode == "error":
-        more = f" (and {len(errors) - 1} more: `craft-ds data-report` lists them)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; --data_check=warn trains nevertheless")
+        line = errors[0].text
+        if len(errors) > 1:
+            line += f" (and {len(errors) - 1} more: `craft-ds data-report` lists them)"
+        if all(error.trainable for error in errors):
+            line += "; --data_check=warn trains nevertheless"
+        raise UserError(line)
     return [f"warning: {finding.text}" for finding in findings]
 
 
-def _judge_values(report: DataReport, field: FieldReport, options: DataReportConfig) -> Iterator[Finding]:
+def _judge_values(report: DataReport, field: FieldReport, *, skips_bad_samples: bool) -> Iterator[Finding]:
     """Non-finite values, widths, missing statistics."""
     if field.non_finite:
         places = ", ".join(f"episode {episode} frame {frame}" for episode, frame in field.non_finite_at)
         more = ", …" if field.non_finite > len(field.non_finite_at) else ""
         text = f"{field.non_finite} of {report.frames} frames have NaN or Inf ({places}{more})"
-        yield _error(report, field.key, f"{text}: repair or leave out these episodes")
+        level = _warning if skips_bad_samples else _error
+        yield level(report, field.key, f"{text}: repair them, or set --on_bad_sample=skip")
     width = len(field.dimensions)
     if field.policy_width not in (None, 1, width):
         names = _list([dimension.name for dimension in field.dimensions])
         text = f"{width} entries ({names}), but the policy's statistics have {field.policy_width}"
-        yield _error(report, field.key, f"{text}: choose a data set with the policy's state and action")
+        text = f"{text}: choose a data set with the policy's state and action"
+        yield _error(report, field.key, text)._replace(trainable=False)
     if field.policy_width is None and field.normalised:
         text = f"the policy normalises it by {field.mode}, but has no statistics for it"
         yield _error(
@@ -159,6 +165,12 @@ def _judge_ranges(report: DataReport, field: FieldReport, options: DataReportCon
     spans = [one.high - one.low for one in alive if one.high is not None and one.low is not None]
     typical = float(np.median(spans or [1.0]))
     moving = [one for one in field.dimensions if one.dead and one.moved > 1e-6 * max(1.0, abs(one.low or 0))]
+    rare = [one for one in moving if one.dead_own and one.min < one.max]
+    if rare:
+        most = f"mostly {rare[0].low:.4g}, so that {field.mode} gives it no range"
+        text = f"{most}, but {_range(rare[0])} at times{_others(rare, rare[0])}: normalise by MIN_MAX"
+        yield _warning(report, _name(field, rare[0]), text)
+    moving = [one for one in moving if one not in rare]
     lost = [one for one in moving if one.moved > options.dead_error * typical]
     for found, level in ((lost, _error), ([one for one in moving if one not in lost], _warning)):
         if found:
@@ -187,12 +199,9 @@ def _judge_ranges(report: DataReport, field: FieldReport, options: DataReportCon
         yield _warning(report, _name(field, worst), text)
 
 
-def _judge_actions(report: DataReport, options: DataReportConfig) -> Iterator[Finding]:
+def _judge_actions(report: DataReport, field: FieldReport, options: DataReportConfig) -> Iterator[Finding]:
     """Actions that their own tokens do not decode to."""
-    field = next(
-        (one for one in report.fields if one.dimensions and one.dimensions[0].error is not None), None
-    )
-    if field is None:
+    if field.dimensions[0].error is None:
         return
     if not report.tokens.whole_chunk:
         text = (
@@ -238,6 +247,20 @@ def _judge_tokens(report: DataReport, options: DataReportConfig) -> Iterator[Fin
         text = f"{actions.cut:.0%} of the chunks are longer than {limit} and lose their end: raise it"
         level = _error if actions.cut > options.chunk_cut_error else _warning
         yield level(report, "action", text)
+
+
+def _judge_images(report: DataReport) -> Iterator[Finding]:
+    """Cameras that are missing or show nothing, and frames that cannot be read."""
+    for camera in report.cameras:
+        if camera.shape is None:
+            text = f"missing, but a camera of the policy ({_cameras(report)}): map its name by --rename_map"
+            yield _warning(report, camera.name, text)
+    for name in report.images.blank:
+        text = f"one colour in all of {report.images.samples} sampled frames: check the camera"
+        yield _warning(report, name, text)
+    for episode, frame, reason in report.images.unreadable:
+        text = f"cannot be read ({reason}): repair it, or set --on_bad_sample=skip"
+        yield _warning(report, f"episode {episode} frame {frame}", text)
 
 
 def _compare_ranges(
