@@ -386,7 +386,7 @@ class RunOptions:
     """Evaluation in an embedded world every `eval_freq` steps, `--world.*`."""
     data_check: DataCheck = "error"
     """What the data report finds at the start of a run: `error` stops where training cannot be right, `warn`
-    only prints it, `off` skips the report."""
+    only prints it, `off` skips the report. In a YAML file, `"off"` needs its quotes."""
     data_report: DataReportConfig = field(default_factory=DataReportConfig)
     """Sampling and thresholds of the data report, `--data_report.*`."""
     eval_freq: int = 0

@@ -29,7 +29,9 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         UserError: An unknown flag, a value that does not parse, or a configuration file that is missing or
             unreadable.
     """
-    sys.argv[1:] = normalise_arguments(arguments)
+    # Values are YAML, which takes an unquoted off for false.
+    quoted = {"--data_check=off": "--data_check='off'"}
+    sys.argv[1:] = [quoted.get(argument, argument) for argument in normalise_arguments(arguments)]
     config_path = parser.parse_arg("config_path")
     if config_path is not None:
         _check_config_file(Path(config_path))
