@@ -18,6 +18,8 @@ from craft_ds.config.suggestions import suggestion
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.errors import UserError, exits_as_user_error, one_line
 
+_OFF = "--data_check=off"
+
 
 def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
     """Parse the command line with LeRobot's own parser.
@@ -29,9 +31,9 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         UserError: An unknown flag, a value that does not parse, or a configuration file that is missing or
             unreadable.
     """
-    # Values are YAML, which takes an unquoted off for false.
-    quoted = {"--data_check=off": "--data_check='off'"}
-    sys.argv[1:] = [quoted.get(argument, argument) for argument in normalise_arguments(arguments)]
+    normal = normalise_arguments(arguments)
+    # Values are read as YAML, which takes an unquoted off for false.
+    sys.argv[1:] = [argument for argument in normal if argument != _OFF]
     config_path = parser.parse_arg("config_path")
     if config_path is not None:
         _check_config_file(Path(config_path))
@@ -46,7 +48,7 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
     where = f" (--config_path={config_path}, or see --help)" if config_path else " (see --help)"
     try:
         with exits_as_user_error():
-            return identity()
+            config = identity()
     except (UserError, argparse.ArgumentError, draccus.ParsingError) as error:
         message = one_line(error.__cause__ or error, limit=None)
         # draccus writes a flag as `name`.
@@ -55,6 +57,9 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         if unknown:
             message += suggestion(unknown[1])
         raise UserError(redact(message) + where) from error
+    if _OFF in normal:
+        config.data_check = "off"
+    return config
 
 
 def _check_config_file(path: Path) -> None:
