@@ -5,8 +5,9 @@ goes through the policy's tokenizers and back. `data_verdicts` judges the number
 them.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from lerobot.policies.pi0_fast.processor_pi0_fast import (
 )
 from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
 from lerobot.processor import (
+    ActionTokenizerProcessorStep,
     PolicyProcessorPipeline,
     RenameObservationsProcessorStep,
 )
@@ -39,8 +41,30 @@ from craft_ds.data.token_samples import TokenSample, sample_tokens
 TOLERANCE = 1e-3
 """Distance from [-1, 1], in normalised units, up to which a value does not clip: rounding errors of fp32."""
 
+# Statistics of large data sets are merged from those of episodes, in fp32.
+_SLACK = 1e-3
 # Steps that spell the state in 256 bins of [-1, 1]: what lies outside is clipped.
 _BINNING = (Pi0FastPrepareStateAndLanguageTokenizerProcessorStep, Pi05PrepareStateTokenizerProcessorStep)
+
+
+class _Reader(NamedTuple):
+    """The policy, as far as it reads states and actions."""
+
+    config: PreTrainedConfig
+    preprocessor: PolicyProcessorPipeline
+    options: DataReportConfig
+
+    def clips(self, key: str) -> bool:
+        """Return True if the policy cannot represent what lies outside of [-1, 1] after normalisation."""
+        if key == ACTION:  # diffusion limits its actions
+            return bool(getattr(self.config, "clip_sample", False))
+        return key == OBS_STATE and any(isinstance(step, _BINNING) for step in self.preprocessor.steps)
+
+    def spelled_width(self, key: str) -> int | None:
+        """Return the width of actions that are spelled with tokens; None for other features."""
+        spells = any(isinstance(step, ActionTokenizerProcessorStep) for step in self.preprocessor.steps)
+        feature = (self.config.output_features or {}).get(key)
+        return feature.shape[0] if spells and feature is not None else None
 
 
 def measure_dataset(
@@ -66,8 +90,9 @@ def measure_dataset(
     present = [key for key in keys if key in features]
     table = read_tabular(dataset, present)
     rows = _evenly(len(table), options.frames)
+    reader = _Reader(config, preprocessor, options)
     fields = [
-        _measure_field(table, rows, key, policy_key, features[key], config, preprocessor, options)
+        _measure_field(table, rows, key, policy_key, dataset.meta, reader)
         for key, policy_key in keys.items()
         if key in present
     ]
@@ -94,7 +119,7 @@ def measure_dataset(
 
 
 def _fits(field: FieldReport) -> bool:
-    return field.policy_width in (None, 1, len(field.dimensions))
+    return field.statistics == "ok" and field.policy_width in (None, 1, len(field.dimensions))
 
 
 def _tabular_keys(config: PreTrainedConfig, preprocessor: PolicyProcessorPipeline) -> dict[str, str]:
@@ -117,39 +142,42 @@ def _evenly(count: int, most: int) -> np.ndarray:
 
 
 def _measure_field(
-    table: TabularData,
-    rows: np.ndarray,
-    key: str,
-    policy_key: str,
-    feature: dict[str, Any],
-    config: PreTrainedConfig,
-    preprocessor: PolicyProcessorPipeline,
-    options: DataReportConfig,
+    table: TabularData, rows: np.ndarray, key: str, policy_key: str, meta: Any, reader: _Reader
 ) -> FieldReport:
-    values = table.fields[key]
-    width = values.shape[1]
-    names = feature_names(feature)
-    names = names if names and len(names) == width else None
-    mode, stats = normalisation_of(preprocessor, policy_key)
+    """Measure a state or action.
+
+    Args:
+        table: The data set's tabular fields.
+        rows: Frames that shares are taken from.
+        key: Its name in the data set.
+        policy_key: Its name in the policy.
+        meta: The data set's metadata.
+        reader: The policy.
+    """
+    width = table.fields[key].shape[1]
+    names = feature_names(meta.features[key])
+    named = names is not None and len(names) == width
+    labels = names if names is not None and named else [str(index) for index in range(width)]
+    mode, stats = normalisation_of(reader.preprocessor, policy_key)
     limits = limits_of(mode, stats)
-    policy_width = None if limits is None else len(limits[0])
-    count, places = table.non_finite(key)
-    raw, scaled = values[rows], None
+    policy_width = reader.spelled_width(policy_key) if limits is None else len(limits[0])
+    statistics = "missing" if limits is None and mode is not NormalizationMode.IDENTITY else "ok"
+    if limits is not None and not all(np.isfinite(bound).all() for bound in limits):
+        limits, statistics = None, "non-finite"
+    raw, scaled = table.fields[key][rows].astype(np.float64), None
     if limits is not None and policy_width in (1, width):
-        raw, scaled = _scale(table, rows, key, policy_key, config, preprocessor)
-        limits = tuple(np.broadcast_to(bound, width) for bound in limits)  # type: ignore[assignment]
-    elif limits is None and mode is NormalizationMode.IDENTITY:
+        raw, scaled = _scale(table, rows, key, policy_key, reader)
+        limits = np.broadcast_to(limits[0], width), np.broadcast_to(limits[1], width)
+    elif mode is NormalizationMode.IDENTITY:
         scaled = raw
-    clamps = getattr(config, "clip_sample", False)  # diffusion limits its actions to [-1, 1]
-    binned = any(isinstance(step, _BINNING) for step in preprocessor.steps)
-    far = options.far * (3.0 if mode is NormalizationMode.MEAN_STD else 1.0)
+    far = reader.options.far * (3.0 if mode is NormalizationMode.MEAN_STD else 1.0)
     dimensions = []
     for index in range(width):
         finite = np.isfinite(raw[:, index])
         column = raw[finite, index]
         dimensions.append(
             _measure_dimension(
-                names[index] if names else str(index),
+                labels[index],
                 column if len(column) else np.zeros(1),
                 None if scaled is None or not len(column) else scaled[finite, index],
                 None if scaled is None or limits is None else (limits[0][index], limits[1][index]),
@@ -157,16 +185,30 @@ def _measure_field(
                 far,
             )
         )
+    count, places = table.non_finite(key)
     return FieldReport(
         key=key,
         mode=mode.value,
-        clips=(policy_key == OBS_STATE and binned) or (policy_key == ACTION and clamps),
-        named=names is not None,
+        clips=reader.clips(policy_key),
+        named=named,
         policy_width=policy_width,
+        statistics=statistics,
+        stale=_stale(table.fields[key], labels, (getattr(meta, "stats", None) or {}).get(key) or {}),
         non_finite=count,
         non_finite_at=places,
         dimensions=tuple(dimensions),
     )
+
+
+def _stale(values: np.ndarray, labels: Sequence[str], stats: dict[str, Any]) -> tuple[str, ...]:
+    """Return the entries whose finite values exceed the range in the data set's own statistics."""
+    if not {"min", "max"} <= stats.keys() or np.size(stats["min"]) != values.shape[1]:
+        return ()
+    low, high = np.ravel(stats["min"]), np.ravel(stats["max"])
+    finite = np.ma.masked_invalid(values)
+    slack = _SLACK * np.maximum(high - low, np.maximum(np.abs(low), np.abs(high))) + 1e-9
+    beyond = (finite.min(axis=0) < low - slack) | (finite.max(axis=0) > high + slack)
+    return tuple(label for label, exceeds in zip(labels, np.ma.filled(beyond, False), strict=True) if exceeds)
 
 
 def _measure_dimension(
@@ -221,23 +263,22 @@ def _scale(
     rows: np.ndarray,
     key: str,
     policy_key: str,
-    config: PreTrainedConfig,
-    preprocessor: PolicyProcessorPipeline,
+    reader: _Reader,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return values before and after normalisation, (N, width) each; of chunks if actions are relative."""
     batch: dict[str, Any] = {}
     if policy_key != ACTION:
         batch[policy_key] = _tensor(table.fields[key][rows])
-    elif has_relative_actions(preprocessor) and OBS_STATE in table.fields:
+    elif has_relative_actions(reader.preprocessor) and OBS_STATE in table.fields:
         # Differences grow along a chunk; fewer chunks give as many values.
-        offsets = config.action_delta_indices or [0]
+        offsets = reader.config.action_delta_indices or [0]
         rows = rows[:: len(offsets)]
         batch[OBS_STATE] = _tensor(table.fields[OBS_STATE][rows])
         batch[ACTION] = _tensor(table.fields[key][table.chunks(rows, offsets)])
     else:
         batch[ACTION] = _tensor(table.fields[key][rows][:, None])
     before, after = (
-        normalise(preprocessor, batch, only_relative=only)[policy_key].double().numpy()
+        normalise(reader.preprocessor, batch, only_relative=only)[policy_key].double().numpy()
         for only in (True, False)
     )
     return before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1])

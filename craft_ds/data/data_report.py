@@ -58,7 +58,10 @@ class FieldReport:
         mode: How the policy normalises it, such as MIN_MAX.
         clips: The policy cannot represent what lies outside of [-1, 1] after normalisation.
         named: The data set names the dimensions.
-        policy_width: Entries that the policy's statistics have; None without statistics.
+        policy_width: Entries that the policy's statistics have (without statistics: that its action tokens
+            spell); None where it takes any.
+        statistics: `ok`, `missing`, or `non-finite`.
+        stale: Entries whose values exceed the range that the data set's own `meta/stats.json` has.
         non_finite: Number of frames with NaN or Inf.
         non_finite_at: (episode, frame) of the first few.
         dimensions: One per entry.
@@ -69,6 +72,8 @@ class FieldReport:
     clips: bool
     named: bool
     policy_width: int | None
+    statistics: str
+    stale: tuple[str, ...]
     non_finite: int
     non_finite_at: tuple[tuple[int, int], ...]
     dimensions: tuple[DimensionReport, ...]

@@ -68,7 +68,9 @@ def _field(field: FieldReport) -> Iterator[str]:
     rows = [head, *(_row(one, decoded=decoded) for one in field.dimensions)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     count = f"; {field.non_finite} frames with NaN or Inf" if field.non_finite else ""
-    limits = "; low and high become -1 and 1" if field.policy_width else ", without statistics"
+    limits = (
+        "; low and high become -1 and 1" if field.statistics == "ok" else f", {field.statistics} statistics"
+    )
     yield f"{field.key}, normalised by {field.mode}{limits if field.normalised else ''}{count}"
     for row in rows:
         first, *others = (

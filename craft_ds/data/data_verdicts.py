@@ -147,16 +147,17 @@ def _judge_values(report: DataReport, field: FieldReport, *, skips_bad_samples: 
     width = len(field.dimensions)
     if field.policy_width not in (None, 1, width):
         names = _list([dimension.name for dimension in field.dimensions])
-        text = f"{width} entries ({names}), but the policy's statistics have {field.policy_width}"
+        text = f"{width} entries ({names}), but the policy has {field.policy_width}"
         text = f"{text}: choose a data set with the policy's state and action"
         yield _error(report, field.key, text)._replace(trainable=False)
-    if field.policy_width is None and field.normalised:
-        text = f"the policy normalises it by {field.mode}, but has no statistics for it"
-        yield _error(
-            report,
-            field.key,
-            f"{text}: train with --normalization=dataset, or make them with `craft-ds statistics`",
-        )
+    if field.statistics != "ok":
+        has = "has no statistics for it" if field.statistics == "missing" else "its statistics are non-finite"
+        text = f"the policy normalises it by {field.mode}, but {has}"
+        advice = "train with --normalization=dataset, or make them with `craft-ds statistics`"
+        yield _error(report, field.key, f"{text}: {advice}")
+    if field.stale:
+        text = f"values of {_list(field.stale)} exceed the range in the data set's own meta/stats.json"
+        yield _warning(report, field.key, f"{text}: compute its statistics anew before you use them")
 
 
 def _judge_ranges(report: DataReport, field: FieldReport, options: DataReportConfig) -> Iterator[Finding]:

@@ -36,7 +36,7 @@ def sample_images(dataset: LeRobotDataset, table: TabularData, samples: int) -> 
         samples: Number of frames.
     """
     cameras = list(dataset.meta.camera_keys)
-    if not cameras or not samples:
+    if not cameras or not samples or not len(table):
         return ImageSample()
     shown: set[str] = set()
     unreadable = []

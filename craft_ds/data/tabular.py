@@ -22,7 +22,7 @@ class TabularData:
     """The tabular fields of N frames, episode after episode.
 
     Attributes:
-        fields: float64 (N, width) by feature.
+        fields: float32 or float64 (N, width) by feature.
         episode: Episode of each frame (N,).
         frame: Index of each frame in its episode (N,).
         task: Task of each frame (N,).
@@ -113,11 +113,12 @@ def feature_names(feature: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column of numbers, or of lists of equal length, as float64 (N, width)."""
+    """Return a column of numbers, or of lists of equal length, as floating-point (N, width)."""
     values, rows = column.combine_chunks(), len(column)
     if isinstance(values, pa.ChunkedArray):
         values = pa.concat_arrays(values.chunks)
     while not pa.types.is_primitive(values.type):
         values = values.flatten()
-    flat = values.to_numpy(zero_copy_only=False).astype(np.float64)
+    flat = values.to_numpy(zero_copy_only=False)
+    flat = flat if flat.dtype in (np.float32, np.float64) else flat.astype(np.float64)
     return flat.reshape(rows, -1)

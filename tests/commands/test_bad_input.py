@@ -198,7 +198,7 @@ def test_a_data_set_without_the_policys_cameras(refuses, run, two_cameras):
 def test_a_data_set_of_another_robot(refuses, run, tmp_path):
     root = make_test_dataset(tmp_path / "six", tasks=1, episodes_per_task=1, frames=3, action_dim=6)
     line = refuses(run, f"--dataset.root={root}")
-    assert "action: 6 entries (x0, x1, x2, x3 and 2 more), but the policy's statistics have 4" in line
+    assert "action: 6 entries (x0, x1, x2, x3 and 2 more), but the policy has 4" in line
 
 
 def test_too_few_episodes_to_hold_out(refuses, run):

@@ -39,6 +39,7 @@ class Robot:
     tasks: tuple[str, ...] = (TEXT,)
     cameras: tuple[str, ...] = ("observation.images.top",)
     image: Any = None
+    stats: Any = None
 
     def but(self, **changes: Any) -> "Robot":
         """The same with other fields."""
@@ -64,6 +65,7 @@ class Robot:
             features=features,
             camera_keys=list(self.cameras),
             fps=self.fps,
+            stats=self.stats,
             tasks=pd.DataFrame({"task_index": range(len(self.tasks))}, index=list(self.tasks)),
         )
         return _DataSet(datasets.Dataset.from_dict(rows), meta, episodes, self.image)

@@ -336,10 +336,39 @@ def test_fewer_action_steps_than_the_chunk_are_an_error(policy):
 def test_another_robots_widths_are_an_error(policy):
     found = findings(policy, Robot(action=waves(width=6), action_names=tuple("abcdef")))
     text = only(found, "error")
-    assert "action: 6 entries (a, b, c, d and 2 more), but the policy's statistics have 4" in text
+    assert "action: 6 entries (a, b, c, d and 2 more), but the policy has 4" in text
     with pytest.raises(UserError) as raised:
         enforce(found, "error")
     assert "--data_check=warn" not in str(raised.value)
+
+
+def test_widths_are_checked_without_statistics(policy):
+    bare = copy.deepcopy(policy)
+    for step in [*bare[1].steps, *bare[2].steps]:
+        if hasattr(step, "stats"):
+            step.stats = {}
+            step.to()
+    texts = errors(findings(bare, Robot(action=waves(width=5), action_names=tuple("abcde"))))
+    assert "action: 5 entries (a, b, c, d and 1 more), but the policy has 4" in texts[1]
+    assert [text for text in texts if "has no statistics for it" in text] == [texts[0], texts[2]]
+
+
+def test_non_finite_statistics_of_the_policy_are_an_error(policy):
+    broken = copy.deepcopy(policy)
+    for step in broken[1].steps:
+        if hasattr(step, "stats"):
+            step.stats[ACTION]["max"] = np.array([1.0, 2.0, np.nan, 0.5])
+            step.to()
+    text = only(findings(broken, Robot()), "error")
+    assert "action: the policy normalises it by MIN_MAX, but its statistics are non-finite" in text
+
+
+def test_stale_statistics_of_the_data_set_are_a_warning(policy):
+    values = {"min": waves().min((0, 1)), "max": waves().max((0, 1))}
+    assert findings(policy, Robot(stats={STATE: values, ACTION: values})) == []
+    values = values | {"max": values["max"] - np.array([0, 0.1, 0, 0])}
+    text = only(findings(policy, Robot(stats={STATE: values})), "warning")
+    assert "observation.state: values of lift exceed the range in the data set's own meta/stats.json" in text
 
 
 def test_a_missing_camera_is_a_warning(policy):
