@@ -26,6 +26,7 @@ COMMANDS = {
     "anchors": ("anchors", "build the anchor cache: samples of the old tasks"),
     "export": ("export", "export a checkpoint as a policy directory that stock LeRobot loads"),
     "statistics": ("statistics", "write a policy with the statistics of data sets"),
+    "data-report": ("data_report", "report how data sets fit a policy, before training"),
     "plan": ("plan", "plan the memory of a run per rank, without allocating anything"),
     "eval": ("evaluate", "evaluate a policy in an embedded world"),
     "demo": ("demo", "fine-tune the embedded policy with and without CRaFT, and evaluate both"),
@@ -114,7 +115,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
     if name in ("--help", "-h", "help"):
         print("usage: craft-ds COMMAND ...\n\ncommands:")
         for command, (_, line) in COMMANDS.items():
-            print(f"  {command:<12}{line}")
+            print(f"  {command:<13}{line}")
         print("\n`craft-ds COMMAND --help` lists the flags of a command.")
     elif name == "--version":
         run_command("version", [])

@@ -12,7 +12,7 @@ import draccus
 import yaml
 from lerobot.configs import parser
 
-from craft_ds.config.arguments import normalise_arguments, quote_paths
+from craft_ds.config.arguments import normalise_arguments, quote_literals
 from craft_ds.config.secret_scan import redact
 from craft_ds.config.suggestions import suggestion
 from craft_ds.config.train_config import TrainConfig
@@ -29,7 +29,7 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         UserError: An unknown flag, a value that does not parse, or a configuration file that is missing or
             unreadable.
     """
-    sys.argv[1:] = quote_paths(normalise_arguments(arguments))
+    sys.argv[1:] = quote_literals(normalise_arguments(arguments))
     config_path = parser.parse_arg("config_path")
     if config_path is not None:
         _check_config_file(Path(config_path))

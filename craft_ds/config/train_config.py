@@ -19,6 +19,7 @@ from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
 from craft_ds.config.configs import (
     ActivationCheckpointing,
+    DataCheck,
     LoraConfig,
     Normalization,
     OnBadSample,
@@ -88,6 +89,8 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             self.lora = asked
         self.lora.validate()
         self.checkpoint.validate()
+        check_choice("--data_check", self.data_check, DataCheck)
+        self.data_report.validate()
         for tracker in self.trackers:
             check_choice("--log_to", tracker, TrackerName)
         parse_duration("--max_runtime", self.max_runtime)

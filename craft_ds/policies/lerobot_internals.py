@@ -4,13 +4,17 @@ LeRobot may rename them in any release. No other module of the package uses a Le
 with an underscore (the tiny pi0_fast sets one, since it replaces the constructor that does).
 """
 
+import copy
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy, PI0FastPytorch
+from lerobot.processor import ActionTokenizerProcessorStep
+from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 
 from craft_ds.errors import UserError
@@ -87,6 +91,36 @@ def default_peft_targets(config: PreTrainedConfig) -> list[str] | str | None:
     policy = policy_class.__new__(policy_class)
     policy.config = config
     return (policy._get_default_peft_targets() or {}).get("target_modules")
+
+
+def detokenize_actions(
+    config: PreTrainedConfig, step: ActionTokenizerProcessorStep, tokens: Tensor
+) -> Tensor:
+    """Decode action tokens as a pi0_fast policy does, without building the policy.
+
+    Args:
+        config: The configuration of a pi0_fast of any size.
+        step: The preprocessor's step that spells actions; its tokenizers are the policy's.
+        tokens: Text tokenizer ids (B, L), without the token that starts an action; padding is 0.
+
+    Returns:
+        Normalised actions (B, n_action_steps, action width), float32.
+
+    Raises:
+        UserError: LeRobot's attributes have other names.
+    """
+    policy_class: Any = get_policy_class(config.type)
+    if not hasattr(step, "_paligemma_tokenizer"):
+        raise _not_as_tested("ActionTokenizerProcessorStep._paligemma_tokenizer")
+    # Decoding reads no more than the configuration and the tokenizers.
+    policy = policy_class.__new__(policy_class)
+    nn.Module.__init__(policy)
+    policy.config = copy.copy(config)
+    policy.config.validate_action_token_prefix = False
+    policy.action_tokenizer = step.action_tokenizer
+    policy._paligemma_tokenizer = step._paligemma_tokenizer
+    width = config.output_features[ACTION].shape[0]
+    return torch.as_tensor(policy.detokenize_actions(tokens, config.n_action_steps, width)).float()
 
 
 def _not_as_tested(names: str) -> UserError:

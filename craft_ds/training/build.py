@@ -57,6 +57,7 @@ from craft_ds.policies.wrapping import wrapping_warning
 from craft_ds.tensor_io.safe_json import read_object
 from craft_ds.training.bad_samples import BadSampleLog
 from craft_ds.training.checkpointer import Checkpointer
+from craft_ds.training.data_check import check_data
 from craft_ds.training.evaluator import Evaluator
 from craft_ds.training.metrics import MetricsLogger
 from craft_ds.training.preflight import check_inputs
@@ -135,6 +136,7 @@ def _build(
         fail_together(inputs.cache.check_preprocessor)(preprocessor, inputs.policy_dir)
     samples, heldout_samples, warnings = fail_together(check_samples)(config, train, heldout)
     messages += warnings
+    messages += rank0_only(check_data)(config, train, (preprocessor, postprocessor), inputs.cache)
     fingerprint = rank0_only(dataset_fingerprint)(*(part for part in (train, heldout) if part is not None))
     state = _build_state(config, saved, len(train), fingerprint, world_size)
 

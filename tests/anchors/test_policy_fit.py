@@ -155,7 +155,9 @@ def test_anchors_are_for_pi0_fast(options, tmp_path, monkeypatch):
     from craft_ds.anchors import build
 
     monkeypatch.setattr(build, "load_policy_config", lambda _: ACTConfig(device="cpu"))
-    with pytest.raises(UserError, match="CRaFT is for policies of type pi0_fast, and this one is of type act"):
+    with pytest.raises(
+        UserError, match="CRaFT is for policies of type pi0_fast, and this one is of type act"
+    ):
         build_anchor_cache(options(tmp_path / "cache"))
 
 

@@ -1,0 +1,69 @@
+"""Check the data of a run against the policy's processors, before the policy is built."""
+
+from typing import Any
+
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.processor import PolicyProcessorPipeline
+
+from craft_ds.anchors.cache import AnchorCache
+from craft_ds.config.train_config import TrainConfig
+from craft_ds.data.data_measure import measure_dataset
+from craft_ds.data.data_report import DataReport
+from craft_ds.data.data_report_text import summary
+from craft_ds.data.data_verdicts import Finding, compare_fps, compare_names, enforce, judge
+from craft_ds.data.tabular import feature_names
+
+
+def check_data(
+    config: TrainConfig,
+    dataset: LeRobotDataset,
+    processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline],
+    cache: AnchorCache | None,
+) -> list[str]:
+    """Measure and judge the training data; return the lines that the run prints.
+
+    Args:
+        config: A validated configuration.
+        dataset: The training data set.
+        processors: The policy's preprocessor, with the run's `rename_map`, and its postprocessor; on the CPU.
+        cache: The anchors; None for the baseline.
+
+    Raises:
+        UserError: With `--data_check=error`, training on this data cannot be right.
+    """
+    if config.data_check == "off":
+        return []
+    report = measure_dataset(dataset, config.dataset.repo_id, config.policy, *processors, config.data_report)
+    skips = getattr(config, "on_bad_sample", "error") == "skip"
+    findings = judge(report, config.data_report, skips_bad_samples=skips)
+    if cache is not None:
+        findings += _compare_with_anchors(report, cache)
+    lines = enforce(findings, config.data_check)
+    return [f"{'✓ ' if not findings else ''}{summary(report)}", *lines]
+
+
+def _compare_with_anchors(report: DataReport, cache: AnchorCache) -> list[Finding]:
+    """Compare frame rate and action names with those of the anchors' data set, where the cache has them."""
+    old: dict[str, Any] = cache.metadata["dataset"]
+    name = f"the anchors' data set {old.get('repo_id', '')}".strip()
+    findings = []
+    fps = old.get("fps")
+    if isinstance(fps, (int, float)) and fps > 0 and fps != report.fps:
+        findings.append(compare_fps(report.name, report.fps, name, float(fps)))
+    features = old.get("features")
+    for field in report.fields:
+        stored = features.get(field.key) if isinstance(features, dict) else None
+        names = _stored_names(stored)
+        found = [dimension.name for dimension in field.dimensions]
+        if names is not None and field.named and list(names) != found:
+            findings.append(compare_names(report.name, field.key, found, name, names))
+    return findings
+
+
+def _stored_names(stored: Any) -> tuple[str, ...] | None:
+    """Return the names of a feature in a cache's metadata: a list of them, or an entry as LeRobot has it."""
+    if isinstance(stored, list):
+        return tuple(map(str, stored))
+    if isinstance(stored, dict) and stored.get("names") and stored.get("shape"):
+        return feature_names(stored)
+    return None
