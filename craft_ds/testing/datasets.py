@@ -47,6 +47,8 @@ def make_test_dataset(
     state_dim: int = 4,
     action_dim: int = 4,
     scale: float = 1.0,
+    fps: int = 10,
+    episodes: int | None = None,
 ) -> Path:
     """Write a data set of `tasks * episodes_per_task` episodes and return its root.
 
@@ -65,6 +67,8 @@ def make_test_dataset(
         state_dim: Entries of ``observation.state``.
         action_dim: Entries of ``action``.
         scale: Factor of states and actions.
+        fps: Frames per second.
+        episodes: Number of episodes, if not all tasks have the same number.
 
     Returns:
         ``root`` as a path.
@@ -76,9 +80,9 @@ def make_test_dataset(
     features[ACTION] = _feature("float32", (action_dim,))
     # Naming the video backend keeps LeRobot from probing torchcodec, which prints pages without FFmpeg.
     dataset = LeRobotDataset.create(
-        repo_id, fps=10, features=features, root=root, use_videos=False, video_backend="pyav"
+        repo_id, fps=fps, features=features, root=root, use_videos=False, video_backend="pyav"
     )
-    for episode in range(tasks * episodes_per_task):
+    for episode in range(episodes or tasks * episodes_per_task):
         task = episode % tasks
         phase = rng.uniform(0, 2 * np.pi, size=max(state_dim, action_dim))
         for frame in range(frames):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.utils.constants import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS
+from lerobot.utils.constants import ACTION
 from runs import losses
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
@@ -18,22 +18,10 @@ from craft_ds.data.task_data import StepSampler, images_to_float
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.testing.datasets import make_test_dataset
 from craft_ds.testing.launch_ranks import run_ranks
+from craft_ds.testing.perfect_tokens import decode_perfect_tokens
 from craft_ds.testing.policies import make_test_policy_dir
 
 FRONT = '{"observation.images.front": "observation.images.top"}'
-
-
-def decode_perfect_tokens(directory, root, rows=(0, 9)):
-    """What a saved policy makes of the tokens that a sample is trained on, and the recorded actions."""
-    config = load_policy_config(directory)
-    pre, post = load_processors(config, directory)
-    chunk = {ACTION: [step / 10 for step in range(config.chunk_size)]}
-    dataset = LeRobotDataset("craft-ds/test", root=root, delta_timestamps=chunk, video_backend="pyav")
-    raw = default_collate([dataset[row] for row in rows])
-    batch = pre(images_to_float(dict(raw)))
-    tokens = torch.where(batch[ACTION_TOKEN_MASK], batch[ACTION_TOKENS], 0)[:, 1:]
-    policy = load_policy(config, directory)
-    return post(policy.detokenize_actions(tokens, config.n_action_steps, raw[ACTION].shape[2])), raw[ACTION]
 
 
 @pytest.fixture(scope="module")
