@@ -42,6 +42,15 @@ def test_a_checkpoint_directory_means_its_config(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("given", ["--data_check=off", "--data_check off", "--data_check=warn"])
+def test_data_check_is_read_and_written_as_text(given, tmp_path):
+    config = parse_arguments(["--policy.type=pi0_fast", "--dataset.repo_id=me/new", *given.split()])
+    assert config.data_check == given.replace("=", " ").split()[-1]
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    read = parse_arguments([f"--config_path={tmp_path}/run.yaml"])
+    assert read.data_check == config.data_check
+
+
 def test_flags_reach_their_fields():
     config = parse_arguments(
         [
