@@ -12,6 +12,7 @@ _COMPLETE, _ENDS = 64 << 20, 1 << 20
 def dataset_fingerprint(*parts: LeRobotDataset) -> dict[str, str]:
     """Return a SHA-256 of each kind of file that a data set uses, independent of where it lies.
 
+    `meta/stats.json` does not count: the statistics that train are those of the policy's processors.
     Parquet files of more than 64 MiB are read at both ends only; the end has the file's statistics. Of videos
     only names and sizes count.
 
@@ -22,7 +23,7 @@ def dataset_fingerprint(*parts: LeRobotDataset) -> dict[str, str]:
         The hashes by the name of the kind: `meta`, `data`, `videos`.
     """
     root = Path(parts[0].root)
-    meta = [*root.glob("meta/*.json"), *root.glob("meta/**/*.parquet")]
+    meta = {*root.glob("meta/*.json"), *root.glob("meta/**/*.parquet")} - {root / "meta" / "stats.json"}
     used = [root / file for part in parts for file in part.reader.get_episodes_file_paths()]
     tables = [file for file in used if file.suffix == ".parquet"]
     return {

@@ -35,15 +35,29 @@ def record_anew(root, **changes):
     make_test_dataset(root, tasks=1, episodes_per_task=4, **{"seed": 99, **changes})
 
 
-def edit_stats(root):
-    path = root / "meta" / "stats.json"
-    stats = json.loads(path.read_text())
-    stats["action"]["max"][0] += 1
-    path.write_text(json.dumps(stats))
+def rename_task(root):
+    path = root / "meta" / "tasks.parquet"
+    table = pd.read_parquet(path)
+    table.index = pd.Index(["another text"], name="task")
+    table.to_parquet(path)
+    (file,) = (root / "meta" / "episodes").rglob("*.parquet")
+    episodes = pq.read_table(file).to_pandas()
+    episodes["tasks"] = [["another text"]] * len(episodes)
+    episodes.to_parquet(file)
+
+
+def edit_robot(root):
+    path = root / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"robot_type": "another"}))
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [(record_anew, "data/ and meta/"), (edit_stats, "its files in meta/ have")]
+    ("change", "named"),
+    [
+        (record_anew, "data/ and meta/"),
+        (rename_task, "its files in meta/ have"),
+        (edit_robot, "its files in meta/ have"),
+    ],
 )
 def test_a_data_set_that_changed_is_refused_at_resume(train, stopped, change, named):
     run, root = stopped
