@@ -9,7 +9,7 @@ import torch
 from lerobot.datasets.factory import make_train_eval_datasets
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
-from lerobot.utils.constants import HF_LEROBOT_HOME
+from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_STATE
 from torch import Tensor
 from torch.utils.data import Sampler, default_collate
 
@@ -139,8 +139,10 @@ def check_samples(
     Raises:
         UserError: A state or action is bad, and bad samples are errors.
     """
-    limits = value_limits(train, config.outlier_factor)
-    checked = [NamedSamples(part, limits) for part in (train, heldout) if part is not None]
+    used = {OBS_STATE, ACTION, *(config.policy.input_features or {})}
+    vectors = [key for key in train.meta.features if config.rename_map.get(key, key) in used]
+    limits = value_limits(train, config.outlier_factor, vectors)
+    checked = [NamedSamples(part, limits, vectors) for part in (train, heldout) if part is not None]
     messages = []
     for samples in checked:
         errors, count = samples.bad_values()
