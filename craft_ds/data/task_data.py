@@ -149,7 +149,7 @@ def check_samples(
         if not errors:
             continue
         if config.on_bad_sample == "error":
-            others = f", and {count - 1} more frames like it" if count > 1 else ""
+            others = f", and {count - 1} more bad frame{'s' * (count > 2)}" if count > 1 else ""
             raise UserError(advise(errors[0], others))
         messages.append(
             f"warning: {count} of {len(samples)} frames have a bad state or action and will be replaced "
