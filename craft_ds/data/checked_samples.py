@@ -6,14 +6,14 @@ Interface for everything that reads samples (training, evaluation, anchors, expo
 """
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.utils.constants import ACTION, OBS_PREFIX
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -62,6 +62,7 @@ class NamedSamples(Dataset[dict[str, Any]]):
     Args:
         dataset: The data set.
         limits: Limits of state and action; None: only non-finite values are bad.
+        vectors: Names, in the data set, of the vectors that the policy uses; others may hold anything.
 
     Example:
         >>> samples = NamedSamples(dataset)  # doctest: +SKIP
@@ -70,7 +71,12 @@ class NamedSamples(Dataset[dict[str, Any]]):
         BadSample: data set me/press, episode 0, frame 3: observation.state[1] is nan
     """
 
-    def __init__(self, dataset: LeRobotDataset, limits: ValueLimits | None = None):
+    def __init__(
+        self,
+        dataset: LeRobotDataset,
+        limits: ValueLimits | None = None,
+        vectors: Collection[str] = (OBS_STATE, ACTION),
+    ):
         self.dataset, self._limits = dataset, limits
         features = dataset.meta.features
         self._steps = {
@@ -78,13 +84,11 @@ class NamedSamples(Dataset[dict[str, Any]]):
             for key, deltas in (dataset.delta_timestamps or {}).items()
         }
         self._images = {key: image_shape(features[key]) for key in dataset.meta.camera_keys}
+        self._sizes: dict[str, tuple[int, ...]] = {}
         self._vectors = {
             key: int(feature["shape"][0])
             for key, feature in features.items()
-            if (key == ACTION or key.startswith(OBS_PREFIX))
-            and key not in self._images
-            and len(feature["shape"]) == 1
-            and feature["dtype"] != "string"
+            if key in vectors and key not in self._images and len(feature["shape"]) == 1
         }
 
     def __len__(self) -> int:
@@ -116,12 +120,22 @@ class NamedSamples(Dataset[dict[str, Any]]):
             if sample.get(key) is None:
                 raise self._bad(index, f"{key} is missing")
             found = tuple(sample[key].shape[-3:])
-            if found != shape:
+            if found != self._transformed(key, shape):
                 raise self._bad(
                     index,
                     f"{key} is a picture of {_described(found)}, not of {_described(shape)} as in info.json",
                 )
         return sample
+
+    def _transformed(self, key: str, shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """Return the shape of a camera's pictures after the image transforms, which may resize."""
+        transforms = self.dataset.image_transforms
+        if transforms is None or key in self.dataset.meta.depth_keys:
+            return shape
+        if key not in self._sizes:
+            with torch.random.fork_rng(devices=[]):
+                self._sizes[key] = tuple(transforms(torch.zeros(shape, dtype=torch.uint8)).shape[-3:])
+        return self._sizes[key]
 
     def bad_values(self) -> tuple[list[BadSample], int]:
         """Find all frames whose state or action is bad, in the columns at once.
@@ -256,7 +270,8 @@ def _reading_failed(error: Exception) -> str:
 def image_shape(feature: dict[str, Any]) -> tuple[int, int, int]:
     """Return channels, height and width of a camera's feature, which LeRobot has in either order of axes."""
     shape, names = tuple(feature["shape"]), list(feature.get("names") or [])
-    if names and str(names[0]).startswith("channel"):
+    unnamed = not names and shape[0] in (1, 3) and shape[2] not in (1, 3)
+    if unnamed or (names and str(names[0]).startswith("channel")):
         return shape[0], shape[1], shape[2]
     return shape[2], shape[0], shape[1]
 

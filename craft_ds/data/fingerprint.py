@@ -1,53 +1,42 @@
-"""Fingerprint of a data set's files: a folder recorded anew under the same name is another data set."""
+"""Fingerprint of a data set: a folder recorded anew under the same name is another data set.
+
+Pictures and videos do not count, so that a run that ended at a damaged one can resume after a repair. Nor
+does `meta/stats.json`: the statistics that train are those of the policy's processors.
+"""
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-_COMPLETE, _ENDS = 64 << 20, 1 << 20
+from craft_ds.data.value_limits import column
+
+_NUMBERS = ("float", "int", "uint", "bool")
 
 
 def dataset_fingerprint(*parts: LeRobotDataset) -> dict[str, str]:
-    """Return a SHA-256 of each kind of file that a data set uses, independent of where it lies.
-
-    Parquet files of more than 64 MiB are read at both ends only; the end has the file's statistics. Of videos
-    only names and sizes count.
+    """Return a SHA-256 of the metadata and of the numbers of a data set, independent of where it lies.
 
     Args:
         *parts: The data set, opened for different episodes.
 
     Returns:
-        The hashes by the name of the kind: `meta`, `data`, `videos`.
+        The hashes by the name of the folder: `meta` and `data`.
     """
-    root = Path(parts[0].root)
-    meta = [*root.glob("meta/*.json"), *root.glob("meta/**/*.parquet")]
-    used = [root / file for part in parts for file in part.reader.get_episodes_file_paths()]
-    tables = [file for file in used if file.suffix == ".parquet"]
-    return {
-        "meta": _hash(root, meta, contents=True),
-        "data": _hash(root, tables, contents=True),
-        "videos": _hash(root, set(used) - set(tables), contents=False),
-    }
+    root, meta, data = Path(parts[0].root), hashlib.sha256(), hashlib.sha256()
+    files = {*root.glob("meta/*.json"), *root.glob("meta/**/*.parquet")} - {root / "meta" / "stats.json"}
+    for file in sorted(files):
+        meta.update(f"{file.relative_to(root).as_posix()}\0".encode())
+        meta.update(hashlib.sha256(file.read_bytes()).digest())
+    for part in parts:
+        for key, feature in sorted(part.meta.features.items()):
+            if feature["dtype"].startswith(_NUMBERS) and len(feature["shape"]) == 1:
+                values = column(part, key)
+                data.update(f"{key}\0{values.shape}\0".encode())
+                data.update(values.data)
+    return {"meta": meta.hexdigest(), "data": data.hexdigest()}
 
 
 def changed_parts(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Return the kinds of files that differ."""
+    """Return the names of the folders that differ."""
     return [part for part in sorted(before.keys() | now.keys()) if before.get(part) != now.get(part)]
-
-
-def _hash(root: Path, files: Iterable[Path], *, contents: bool) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(set(files)):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root).as_posix()}\0{size}\0".encode())
-        if contents:
-            with open(file, "rb") as stream:
-                if size <= _COMPLETE:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-                else:
-                    digest.update(stream.read(_ENDS))
-                    stream.seek(-_ENDS, 2)
-                    digest.update(stream.read())
-    return digest.hexdigest()

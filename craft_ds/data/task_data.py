@@ -8,7 +8,7 @@ import torch
 from lerobot.datasets.factory import make_train_eval_datasets
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
-from lerobot.utils.constants import HF_LEROBOT_HOME
+from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_STATE
 from torch import Tensor
 from torch.utils.data import Sampler, default_collate
 
@@ -120,15 +120,17 @@ def check_samples(
     Raises:
         UserError: A state or action is bad, and bad samples are errors.
     """
-    limits = value_limits(train, config.outlier_factor)
-    checked = [NamedSamples(part, limits) for part in (train, heldout) if part is not None]
+    used = {OBS_STATE, ACTION, *(config.policy.input_features or {})}
+    vectors = [key for key in train.meta.features if config.rename_map.get(key, key) in used]
+    limits = value_limits(train, config.outlier_factor, vectors)
+    checked = [NamedSamples(part, limits, vectors) for part in (train, heldout) if part is not None]
     messages = []
     for samples in checked:
         errors, count = samples.bad_values()
         if not errors:
             continue
         if config.on_bad_sample == "error":
-            others = f", and {count - 1} more frames like it" if count > 1 else ""
+            others = f", and {count - 1} more bad frame{'s' * (count > 2)}" if count > 1 else ""
             raise UserError(advise(errors[0], others))
         messages.append(
             f"warning: {count} of {len(samples)} frames have a bad state or action and will be replaced "

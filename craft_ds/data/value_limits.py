@@ -5,6 +5,7 @@ They catch single frames (a glitch of an encoder, another unit for a moment). Da
 of the policy's statistics are not a matter of single samples.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ class Range(NamedTuple):
 
 
 class ValueLimits(dict[str, Range]):
-    """Ranges of `observation.state` and `action` by name."""
+    """Ranges of vectors by their names."""
 
     def contain(self, key: str, value: Tensor) -> Tensor:
         """Return, for every entry of a vector or chunk, True if it is within the limits."""
@@ -45,7 +46,9 @@ class ValueLimits(dict[str, Range]):
         return f"the usual {lower:.6g} to {upper:.6g}"
 
 
-def value_limits(dataset: LeRobotDataset, factor: float) -> ValueLimits:
+def value_limits(
+    dataset: LeRobotDataset, factor: float, vectors: Collection[str] = (OBS_STATE, ACTION)
+) -> ValueLimits:
     """Return the limits of a data set's states and actions.
 
     An entry may lie `factor` times its range outside of its range, which holds the central 90 % of frames.
@@ -55,10 +58,12 @@ def value_limits(dataset: LeRobotDataset, factor: float) -> ValueLimits:
     Args:
         dataset: The data set; at most 100,000 of its frames, evenly spread, are read.
         factor: Ranges that an entry may lie outside; 0: there are no limits.
+        vectors: Names of the vectors in the data set.
     """
     limits = ValueLimits()
-    for key in (OBS_STATE, ACTION) if factor > 0 else ():
-        if key not in dataset.meta.features or len(dataset.meta.features[key]["shape"]) != 1:
+    for key in vectors if factor > 0 else ():
+        feature = dataset.meta.features.get(key)
+        if feature is None or feature["dtype"] in ("image", "video") or len(feature["shape"]) != 1:
             continue
         values = column(dataset, key)
         values = values[:: -(-len(values) // _MAX_ROWS) or 1]

@@ -269,7 +269,7 @@ def _build_state(
     config: TrainConfig, saved: _Saved | None, samples: int, fingerprint: dict[str, str], world_size: int
 ) -> TrainState:
     """Build the state at the run's first step, and compute the size of a step for this number of ranks."""
-    state = TrainState(Progress(), DualState(config.craft), samples, fingerprint)
+    state = TrainState(Progress(), DualState(config.craft), samples, dataset_fingerprint=fingerprint)
     if saved is not None:
         path = config.checkpoint_path
         try:

@@ -105,15 +105,15 @@ class TrainState:
         progress: Counters of the run.
         dual: λ and its history.
         dataset_samples: Number of training samples; a data set of another size is another run.
-        dataset_fingerprint: Hashes of the data set's files; empty in checkpoints of older versions.
         tracker_run_ids: Identity of the run at each tracker, by the tracker's name.
+        dataset_fingerprint: Hashes of the data set's files; empty in checkpoints of older versions.
     """
 
     progress: Progress
     dual: DualState
     dataset_samples: int = 0
-    dataset_fingerprint: dict[str, str] = field(default_factory=dict)
     tracker_run_ids: dict[str, str] = field(default_factory=dict)
+    dataset_fingerprint: dict[str, str] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain Python values, which `torch.load(weights_only=True)` accepts."""
@@ -121,8 +121,8 @@ class TrainState:
             **self.dual.state_dict(),
             "progress": self.progress.state_dict(),
             "dataset_samples": self.dataset_samples,
-            "dataset_fingerprint": dict(self.dataset_fingerprint),
             "tracker_run_ids": dict(self.tracker_run_ids),
+            "dataset_fingerprint": dict(self.dataset_fingerprint),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

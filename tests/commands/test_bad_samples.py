@@ -190,6 +190,18 @@ def test_a_run_that_met_a_bad_sample_resumes_with_skip(train, damaged, tmp_path)
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+def test_a_run_resumes_after_a_repair(train, inputs, damaged, tmp_path):
+    root = shutil.copytree(damaged, tmp_path / "new")
+    flags = [*RUN, f"--dataset.root={root}", "--resume=auto"]
+    error_line(train(tmp_path / "run", *flags))
+    shutil.rmtree(root)
+    shutil.copytree(inputs.new, root)
+    ended = train(tmp_path / "run", *flags)
+    assert ended.status == 0, ended.errors
+    assert train(tmp_path / "good", *RUN, f"--dataset.root={root}").status == 0
+    assert_same_bits(tmp_path / "run" / "final", tmp_path / "good" / "final")
+
+
 def test_without_bad_samples_nothing_changes(train, tmp_path):
     assert train(tmp_path / "error", *RUN).status == 0
     assert train(tmp_path / "skip", *SKIP).status == 0

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -35,15 +36,44 @@ def record_anew(root, **changes):
     make_test_dataset(root, tasks=1, episodes_per_task=4, **{"seed": 99, **changes})
 
 
-def edit_stats(root):
-    path = root / "meta" / "stats.json"
-    stats = json.loads(path.read_text())
-    stats["action"]["max"][0] += 1
-    path.write_text(json.dumps(stats))
+def edit_action(root):
+    (file,) = (root / "data").rglob("*.parquet")
+    table = pq.read_table(file)
+    values = table["action"].to_pylist()
+    values[33][2] += 1e-6
+    at = table.schema.get_field_index("action")
+    pq.write_table(
+        table.set_column(
+            at, table.schema.field("action"), pa.array(values, type=table.schema.field("action").type)
+        ),
+        file,
+    )
+
+
+def rename_task(root):
+    path = root / "meta" / "tasks.parquet"
+    table = pd.read_parquet(path)
+    table.index = pd.Index(["another text"], name="task")
+    table.to_parquet(path)
+    (file,) = (root / "meta" / "episodes").rglob("*.parquet")
+    episodes = pq.read_table(file).to_pandas()
+    episodes["tasks"] = [["another text"]] * len(episodes)
+    episodes.to_parquet(file)
+
+
+def edit_robot(root):
+    path = root / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"robot_type": "another"}))
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [(record_anew, "data/ and meta/"), (edit_stats, "its files in meta/ have")]
+    ("change", "named"),
+    [
+        (record_anew, "data/ and meta/"),
+        (edit_action, "its files in data/ have"),
+        (rename_task, "its files in meta/ have"),
+        (edit_robot, "its files in meta/ have"),
+    ],
 )
 def test_a_data_set_that_changed_is_refused_at_resume(train, stopped, change, named):
     run, root = stopped
@@ -69,7 +99,7 @@ def test_a_checkpoint_without_a_fingerprint_resumes(train, stopped, tmp_path):
     run, _ = stopped
     path = run / "step_000002" / "craft_state.pt"
     state = torch.load(path, weights_only=True)
-    assert set(state.pop("dataset_fingerprint")) == {"meta", "data", "videos"}
+    assert set(state.pop("dataset_fingerprint")) == {"meta", "data"}
     del state["progress"]["bad_samples"]
     torch.save(state, path)
     renew_manifest(path.parent)

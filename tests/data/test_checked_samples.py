@@ -6,8 +6,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
-from craft_ds.data.checked_samples import BadSample, NamedSamples, sample_loader
+from craft_ds.data.checked_samples import BadSample, NamedSamples, image_shape, sample_loader
 from craft_ds.data.value_limits import value_limits
 from craft_ds.testing.damaged_samples import DAMAGES, damage, open_test_dataset
 from craft_ds.testing.datasets import make_test_dataset
@@ -128,6 +129,32 @@ def test_vectors_of_one_entry_keep_their_axis(tmp_path, chunk):
     sample = checked(root, chunk=chunk)[2]
     assert sample["observation.state"].shape == (1,)
     assert sample["action"].shape == ((chunk, 1) if chunk else (1,))
+
+
+def test_vectors_that_the_policy_does_not_use_may_hold_anything(root):
+    damage(root, "nan state", 0, 3)
+    dataset = open_test_dataset(root, 1)
+    assert list(faults(NamedSamples(dataset))) == [(0, 3)]
+    assert faults(NamedSamples(dataset, value_limits(dataset, 20, ["action"]), ["action"])) == {}
+
+
+def test_image_transforms_may_resize(root):
+    damage(root, "small picture", 0, 3)
+    dataset = open_test_dataset(root, 1)
+    dataset.reader.set_image_transforms(v2.RandomCrop(20))
+    dataset.image_transforms = v2.RandomCrop(20)
+    assert NamedSamples(dataset)[5]["observation.images.top"].shape == (3, 20, 20)
+    dataset.image_transforms = v2.Resize((30, 30))
+    assert "a picture of 20×20×3" in fault(NamedSamples(dataset), 5).reason
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [((48, 96, 3), ["height", "width", "channels"]), ((3, 48, 96), ["channels", "height", "width"])],
+)
+def test_the_order_of_a_pictures_axes_is_that_of_its_names(shape, names):
+    assert image_shape({"shape": shape, "names": names}) == (3, 48, 96)
+    assert image_shape({"shape": shape, "names": None}) == (3, 48, 96)
 
 
 # --- the limits -------------------------------------------------------------------------------------------

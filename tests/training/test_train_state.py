@@ -66,15 +66,11 @@ def test_a_malformed_state_is_refused(progress, odd):
 
 def test_train_state_round_trip_with_the_keys_of_the_file(progress):
     progress.advance(applied(2.0), retention=True)
-    state = TrainState(progress, DualState(CraftConfig(initial_lambda=0.25)), 40, {"wandb": "run-1"})
+    hashes = {"meta": "0", "data": "1"}
+    state = TrainState(progress, DualState(CraftConfig(initial_lambda=0.25)), 40, {"wandb": "run-1"}, hashes)
     saved = state.state_dict()
     assert saved.keys() == {
-        "multiplier",
-        "history",
-        "progress",
-        "dataset_samples",
-        "dataset_fingerprint",
-        "tracker_run_ids",
+        *("multiplier", "history", "progress", "dataset_samples", "tracker_run_ids", "dataset_fingerprint")
     }
 
     restored = TrainState(Progress(), DualState(CraftConfig()))
@@ -82,6 +78,25 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
     assert restored.progress == progress
     assert restored.dual.multiplier == 0.25
     assert (restored.dataset_samples, restored.tracker_run_ids) == (40, {"wandb": "run-1"})
+    assert restored.dataset_fingerprint == hashes
+
+
+def test_a_state_without_new_entries_is_of_an_older_version(progress):
+    saved = TrainState(progress, DualState(CraftConfig()), 40).state_dict()
+    del saved["dataset_fingerprint"]
+    del saved["progress"]["bad_samples"]
+    restored = TrainState(Progress(), DualState(CraftConfig()))
+    restored.load_state_dict(saved)
+    assert (restored.dataset_fingerprint, restored.progress.bad_samples) == ({}, 0)
+
+
+@pytest.mark.parametrize("value", [None, "text", {"meta": 1}, {1: "text"}])
+def test_a_damaged_fingerprint_is_refused(progress, value):
+    saved = TrainState(progress, DualState(CraftConfig()), 40).state_dict()
+    with pytest.raises(ValueError, match="dataset_fingerprint="):
+        TrainState(Progress(), DualState(CraftConfig())).load_state_dict(
+            saved | {"dataset_fingerprint": value}
+        )
 
 
 @pytest.mark.parametrize("missing", ["multiplier", "history", "progress", "dataset_samples"])
