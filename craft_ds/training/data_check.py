@@ -34,7 +34,7 @@ def check_data(
     if config.data_check == "off":
         return []
     report = measure_dataset(dataset, config.dataset.repo_id, config.policy, *processors, config.data_report)
-    skips = getattr(config, "on_bad_sample", "error") == "skip"
+    skips = config.on_bad_sample == "skip"
     findings = judge(report, config.data_report, skips_bad_samples=skips)
     if cache is not None:
         findings += _compare_with_anchors(report, cache)

@@ -167,7 +167,7 @@ def partly_measured_anchors(lab: Lab) -> list[str]:
 
 
 def pretrained_path(lab: Lab) -> list[str]:
-    return ["--policy.path=", f"--policy.pretrained_path={lab.inputs.policy}", "--policy.type=tiny_pi0_fast"]
+    return [f"--policy.pretrained_path={lab.inputs.policy}", "--policy.type=tiny_pi0_fast"]
 
 
 def named(name: str) -> Callable[[Lab], list[str]]:

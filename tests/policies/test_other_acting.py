@@ -33,11 +33,9 @@ def test_a_sharded_policy_acts_as_the_complete_one(name, tmp_path, other_batches
             loss = token_loss(complete, batch)
         policy = build_policy(config, tmp_path)
         with WeightReader(tmp_path, policy) as weights:
+            module = PolicyWithLoss(policy)
             engine = FsdpEngine(
-                PolicyWithLoss(policy),
-                weights.read,
-                lambda: torch.optim.SGD(policy.parameters()),
-                FsdpConfig(),
+                module, weights.read, lambda: torch.optim.SGD(policy.parameters()), FsdpConfig()
             )
         assert torch.allclose(engine.act(batch), expected, atol=1e-5)
         # Acting leaves nothing gathered that a later loss would use.
