@@ -9,12 +9,21 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
+# Tests of several ranks, of faults and of rendering need both cores for themselves; the others share them.
+readonly ALONE="distributed or faults or world"
 arguments=()
+only=""
 for argument in "$@"; do
-    if [[ "$argument" == --quick ]]; then
-        arguments+=(-n 2 -m "not distributed and not faults and not world and not slow")
-    else
-        arguments+=("$argument")
-    fi
+    case "$argument" in
+        --quick) arguments+=(-n 2 -m "not ($ALONE or slow)") && only=quick ;;
+        --all) arguments+=("$argument") ;;
+        *) arguments+=("$argument") && only=given ;;
+    esac
 done
-python -m pytest ${arguments[@]+"${arguments[@]}"}
+if [[ -n "$only" ]]; then
+    exec python -m pytest ${arguments[@]+"${arguments[@]}"}
+fi
+status=0
+python -m pytest ${arguments[@]+"${arguments[@]}"} -n 2 -m "not ($ALONE)" || status=$?
+python -m pytest ${arguments[@]+"${arguments[@]}"} -m "$ALONE" || status=$?
+exit "$status"

@@ -258,9 +258,10 @@ SITUATIONS = [
         "another robot with own statistics",
         lambda lab: [lab.data(state_dim=5, action_dim=6), _OWN, "--policy.max_action_tokens=64"],
     ),
-    _right(
+    _warned(
         "quantiles of the data",
         lambda lab: [lab.data(), _OWN, f"--policy.normalization_mapping={_QUANTILES}"],
+        "exceed what the action tokens can say",
     ),
     _refused(
         "quantiles that are missing", _plain(f"--policy.normalization_mapping={_QUANTILES}"), "q01, q99", _OWN
@@ -329,7 +330,9 @@ SITUATIONS = [
     _right("renamed by the policy", lambda lab: [lab.renaming_policy(), lab.data(cameras=("front",))]),
     _right("named already", lambda lab: [lab.renaming_policy()]),
     _right("a camera too many", lambda lab: [lab.data(cameras=("top", "other"))]),
-    _right("masked camera", lambda lab: [lab.policy(cameras=2), "--allow_missing_cameras=true"]),
+    _warned(
+        "masked camera", lambda lab: [lab.policy(cameras=2), "--allow_missing_cameras=true"], SIDE, "missing"
+    ),
     _refused("missing camera", lambda lab: [lab.policy(cameras=2)], SIDE, "--allow_missing_cameras"),
     _refused(
         "no camera",
@@ -345,7 +348,7 @@ SITUATIONS = [
         "never be met",
         "epsilon_relative",
     ),
-    _refused("anchors of other statistics", other_statistics, "action", "statistics", "teacher"),
+    _refused("anchors of other statistics", other_statistics, "min of action[0]", "-2.2 in the policy"),
     _refused(
         "anchors of other chunks",
         lambda lab: [*craft_flags(lab.inputs.anchors), *_CHUNK_OF_4],
