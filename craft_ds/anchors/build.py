@@ -123,7 +123,7 @@ def build_anchor_cache(options: BuildOptions) -> bool:
 def _build(options: BuildOptions, output: Path) -> bool:
     directory = resolve_policy_path(options.policy_path)
     config = load_policy_config(directory)
-    check_craft_policy(config, f"the teacher --policy_path={options.policy_path}")
+    check_craft_policy(config, f"the teacher {options.policy_path}")
     check_action_steps(config)
     for old, new in (options.rename_map or {}).items():
         if new not in config.input_features:

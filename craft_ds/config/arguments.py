@@ -12,10 +12,8 @@ TRAIN_CONFIG_NAME = "train_config.json"  # the name that LeRobot gives it
 # Short forms of flags, with the fields that they set.
 _ALIASES = {"--engine": "--engine.name", "--ds_config": "--engine.ds_config", "--lora": "--lora.preset"}
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
-# Flags whose values are paths or words that the parser would read as YAML: there, `#` and `: ` have a
-# meaning, and `off` is false.
-_LITERAL_FLAGS = (
-    "--data_check",
+# Flags whose values are paths and which the parser would read as YAML, in which `#` and `: ` have a meaning.
+_PATH_FLAGS = (
     "--output_dir",
     "--dataset.root",
     "--craft.anchor_cache_dir",
@@ -69,13 +67,13 @@ def expand_home(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def quote_literals(arguments: Sequence[str]) -> list[str]:
-    """Return the flags with paths and words quoted, so that a YAML parser reads them as they are."""
+def quote_paths(arguments: Sequence[str]) -> list[str]:
+    """Return the flags with paths quoted, so that a YAML parser reads them as they are."""
     quoted = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
         special = not _PLAIN.fullmatch(value) or value.lower() in _YAML_BOOLEANS
-        literal = name in _LITERAL_FLAGS and value[:1] not in ("", '"', "'") and special
+        literal = name in _PATH_FLAGS and value[:1] not in ("", '"', "'") and special
         quoted.append(f"{name}={json.dumps(value)}" if equals and literal else argument)
     return quoted
 

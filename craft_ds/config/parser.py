@@ -12,11 +12,13 @@ import draccus
 import yaml
 from lerobot.configs import parser
 
-from craft_ds.config.arguments import normalise_arguments, quote_literals
+from craft_ds.config.arguments import normalise_arguments, quote_paths
 from craft_ds.config.secret_scan import redact
 from craft_ds.config.suggestions import suggestion
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.errors import UserError, exits_as_user_error, one_line
+
+_OFF = "--data_check=off"
 
 
 def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
@@ -29,7 +31,9 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         UserError: An unknown flag, a value that does not parse, or a configuration file that is missing or
             unreadable.
     """
-    sys.argv[1:] = quote_literals(normalise_arguments(arguments))
+    normal = quote_paths(normalise_arguments(arguments))
+    # Values are read as YAML, which takes an unquoted off for false.
+    sys.argv[1:] = [argument for argument in normal if argument != _OFF]
     config_path = parser.parse_arg("config_path")
     if config_path is not None:
         _check_config_file(Path(config_path))
@@ -58,6 +62,8 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
             message += suggestion(unknown[1])
         raise UserError(redact(message) + where) from error
     sys.argv[1:] = given
+    if _OFF in normal:
+        config.data_check = "off"
     return config
 
 

@@ -157,7 +157,7 @@ def test_renamed_cameras_and_missing_ones(report, tmp_path):
         ([], "--dataset_root is missing"),
         (["--dataset_root={none}"], "--dataset_root={none} holds no LeRobot data set"),
         (["--dataset_root={new}", "--dataset_repo_id=a", "--dataset_repo_id=b"], "2 times --dataset_repo_id"),
-        (["--dataset_root={new}", "--rename_map=top"], "--rename_map=top is not JSON"),
+        (["--dataset_root={new}", "--rename_map=top"], "--rename_map=top must be JSON"),
         (["--dataset_root={new}", "--samples=0"], "--data_report.samples=0 must be at least 1"),
         (["--dataset_root={new}", "--json={none}/a.json"], "--json={none}/a.json cannot be written"),
     ],
@@ -209,8 +209,7 @@ def test_every_start_prints_the_report(train, tmp_path):
 def test_nan_ends_the_run_with_one_line(refuses, data, tmp_path, key):
     edit_column(data, key, nan_at(33))
     line = refuses(tmp_path / "run", f"--dataset.root={data}")
-    assert f"data set craft-ds/test, {key}: 1 of 80 frames have NaN or Inf (episode 1 frame 13)" in line
-    assert "--data_check=warn trains nevertheless" in line
+    assert f"data set craft-ds/test, episode 1, frame 13: {key}[1] is nan" in line
 
 
 def test_errors_come_before_the_policy_is_built(refuses, data, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from torch.utils.data import default_collate
 
 from craft_ds.config.parser import parse_arguments
 from craft_ds.data.task_data import images_to_float, load_datasets
-from craft_ds.policies.loading import load_processors, policy_cameras
+from craft_ds.policies.loading import load_processors
 from craft_ds.testing.policies import make_test_policy_dir
 
 
@@ -24,7 +24,7 @@ def other_batches(inputs, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train_craft.py", *flags])
         run = parse_arguments(flags)
         run.validate()
-        dataset, _ = load_datasets(run, policy_cameras(config))
+        dataset, _ = load_datasets(run)
         preprocessor, _ = load_processors(config, policy_dir)
         return preprocessor(images_to_float(default_collate([dataset[frame] for frame in frames])))
 
