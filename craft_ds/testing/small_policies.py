@@ -1,24 +1,18 @@
 """Small random policies of LeRobot's other types, with processors, for tests and benchmarks.
 
 LeRobot fixes the sizes of pi0 and pi0.5 to PaliGemma's, and ACT and diffusion use torchvision's ResNet-18;
-`small_sizes` shrinks what their constructors build. Two optional packages are replaced by stand-ins where
-they are not installed: diffusers (noise schedule of the diffusion policy) and num2words (SmolVLM's processor,
-which uses it in chat prompts only).
+`small_sizes` shrinks what their constructors build.
 """
 
-import importlib.util
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
 import torchvision
-import transformers.models.smolvlm.processing_smolvlm as processing_smolvlm
-from lerobot.optim import schedulers
 from lerobot.policies.act import modeling_act
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.diffusion import modeling_diffusion
@@ -33,14 +27,12 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.processor import TokenizerProcessorStep
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedTokenizerFast,
     SmolVLMConfig,
     SmolVLMImageProcessor,
 )
 
-from craft_ds.policies import support
 from craft_ds.policies.replace_attribute import replace_attribute
 from craft_ds.policies.tiny_pi0_fast.tokenizers import TEXT_TOKENIZER, build_text_tokenizer
 from craft_ds.testing.policies import TASKS, features
@@ -191,18 +183,6 @@ def small_sizes() -> Iterator[None]:
             for name, value in replaced.items():
                 stack.enter_context(replace_attribute(module, name, value))
         stack.enter_context(replace_attribute(torchvision.models, "resnet18", _SmallResNet))
-        stack.enter_context(replace_attribute(support, "_PACKAGES", {}))
-        if importlib.util.find_spec("diffusers") is None:
-            stand_ins: tuple[tuple[ModuleType, str, Any], ...] = (
-                (modeling_diffusion, "require_package", lambda *_, **__: None),
-                (modeling_diffusion, "DDPMScheduler", StandInNoiseSchedule),
-                (schedulers, "require_package", lambda *_, **__: None),
-                (schedulers, "get_scheduler", _constant_rate),
-            )
-            for owner, name, value in stand_ins:
-                stack.enter_context(replace_attribute(owner, name, value))
-        if importlib.util.find_spec("num2words") is None:
-            stack.enter_context(replace_attribute(processing_smolvlm, "num2words", str))
         yield
 
 
@@ -235,39 +215,6 @@ def _small(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         return build(config=config)
 
     return shrunk
-
-
-class StandInNoiseSchedule:
-    """What the diffusion policy uses of diffusers' `DDPMScheduler`, with its cosine schedule."""
-
-    def __init__(self, num_train_timesteps: int, **_: Any):
-        self.config = SimpleNamespace(num_train_timesteps=num_train_timesteps)
-        self.timesteps = torch.arange(num_train_timesteps).flip(0)
-
-        def kept(time: float) -> float:
-            return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-
-        count = num_train_timesteps
-        steps = [1 - min(1 - kept((i + 1) / count) / kept(i / count), 0.999) for i in range(count)]
-        self._kept = torch.tensor(steps).cumprod(0)
-
-    def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the noisy samples at the given steps."""
-        kept = self._kept.to(original.device)[timesteps].reshape(-1, *[1] * (original.ndim - 1))
-        return kept.sqrt() * original + (1 - kept).sqrt() * noise
-
-    def set_timesteps(self, count: int) -> None:
-        """Choose the steps of generation."""
-        self.timesteps = torch.linspace(self.config.num_train_timesteps - 1, 0, count).long()
-
-    def step(self, prediction: Tensor, timestep: Tensor, sample: Tensor, **_: Any) -> SimpleNamespace:
-        """Return an estimate of the clean sample."""
-        kept = self._kept[int(timestep)]
-        return SimpleNamespace(prev_sample=(sample - (1 - kept).sqrt() * prediction) / kept.sqrt())
-
-
-def _constant_rate(*, optimizer: torch.optim.Optimizer, **_: Any) -> LambdaLR:
-    return LambdaLR(optimizer, lambda _: 1.0)
 
 
 @contextmanager
