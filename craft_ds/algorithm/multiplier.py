@@ -51,6 +51,11 @@ def ascend(multiplier: float, retention_loss: float, epsilon: float, config: Cra
     return max(0.0, min(config.lambda_max, multiplier + config.lambda_lr * (retention_loss - epsilon)))
 
 
+def is_step(value: object) -> bool:
+    """Return True for an integer that can count the steps of a run."""
+    return type(value) is int and 0 <= value < 1 << 62
+
+
 @dataclass(frozen=True)
 class RetentionRecord:
     """Record of one retention step; a row of `lambda_history.csv`.
@@ -91,8 +96,12 @@ class DualState:
         """Return plain Python values, readable by `torch.load(weights_only=True)`."""
         return {"multiplier": self.multiplier, "history": [asdict(record) for record in self.history]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state from `state_dict`.
+    def load_state_dict(self, state: dict[str, Any], lambda_max: float = math.inf) -> None:
+        """Restore a state from `state_dict`; λ is clipped to the present `lambda_max`.
+
+        Args:
+            state: From `state_dict`.
+            lambda_max: Upper bound of λ in the run that saved it.
 
         Raises:
             ValueError: The state is not one that a run can have.
@@ -106,7 +115,10 @@ class DualState:
             raise ValueError(
                 f"not a state of λ and its history: λ is {multiplier!r}, or a record has non-numbers"
             )
-        self.multiplier, self.history = multiplier, history
+        steps = [record.step for record in history]
+        if multiplier > lambda_max or steps != sorted({*steps}) or not all(is_step(step) for step in steps):
+            raise ValueError(f"λ is {multiplier!r} of at most {lambda_max!r}, or its history is out of order")
+        self.multiplier, self.history = min(multiplier, self.config.lambda_max), history
 
     def write_csv(self, path: Path) -> None:
         """Write `lambda_history.csv`: a header and one row per retention step."""

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from craft_ds.checkpoints.save import CRAFT_STATE, OPTIMIZER, SCHEDULER
@@ -11,6 +10,7 @@ from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError, one_line
 from craft_ds.lora.adapters import Adapters
 from craft_ds.tensor_io.per_rank_file import open_tensors
+from craft_ds.tensor_io.plain_values import read_plain_values
 from craft_ds.tensor_io.tensor_file import ReadRange
 
 
@@ -52,7 +52,7 @@ def read_states(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]
 
 def _read_state(path: Path, kind: Any) -> Any:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_plain_values(path)
     except Exception as error:  # torch.load passes on any error of its readers
         raise damaged_state(path, error) from error
     if not isinstance(state, kind):

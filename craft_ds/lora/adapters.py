@@ -19,6 +19,7 @@ from craft_ds.lora.peft_config import (
     make_peft_config,
     read_adapter_config,
 )
+from craft_ds.lora.targets import resolve_pattern
 from craft_ds.policies.loading import resolve_policy_path
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -158,10 +159,18 @@ def add_adapters(policy: nn.Module, config: peft.LoraConfig, base_sha256: str = 
     """
     policy.requires_grad_(False)
     modules_to_save = list(config.modules_to_save or [])
+    names = [name for name, _ in policy.named_modules()]
+    targets = resolve_pattern(config.target_modules, names, "target_modules")
+    if not targets:
+        raise UserError(f"--lora.target_modules={config.target_modules}: no module of the policy matches")
+    injected = dataclasses.replace(
+        config,
+        modules_to_save=None,
+        target_modules=targets,
+        exclude_modules=resolve_pattern(config.exclude_modules, names, "exclude_modules"),
+    )
     try:
-        peft.inject_adapter_in_model(
-            dataclasses.replace(config, modules_to_save=None), policy, low_cpu_mem_usage=True
-        )
+        peft.inject_adapter_in_model(injected, policy, low_cpu_mem_usage=True)
     except ValueError as error:
         raise UserError(f"--lora.target_modules={config.target_modules}: {one_line(error)}") from error
     for name, module in policy.named_modules():
@@ -174,10 +183,10 @@ def add_adapters(policy: nn.Module, config: peft.LoraConfig, base_sha256: str = 
                 "to train it, name it in --lora.modules_to_save"
             )
     tensors = policy.state_dict(keep_vars=True)
-    names = {id(tensor): name for name, tensor in tensors.items()}
+    parameters = {id(tensor): name for name, tensor in tensors.items()}
     # PEFT's names of the stored tensors.
     stored = peft.get_peft_model_state_dict(policy, state_dict=tensors, save_embedding_layers=False)
-    keys = {names[id(tensor)]: _PREFIX + key for key, tensor in stored.items()}
+    keys = {parameters[id(tensor)]: _PREFIX + key for key, tensor in stored.items()}
     for suffix in modules_to_save:
         keys |= _train_fully(policy, suffix)
     return Adapters(config, keys, base_sha256)

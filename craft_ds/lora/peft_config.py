@@ -40,6 +40,19 @@ def _is_pattern(value: Any) -> bool:
         return False
 
 
+def _is_plain_name(value: Any) -> bool:
+    """Return True for a name without wildcards: PEFT matches these by Python's `re`, without a time limit."""
+    return isinstance(value, str) and bool(re.fullmatch(r"[\w.]+", value))
+
+
+def _is_plain_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_plain_name, value))
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | set | tuple) else [value]
+
+
 # Fields of PEFT's configuration that change neither shapes nor products, or that are supported here.
 _KNOWN = {
     "alpha_pattern",
@@ -73,8 +86,9 @@ _VALUES: dict[str, Callable[[Any], bool]] = {
     "target_modules": lambda value: value is None or _is_pattern(value) or _are_names(value),
     "exclude_modules": lambda value: value is None or _is_pattern(value) or _are_names(value),
     "modules_to_save": lambda value: value is None or _are_names(value),
-    "rank_pattern": lambda value: isinstance(value, dict) and all(map(_is_rank, value.values())),
-    "alpha_pattern": lambda value: isinstance(value, dict) and all(map(_is_finite_number, value.values())),
+    "rank_pattern": lambda value: _is_plain_map(value) and all(map(_is_rank, value.values())),
+    "alpha_pattern": lambda value: _is_plain_map(value) and all(map(_is_finite_number, value.values())),
+    "layers_pattern": lambda value: value is None or all(map(_is_plain_name, _listed(value))),
     "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
 }
 # Fields that stored adapters and flags must agree on, with their flags.

@@ -1,14 +1,19 @@
-"""Presets of the layers that get adapters, by policy type."""
+"""Layers that get adapters: presets by policy type, and the names that a pattern matches."""
 
+import time
+from collections.abc import Sequence
 from functools import singledispatch
 
+import regex
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
-from craft_ds.errors import UserError
+from craft_ds.errors import UserError, one_line
 from craft_ds.policies.lerobot_internals import default_peft_targets
 
 DEFAULT = "default"
+_LONGEST_MATCH_S = 10.0
+_ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 _ATTENTION = r"self_attn\.[qkvo]_proj"
 _ATTENTION_MLP = rf"({_ATTENTION}|mlp\.(gate|up|down)_proj)"
 _DECODER = r".*\.language_model\.layers\.\d+\."
@@ -60,3 +65,35 @@ def describe_targets(config: PreTrainedConfig, targets: set[str] | list[str] | s
     """Return the name of the preset with these targets, else the targets."""
     names = [name for name, known in lora_presets(config).items() if known == targets and name != DEFAULT]
     return names[0] if names else repr(sorted(targets) if isinstance(targets, set) else targets)
+
+
+def resolve_pattern(
+    targets: set[str] | list[str] | str | None, names: Sequence[str], field: str
+) -> list[str] | str | None:
+    """Replace a regular expression by the names of modules that it matches, within a time limit.
+
+    An expression from a file may take forever to match; Python's own module has no limit.
+
+    Args:
+        targets: An expression, or suffixes of names.
+        names: Names of all modules of the policy.
+        field: PEFT's name of the targets, for the error message.
+
+    Raises:
+        UserError: It does not compile or takes too long.
+    """
+    if targets is None or targets == _ALL_LINEAR:
+        return targets
+    if not isinstance(targets, str):
+        return sorted(targets)
+    shown = targets if len(targets) <= 100 else f"{targets[:100]}…"
+    end = time.monotonic() + _LONGEST_MATCH_S
+    try:
+        pattern = regex.compile(targets)
+        return [name for name in names if pattern.fullmatch(name, timeout=max(end - time.monotonic(), 0.01))]
+    except regex.error as error:
+        raise UserError(f"--lora.{field}={shown}: {one_line(error)}") from error
+    except TimeoutError as error:
+        raise UserError(
+            f"--lora.{field}={shown} takes more than {_LONGEST_MATCH_S:g} s to match: name the layers instead"
+        ) from error

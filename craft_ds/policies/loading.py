@@ -32,7 +32,7 @@ from craft_ds.policies.directory import (
 )
 from craft_ds.policies.lerobot_internals import check_internals
 from craft_ds.policies.meta_init import build_on_meta, materialize_
-from craft_ds.policies.remote_code import check_step, check_tokenizer
+from craft_ds.policies.remote_code import NAMES, check_policy_type, check_step, check_tokenizer
 from craft_ds.policies.tiny_pi0_fast.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
 from craft_ds.policies.weights import WEIGHTS_INDEX, WeightReader, is_per_rank, unique_tensors, weight_files
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
@@ -88,7 +88,7 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory / CONFIG} is missing: '{path}' is not a policy directory")
     overrides = cli_overrides or []
-    read_config(directory)
+    check_policy_type(read_config(directory).get("type"), directory / CONFIG)
     try:
         with exits_as_user_error():
             config = PreTrainedConfig.from_pretrained(directory, cli_overrides=overrides)
@@ -116,7 +116,7 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
 
 
 def _check_tokenizers(config: PreTrainedConfig, named_in: Path | str = "the policy's configuration") -> None:
-    for field in ("text_tokenizer_name", "action_tokenizer_name"):
+    for field in NAMES:
         if name := getattr(config, field, None):
             check_tokenizer(name, named_in)
 
@@ -270,7 +270,7 @@ def _check_steps(file: Path, overrides: dict[str, dict[str, Any]]) -> set[str]:
         name = str(step.get("registry_name"))
         names.add(name)
         for field, value in (step.get("config", {}) | overrides.get(name, {})).items():
-            if field.endswith("tokenizer_name") and value:
+            if field in NAMES and value:
                 check_tokenizer(str(value), file)
     return names
 

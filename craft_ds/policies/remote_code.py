@@ -1,7 +1,8 @@
 """Protection from policy directories that would make this process run code from their files.
 
 LeRobot imports any class that a processor's file names, and lets transformers run the Python files beside a
-tokenizer. A downloaded policy should not be able to run a program.
+tokenizer. Some of its policies and processor steps load further models that the files name. A downloaded
+policy should not be able to run a program: what is not listed here as harmless is refused.
 """
 
 import os
@@ -9,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lerobot.processor import ProcessorStep
+import transformers.dynamic_module_utils
+from lerobot.configs import PreTrainedConfig
+from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 
 from craft_ds.errors import UserError
 from craft_ds.tensor_io.safe_json import read_object
@@ -18,20 +21,93 @@ TRUST_VARIABLE = "CRAFT_DS_TRUST_REMOTE_CODE"
 # Hub repositories of FAST tokenizers contain code; PaliGemma's and SmolVLM's (HuggingFaceTB) do not.
 _TRUSTED_OWNERS = ("google", "HuggingFaceTB", "lerobot", "physical-intelligence")
 _OWN_PROCESSOR = "FastActionProcessor"
+# LeRobot's policies whose constructors load nothing but what `NAMES` names.
+_POLICIES = ("act", "diffusion", "pi0", "pi05", "pi0_fast", "smolvla", "tdmpc", "vqbet")
+# Fields of their configurations, and of the steps below, that name a folder or a hub repository.
+NAMES = (
+    "text_tokenizer_name",
+    "action_tokenizer_name",
+    "tokenizer_name",
+    "paligemma_tokenizer_name",
+    "vlm_model_name",
+)
+# LeRobot's steps that compute with numbers and texts, or load a tokenizer that `NAMES` names.
+_STEPS = (
+    "absolute_actions_processor",
+    "action_tokenizer_processor",
+    "device_processor",
+    "evo1_action_processor",
+    "evo1_pad_action_processor",
+    "evo1_pad_state_processor",
+    "normalizer_processor",
+    "numpy2torch_action_processor",
+    "observation_processor",
+    "pi05_prepare_state_tokenizer_processor_step",
+    "pi0_fast_prepare_state_tokenizer_processor_step",
+    "pi0_new_line_processor",
+    "relative_actions_processor",
+    "rename_observations_processor",
+    "smolvla_new_line_processor",
+    "to_batch_processor",
+    "to_batch_processor_action",
+    "to_batch_processor_complementary_data",
+    "to_batch_processor_observation",
+    "tokenizer_processor",
+    "torch2numpy_action_processor",
+    "unnormalizer_processor",
+    "xvla_add_domain_id",
+    "xvla_image_scale",
+    "xvla_image_to_float",
+    "xvla_imagenet_normalize",
+    "xvla_rotation_6d_to_axis_angle",
+)
+
+# transformers would ask on the terminal whether to run code, and wait; this makes it an error.
+transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+
+
+def is_trusted() -> bool:
+    """Return True if the user trusts the code of all policies (`CRAFT_DS_TRUST_REMOTE_CODE=1`)."""
+    return os.environ.get(TRUST_VARIABLE) == "1"
+
+
+def check_policy_type(name: object, file: Path) -> None:
+    """Check that building a policy of this type loads nothing that its configuration could choose.
+
+    A policy that the user has registered is the user's own code.
+
+    Args:
+        name: The type in the configuration.
+        file: The configuration, for the error message.
+
+    Raises:
+        UserError: The type is one of LeRobot's others, which may run code from the hub.
+    """
+    known = PreTrainedConfig.get_known_choices()
+    if is_trusted() or name not in known:  # LeRobot refuses unknown types
+        return
+    if name not in _POLICIES and known[name].__module__.startswith("lerobot."):
+        raise UserError(_complaint(f"a policy of type {name} ({file}) may load and run code from the hub"))
 
 
 def check_step(step: dict[str, Any], file: Path) -> None:
-    """Check that the class of a processor step is already imported.
+    """Check that a processor step is harmless, or of a class that the user has already imported.
 
     Args:
         step: The entry of the step in the file.
         file: The file, for the error message.
 
     Raises:
-        UserError: The entry would import a module, or call something that is not a processor step.
+        UserError: The step may load and run code, would import a module, or is not a processor step.
     """
     if "registry_name" in step:
-        return  # LeRobot accepts the names of its own registry only
+        name = str(step["registry_name"])
+        registered = name in ProcessorStepRegistry.list()  # LeRobot refuses the others
+        if is_trusted() or not registered or name in _STEPS:
+            return
+        if ProcessorStepRegistry.get(name).__module__.startswith("lerobot."):
+            raise UserError(_complaint(f"the step {name} of {file} may load and run code"))
+        return
     module, _, name = str(step.get("class")).rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     if not (isinstance(found, type) and issubclass(found, ProcessorStep)):
@@ -54,7 +130,7 @@ def check_tokenizer(name: str, named_in: Path | str) -> None:
         UserError: It contains code, is not from the publishers of pi0_fast's tokenizers, and the environment
             does not allow it; or its folder cannot be read safely.
     """
-    if os.environ.get(TRUST_VARIABLE) == "1":
+    if is_trusted():
         return
     folder = Path(name)
     if not folder.is_dir():

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,13 @@ from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.coverage import coverage_warnings
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.anchors.vision import check_frozen_tower
-from craft_ds.checkpoints import BackgroundSaver, load_optimizer, read_states, verify_checkpoint
+from craft_ds.checkpoints import (
+    BackgroundSaver,
+    load_optimizer,
+    read_manifest,
+    read_states,
+    verify_checkpoint,
+)
 from craft_ds.checkpoints.load import damaged_state
 from craft_ds.checkpoints.run_directory import complete_checkpoints, move_aside
 from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
@@ -230,11 +237,13 @@ class _Saved(NamedTuple):
         config: The configuration of the run that wrote it.
         scheduler: State of the learning-rate schedule; None: there was none.
         craft: Content of `craft_state.pt`.
+        step: Steps done, of the manifest.
     """
 
     config: dict[str, Any]
     scheduler: dict[str, Any] | None
     craft: dict[str, Any]
+    step: int
 
 
 @fail_together
@@ -243,7 +252,7 @@ def _read_saved(config: TrainConfig) -> _Saved:
     path = config.checkpoint_path / TRAIN_CONFIG_NAME
     scheduler, craft = read_states(config.checkpoint_path)
     try:
-        return _Saved(read_object(path), scheduler, craft)
+        return _Saved(read_object(path), scheduler, craft, read_manifest(config.checkpoint_path)["step"])
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error})") from error
 
@@ -273,7 +282,12 @@ def _build_state(
     if saved is not None:
         path = config.checkpoint_path
         try:
-            state.load_state_dict(saved.craft)
+            craft = saved.config["craft"]
+            state.load_state_dict(saved.craft, craft["lambda_max"] if craft["enabled"] else math.inf)
+            if state.progress.step != saved.step:
+                raise ValueError(
+                    f"it is of step {state.progress.step}, but the checkpoint of step {saved.step}"
+                )
         except (KeyError, TypeError, ValueError) as error:
             raise damaged_state(path / CRAFT_STATE, error) from error
         if state.dataset_samples != samples:

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from craft_ds.algorithm.multiplier import DualState
+from craft_ds.algorithm.multiplier import DualState, is_step
 from craft_ds.training.train_step import StepResult
 
 
@@ -92,8 +92,14 @@ class Progress:
         progress = cls(**state)
         for name, value in asdict(cls()).items():
             found = getattr(progress, name)
-            if type(found) is not type(value) or (isinstance(found, int) and found < 0):
+            if type(found) is not type(value) or (isinstance(found, int) and not is_step(found)):
                 raise ValueError(f"{name}={found!r}")
+        numbers = [*progress.losses, *progress.latest.values()]
+        counts = all(map(is_step, progress.asked))
+        if not (counts and all(type(number) in (int, float) for number in numbers)):
+            raise ValueError("its lists do not hold numbers")
+        if not progress.skipped_in_a_row <= progress.skipped <= progress.step:
+            raise ValueError(f"skipped={progress.skipped} of {progress.step} steps")
         return progress
 
 
@@ -125,8 +131,12 @@ class TrainState:
             "dataset_fingerprint": dict(self.dataset_fingerprint),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], lambda_max: float = math.inf) -> None:
         """Take over the state that `state_dict` described.
+
+        Args:
+            state: From `state_dict`.
+            lambda_max: Upper bound of λ in the run that saved it.
 
         Raises:
             KeyError: An entry is missing.
@@ -135,7 +145,7 @@ class TrainState:
         """
         self.progress = Progress.from_state_dict(state["progress"])
         self.dataset_samples = int(state["dataset_samples"])
-        self.dual.load_state_dict(state)
+        self.dual.load_state_dict(state, lambda_max)
         run_ids = state.get("tracker_run_ids")
         if run_ids is None:  # before `--log_to`, only wandb's was stored
             run_ids = {"wandb": state["wandb_run_id"]} if state.get("wandb_run_id") else {}

@@ -1,6 +1,7 @@
 """Foreign pickles and programs never run: checked in the package's source, and by planting live ones."""
 
 import ast
+import importlib
 import json
 import os
 import pickle
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from file_damage import refused, seal, verify_checkpoint
+from lerobot.configs import PreTrainedConfig
+from lerobot.processor import IdentityProcessorStep, ProcessorStepRegistry
+from transformers import AutoTokenizer
 
 from craft_ds.anchors.cache import file_sha256
 from craft_ds.config.parser import parse_arguments
-from craft_ds.policies import remote_code
+from craft_ds.policies import loading, remote_code
 from craft_ds.policies.loading import (
     build_policy,
     load_policy_config,
@@ -305,3 +309,82 @@ def test_a_hub_tokenizer_of_an_unknown_owner(policy):
             policy / "config.json", lambda content, o=owner: content.update(action_tokenizer_name=f"{o}/fast")
         )
         assert load_policy_config(policy).action_tokenizer_name == f"{owner}/fast"
+
+
+# --- what LeRobot's own classes would load ----------------------------------------------------------------
+
+LOADS_MORE = {
+    "reward_classifier_processor": {"pretrained_path": "{evil}", "device": "cpu"},
+    "add_teleop_action_as_info": {"teleop_device": "{evil}"},
+    "gripper_penalty_processor": {},
+    "image_crop_resize_processor": {"crop_params_dict": {}},
+    "groot_n1_7_vlm_encode_v1": {"model_name": "{evil}"},
+    "eo1_qwen_processor": {"processor_name": "{evil}"},
+    "molmoact2_pack_inputs": {"checkpoint_path": "{evil}"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(LOADS_MORE))
+@pytest.mark.parametrize("file", ["policy_preprocessor.json", "policy_postprocessor.json"])
+def test_a_step_that_loads_another_model(refuses, policy, tmp_path, monkeypatch, name, file):
+    for module in ("groot.processor_groot", "eo1.processor_eo1", "molmoact2.processor_molmoact2"):
+        importlib.import_module(f"lerobot.policies.{module}")  # registers its steps
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    config = {key: str(value).replace("{evil}", str(evil)) for key, value in LOADS_MORE[name].items()}
+    step = {"registry_name": name, "config": config}
+    edit(policy / file, lambda content: content["steps"].append(step))
+    built = []
+    monkeypatch.setattr(ProcessorStepRegistry.get(name), "__init__", lambda *_, **__: built.append(1))
+    line = refuses(tmp_path / "run", f"--policy.path={policy}")
+    assert name in line
+    assert remote_code.TRUST_VARIABLE in line
+    assert not built
+
+
+@pytest.mark.parametrize(
+    "kind", ["gaussian_actor", "groot", "wall_x", "eo1", "vla_jepa", "xvla", "molmoact2"]
+)
+def test_a_policy_type_that_loads_another_model(refuses, policy, tmp_path, kind):
+    edit(policy / "config.json", lambda content: content.update(type=kind))
+    line = refuses(tmp_path / "run", f"--policy.path={policy}")
+    assert f"a policy of type {kind}" in line
+    assert remote_code.TRUST_VARIABLE in line
+
+
+def test_types_and_steps_that_are_allowed_exist():
+    assert set(remote_code._POLICIES) <= set(PreTrainedConfig.get_known_choices())
+    for module in ("evo1.processor_evo1", "xvla.processor_xvla", "pi05.processor_pi05"):
+        importlib.import_module(f"lerobot.policies.{module}")
+    assert set(remote_code._STEPS) <= set(ProcessorStepRegistry.list())
+
+
+def test_a_step_and_a_policy_of_the_user_are_allowed(tmp_path):
+    @ProcessorStepRegistry.register("my_step")
+    class MyStep(IdentityProcessorStep):
+        pass
+
+    remote_code.check_step({"registry_name": "my_step"}, tmp_path)
+    remote_code.check_policy_type("tiny_pi0_fast", tmp_path)
+    ProcessorStepRegistry.unregister("my_step")
+
+
+@pytest.mark.parametrize("field", remote_code.NAMES)
+def test_every_name_in_a_configuration_is_checked(with_code, field):
+    class Config:
+        pass
+
+    config = Config()
+    setattr(config, field, str(with_code / "action_tokenizer"))
+    assert "processor_config.json" in refused(lambda: loading._check_tokenizers(config))
+
+
+def test_transformers_never_asks_on_the_terminal(tmp_path, marker, monkeypatch):
+    """A tokenizer with code is an error for transformers itself, which would otherwise ask for 15 s."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+    program = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "EvilTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(program))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoTokenizer.from_pretrained(tmp_path)
+    assert not marker.exists()

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shutil
+import time
 
 import peft
 import pytest
@@ -12,8 +14,10 @@ from torch import nn
 
 from craft_ds.config.configs import LoraConfig
 from craft_ds.errors import UserError
+from craft_ds.lora import targets as targets_module
 from craft_ds.lora.adapters import add_adapters, plan_adapters, plan_stored_adapters
 from craft_ds.lora.peft_config import make_peft_config
+from craft_ds.lora.targets import resolve_pattern
 from craft_ds.lora.weights import AdaptedWeights, load_trained_policy
 from craft_ds.policies.loading import build_policy, load_policy, load_policy_config
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastPolicy
@@ -309,3 +313,28 @@ def test_frozen_layers_are_the_policys_own(policy_dir):
     add_adapters(policy, plan.config)
     assert before <= {id(p) for p in policy.parameters()}
     assert all(isinstance(m, nn.Linear) for n, m in policy.named_modules() if n.endswith(".base_layer"))
+
+
+# --- patterns ---------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_has_the_names_that_python_matches():
+    names = [
+        f"model.language_model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp")
+    ]
+    for pattern in (r".*\.q_proj", r".*layers\.[12]\..*", r"(.*mlp|.*\.k_proj)", "nothing"):
+        expected = [name for name in names if re.fullmatch(pattern, name)]
+        assert resolve_pattern(pattern, names, "target_modules") == expected
+    assert resolve_pattern(["q_proj"], names, "target_modules") == ["q_proj"]
+    assert resolve_pattern(None, names, "exclude_modules") is None
+    assert resolve_pattern("all-linear", names, "target_modules") == "all-linear"
+
+
+@pytest.mark.parametrize("pattern", [r"(a|aa)+", r"(?:a|a|a)*[^a]!", r"((\w)+\2)*z.", "(" * 3])
+def test_a_pattern_that_never_ends_is_refused(monkeypatch, pattern):
+    monkeypatch.setattr(targets_module, "_LONGEST_MATCH_S", 0.2)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"--lora.target_modules=") as raised:
+        resolve_pattern(pattern, ["a" * 45 + "zz!"] * 100, "target_modules")
+    assert time.monotonic() - started < 60
+    assert "\n" not in str(raised.value)

@@ -124,3 +124,50 @@ def test_malformed_tracker_run_ids_are_refused(progress, odd):
     state = TrainState(progress, DualState(CraftConfig()), 40)
     with pytest.raises(ValueError, match="tracker_run_ids"):
         state.load_state_dict(state.state_dict() | {"tracker_run_ids": odd})
+
+
+def saved_state(progress):
+    progress.advance(applied(2.0), retention=True)
+    return TrainState(progress, DualState(CraftConfig()), 40).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("multiplier",), 10.5),
+        (("multiplier",), float("inf")),
+        (("multiplier",), -1.0),
+        (("progress", "step"), 1 << 70),
+        (("progress", "samples_seen"), -1),
+        (("progress", "skipped"), 5),
+        (("progress", "skipped_in_a_row"), 1),
+        (("progress", "asked"), [2, "1", 0]),
+        (("progress", "losses"), ["a"]),
+        (("progress", "latest"), {"craft/lambda": [1]}),
+    ],
+)
+def test_values_that_no_run_has_are_refused(progress, path, value):
+    saved = saved_state(progress)
+    entry = saved
+    for name in path[:-1]:
+        entry = entry[name]
+    entry[path[-1]] = value
+    with pytest.raises((ValueError, TypeError)):
+        TrainState(Progress(), DualState(CraftConfig())).load_state_dict(saved, lambda_max=10.0)
+
+
+@pytest.mark.parametrize("steps", [[2, 1], [1, 1], [-1], [1.5], [1 << 63]])
+def test_a_history_out_of_order_is_refused(progress, steps):
+    saved = saved_state(progress)
+    record = {"lambda_": 1.0, "epsilon": 0.5, "retention_loss": 0.6, "conflict": False, "cos": 0.0}
+    record |= {"retention_weight": 1.0, "dot": 0.0}
+    saved["history"] = [{"step": step, **record} for step in steps]
+    with pytest.raises(ValueError, match=r"λ|history"):
+        TrainState(Progress(), DualState(CraftConfig())).load_state_dict(saved)
+
+
+def test_a_lower_bound_of_lambda_clips_it(progress):
+    saved = saved_state(progress) | {"multiplier": 8.0}
+    state = TrainState(Progress(), DualState(CraftConfig(lambda_max=5.0)))
+    state.load_state_dict(saved, lambda_max=10.0)
+    assert state.dual.multiplier == 5.0
