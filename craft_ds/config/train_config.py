@@ -168,6 +168,12 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             name: value for name, value in flat(self.to_dict()).items() if not name.startswith("policy.")
         }
         refuse_unsupported(plain, defaults, given, from_file=not self.resume)
+        craft = sorted(name for name in given if name.startswith("craft."))
+        if craft and not self.craft.enabled and "craft.enabled" not in given and not self.resume:
+            raise UserError(
+                f"--{craft[0]} has no effect without --craft.enabled=true: add it, or set "
+                "--craft.enabled=false for the baseline"
+            )
         if not self.dataset.use_imagenet_stats and self.normalization == "policy":
             raise UserError(
                 "--dataset.use_imagenet_stats=false has no effect with the policy's statistics: omit it, or "

@@ -94,7 +94,8 @@ def _frames(run: dict[str, Any], checkpoint: Path, config: PreTrainedConfig) -> 
         raise UserError(f"data set {repo_id} is not on this machine")
     changes = policy_changes(config, config, rename_map=run["rename_map"])  # older checkpoints lack it
     preprocessor, _ = load_processors(config, checkpoint, changes=changes)
-    dataset = NamedSamples(open_dataset(repo_id, root, config, preprocessor))
+    masked = run.get("allow_missing_cameras", False)
+    dataset = NamedSamples(open_dataset(repo_id, root, config, preprocessor, masked))
 
     def read(rows: list[int]) -> Batch:
         return preprocessor(images_to_float(lerobot_collate_fn([dataset[row] for row in rows])))

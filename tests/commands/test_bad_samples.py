@@ -21,7 +21,9 @@ from craft_ds.testing.launch_ranks import run_ranks
 
 FRAMES, CHUNK = 20, 8
 RUN = ["--steps=6", "--save_freq=2", "--seed=7"]
-SKIP = [*RUN, "--on_bad_sample=skip"]
+# In 80 frames one outlier is more than a hundredth, at which the data report stops.
+FEW = "--data_report.far_error=0.1"
+SKIP = [*RUN, "--on_bad_sample=skip", FEW]
 
 
 def with_workers(count: int) -> list[str]:
@@ -114,7 +116,7 @@ def test_a_larger_outlier_factor_admits_a_value(train, refuses, inputs, tmp_path
     damage(root, "state in degrees", 2, 13)
     assert "frame 13: observation.state[0] is 90, far" in refuses(tmp_path / "no", f"--dataset.root={root}")
     for number, factor in enumerate((200, 0)):
-        flags = [f"--dataset.root={root}", f"--outlier_factor={factor}", "--steps=1"]
+        flags = [f"--dataset.root={root}", f"--outlier_factor={factor}", "--steps=1", FEW]
         assert train(tmp_path / f"run{number}", *flags).status == 0
 
 

@@ -152,7 +152,7 @@ def test_the_start_says_what_is_held_out(train, tmp_path):
     )
     ended = train(tmp_path / "asked", "--eval_freq=4", "--steps=1", "--dataset.eval_split=0.25")
     assert "held out (episode 3" in ended.output
-    assert "warning" not in ended.output
+    assert "are held out for" not in ended.output
 
 
 # --- unusual, but right -----------------------------------------------------------------------------------

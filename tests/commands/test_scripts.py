@@ -58,10 +58,18 @@ def test_export_of_a_non_checkpoint_is_one_line(inputs, tmp_path):
 def test_the_dry_run_goes_through_every_command(tmp_path):
     ended = run(["bash", SCRIPTS / "train_craft_dryrun.sh"], tmp_path, TMPDIR=str(tmp_path))
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    said = ("✓ data set", "✓ policy", "✓ anchors", "✓ forward pass", "✓ backward pass", "✓ optimizer step")
-    assert [line[:30].split(":")[0] for line in ended.stdout.splitlines() if line.startswith("✓")] == list(
-        said
+    parts = (
+        "data set",
+        "policy",
+        "anchors",
+        "data report",
+        "forward pass",
+        "backward pass",
+        "optimizer step",
     )
+    said = [line for line in ended.stdout.splitlines() if line.startswith("✓")]
+    assert len(said) == len(parts)
+    assert all(line.startswith(f"✓ {part}") for line, part in zip(said, parts, strict=True))
     assert "Step 3/3 | loss=" in ended.stdout
     assert "exported" in ended.stdout
     assert ended.stdout.endswith("dry run passed\n")

@@ -143,6 +143,8 @@ def test_features_of_another_tower(refuses, craft_flags, inputs, tmp_path):
     assert "--craft.vision_features=true" in line
 
 
-def test_without_craft_the_flag_means_nothing(train, inputs, tmp_path):
-    ended = train(tmp_path / "run", "--craft.vision_features=true", "--steps=1")
-    assert ended.status == 0, ended.errors
+def test_without_craft_the_flag_has_no_effect(refuses, train, tmp_path):
+    line = refuses(tmp_path / "run", "--craft.vision_features=true")
+    assert "--craft.vision_features has no effect without --craft.enabled=true" in line
+    off = ["--craft.vision_features=true", "--craft.enabled=false", "--steps=1"]
+    assert train(tmp_path / "run", *off).status == 0

@@ -116,6 +116,7 @@ def test_every_flag_of_lerobot_is_honoured_or_refused():
         ("--policy.n_obs_steps=2", "omit it"),
         ("--policy.action_expert_variant=gemma_2b", "omit it"),
         ("--dataset.use_imagenet_stats=false", "--normalization=dataset"),
+        ("--craft.lambda_lr=0.1", "--craft.enabled=true"),
     ],
 )
 def test_a_flag_without_an_effect_is_refused(inputs, tmp_path, flag, instead):
