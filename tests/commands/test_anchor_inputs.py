@@ -11,6 +11,8 @@ from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.cache import METADATA_FILE
 from craft_ds.testing.datasets import edit_metadata, make_test_dataset
 
+pytestmark = pytest.mark.slow
+
 NORMALIZER = "policy_preprocessor_step_3_normalizer_processor.safetensors"
 
 

@@ -19,6 +19,8 @@ from craft_ds.data.task_data import StepSampler
 from craft_ds.testing.damaged_samples import damage
 from craft_ds.testing.launch_ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 FRAMES, CHUNK = 20, 8
 RUN = ["--steps=6", "--save_freq=2", "--seed=7"]
 # In 80 frames one outlier is more than a hundredth, at which the data report stops.

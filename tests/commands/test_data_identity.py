@@ -14,6 +14,8 @@ from craft_ds.testing.checkpoints import renew_manifest
 from craft_ds.testing.datasets import TASK_TEXTS, make_test_dataset
 from craft_ds.testing.policies import make_test_policy_dir
 
+pytestmark = pytest.mark.slow
+
 RUN = ["--steps=4", "--save_freq=2"]
 
 

@@ -17,6 +17,8 @@ from craft_ds.worlds import teacher_directory
 from craft_ds.worlds.demonstrations import write_demonstrations
 from craft_ds.worlds.recording import Recipe
 
+pytestmark = pytest.mark.slow
+
 STATE, ACTION = "observation.state", "action"
 
 
@@ -179,7 +181,6 @@ def test_demonstrations_of_the_blocks_fit_their_teacher(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "ok: no errors, 0 warnings"
 
 
-@pytest.mark.slow
 def test_demonstrations_of_metaworld_fit_their_teacher(metaworld, tmp_path, capsys):
     recipe = Recipe("metaworld", episodes_per_task=1)
     old, new = write_demonstrations(recipe, tmp_path / "metaworld", processes=1)

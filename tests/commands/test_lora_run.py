@@ -20,6 +20,8 @@ from craft_ds.policies.pi0_fast.generation import action_chunk
 from craft_ds.testing.checkpoints import renew_manifest
 from craft_ds.testing.policies import random_batch
 
+pytestmark = pytest.mark.slow
+
 LORA = ["--lora=preset", "--lora.rank=4", "--policy.optimizer_lr=0.01", "--policy.scheduler_warmup_steps=0"]
 
 

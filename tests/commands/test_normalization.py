@@ -21,6 +21,8 @@ from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.testing.perfect_tokens import decode_perfect_tokens
 from craft_ds.testing.policies import make_test_policy_dir
 
+pytestmark = pytest.mark.slow
+
 FRONT = '{"observation.images.front": "observation.images.top"}'
 
 
@@ -68,7 +70,6 @@ def test_the_statistics_cannot_change_within_a_run(train, tmp_path):
     assert "--normalization=dataset, but the checkpoint was trained with policy" in ended.errors
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_save_what_one_does(train, inputs, degrees, tmp_path):
     flags = [f"--dataset.root={degrees}", "--normalization=dataset", "--steps=2", f"--rename_map={FRONT}"]

@@ -26,6 +26,8 @@ from craft_ds.testing.small_policies import (
     small_sizes,
 )
 
+pytestmark = pytest.mark.slow
+
 PINNED = {"act": ["--policy.kl_weight=0.0", "--policy.use_vae=true"]}
 ENGINES = {"fsdp": ["--engine=fsdp"], "zero2": ["--ds_config=zero2"], "zero3": ["--ds_config=zero3"]}
 SAVING = ["--batch_size=4", "--save_freq=2"]
@@ -100,7 +102,6 @@ def three_ranks(inputs, single, tmp_path_factory):
     return scratch, run_on_ranks(commands, scratch, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", OTHER_POLICIES)
@@ -116,7 +117,6 @@ def test_two_ranks_have_the_losses_of_one_process(single, two_ranks, name, engin
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", OTHER_POLICIES)
 def test_three_ranks_with_unequal_batches_resume_one_process(single, three_ranks, name):
@@ -129,7 +129,6 @@ def test_three_ranks_with_unequal_batches_resume_one_process(single, three_ranks
         assert torch.allclose(found[key].float(), tensor.float(), atol=2e-4), key
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
 def test_craft_with_another_policy_ends_all_ranks(two_ranks, engine):
@@ -142,7 +141,6 @@ def test_craft_with_another_policy_ends_all_ranks(two_ranks, engine):
     assert not (scratch / f"craft_{engine}").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_running_statistics_are_averaged_over_ranks(single, two_ranks):
     """The first mean of 2 samples in one process is the average of those of 1 sample on each rank."""
@@ -156,7 +154,6 @@ def test_running_statistics_are_averaged_over_ranks(single, two_ranks):
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_POLICIES)
 def test_a_resumed_run_has_the_same_bits(inputs, others, train, tmp_path, name):
     """With the policy's own random draws, dropout included."""
@@ -172,7 +169,6 @@ def test_a_resumed_run_has_the_same_bits(inputs, others, train, tmp_path, name):
     assert_same_bits(run / "final", unbroken / "final")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_POLICIES)
 def test_stock_lerobot_loads_what_was_trained(single, others, name):
     final = single / name / "final"

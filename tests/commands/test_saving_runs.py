@@ -14,6 +14,8 @@ from craft_ds.checkpoints import verify_checkpoint
 from craft_ds.checkpoints.save import PendingCheckpoint
 from craft_ds.export.export import export_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def disk_full_at_step_2(monkeypatch):

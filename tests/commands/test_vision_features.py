@@ -13,6 +13,8 @@ from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.policies.pi0_fast.vision import vision_tower
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ["--craft.vision_features=true", "--eval_freq=2", "--dataset.eval_split=0.25"]
 
 

@@ -20,6 +20,8 @@ from craft_ds.policies.statistics import check_statistics
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastConfig
 from craft_ds.policies.weights import WeightReader
 
+pytestmark = pytest.mark.slow
+
 # A value for each field that another value of its type would not do for.
 VALUES = {
     "chunk_size": "4 --policy.n_action_steps=4",

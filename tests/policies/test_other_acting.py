@@ -13,6 +13,8 @@ from craft_ds.policies.token_loss import PolicyWithLoss, token_loss
 from craft_ds.policies.weights import WeightReader
 from craft_ds.testing.small_policies import OTHER_POLICIES, make_small_policy_dir, pinned_draws, small_sizes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def group(monkeypatch):
