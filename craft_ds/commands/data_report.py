@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from craft_ds.config.arguments import parse_rename_map
-from craft_ds.config.configs import DataReportConfig
+from craft_ds.config.data_report import DataReportConfig
 from craft_ds.config.describe import field_documents, first_sentence
 from craft_ds.errors import UserError
 

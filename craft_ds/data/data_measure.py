@@ -24,7 +24,7 @@ from lerobot.processor import (
 )
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from craft_ds.config.configs import DataReportConfig
+from craft_ds.config.data_report import DataReportConfig
 from craft_ds.data.data_report import CameraReport, DataReport, DimensionReport, FieldReport
 from craft_ds.data.image_samples import sample_images
 from craft_ds.data.lerobot_dataset import camera_keys

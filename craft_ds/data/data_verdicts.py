@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from lerobot.utils.constants import ACTION
 
-from craft_ds.config.configs import DataCheck, DataReportConfig
+from craft_ds.config.configs import DataCheck
+from craft_ds.config.data_report import DataReportConfig
 from craft_ds.data.data_report import DataReport, DimensionReport, FieldReport
 from craft_ds.errors import UserError
 

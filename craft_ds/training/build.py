@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
-from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from craft_ds.algorithm.multiplier import DualState
@@ -34,16 +32,13 @@ from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import partition_step
 from craft_ds.data.checked_samples import NamedSamples
-from craft_ds.data.fingerprint import changed_parts, dataset_fingerprint
-from craft_ds.data.lerobot_dataset import check_features
+from craft_ds.data.fingerprint import changed_parts
 from craft_ds.data.task_data import (
     StepSampler,
     check_processors,
-    check_samples,
-    load_datasets,
     training_batches,
 )
-from craft_ds.distributed.collectives import fail_together, rank0_first, rank0_only
+from craft_ds.distributed.collectives import fail_together, rank0_only
 from craft_ds.distributed.env import launched_rank, launched_world_size
 from craft_ds.distributed.preemption import Preemption, parse_duration
 from craft_ds.distributed.watchdog import RankWatchdog
@@ -55,18 +50,17 @@ from craft_ds.engines.fsdp_wrapping import gathered_dtype
 from craft_ds.errors import Preempted, UserError
 from craft_ds.lora.adapters import Adapters, add_adapters
 from craft_ds.lora.weights import open_weights
-from craft_ds.policies.changes import PolicyChanges, policy_changes, policy_edits
-from craft_ds.policies.loading import build_policy, load_policy_config, load_processors
-from craft_ds.policies.statistics import adopt_widths, check_needed, check_statistics
+from craft_ds.policies.changes import policy_edits
+from craft_ds.policies.loading import build_policy
 from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import weights_sha256
 from craft_ds.policies.wrapping import wrapping_warning
 from craft_ds.tensor_io.safe_json import read_object
 from craft_ds.training.bad_samples import BadSampleLog
 from craft_ds.training.checkpointer import Checkpointer
-from craft_ds.training.data_check import check_data
 from craft_ds.training.evaluator import Evaluator
 from craft_ds.training.metrics import MetricsLogger
+from craft_ds.training.open_data import load_run_processors, open_data
 from craft_ds.training.preflight import check_inputs
 from craft_ds.training.resume import changed_flags
 from craft_ds.training.run import Run, TaskStream
@@ -129,23 +123,9 @@ def _build(
     saved = _read_saved(config) if config.resume else None
     messages = _resolve_changed_flags(config, saved) if saved else []
     inputs = check_inputs(config)
-    train, heldout = rank0_first(load_datasets)(config, world_size)
-    changes = fail_together(_policy_changes)(config, inputs.policy_dir, train.meta)
-    preprocessor, postprocessor = _load_processors(config, inputs.policy_dir, changes)
-    fail_together(check_features)(
-        train.meta,
-        config.policy,
-        preprocessor,
-        config.allow_missing_cameras,
-        f"--dataset.repo_id={config.dataset.repo_id}",
-    )
-    if inputs.cache is not None:
-        fail_together(inputs.cache.check_preprocessor)(preprocessor, inputs.policy_dir)
-    samples, heldout_samples, warnings = fail_together(check_samples)(config, train, heldout)
-    messages += warnings
-    messages += rank0_only(check_data)(config, train, (preprocessor, postprocessor), inputs.cache)
-    fingerprint = rank0_only(dataset_fingerprint)(*(part for part in (train, heldout) if part is not None))
-    state = _build_state(config, saved, len(train), fingerprint, world_size)
+    data = open_data(config, inputs, world_size)
+    messages += data.messages
+    state = _build_state(config, saved, len(data.train), data.fingerprint, world_size)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
     base_sha256 = rank0_only(weights_sha256)(inputs.weights_dir) if inputs.plan else ""
@@ -169,21 +149,22 @@ def _build(
             ds_config,
         )
 
-    preprocessor, postprocessor = _load_processors(config, inputs.policy_dir, changes, str(engine.device))
-    fail_together(check_processors)(config, samples, preprocessor)
+    device = str(engine.device)
+    preprocessor, postprocessor = load_run_processors(config, inputs.policy_dir, data.changes, device)
+    fail_together(check_processors)(config, data.samples, preprocessor)
     anchors = _open_anchors(config, inputs.cache, engine, state.progress)
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
     if saved is not None:
         fail_together(load_optimizer)(config.checkpoint_path, engine, adapters)
         _restore_scheduler(config.checkpoint_path, saved.scheduler, scheduler)
-    tasks = _open_tasks(config, samples, preprocessor, engine, state.progress)
+    tasks = _open_tasks(config, data.samples, preprocessor, engine, state.progress)
     background = BackgroundSaver() if config.checkpoint.background and config.save_checkpoint else None
 
     engine.barrier()  # no rank creates the output directory before all have found it free
     messages += rank0_only(_move_incomplete_aside)(config)
     logger = _open_logger(config, engine, state)
     state.tracker_run_ids |= logger.tracker_run_ids
-    logger.say(dataset_line(train, heldout))
+    logger.say(dataset_line(data.train, data.heldout))
     logger.say(f"✓ policy: {description}, {_describe_engine(config, engine)}")
     teacher_loss = None
     if inputs.cache is not None:
@@ -191,9 +172,10 @@ def _build(
         teacher_loss = inputs.cache.teacher_loss[config.craft.constraint_split]["overall"]
         messages += epsilon_lines(config.craft, teacher_loss)
         messages += coverage_warnings(inputs.cache, config.craft.constraint_split)
-    if heldout is not None:
-        messages += heldout_lines(config.dataset.eval_split, train.num_episodes, heldout.num_episodes)
-    for message in (*size_lines(config, state.progress, len(train), engine.world_size), *messages):
+    if data.heldout is not None:
+        episodes = (data.train.num_episodes, data.heldout.num_episodes)
+        messages += heldout_lines(config.dataset.eval_split, *episodes)
+    for message in (*size_lines(config, state.progress, len(data.train), engine.world_size), *messages):
         logger.say(message)
     checkpointer = Checkpointer(
         config=config,
@@ -202,7 +184,7 @@ def _build(
         scheduler=scheduler,
         adapters=adapters,
         policy_dir=inputs.policy_dir,
-        edits=policy_edits(changes, preprocessor, postprocessor),
+        edits=policy_edits(data.changes, preprocessor, postprocessor),
         logger=logger,
         watchdog=watchdog,
         teacher_loss=teacher_loss,
@@ -220,7 +202,7 @@ def _build(
         scheduler=scheduler,
         logger=logger,
         evaluator=Evaluator(
-            config, engine, watchdog, preprocessor, postprocessor, heldout_samples, anchors, bad_samples
+            config, engine, watchdog, preprocessor, postprocessor, data.heldout_samples, anchors, bad_samples
         ),
         checkpointer=checkpointer,
         preemption=preemption,
@@ -339,28 +321,6 @@ def _move_incomplete_aside(config: TrainConfig) -> list[str]:
         return []
     _, broken = complete_checkpoints(Path(config.output_dir))
     return [f"{reason}: renamed {path} to {move_aside(path)}" for path, reason in broken.items()]
-
-
-def _policy_changes(config: TrainConfig, policy_dir: Path, dataset: LeRobotDatasetMetadata) -> PolicyChanges:
-    """Determine what flags change in the policy; with `--normalization=dataset`, adopt the data's widths."""
-    source, statistics = load_policy_config(policy_dir), None
-    if config.normalization == "dataset" and not config.resume:
-        renamed = {config.rename_map.get(name, name): name for name in dataset.features}
-        features = dataset_to_policy_features(dataset.features)
-        adopt_widths(config.policy, {name: features[key] for name, key in renamed.items() if key in features})
-        statistics = {name: dataset.stats[key] for name, key in renamed.items() if key in dataset.stats}
-        check_needed(config.policy, statistics, f"--dataset.repo_id={config.dataset.repo_id}")
-    return policy_changes(config.policy, source, rename_map=config.rename_map, statistics=statistics)
-
-
-@fail_together
-def _load_processors(
-    config: TrainConfig, policy_dir: Path, changes: PolicyChanges, device: str = "cpu"
-) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """Load the policy's processors with the run's changes, and check that they have all statistics."""
-    processors = load_processors(config.policy, policy_dir, device, changes)
-    check_statistics(config.policy.pretrained_path, config.policy, *processors)
-    return processors
 
 
 @fail_together

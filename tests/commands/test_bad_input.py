@@ -74,7 +74,7 @@ def test_a_bad_flag_is_named(refuses, run, flags, names):
 
 def test_a_tracker_that_is_not_installed_before_the_data_set_is_opened(refuses, run, monkeypatch):
     monkeypatch.setattr("craft_ds.training.trackers.find_spec", lambda _: None)
-    monkeypatch.setattr("craft_ds.training.build.load_datasets", None)
+    monkeypatch.setattr("craft_ds.training.open_data.load_datasets", None)
     line = refuses(run, "--log_to=trackio")
     assert "--log_to=trackio" in line
     assert "pip install trackio" in line

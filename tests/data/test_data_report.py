@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lerobot.processor import ActionTokenizerProcessorStep, TokenizerProcessorStep
 from robot_data import JOINTS, TEXT, Robot, waves
 
-from craft_ds.config.configs import DataReportConfig
+from craft_ds.config.data_report import DataReportConfig
 from craft_ds.data.data_measure import measure_dataset
 from craft_ds.data.data_report_text import as_json, summary, table
 from craft_ds.data.data_verdicts import compare, enforce, judge

@@ -12,7 +12,7 @@ from lerobot.policies.pi0_fast.processor_pi0_fast import RelativeActionsProcesso
 from lerobot.utils.constants import ACTION, OBS_STATE
 from robot_data import Robot, plain_policy, statistics, waves
 
-from craft_ds.config.configs import DataReportConfig
+from craft_ds.config.data_report import DataReportConfig
 from craft_ds.data.data_measure import measure_dataset
 from craft_ds.data.data_report_text import table
 from craft_ds.data.data_verdicts import judge
