@@ -17,6 +17,7 @@ from craft_ds.config.secret_scan import redact
 from craft_ds.config.suggestions import suggestion
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.errors import UserError, exits_as_user_error, one_line
+from craft_ds.tensor_io.filesystem import no_temporary_files
 
 _OFF = "--data_check=off"
 
@@ -51,7 +52,7 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         sys.argv[1:] = parser.filter_arg("policy.type", given)
     where = f" (--config_path={config_path}, or see --help)" if config_path else " (see --help)"
     try:
-        with exits_as_user_error():
+        with exits_as_user_error(), no_temporary_files():
             config = identity()
     except (UserError, argparse.ArgumentError, draccus.ParsingError) as error:
         message = one_line(error.__cause__ or error, limit=None)
@@ -78,7 +79,12 @@ def _check_config_file(path: Path) -> None:
         content = load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--config_path={path}: no such file") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:  # its text quotes the file, which may hold a key
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        why = getattr(error, "problem", None) or type(error).__name__
+        raise UserError(f"--config_path={path}: not readable ({redact(one_line(why, 100))}{where})") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config_path={path}: not readable ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise UserError(f"--config_path={path}: must hold a mapping of flags to values")

@@ -35,6 +35,7 @@ from craft_ds.policies.meta_init import build_on_meta, materialize_
 from craft_ds.policies.remote_code import NAMES, check_policy_type, check_step, check_tokenizer
 from craft_ds.policies.tiny_pi0_fast.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER, reroot_tokenizers
 from craft_ds.policies.weights import WEIGHTS_INDEX, WeightReader, is_per_rank, unique_tensors, weight_files
+from craft_ds.tensor_io.filesystem import no_temporary_files
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
 # Upper bounds of the sizes and the number of layers in a policy's configuration.
@@ -90,7 +91,7 @@ def load_policy_config(path: str | Path, cli_overrides: list[str] | None = None)
     overrides = cli_overrides or []
     check_policy_type(read_config(directory).get("type"), directory / CONFIG)
     try:
-        with exits_as_user_error():
+        with exits_as_user_error(), no_temporary_files():
             config = PreTrainedConfig.from_pretrained(directory, cli_overrides=overrides)
     except Exception as error:
         flags = " with " * bool(overrides) + " ".join(f"--policy.{flag[2:]}" for flag in overrides)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
     yield temporary
     fsync(temporary)
     temporary.rename(path)
+
+
+@contextlib.contextmanager
+def no_temporary_files() -> Iterator[None]:
+    """Remove the temporary files that a library makes meanwhile: LeRobot leaves one per configuration."""
+    with tempfile.TemporaryDirectory() as directory:
+        before, tempfile.tempdir = tempfile.tempdir, directory
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def publish_directory(temporary: Path, directory: Path) -> None:

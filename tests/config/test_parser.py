@@ -1,4 +1,5 @@
 import sys
+import tempfile
 
 import pytest
 import yaml
@@ -164,3 +165,24 @@ def test_an_exit_is_an_error_and_other_output_is_kept(capsys):
 
     with pytest.raises(SystemExit), exits_as_user_error():
         sys.exit(0)
+
+
+def test_no_temporary_file_is_left_behind(inputs, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    (tmp_path / "run.yaml").write_text("steps: 3\n")
+    config = parse_arguments([*inputs.flags(tmp_path / "run"), f"--config_path={tmp_path / 'run.yaml'}"])
+    config.validate()
+    assert list(scratch.iterdir()) == []
+    assert tempfile.gettempdir() == str(scratch)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [1\nkey: hf_SECRETSECRET", "key: hf_SECRETSECRET: {", "\tkey: hf_SECRETSECRET"]
+)
+def test_an_unreadable_yaml_file_is_not_quoted(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"not readable .* in line \d") as raised:
+        parse_arguments([f"--config_path={tmp_path / 'run.yaml'}"])
+    assert "SECRET" not in str(raised.value)
