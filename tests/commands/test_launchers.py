@@ -165,7 +165,7 @@ BAD_INPUT = {
     "damaged_cache": "anchor shard",
     "other_tokenizer": "tokenizers",
     "more_ranks_than_samples": "has 1 training samples for 2 ranks",
-    "more_ranks_than_anchors": "has 0 heldout anchors for 2 ranks",
+    "more_ranks_than_anchors": "has 0 heldout anchors to measure the constraint",
     "output_exists": "exists already",
     "unknown_flag": "--nonsense=1",
     "contradicting_ds_config": "train_batch_size=3",
