@@ -84,7 +84,7 @@ def check_policy_type(name: object, file: Path) -> None:
         UserError: The type is one of LeRobot's others, which may run code from the hub.
     """
     known = PreTrainedConfig.get_known_choices()
-    if is_trusted() or name not in known:  # LeRobot refuses unknown types
+    if is_trusted() or not isinstance(name, str) or name not in known:  # LeRobot refuses unknown types
         return
     if name not in _POLICIES and known[name].__module__.startswith("lerobot."):
         raise UserError(_complaint(f"a policy of type {name} ({file}) may load and run code from the hub"))

@@ -2,7 +2,7 @@
 
 Each reads like the algorithm over an engine. Losses and gradients are sums over tokens and ranks; the
 division by the global token count is a scalar that is applied with the merge. So a step communicates,
-besides what the engine moves, one all-reduce of at most nine numbers.
+besides what the engine moves, one all-reduce of at most ten numbers.
 """
 
 import math

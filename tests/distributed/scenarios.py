@@ -174,7 +174,7 @@ def collectives(lab: Lab) -> Output:
     craft = craft_config()
 
     def task_only() -> None:
-        task_step(engine, task, 1.0, extra=[0.0])
+        task_step(engine, task, 1.0, extra=[0.0, 0.0])
 
     def retention() -> None:
         retention_step(
@@ -185,7 +185,7 @@ def collectives(lab: Lab) -> Output:
             multiplier=1.0,
             craft=craft,
             max_norm=1.0,
-            extra=[0.0],
+            extra=[0.0, 0.0],
         )
 
     def passes_of_task() -> None:

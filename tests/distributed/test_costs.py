@@ -14,19 +14,19 @@ def counts(entries):
 
 
 @every("collectives")
-def test_surgery_adds_one_all_reduce_of_72_bytes(ranks, name):
+def test_surgery_adds_one_all_reduce_of_80_bytes(ranks, name):
     for values in ranks[name].values:
         added = counts(values["retention"])
         added.subtract(counts(values["passes_of_retention"]))
-        assert {key: count for key, count in added.items() if count} == {(ALL_REDUCE, 72): 1}
+        assert {key: count for key, count in added.items() if count} == {(ALL_REDUCE, 80): 1}
 
 
 @every("collectives")
-def test_a_task_step_adds_one_all_reduce_of_32_bytes(ranks, name):
+def test_a_task_step_adds_one_all_reduce_of_40_bytes(ranks, name):
     for values in ranks[name].values:
         added = counts(values["task_only"])
         added.subtract(counts(values["passes_of_task"]))
-        assert {key: count for key, count in added.items() if count} == {(ALL_REDUCE, 32): 1}
+        assert {key: count for key, count in added.items() if count} == {(ALL_REDUCE, 40): 1}
 
 
 @every("collectives")

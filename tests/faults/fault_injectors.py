@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +141,13 @@ def shorten_heartbeat_interval() -> None:
 
 
 def log_samples(log: str) -> None:
-    """Log the samples a rank draws: one JSON list of [position in the stream, sample] per micro-batch."""
-    draw = StepSampler.draw
+    """Log the samples a rank draws: one JSON list of [[position in the stream, sample]] per sample."""
+    index_at = StepSampler.index_at
 
-    def logged(self: StepSampler, positions: Iterable[int]) -> list[int]:
-        places = list(positions)
-        samples = draw(self, places)
+    def logged(self: StepSampler, position: int) -> int:
+        sample = index_at(self, position)
         with open(log, "a") as file:
-            file.write(json.dumps(list(zip(places, samples, strict=True))) + "\n")
-        return samples
+            file.write(json.dumps([[position, sample]]) + "\n")
+        return sample
 
-    StepSampler.draw = logged  # type: ignore[method-assign]
+    StepSampler.index_at = logged  # type: ignore[method-assign]
