@@ -41,8 +41,8 @@ def _is_pattern(value: Any) -> bool:
 
 
 def _is_plain_name(value: Any) -> bool:
-    """Return True for a name without wildcards: PEFT matches these by Python's `re`, without a time limit."""
-    return isinstance(value, str) and bool(re.fullmatch(r"[\w.]+", value))
+    """Return True for a name, with or without escaped dots: PEFT matches these without a time limit."""
+    return isinstance(value, str) and bool(re.fullmatch(r"(?:[\w.]|\\\.)+", value))
 
 
 def _is_plain_map(value: Any) -> bool:
