@@ -15,6 +15,8 @@ from craft_ds.checkpoints.save import PendingCheckpoint
 from craft_ds.testing.checkpoints import renew_manifest
 from craft_ds.training.run import Run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def interrupted(unbroken, tmp_path):

@@ -21,6 +21,8 @@ from craft_ds.policies.loading import load_policy, load_policy_config, load_proc
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastPolicy
 from craft_ds.testing.checkpoints import renew_manifest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def final(inputs, tmp_path_factory):
