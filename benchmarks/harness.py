@@ -158,6 +158,15 @@ def write_random_weights(policy: PreTrainedPolicy, directory: Path, dtype: torch
                 file.write(name, start, random_values(name, start, stop))
 
 
+def default_device() -> torch.device:
+    """Return this rank's accelerator, or the CPU without one."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
 def init_ranks(kind: str) -> None:
     """Initialize the process group that an engine needs. Collective: call on all ranks."""
     if kind.startswith("zero"):
@@ -193,7 +202,7 @@ def make_engine(
 
     build_optimizer = build_optimizer or adamw
     if kind == "single":
-        return SingleEngine(module, read, build_optimizer, torch.device("cpu"), dtype)
+        return SingleEngine(module, read, build_optimizer, default_device(), dtype)
     if kind.startswith("fsdp"):
         from craft_ds.engines.fsdp import FsdpEngine
 
