@@ -9,7 +9,7 @@ The build works in a hidden sibling of the output directory, which is renamed wh
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lerobot.policies.common.vla_utils import resize_with_pad_torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.collate import lerobot_collate_fn
+from lerobot.utils.constants import ACTION_TOKENS
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -37,7 +38,7 @@ from craft_ds.anchors.cache import (
     shard_name,
 )
 from craft_ds.anchors.sampler import to_policy_batch
-from craft_ds.anchors.schema import ORIGIN_FIELDS, TOKEN_FIELDS
+from craft_ds.anchors.schema import DTYPES, ORIGIN_FIELDS, TOKEN_FIELDS, target_fields
 from craft_ds.anchors.selection import AnchorSelection, select_anchors
 from craft_ds.anchors.vision import fp16_vision_features, read_vision_tower
 from craft_ds.data.checked_samples import NamedSamples, sample_loader
@@ -47,15 +48,16 @@ from craft_ds.lora.adapters import weights_directory
 from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.changes import policy_changes
 from craft_ds.policies.loading import (
+    build_policy,
     check_action_steps,
     load_policy_config,
     load_processors,
     resolve_policy_path,
 )
+from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
 from craft_ds.policies.pi0_fast.vision import features_key
 from craft_ds.policies.statistics import check_statistics
 from craft_ds.policies.support import check_craft_policy
-from craft_ds.policies.token_loss import token_loss
 from craft_ds.tensor_io.filesystem import atomic_file, file_sha256, publish_directory
 
 
@@ -147,6 +149,7 @@ def _build(options: BuildOptions, output: Path) -> bool:
         fingerprint = tower.fingerprint
         empty = torch.empty(0, *tower.shape, dtype=torch.float16)
         example |= {features_key(camera): empty for camera in encoder.cameras}
+    example |= _empty_targets(options.targets, example, config, directory)
     teacher = Teacher(directory, config, fingerprint, preprocessor)
     plan = make_plan(options, teacher, dataset, selection, example)
     partial = partial_directory(output)
@@ -159,6 +162,21 @@ def _build(options: BuildOptions, output: Path) -> bool:
     _write_shards(options, partial, samples, selection, encoder, policy)
     _publish(output, partial, plan)
     return True
+
+
+def _empty_targets(
+    targets: Sequence[str], example: dict[str, Tensor], config: PreTrainedConfig, directory: Path
+) -> dict[str, Tensor]:
+    """Return the fields of targets, without anchors."""
+    if not targets:
+        return {}
+    decoder = build_policy(config, directory).model.paligemma_with_expert.paligemma.model.language_model
+    length, width = example[ACTION_TOKENS].shape[1], decoder.config.hidden_size
+    return {
+        name: torch.empty(0, *shape, dtype=DTYPES[dtype])
+        for target in targets
+        for name, (dtype, shape) in target_fields(target, length, width).items()
+    }
 
 
 def _select(options: BuildOptions, dataset: LeRobotDataset) -> AnchorSelection:
@@ -230,17 +248,20 @@ def _write_shards(
                 policy_batch = to_policy_batch(parts[-1], options.device)
                 if options.vision_features:
                     parts[-1] |= fp16_vision_features(policy, policy_batch)
-                with torch.inference_mode():
-                    loss = token_loss(policy, policy_batch)
                 first = batch[0]
-                losses.append(
-                    {
-                        "split": SPLITS[int(selection.heldout[first])],
-                        "task": int(selection.task[first]),
-                        "total": float(loss.total),
-                        "tokens": int(loss.count),
-                    }
-                )
+                origin = {
+                    "split": SPLITS[int(selection.heldout[first])],
+                    "task": int(selection.task[first]),
+                }
+                for name in ("token_ce", *options.targets):
+                    retention = RETENTION_LOSSES[name]
+                    with torch.inference_mode():
+                        targets = retention.targets(policy, policy_batch) if retention.targets else {}
+                        moved = to_policy_batch(targets, options.device)
+                        loss = retention.loss(policy, policy_batch | moved)
+                    parts[-1] |= targets
+                    total = {"total": float(loss.total), "tokens": int(loss.count)}
+                    losses.append({"loss": name, **origin, **total})
                 bar.update(len(batch))
             shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             _write_shard(partial, number, shard, losses)
@@ -274,7 +295,12 @@ def _publish(output: Path, partial: Path, plan: dict[str, Any]) -> None:
     count = -(-plan["num_samples"] // plan["request"]["shard_size"])
     records = [json.loads(_record_file(partial, number).read_text()) for number in range(count)]
     losses = [loss for record in records for loss in record.pop("losses")]
-    metadata = {**plan, "teacher_loss": _teacher_loss(losses, plan["dataset"]["tasks"]), "shards": records}
+    means = {
+        name: _teacher_loss([loss for loss in losses if loss["loss"] == name], plan["dataset"]["tasks"])
+        for name in ("token_ce", *plan["request"].get("targets", ()))
+    }
+    metadata = {**plan, "teacher_loss": means.pop("token_ce"), "shards": records}
+    metadata |= {"targets": means} if means else {}
     _write_json(partial / "cache" / METADATA_FILE, {**metadata, "sha256": metadata_sha256(metadata)})
     publish_directory(partial / "cache", output)
     shutil.rmtree(partial)

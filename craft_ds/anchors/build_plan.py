@@ -5,6 +5,7 @@ The same plan gives the same bytes, so an interrupted build or an existing cache
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from craft_ds.anchors.preprocessing import (
     processor_sha256,
     without_tokenizer_names,
 )
-from craft_ds.anchors.schema import DTYPES
+from craft_ds.anchors.schema import DTYPES, TARGETS
 from craft_ds.anchors.selection import AnchorSelection
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import ADAPTER_WEIGHTS, weights_directory
@@ -57,6 +58,7 @@ class BuildOptions:
         rename_map: Names of observations in the data set, mapped to the policy's; replaces the map of the
             teacher's own preprocessor. None: the teacher's own map.
         allow_missing_cameras: Accept a data set that lacks cameras of the policy: the policy masks them.
+        targets: Also store the teacher's targets of these retention losses.
 
     Raises:
         UserError: A value is out of range.
@@ -77,6 +79,7 @@ class BuildOptions:
     vision_features: bool = False
     rename_map: dict[str, str] | None = None
     allow_missing_cameras: bool = False
+    targets: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         least = {"num_samples": 1, "batch_size": 1, "num_workers": 0, "seed": 0, "shard_size": 1}
@@ -87,6 +90,9 @@ class BuildOptions:
             raise UserError(f"--heldout_fraction={self.heldout_fraction} must lie in [0, 1)")
         if self.image_size not in ("dataset", "model"):
             raise UserError(f"--image_size={self.image_size} must be dataset or model")
+        for target in self.targets:
+            if target not in TARGETS:
+                raise UserError(f"--targets={target}: choose from {', '.join(TARGETS)}")
 
 
 class Teacher(NamedTuple):
@@ -134,7 +140,9 @@ def make_plan(
         optional["vision_features"] = {"fingerprint": vision_fingerprint}
     if missing := [camera for camera in policy_cameras(config) if camera not in example]:
         optional["missing_cameras"] = missing
-    renamed = {} if options.rename_map is None else {"rename_map": options.rename_map}
+    asked: dict[str, Any] = {} if options.rename_map is None else {"rename_map": options.rename_map}
+    if options.targets:
+        asked["targets"] = sorted(options.targets)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -142,7 +150,7 @@ def make_plan(
             name: getattr(options, name)
             for name in ("num_samples", "heldout_fraction", "seed", "shard_size", "image_size")
         }
-        | renamed,
+        | asked,
         "teacher": {
             "path": options.policy_path,
             "type": config.type,

@@ -6,6 +6,8 @@ Anchor i is row `i % shard_size` of shard `i // shard_size`. Each shard holds, f
 - one uint8 tensor (n, C, H, W) per camera, named as the policy names the camera;
 - if the cache was built with them, one float16 tensor (n, patches, width) per camera,
   named `<camera>.vision_features`: the output of the teacher's vision tower for those images;
+- if the cache was built with them, the teacher's targets of a retention loss, named `teacher.…`
+  (`craft_ds.policies.pi0_fast.retention`);
 - the prompt and the action tokens of the teacher's own processors, int32 (n, length), and their masks, bool;
 - `task`, `episode` and `frame`: int32 (n,), the origin of the anchor.
 """
@@ -33,6 +35,7 @@ from craft_ds.policies.loading import (
     policy_cameras,
     tokenizer_fingerprint,
 )
+from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
 from craft_ds.policies.pi0_fast.vision import features_key
 from craft_ds.tensor_io.filesystem import file_sha256
 from craft_ds.tensor_io.safe_json import read_object
@@ -41,7 +44,7 @@ FORMAT = "craft-ds anchor cache"
 VERSION = 1
 METADATA_FILE = "metadata.json"
 SPLITS = ("train", "heldout")
-_CODES = {"uint8": "U8", "int32": "I32", "bool": "BOOL", "float16": "F16"}
+_CODES = {"uint8": "U8", "int32": "I32", "bool": "BOOL", "float16": "F16", "float32": "F32"}
 
 
 def shard_name(number: int) -> str:
@@ -71,7 +74,8 @@ class AnchorCache:
         task: Task of each anchor, int32 (N,).
         episode: Episode of each anchor in the old data set, int32 (N,).
         teacher_loss: L0, the teacher's own mean loss per action token, by split ("train", "heldout" and
-            "all"): `{"overall": float, "by_task": {text: float}, "tokens": int}`.
+            "all"): `{"overall": float, "by_task": {text: float}, "tokens": int}`. See `loss_of`.
+        targets: The targets that the anchors hold, by retention loss, with L0 in the same form.
         vision_fingerprint: Fingerprint of the vision tower that made its features (see
             `craft_ds.policies.pi0_fast.vision.vision_fingerprint`); None without features.
     """
@@ -82,6 +86,7 @@ class AnchorCache:
         self.tasks: list[str] = metadata["dataset"]["tasks"]
         self.cameras: list[str] = metadata["cameras"]
         self.teacher_loss: dict[str, dict[str, Any]] = metadata["teacher_loss"]
+        self.targets: dict[str, dict[str, Any]] = metadata.get("targets") or {}
         self.vision_fingerprint: str | None = metadata.get("vision_features", {}).get("fingerprint")
         settings = metadata["teacher"].get("config")
         recorded = settings.get("chunk_size") if isinstance(settings, dict) else None
@@ -123,6 +128,21 @@ class AnchorCache:
 
     def __len__(self) -> int:
         return self.metadata["num_samples"]
+
+    def loss_of(self, retention_loss: str) -> dict[str, Any]:
+        """Return L0, the teacher's own mean of a retention loss, in the form of `teacher_loss`.
+
+        Raises:
+            UserError: The cache holds no targets for it.
+        """
+        if RETENTION_LOSSES[retention_loss].targets is None:
+            return self.teacher_loss
+        if retention_loss not in self.targets:
+            raise UserError(
+                f"--craft.retention_loss={retention_loss}: anchor cache {self.path} holds no such targets; "
+                f"build one with `craft-ds anchors --targets {retention_loss}`"
+            )
+        return self.targets[retention_loss]
 
     def check_policy(self, config: PreTrainedConfig) -> None:
         """Check that this policy reads the anchors as the teacher did; see also `check_preprocessor`.
@@ -206,23 +226,28 @@ class AnchorCache:
                 named[key] = [str(name) for name in names]
         return named
 
-    def read(self, indices: Sequence[int], vision_features: bool = False) -> dict[str, Tensor]:
+    def read(
+        self, indices: Sequence[int], vision_features: bool = False, retention_loss: str = "token_ce"
+    ) -> dict[str, Tensor]:
         """Read anchors, with the fields as they are stored.
 
         Args:
             indices: Anchor indices in [0, len(self)), in any order, repeats allowed; B of them.
             vision_features: Read the vision tower's features instead of the images. The cache must hold them
                 (`vision_fingerprint`).
+            retention_loss: Also read its targets. The cache must hold them (`loss_of`).
 
         Returns:
             uint8 images (B, C, H, W) or float16 features (B, patches, width) per camera, int32 tokens and
-            bool masks (B, length), int32 `task`, `episode` and `frame` (B,).
+            bool masks (B, length), int32 `task`, `episode` and `frame` (B,), and the targets.
         """
         batch = {}
         places = [divmod(index, self._shard_size) for index in indices]
         features = [features_key(camera) for camera in self.cameras]
-        skipped = self.cameras if vision_features else features
+        unused = [field for target in self.targets for field in RETENTION_LOSSES[target].fields]
+        skipped = {*(self.cameras if vision_features else features), *unused}
         wanted = [name for name in self._fields if name not in skipped]
+        wanted += RETENTION_LOSSES[retention_loss].fields
         if vision_features and not set(features) <= set(wanted):
             raise KeyError(f"anchor cache {self.path} holds no vision features")
         for name in wanted:

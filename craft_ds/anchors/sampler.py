@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from lerobot.utils.constants import ACTION_TOKENS, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
 from craft_ds.anchors.cache import AnchorCache
@@ -117,7 +116,7 @@ def to_policy_batch(anchors: dict[str, Tensor], device: torch.device | str) -> d
 
     Returns:
         float32 images (B, C, H, W) in [0, 1], or vision features as they are stored, int64 tokens and bool
-        masks (B, length), under the policy's own names.
+        masks (B, length), under the policy's own names, and the teacher's targets.
     """
     batch = {}
     for name, tensor in anchors.items():
@@ -126,7 +125,7 @@ def to_policy_batch(anchors: dict[str, Tensor], device: torch.device | str) -> d
         value = tensor.to(device, non_blocking=True)
         if value.dtype == torch.uint8:
             value = value.to(torch.float32) / 255.0
-        elif name in (OBS_LANGUAGE_TOKENS, ACTION_TOKENS):
+        elif value.dtype == torch.int32:
             value = value.to(torch.int64)
         batch[name] = value
     return batch

@@ -5,6 +5,7 @@ The checksum shows that nothing changed since the file was written, but not who 
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,12 +17,21 @@ from lerobot.utils.constants import (
 )
 
 from craft_ds.anchors.preprocessing import STATISTICS
+from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES, TOP
 from craft_ds.policies.pi0_fast.vision import features_key
 from craft_ds.tensor_io.safe_json import is_count
 
 TOKEN_FIELDS = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK, ACTION_TOKENS, ACTION_TOKEN_MASK)
 ORIGIN_FIELDS = ("task", "episode", "frame")
-DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "bool": torch.bool, "float16": torch.float16}
+DTYPES = {
+    "uint8": torch.uint8,
+    "int32": torch.int32,
+    "bool": torch.bool,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+TARGETS = tuple(name for name, loss in RETENTION_LOSSES.items() if loss.targets is not None)
+"""Targets of the teacher that a cache may hold, named as the retention losses that need them."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 _MAX_SIZE = 1 << 31  # anchors, and entries of one field of an anchor
 
@@ -55,20 +65,45 @@ def check_metadata(metadata: dict[str, Any]) -> None:
     _check(processors is None or isinstance(processors, dict), "processors")
     if metadata.get("preprocessing") is not None:
         _check_preprocessing(metadata["preprocessing"])
-    _check_fields(metadata["fields"], cameras, features is not None)
+    targets = metadata.get("targets") or {}
+    _check(isinstance(targets, dict) and {*targets} <= {*TARGETS}, "targets")
+    _check_fields(metadata["fields"], cameras, features is not None, targets)
     _check_shards(metadata["shards"], metadata["num_samples"], metadata["request"]["shard_size"])
-    for split in ("train", "heldout", "all"):
-        overall = metadata["teacher_loss"][split]["overall"]
-        _check(overall is None or _is_loss(overall), f"teacher_loss.{split}")
+    for name, losses in {**targets, "teacher_loss": metadata["teacher_loss"]}.items():
+        for split in ("train", "heldout", "all"):
+            overall = losses[split]["overall"]
+            _check(overall is None or _is_loss(overall), f"{name}.{split}")
 
 
-def _check_fields(fields: dict[str, Any], cameras: list[str], with_features: bool) -> None:
+def target_fields(target: str, action_length: int, width: int) -> dict[str, tuple[str, list[int]]]:
+    """Return dtype and shape of an anchor's fields for a target.
+
+    Args:
+        target: One of `TARGETS`.
+        action_length: Action tokens of an anchor, padding included.
+        width: Width of the decoder's output.
+    """
+    shapes = {
+        "teacher_tokens": (("int32", [action_length]), ("bool", [action_length])),
+        "teacher_kl": (("int32", [action_length - 1, TOP]), ("float32", [action_length - 1, TOP])),
+        "hidden": (("float32", [width]),),
+    }
+    return dict(zip(RETENTION_LOSSES[target].fields, shapes[target], strict=True))
+
+
+def _check_fields(
+    fields: dict[str, Any], cameras: list[str], with_features: bool, targets: Iterable[str]
+) -> None:
     """Check the names, types and numbers of dimensions of the fields."""
     wanted = {name: ("int32", 0) for name in ORIGIN_FIELDS}
     wanted |= {name: ("bool" if "mask" in name else "int32", 1) for name in TOKEN_FIELDS}
     wanted |= {camera: ("uint8", 3) for camera in cameras}
     if with_features:
         wanted |= {features_key(camera): ("float16", 2) for camera in cameras}
+    length = fields[ACTION_TOKENS]["shape"][0]
+    for target in targets:
+        described = target_fields(target, length, width=1)
+        wanted |= {name: (dtype, len(shape)) for name, (dtype, shape) in described.items()}
     _check(fields.keys() == wanted.keys(), "fields")
     for name, (dtype, dimensions) in wanted.items():
         shape = fields[name]["shape"]

@@ -9,7 +9,8 @@ from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.sampler import AnchorSampler, iter_split, to_policy_batch
 from craft_ds.config.configs import CraftConfig
 from craft_ds.data.batch_partition import StepPartition
-from craft_ds.engines.base import Batch
+from craft_ds.engines.base import Batch, Loss
+from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
 
 logger = logging.getLogger(__name__)
 
@@ -22,19 +23,21 @@ class AnchorStream:
 
     Args:
         cache: The anchors.
-        craft: `constraint_split`, `epsilon_relative` and `vision_features` are read.
+        craft: `constraint_split`, `epsilon_relative`, `retention_loss` and `vision_features` are read.
         share: Partition of the anchors of a step over ranks and micro-batches.
         device: Device of the batches.
         rank: This rank.
         seed: Seed of the order.
 
     Attributes:
+        loss: The retention loss of a batch of anchors.
         share: As given.
         epsilon_unit: Unit of ε: 1, or with `epsilon_relative` the teacher's loss on the
             constraint's anchors.
 
     Raises:
-        UserError: A required split has fewer anchors than there are ranks.
+        UserError: A required split has fewer anchors than there are ranks, or the anchors lack the targets of
+            the retention loss.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class AnchorStream:
         seed: int,
     ):
         self._cache, self._vision_features = cache, craft.vision_features
+        self._retention_loss = craft.retention_loss
+        self.loss: Loss = RETENTION_LOSSES[craft.retention_loss].loss
         self.share = share
         self._device, self._rank = device, rank
         self._gradient = AnchorSampler(cache, "train", share, seed)
@@ -64,7 +69,7 @@ class AnchorStream:
                         cache.path,
                         len(cache.splits[split]),
                     )
-        teacher_loss = cache.teacher_loss[craft.constraint_split]["overall"]
+        teacher_loss = cache.loss_of(craft.retention_loss)[craft.constraint_split]["overall"]
         self.epsilon_unit: float = teacher_loss if craft.epsilon_relative else 1.0
 
     def gradient_batches(self, first: int) -> Iterator[Batch]:
@@ -97,4 +102,5 @@ class AnchorStream:
             yield self._read(sampler.draw(self.share.positions(first, self._rank, micro_batch)))
 
     def _read(self, indices: list[int]) -> Batch:
-        return to_policy_batch(self._cache.read(indices, self._vision_features), self._device)
+        anchors = self._cache.read(indices, self._vision_features, self._retention_loss)
+        return to_policy_batch(anchors, self._device)

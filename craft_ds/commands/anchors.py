@@ -54,6 +54,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "frozen and --craft.vision_features=true",
     )
     add(
+        "--targets",
+        nargs="+",
+        default=(),
+        choices=("teacher_tokens", "teacher_kl", "hidden"),
+        help="also store the teacher's own outputs, for --craft.retention_loss of the same name",
+    )
+    add(
         "--rename_map",
         default="{}",
         help="names of observations in the data set, mapped to the policy's, as JSON: "
@@ -98,6 +105,8 @@ def main(arguments: Sequence[str]) -> None:
         f"{'built' if built else 'already built'}: {args.output_dir} ({counts} anchors of "
         f"{len(cache.tasks)} tasks, teacher loss {loss:.4f} per token)"
     )
+    for name, losses in cache.targets.items():
+        print(f"targets {name}: teacher loss {losses['all']['overall']:.4g}")
     for line in [*coverage_table(cache), *coverage_warnings(cache, "heldout")]:
         print(line)
     if missing := cache.metadata.get("missing_cameras"):

@@ -8,6 +8,7 @@ from craft_ds.distributed.env import launched_world_size
 from craft_ds.errors import UserError
 from craft_ds.worlds import WORLDS
 
+RetentionLossName = Literal["token_ce", "teacher_tokens", "teacher_kl", "hidden"]
 ProjectionMode = Literal["weighted", "equal", "task_priority"]
 EpsilonSchedule = Literal["linear", "cosine", "exponential"]
 ConstraintSplit = Literal["heldout", "train"]
@@ -43,6 +44,11 @@ class CraftConfig:
     """Run CRaFT; false is the plain baseline (the same loop without anchors)."""
     anchor_cache_dir: str = ""
     """Directory of the anchor cache that `craft-ds anchors` wrote."""
+    retention_loss: RetentionLossName = "token_ce"
+    """Loss on anchors: `token_ce` (cross-entropy of the recorded action tokens), or a distance from the
+    teacher's own outputs, which the cache must hold (`craft-ds anchors --targets`): `teacher_tokens`
+    (cross-entropy of its greedy tokens), `teacher_kl` (KL divergence from its next-token distributions, in
+    nats) or `hidden` (squared distance of pooled features, relative). ε is in the unit of this loss."""
     anchor_batch_size: int = 16
     """Anchors per rank and retention step for the retention gradient."""
     retention_freq: int = 5
@@ -109,6 +115,12 @@ class CraftConfig:
         _require(
             -1.0 <= self.conflict_threshold <= 1.0,
             f"--craft.conflict_threshold={self.conflict_threshold} is a cosine and must lie in [-1, 1]",
+        )
+        check_choice("--craft.retention_loss", self.retention_loss, RetentionLossName)
+        _require(
+            not (self.epsilon_relative and self.retention_loss in ("teacher_kl", "hidden")),
+            f"--craft.epsilon_relative=true: the teacher's own {self.retention_loss} is 0 and ε cannot be a "
+            "multiple of it; give an absolute ε, such as --craft.epsilon_start=0.1 --craft.epsilon_end=0.1",
         )
         check_choice("--craft.projection_mode", self.projection_mode, ProjectionMode)
         check_choice("--craft.epsilon_schedule", self.epsilon_schedule, EpsilonSchedule)

@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss
+from craft_ds.policies.token_loss import Loss, PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
-__all__ = ["Batch", "Engine", "ReadRange", "Shard", "fill_"]
+__all__ = ["Batch", "Engine", "Loss", "ReadRange", "Shard", "fill_"]
 
 Batch = dict[str, Tensor]
 
@@ -63,11 +63,11 @@ class Engine(Protocol):
     world_size: int
     replicas: int
 
-    def forward(self, batch: Batch) -> TokenLoss:
-        """Return the loss of this rank's micro-batch. Collective: call on all ranks."""
+    def forward(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:
+        """Return the loss of this rank's micro-batch. Collective: call on all ranks, with the same `loss`."""
         ...
 
-    def evaluate(self, batch: Batch) -> TokenLoss:
+    def evaluate(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:
         """Run `forward` without gradients, in eval mode. Collective: call on all ranks."""
         ...
 

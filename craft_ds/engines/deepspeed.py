@@ -23,7 +23,7 @@ from craft_ds.engines.zero3_shards import Zero3Shards, partition_parameters_
 from craft_ds.engines.zero_shards import ZeroShards
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
-from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
+from craft_ds.policies.token_loss import Loss, PolicyWithLoss, TokenLoss, token_loss
 
 
 def init_distributed(timeout: timedelta | None = None) -> None:
@@ -118,10 +118,10 @@ class DeepSpeedEngine:
             buffer.data = buffers[name].to(self.device)
         self.load_parameters(read)
 
-    def forward(self, batch: Batch) -> TokenLoss:
+    def forward(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:
         """Return the loss of this rank's micro-batch. Collective: call on all ranks."""
         self._engine.train()
-        return self._run(batch, token_loss)
+        return self._run(batch, loss)
 
     def _run(self, batch: Batch, call: Callable[[PreTrainedPolicy, Batch], Any]) -> Any:
         def cast(policy: PreTrainedPolicy, batch: Batch) -> Any:
@@ -132,10 +132,10 @@ class DeepSpeedEngine:
         return self._engine(batch, call=cast)
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> TokenLoss:
+    def evaluate(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:
         """Run `forward` without gradients, in eval mode. Collective: call on all ranks."""
         self._engine.eval()
-        return self._run(batch, token_loss)
+        return self._run(batch, loss)
 
     @torch.no_grad()
     def act(self, batch: Batch) -> Tensor:

@@ -24,7 +24,7 @@ from craft_ds.engines.grad_shards import GradShards
 from craft_ds.errors import UserError
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
-from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
+from craft_ds.policies.token_loss import Loss, PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.policies.weights import unique_tensors
 
 
@@ -70,10 +70,10 @@ class FsdpEngine(GradShards):
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = build_optimizer()
 
-    def forward(self, batch: Batch) -> TokenLoss:
+    def forward(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:
         """Return the loss of this rank's micro-batch. Collective: call on all ranks."""
         self.module.train()
-        return self._run(batch, token_loss)
+        return self._run(batch, loss)
 
     def _run(self, batch: Batch, call: Callable[..., Any]) -> Any:
         try:
@@ -88,9 +88,9 @@ class FsdpEngine(GradShards):
                 "units with craft_ds.policies.wrapping.shard_units"
             ) from error
 
-    def evaluate(self, batch: Batch) -> TokenLoss:
+    def evaluate(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:
         """Run `forward` without gradients, in eval mode. Collective: call on all ranks."""
-        return self._without_gradients(batch, token_loss)
+        return self._without_gradients(batch, loss)
 
     def act(self, batch: Batch) -> Tensor:
         """Return the policy's greedy action chunk. Collective: call on all ranks, equally often."""

@@ -10,7 +10,7 @@ from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
 from craft_ds.engines.grad_shards import GradShards
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
-from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss
+from craft_ds.policies.token_loss import Loss, PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.policies.weights import unique_tensors
 
 
@@ -50,18 +50,18 @@ class SingleEngine(GradShards):
                 fill_(tensor.view(-1), read, name, 0)
         self.optimizer = build_optimizer()
 
-    def forward(self, batch: Batch) -> TokenLoss:
+    def forward(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:
         """Return the loss of one micro-batch."""
         self.module.train()
         with self._autocast():
-            return self.module(batch)
+            return self.module(batch, call=loss)
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> TokenLoss:
+    def evaluate(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:
         """Return the loss of one micro-batch without gradients, in eval mode."""
         self.module.eval()
         with self._autocast():
-            return self.module(batch)
+            return self.module(batch, call=loss)
 
     @torch.no_grad()
     def act(self, batch: Batch) -> Tensor:

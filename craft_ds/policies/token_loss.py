@@ -32,6 +32,10 @@ class TokenLoss(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
 
 
+Loss = Callable[[Any, Batch], TokenLoss]
+"""A loss of a policy on a batch."""
+
+
 @singledispatch
 def token_loss(policy: PreTrainedPolicy, batch: Batch) -> TokenLoss:
     """Compute the loss of one batch.

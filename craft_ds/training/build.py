@@ -169,7 +169,8 @@ def _build(
     teacher_loss = None
     if inputs.cache is not None:
         logger.say(anchor_line(inputs.cache, config.craft))
-        teacher_loss = inputs.cache.teacher_loss[config.craft.constraint_split]["overall"]
+        losses = inputs.cache.loss_of(config.craft.retention_loss)
+        teacher_loss = losses[config.craft.constraint_split]["overall"]
         messages += epsilon_lines(config.craft, teacher_loss)
         messages += coverage_warnings(inputs.cache, config.craft.constraint_split)
     if data.heldout is not None:

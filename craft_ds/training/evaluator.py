@@ -14,7 +14,8 @@ from craft_ds.data.checked_samples import BadSample, NamedSamples
 from craft_ds.data.replacement import RawBatch
 from craft_ds.data.task_data import heldout_batches, images_to_float
 from craft_ds.distributed.watchdog import RankWatchdog
-from craft_ds.engines.base import Batch, Engine
+from craft_ds.engines.base import Batch, Engine, Loss
+from craft_ds.policies.token_loss import token_loss
 from craft_ds.training.bad_samples import BadSampleLog
 from craft_ds.training.train_step import TokenSums, measure
 from craft_ds.training.world_eval import evaluate_in_world
@@ -48,8 +49,8 @@ class Evaluator:
         """Evaluate the policy as it is now. Collective: call on all ranks.
 
         Returns:
-            `eval/task_loss`, `eval/anchor_loss` and `eval/success/<task>`, each where it is configured; the
-            same on all ranks.
+            `eval/task_loss`, `eval/anchor_loss`, `eval/retention_loss` (where it is another loss) and
+            `eval/success/<task>`, each where it is configured; the same on all ranks.
 
         Raises:
             UserError: A held-out sample is bad, and bad samples are errors.
@@ -59,9 +60,12 @@ class Evaluator:
         if self.heldout is not None:
             metrics["eval/task_loss"] = self._task_loss(self.heldout)
         if self.anchors is not None:
-            metrics["eval/anchor_loss"] = self._mean_loss(
-                self.anchors.heldout_batches(config.batch_size, config.max_eval_samples)
-            )
+            sizes = (config.batch_size, config.max_eval_samples)
+            metrics["eval/anchor_loss"] = self._mean_loss(self.anchors.heldout_batches(*sizes))
+            if config.craft.retention_loss != "token_ce":
+                metrics["eval/retention_loss"] = self._mean_loss(
+                    self.anchors.heldout_batches(*sizes), self.anchors.loss
+                )
         success = evaluate_in_world(
             config.world, self._act, self.preprocessor, self.postprocessor, engine.rank, engine.world_size
         )
@@ -91,13 +95,13 @@ class Evaluator:
         self.bad_samples.settle(all_replaced, found)
         return loss
 
-    def _mean_loss(self, batches: Iterator[tuple[Batch, bool]]) -> float:
+    def _mean_loss(self, batches: Iterator[tuple[Batch, bool]], loss: Loss = token_loss) -> float:
         """Return the mean loss per token over all ranks; NaN where there is no token."""
         total = TokenSums(*torch.zeros(2, dtype=torch.float64, device=self.engine.device))
         for batch, counts in batches:
             self.watchdog.progress()
-            sums = measure(self.engine, [batch])
+            sums = measure(self.engine, [batch], loss)
             if counts:
                 total = TokenSums(total.loss + sums.loss, total.tokens + sums.tokens)
-        loss, tokens = self.engine.sum_scalars(torch.stack(total))
-        return loss / tokens if tokens else math.nan
+        summed, tokens = self.engine.sum_scalars(torch.stack(total))
+        return summed / tokens if tokens else math.nan

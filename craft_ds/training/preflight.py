@@ -66,6 +66,7 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
         return inputs
     cache = AnchorCache.open(config.craft.anchor_cache_dir, verify=is_local_rank0())
     cache.check_policy(config.policy)
+    cache.loss_of(config.craft.retention_loss)
     check_coverage(cache, config.craft.constraint_split, launched_world_size())
     if config.craft.vision_features and is_local_rank0():
         check_vision_features(cache, inputs.weights_dir, config.policy)

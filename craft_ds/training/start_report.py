@@ -12,6 +12,7 @@ from craft_ds.config.configs import CraftConfig
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.task_texts import UNUSED
 from craft_ds.distributed.env import launched_world_size
+from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
 from craft_ds.training.train_state import Progress
 
 _NEVER_BINDS = 3.0
@@ -66,7 +67,7 @@ def heldout_lines(asked: float, train: int, heldout: int) -> list[str]:
 
 def anchor_line(cache: AnchorCache, craft: CraftConfig) -> str:
     """Return the number of anchors by task and split, and L0, the teacher's own loss, by task."""
-    losses = cache.teacher_loss[craft.constraint_split]["by_task"]
+    losses = cache.loss_of(craft.retention_loss)[craft.constraint_split]["by_task"]
     by_task = "; ".join(
         f"{text[:40]!r} {train} + {heldout} held out"
         + (f" (L0 {_loss(losses[text])})" if text in losses else "")
@@ -114,6 +115,8 @@ def epsilon_lines(craft: CraftConfig, teacher_loss: float) -> list[str]:
     """
     unit = teacher_loss if craft.epsilon_relative else 1.0
     start, end = craft.epsilon_start * unit, craft.epsilon_end * unit
+    if RETENTION_LOSSES[craft.retention_loss].zero_for_teacher:
+        return [f"ε: {_loss(start)} to {_loss(end)}; the teacher's own {craft.retention_loss} is 0"]
     lines = [f"ε: {_loss(start)} to {_loss(end)}; the teacher's own loss L0 is {_loss(teacher_loss)}"]
     advice = "set --craft.epsilon_relative=true --craft.epsilon_start=1.3 --craft.epsilon_end=1.1"
     if teacher_loss == 0:

@@ -15,7 +15,8 @@ from torch import Tensor
 from craft_ds.algorithm.gradient_surgery import GramTriple, MergedGradient, clip_factor, merge
 from craft_ds.algorithm.gram import gram, merge_, scale_, squared_norm
 from craft_ds.config.configs import CraftConfig
-from craft_ds.engines.base import Batch, Engine
+from craft_ds.engines.base import Batch, Engine, Loss
+from craft_ds.policies.token_loss import token_loss
 
 
 class TokenSums(NamedTuple):
@@ -54,22 +55,22 @@ class StepResult(NamedTuple):
     merged: MergedGradient | None = None
 
 
-def accumulate(engine: Engine, batches: Iterable[Batch]) -> TokenSums:
+def accumulate(engine: Engine, batches: Iterable[Batch], loss: Loss = token_loss) -> TokenSums:
     """Run one complete pass: forward and backward over all micro-batches. Collective."""
     sums = _no_tokens(engine)
     for batch, last in _mark_last(batches):
-        loss = engine.forward(batch)
-        engine.backward(loss.total, last=last)
-        sums = TokenSums(sums.loss + loss.total.detach().double(), sums.tokens + loss.count.double())
+        found = engine.forward(batch, loss)
+        engine.backward(found.total, last=last)
+        sums = TokenSums(sums.loss + found.total.detach().double(), sums.tokens + found.count.double())
     return sums
 
 
-def measure(engine: Engine, batches: Iterable[Batch]) -> TokenSums:
+def measure(engine: Engine, batches: Iterable[Batch], loss: Loss = token_loss) -> TokenSums:
     """Run forward over all micro-batches in eval mode, without gradients. Collective."""
     sums = _no_tokens(engine)
     for batch in batches:
-        loss = engine.evaluate(batch)
-        sums = TokenSums(sums.loss + loss.total.double(), sums.tokens + loss.count.double())
+        found = engine.evaluate(batch, loss)
+        sums = TokenSums(sums.loss + found.total.double(), sums.tokens + found.count.double())
     return sums
 
 
@@ -110,6 +111,7 @@ def retention_step(
     multiplier: float,
     craft: CraftConfig,
     max_norm: float,
+    anchor_loss: Loss = token_loss,
     extra: Sequence[float] = (),
 ) -> StepResult:
     """Take a step with a second backward pass on anchors and gradient surgery. Collective.
@@ -122,13 +124,14 @@ def retention_step(
         multiplier: λ.
         craft: How to project and merge.
         max_norm: Maximum norm of the merged gradient; 0 or less: no clipping.
+        anchor_loss: The retention loss.
         extra: As for `task_step`.
     """
     task_sums = accumulate(engine, task)
     g_t = engine.take_gradient()
-    anchor_sums = accumulate(engine, anchors)
+    anchor_sums = accumulate(engine, anchors, anchor_loss)
     g_r = engine.gradient()
-    constraint_sums = anchor_sums if constraint is None else measure(engine, constraint)
+    constraint_sums = anchor_sums if constraint is None else measure(engine, constraint, anchor_loss)
 
     # All that surgery, logging and the dual step need from the other ranks: eight numbers and the extra ones.
     products = gram(g_t, g_r).to(engine.device) / engine.replicas

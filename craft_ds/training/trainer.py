@@ -67,6 +67,7 @@ def train(run: Run) -> None:
                 multiplier=dual.multiplier,
                 craft=craft,
                 max_norm=run.max_norm,
+                anchor_loss=anchors.loss,
                 extra=votes,
             )
             epsilon = anchors.epsilon_unit * epsilon_at(step, config.steps, craft)

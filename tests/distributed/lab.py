@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy import ToyPolicy, deal, samples
 
+from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.config.configs import CraftConfig, FsdpConfig, LoraConfig
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Batch, Engine, ReadRange
@@ -22,7 +23,8 @@ from craft_ds.engines.fsdp import FsdpEngine
 from craft_ds.engines.single import SingleEngine
 from craft_ds.lora.adapters import Adapters, add_adapters, plan_adapters
 from craft_ds.lora.weights import open_weights
-from craft_ds.policies.loading import build_policy, load_policy_config
+from craft_ds.policies.loading import build_policy, load_policy, load_policy_config
+from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
 from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import WeightReader, unique_tensors, weights_sha256
 from craft_ds.testing.policies import random_batch, read_from
@@ -204,8 +206,12 @@ class Lab:
     def toy_batches(self, step: int, accumulation: int, *, retention: bool = False) -> list[Batch]:
         return list(deal(samples(step, retention=retention), accumulation, self.rank, self.world_size))
 
-    def pi0_batches(self, step: int, accumulation: int) -> list[Batch]:
+    def pi0_batches(self, step: int, accumulation: int, retention_loss: str = "token_ce") -> list[Batch]:
         batch = random_batch(load_policy_config(self.policy_dir), 9, seed=step)
+        if make_targets := RETENTION_LOSSES[retention_loss].targets:
+            # Of the complete batch by one process: a target must not depend on the ranks.
+            teacher = load_policy(load_policy_config(self.policy_dir), self.policy_dir)
+            batch |= to_policy_batch(make_targets(teacher, batch), "cpu")
         return list(deal(batch, accumulation, self.rank, self.world_size))
 
 

@@ -54,6 +54,8 @@ CORE: Scenarios = {
     "trajectory-accumulate2-clipped": partial(trajectory, accumulation=2, max_norm=0.05, persistence=0),
     "untouched": untouched,
     "pi0-accumulate2": partial(pi0, accumulation=2),
+    "pi0-teacher_kl": partial(pi0, accumulation=2, retention_loss="teacher_kl"),
+    "pi0-hidden": partial(pi0, accumulation=2, retention_loss="hidden"),
     "bf16": partial(trajectory, accumulation=2, max_norm=0.05, dtype="bfloat16"),
     "tied": partial(trajectory, accumulation=2, max_norm=0.05, tied=True),
     "save_and_resume": save_and_resume,

@@ -18,6 +18,8 @@ from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
 from craft_ds.memory_planner.tensor_memory import MemoryCounter
 from craft_ds.policies.loading import build_policy, load_policy_config
+from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
+from craft_ds.policies.token_loss import Loss, token_loss
 from craft_ds.policies.weights import WeightReader
 from craft_ds.tensor_io.tensor_file import TensorFile
 from craft_ds.training.train_step import accumulate, measure, retention_step, task_step
@@ -63,7 +65,14 @@ def operate(engine: Engine, task: list, anchors: list, mode: str, threshold: flo
 
 
 def _steps(
-    engine: Engine, task, anchors, output: Output, kinds: str, max_norm: float, first: int = 0
+    engine: Engine,
+    task,
+    anchors,
+    output: Output,
+    kinds: str,
+    max_norm: float,
+    first: int = 0,
+    anchor_loss: Loss = token_loss,
 ) -> None:
     """Run task and retention steps, `T` and `R`; every retention step uses another mode."""
     for step, kind in enumerate(kinds, first):
@@ -82,6 +91,7 @@ def _steps(
                 multiplier=FOLLOWED_BY[mode],
                 craft=config,
                 max_norm=max_norm,
+                anchor_loss=anchor_loss,
             )
             output.values[f"retention{step}"] = [result.retention_loss, *result.triple]
         assert result.applied
@@ -123,17 +133,24 @@ def trajectory(
     return output
 
 
-def pi0(lab: Lab, accumulation: int, kinds: str = "TRR", recompute: bool = False) -> Output:
+def pi0(
+    lab: Lab,
+    accumulation: int,
+    kinds: str = "TRR",
+    recompute: bool = False,
+    retention_loss: str = "token_ce",
+) -> Output:
     """Run `trajectory` on a tiny pi0_fast."""
     persistence = 0 if accumulation > 1 else None
     engine, output = lab.pi0_engine(persistence=persistence, lr=1e-3, recompute=recompute), Output()
     _steps(
         engine,
         lambda step: lab.pi0_batches(step, accumulation),
-        lambda step: lab.pi0_batches(step + 100, 2),
+        lambda step: lab.pi0_batches(step + 100, 2, retention_loss),
         output,
         kinds,
         max_norm=1.0,
+        anchor_loss=RETENTION_LOSSES[retention_loss].loss,
     )
     output.add("parameters", masters(engine))
     output.add("moments", moments(engine))

@@ -126,7 +126,14 @@ def test_trajectory_moved_every_trainable_parameter(reference):
         assert (moved == 0.0) == ("frozen" in name), name
 
 
-@every("pi0-accumulate1", "pi0-accumulate2", "pi0-recompute", "five-retention-steps")
+@every(
+    "pi0-accumulate1",
+    "pi0-accumulate2",
+    "pi0-recompute",
+    "pi0-teacher_kl",
+    "pi0-hidden",
+    "five-retention-steps",
+)
 def test_pi0_fast(ranks, name, reference):
     found, expected = ranks[name], reference[name]
     # Overall: a key's bias has only rounding for a gradient, which differs between runs.

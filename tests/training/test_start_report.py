@@ -80,7 +80,7 @@ def test_anchors_are_counted_by_task_and_split_with_l0():
         tasks=["reach", "push"],
         task=torch.tensor([0, 1, 1, 0]),
         splits={"train": [0, 1, 2], "heldout": [3]},
-        teacher_loss={"heldout": {"by_task": {"reach": 0.0025}}},
+        loss_of={"token_ce": {"heldout": {"by_task": {"reach": 0.0025}}}}.get,
     )
     line = anchor_line(cache, CraftConfig(enabled=True))
     assert line == "✓ anchors: 3 + 1 held out; 'reach' 1 + 1 held out (L0 0.0025); 'push' 2 + 0 held out"
@@ -101,6 +101,12 @@ def test_an_epsilon_out_of_reach_is_a_warning(flags, warned):
     first, *warnings = epsilon_lines(CraftConfig(enabled=True, **flags), teacher_loss=0.6)
     assert first.endswith("L0 is 0.600")
     assert [warned in line for line in warnings] == ([True] if warned else [])
+
+
+@pytest.mark.parametrize("name", ["teacher_kl", "hidden"])
+def test_an_epsilon_has_no_unit_where_the_teachers_loss_is_zero(name):
+    craft = CraftConfig(enabled=True, retention_loss=name, epsilon_start=0.2, epsilon_end=0.08)
+    assert epsilon_lines(craft, 1e-9) == [f"ε: 0.200 to 0.08; the teacher's own {name} is 0"]
 
 
 def test_a_relative_epsilon_is_shown_in_absolute_units():

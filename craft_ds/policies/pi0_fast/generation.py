@@ -23,7 +23,8 @@ from craft_ds.policies.pi0_fast.loss import longest
 from craft_ds.policies.pi0_fast.vision import image_tokens
 from craft_ds.policies.token_loss import Batch
 
-_END_OF_ACTION = "|"
+END_OF_ACTION = "|"
+"""The token after which nothing is decoded."""
 
 
 @singledispatch
@@ -75,7 +76,7 @@ def greedy_action_tokens(policy: PI0FastPolicy, batch: Batch) -> Tensor:
     decoder = model.paligemma_with_expert.paligemma.model.language_model
     lm_head = model.paligemma_with_expert.paligemma.lm_head
     embed_words = model.paligemma_with_expert.embed_language_tokens
-    end_of_action = tokenizer.convert_tokens_to_ids(_END_OF_ACTION)
+    end_of_action = tokenizer.convert_tokens_to_ids(END_OF_ACTION)
 
     device, size = next(policy.parameters()).device, batch[OBS_LANGUAGE_TOKENS].shape[0]
     length = longest(batch[OBS_LANGUAGE_ATTENTION_MASK].cpu())

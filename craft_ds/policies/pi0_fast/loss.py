@@ -10,6 +10,8 @@ does not affect it:
   tower where the batch holds its features already (`craft_ds.policies.pi0_fast.vision`).
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
@@ -50,6 +52,22 @@ def pi0_fast_token_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
     return TokenLoss(total, torch.full((), float(targets.numel()), device=logits.device))
 
 
+class SupervisedHidden(NamedTuple):
+    """The decoder's output at the N positions that predict a supervised token, sample by sample.
+
+    Attributes:
+        hidden: (N, width).
+        targets: The tokens to predict, (N,).
+        rows: Sample of each position, (N,).
+        columns: Position in the action tokens, from 0: it predicts token `column + 1`. (N,)
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
 def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tensor]:
     """Compute the logits of each supervised action token of a batch, and the target tokens.
 
@@ -60,9 +78,25 @@ def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tens
     Returns:
         Logits (N, vocabulary) in fp32 at least, and the N target tokens, sample by sample.
     """
+    found = supervised_hidden(policy, batch)
+    return action_logits(policy, found), found.targets
+
+
+def action_logits(policy: PI0FastPolicy, found: SupervisedHidden) -> Tensor:
+    """Compute the logits (N, vocabulary) of supervised positions, in fp32 at least."""
+    logits = policy.model.paligemma_with_expert.paligemma.lm_head(found.hidden)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def supervised_hidden(policy: PI0FastPolicy, batch: Batch) -> SupervisedHidden:
+    """Compute the decoder's output for each supervised action token of a batch.
+
+    Args:
+        policy: A pi0_fast of any size.
+        batch: As for `pi0_fast_token_loss`.
+    """
     model = policy.model
     decoder = model.paligemma_with_expert.paligemma.model.language_model
-    lm_head = model.paligemma_with_expert.paligemma.lm_head
 
     device = next(policy.parameters()).device
     prompt_mask = batch[OBS_LANGUAGE_ATTENTION_MASK].cpu()
@@ -99,8 +133,8 @@ def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tens
 
     predicting = hidden[:, vision.shape[1] + prompt_length :].flatten(0, 1).index_select(0, supervised)
     targets = actions[:, 1:].flatten().index_select(0, supervised)
-    logits = lm_head(predicting)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
+    rows = supervised.div(max(action_length - 1, 1), rounding_mode="floor")
+    return SupervisedHidden(predicting, targets, rows, supervised - rows * (action_length - 1))
 
 
 def longest(mask: Tensor) -> int:

@@ -1,0 +1,62 @@
+"""`--craft.retention_loss` from the command that builds the anchors to the evaluation of the run."""
+
+import math
+
+import pytest
+from runs import metrics
+
+from craft_ds.anchors.build import BuildOptions, build_anchor_cache
+from craft_ds.anchors.schema import TARGETS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def craft_flags(inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("targets") / "anchors"
+    build_anchor_cache(
+        BuildOptions(
+            dataset_repo_id="craft-ds/test",
+            dataset_root=str(inputs.old),
+            policy_path=str(inputs.policy),
+            output_dir=str(output),
+            num_samples=24,
+            num_workers=0,
+            heldout_fraction=0.34,
+            targets=TARGETS,
+        )
+    )
+    return [*inputs.craft_flags(), f"--craft.anchor_cache_dir={output}"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_run_is_constrained_by_the_loss_it_asks_for(train, craft_flags, tmp_path, name):
+    flags = [f"--craft.retention_loss={name}", "--eval_freq=4", "--dataset.eval_split=0.25"]
+    flags += ["--policy.optimizer_lr=0.01", "--policy.scheduler_warmup_steps=0"]
+    ended = train(tmp_path / "run", *craft_flags, *flags)
+    assert ended.status == 0, ended.errors
+    rows = metrics(tmp_path / "run")
+    losses = [row["craft/retention_loss"] for row in rows if "craft/retention_loss" in row]
+    evaluated = [row["eval/retention_loss"] for row in rows if "eval/retention_loss" in row]
+    assert evaluated
+    assert all(math.isfinite(value) for value in [*losses, *evaluated])
+    if name != "teacher_tokens":
+        # Step 0 starts from the teacher itself, which later steps leave.
+        assert abs(losses[0]) < 1e-6 < 1e-4 < evaluated[-1]
+        assert f"the teacher's own {name} is 0" in ended.output
+    assert any(row.get("eval/anchor_loss", 0) > 0.1 for row in rows)
+    assert (tmp_path / "run" / "final" / "lambda_analysis.png").is_file()
+
+
+def test_a_cache_without_the_targets_is_refused_before_anything_is_written(train, inputs, tmp_path):
+    ended = train(tmp_path / "run", *inputs.craft_flags(), "--craft.retention_loss=teacher_kl")
+    assert ended.status == 2
+    assert "`craft-ds anchors --targets teacher_kl`" in ended.errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_relative_epsilon_needs_a_loss_that_the_teacher_has(train, craft_flags, tmp_path):
+    flags = ["--craft.retention_loss=teacher_kl", "--craft.epsilon_relative=true"]
+    ended = train(tmp_path / "run", *craft_flags, *flags)
+    assert ended.status == 2
+    assert "--craft.epsilon_relative=true: the teacher's own teacher_kl is 0" in ended.errors
