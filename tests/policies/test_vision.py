@@ -296,3 +296,33 @@ def test_the_same_values_in_another_dtype_are_the_same_tower(original, directory
 def test_other_policies_have_no_such_features():
     with pytest.raises(UserError, match="Linear: omit --vision_features"):
         vision_tower(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("present", [["top"], ["side1"], ["side0", "side1"], ["top", "side1"]])
+def test_an_absent_camera_costs_nothing_and_changes_nothing(tmp_path, present):
+    """LeRobot embeds an empty image for it and masks the tokens."""
+    path = make_test_policy_dir(tmp_path / "policy", seed=1, cameras=3)
+    policy = load_policy(load_policy_config(path), path)
+    policy.config.input_features["observation.images.side0"] = policy.config.input_features.pop(
+        "observation.images.side2"
+    )
+    batch = random_batch(policy.config, 4, seed=0)
+    for camera in policy.config.image_features:
+        if camera.rpartition(".")[2] not in present:
+            del batch[camera]
+    images = []
+    hook = vision_tower(policy).register_forward_pre_hook(lambda _, args: images.append(len(args[0])))
+    loss, gradients = loss_and_gradients(policy, batch)
+    hook.remove()
+    assert images == [4 * len(present)]
+
+    policy.zero_grad()
+    mean, _ = policy.forward(batch)
+    tokens = token_loss(policy, batch).count.item()
+    mean.backward()
+    assert loss / tokens == pytest.approx(mean.item(), rel=1e-6)
+    expected = {name: p.grad * tokens for name, p in policy.named_parameters() if p.grad is not None}
+    difference = sum((gradients[name] - value).double().square().sum() for name, value in expected.items())
+    norm = sum(value.double().square().sum() for value in expected.values())
+    assert (difference / norm).sqrt().item() < 1e-6
+    assert gradients.keys() == expected.keys()

@@ -54,10 +54,11 @@ def feature_shape(policy: PreTrainedPolicy) -> tuple[int, int]:
 
 
 def image_tokens(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """Compute the image tokens of all cameras, from one call of the vision tower or from stored features.
+    """Compute the image tokens of the cameras in a batch, by one call of the vision tower or from features.
 
-    Equals LeRobot's `embed_image` of every camera. Cameras of the policy that are not in the batch come last
-    and are masked.
+    Equals LeRobot's `embed_image` of each of them. LeRobot also embeds an empty image for every camera that
+    the batch lacks and masks its tokens: nothing attends to them and positions do not count them, so that
+    they are left out here.
 
     Args:
         policy: A pi0_fast of any size.
@@ -65,11 +66,11 @@ def image_tokens(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, list[Tens
             them, (B, patches, tower width). Where there are features, the tower is not called.
 
     Returns:
-        Image tokens (B, cameras * patches, width) in fp32, and the mask (B,) of each camera.
+        Image tokens (B, cameras in the batch * patches, width) in fp32, and the mask (B,) of each camera.
     """
     stored = _stored_features(policy, batch)
     if stored is None:
-        images, masks = preprocess_images(policy, batch)
+        images, masks = _present_images(policy, batch)
         features = _run_tower(policy, torch.cat(images))
     else:
         features, masks = stored
@@ -94,8 +95,8 @@ def vision_features(policy: PI0FastPolicy, batch: Batch) -> Batch:
         (B, patches, tower width) per camera, in the dtype of the tower.
     """
     cameras = [camera for camera in policy.config.image_features if camera in batch]
-    images, _ = preprocess_images(policy, batch)
-    features = _run_tower(policy, torch.cat(images[: len(cameras)])).chunk(len(cameras))
+    images, _ = _present_images(policy, batch)
+    features = _run_tower(policy, torch.cat(images)).chunk(len(cameras))
     return {features_key(camera): part for camera, part in zip(cameras, features, strict=True)}
 
 
@@ -120,6 +121,13 @@ def vision_fingerprint(policy: PreTrainedPolicy, weights: WeightReader) -> str:
                 piece = weights.read(name, start, min(start + _PIECE, tensor.numel()))
                 digest.update(piece.float().numpy().data)
     return digest.hexdigest()
+
+
+def _present_images(policy: PI0FastPolicy, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the prepared images and masks of the cameras in a batch."""
+    present = sum(camera in batch for camera in policy.config.image_features)
+    images, masks = preprocess_images(policy, batch)
+    return images[:present], masks[:present]
 
 
 def _run_tower(policy: PI0FastPolicy, images: Tensor) -> Tensor:
@@ -150,6 +158,4 @@ def _stored_features(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, list[
     device = next(policy.parameters()).device
     features = [batch[key].to(device, dtype) for key in stored]
     present = torch.ones(len(features[0]), dtype=torch.bool, device=device)
-    absent = len(cameras) - len(stored)
-    features += [torch.zeros_like(features[0])] * absent
-    return torch.cat(features), [present] * len(stored) + [~present] * absent
+    return torch.cat(features), [present] * len(stored)
