@@ -175,7 +175,6 @@ def plan(case: dict[str, Any]) -> tuple[PassTrace, Plan]:
         case["engine"],
         case["ranks"],
         compute=2,
-        foreach_optimizer=False,
         reduce_bucket=DS_OPTIONS["reduce_bucket_size"],
         prefetch=DS_OPTIONS["stage3_prefetch_bucket_size"],
         max_reuse=DS_OPTIONS["stage3_max_reuse_distance"],

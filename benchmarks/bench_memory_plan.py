@@ -178,7 +178,6 @@ def plan(case: dict[str, Any]) -> Plan:
         kind,
         1 if kind == "single" else case["world_size"],
         dtype.itemsize,
-        foreach_optimizer=False,
         reduce_bucket=case["reduce_bucket"],
     )
     return plan_memory(trace, workload, options)

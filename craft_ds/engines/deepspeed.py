@@ -18,6 +18,7 @@ from craft_ds.distributed.collectives import init_process_group
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
 from craft_ds.engines.batch_norm import average_running_statistics_
 from craft_ds.engines.deepspeed_cpu_adam import cpu_adam
+from craft_ds.engines.fused_adam import fuse_
 from craft_ds.engines.zero2_shards import Zero2Shards, without_broadcast
 from craft_ds.engines.zero3_shards import Zero3Shards, partition_parameters_
 from craft_ds.engines.zero_shards import ZeroShards
@@ -100,8 +101,7 @@ class DeepSpeedEngine:
                 parameter.data = parameter.data.to(dtype)
             materialize_(module, get_accelerator().current_device_name())
         optimizer = build_optimizer()
-        if config["zero_force_ds_cpu_optimizer"]:
-            optimizer = cpu_adam(optimizer)
+        optimizer = cpu_adam(optimizer) if config["zero_force_ds_cpu_optimizer"] else fuse_(optimizer)
         with without_broadcast() if stage == 2 else nullcontext():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.device = self._engine.device

@@ -20,6 +20,7 @@ from craft_ds.engines.fsdp_wrapping import (
     rows,
     shard_,
 )
+from craft_ds.engines.fused_adam import fuse_
 from craft_ds.engines.grad_shards import GradShards
 from craft_ds.errors import UserError
 from craft_ds.policies.meta_init import materialize_
@@ -68,7 +69,7 @@ class FsdpEngine(GradShards):
             buffer.data = buffer.to(self.device)
         self.load_parameters(read)
         self._trainable = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer()
+        self.optimizer = fuse_(build_optimizer())
 
     def forward(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:
         """Return the loss of this rank's micro-batch. Collective: call on all ranks."""
@@ -160,7 +161,7 @@ class FsdpEngine(GradShards):
         for name, parameter, start in self._rows():
             if parameter.requires_grad:
                 state = self.optimizer.state[parameter]
-                state["step"] = torch.tensor(float(steps))
+                state["step"] = torch.tensor(float(steps), device=parameter.device)
                 for key in keys:
                     state[key] = torch.zeros_like(parameter)
                     fill_(local(state[key]).view(-1), read, f"{name}.{key}", start)

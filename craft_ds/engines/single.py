@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
+from craft_ds.engines.fused_adam import fuse_
 from craft_ds.engines.grad_shards import GradShards
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
@@ -48,7 +49,7 @@ class SingleEngine(GradShards):
         with torch.no_grad():
             for name, tensor in unique_tensors(module.policy).items():
                 fill_(tensor.view(-1), read, name, 0)
-        self.optimizer = build_optimizer()
+        self.optimizer = fuse_(build_optimizer())
 
     def forward(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:
         """Return the loss of one micro-batch."""
@@ -107,7 +108,7 @@ class SingleEngine(GradShards):
         for name, parameter in self.module.policy.named_parameters():
             if parameter.requires_grad:
                 state = self.optimizer.state[parameter]
-                state["step"] = torch.tensor(float(steps))
+                state["step"] = torch.tensor(float(steps), device=parameter.device)
                 for key in keys:
                     state[key] = torch.empty_like(parameter)
                     fill_(state[key].view(-1), read, f"{name}.{key}", 0)

@@ -171,7 +171,7 @@ class ZeroShards(ABC):
         counts_in_ints = isinstance(self.optimizer, DeepSpeedCPUAdam)
         for flat in self.masters:
             state = self.optimizer.state[flat]
-            state["step"] = steps if counts_in_ints else torch.tensor(float(steps))
+            state["step"] = steps if counts_in_ints else torch.tensor(float(steps), device=flat.device)
             for key in keys:
                 state[key] = torch.zeros_like(flat)
 

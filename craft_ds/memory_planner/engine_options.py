@@ -13,7 +13,6 @@ class EngineOptions:
         engine: One of `craft_ds.memory_planner.ENGINES`.
         ranks: Ranks that share one copy of the model.
         compute: Bytes per element in forward: 4, or 2 in bfloat16.
-        foreach_optimizer: AdamW updates all tensors at once, as on an accelerator; otherwise one by one.
         reshard_after_forward: FSDP2 frees a unit after its forward pass.
         reduce_bucket: ZeRO: `reduce_bucket_size`, in elements.
         prefetch: ZeRO-3: `stage3_prefetch_bucket_size`, in elements.
@@ -26,7 +25,6 @@ class EngineOptions:
     engine: str
     ranks: int
     compute: int = 4
-    foreach_optimizer: bool = True
     reshard_after_forward: bool = True
     reduce_bucket: int = 100_000_000
     prefetch: int = 50_000_000

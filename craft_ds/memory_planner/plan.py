@@ -40,7 +40,7 @@ class Plan:
         gradient: Accumulated gradient at the peak.
         buffers: Permanent communication buffers of the engine.
         gathered: Parameters and gradients of the units in use, and the buffers that move them.
-        activations: Activations of the pass without logits; in the `step`, the optimizer's temporaries.
+        activations: Activations of the pass without logits.
         logits: Logits of the supervised tokens, if alive at the peak.
         host: The same rank's bytes in the host's memory.
     """
@@ -162,13 +162,8 @@ def _in_step(trace: PassTrace, s: EngineOptions, kept: Plan) -> Plan:
     """Return the memory of the optimizer's step, after the pass's own memory is freed."""
     shard = -(-trace.trainable // s.ranks)
     if s.offloads:
-        return replace(kept, moment="step", host=kept.host + 4 * shard * (s.engine == "fsdp_offload"))
-    flat = s.engine.startswith("zero")
+        return replace(kept, moment="step")
+    # The fused AdamW has no temporaries. ZeRO updates from a flat copy of the gradient.
     at_once = min(shard, s.sub_group) if s.engine == "zero3" else shard
-    if not s.foreach_optimizer and not flat:
-        at_once = min(shard, -(-trace.largest // s.ranks))
-    # PyTorch's AdamW: the square root of the second moment, and on the CPU the quotient before it is freed.
-    temporaries = (4 if s.foreach_optimizer else 8) * at_once
-    # ZeRO updates from a flat copy of the gradient.
-    copy = 4 * at_once if flat else 0
-    return replace(kept, moment="step", gradient=4 * shard, gathered=copy, activations=temporaries)
+    copy = 4 * at_once if s.engine.startswith("zero") else 0
+    return replace(kept, moment="step", gradient=4 * shard, gathered=copy)

@@ -88,11 +88,6 @@ class PassTrace:
         """Number of elements of all frozen parameters."""
         return sum(unit.frozen for unit in self.units)
 
-    @property
-    def largest(self) -> int:
-        """Number of elements of the largest trainable parameter."""
-        return max((size for unit in self.units for size in unit.trainable_sizes), default=0)
-
 
 def simulate_pass(
     config: PreTrainedConfig,

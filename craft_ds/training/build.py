@@ -69,6 +69,7 @@ from craft_ds.training.start_report import (
     dataset_line,
     epsilon_lines,
     heldout_lines,
+    precision_lines,
     size_lines,
 )
 from craft_ds.training.trackers import open_trackers
@@ -89,6 +90,7 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     config.validate()
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cudnn.benchmark = not config.cudnn_deterministic
+    torch.backends.cuda.matmul.allow_tf32 = config.engine.tf32
     ds_config = check_engine(config, launched_world_size())
     owns_process_group = init_engine_process_group(config)
     # A launcher that lost a rank signals the others, which must first report the lost rank.
@@ -176,6 +178,7 @@ def _build(
     if data.heldout is not None:
         episodes = (data.train.num_episodes, data.heldout.num_episodes)
         messages += heldout_lines(config.dataset.eval_split, *episodes)
+    messages += precision_lines(config.engine.dtype, engine.device.type)
     for message in (*size_lines(config, state.progress, len(data.train), engine.world_size), *messages):
         logger.say(message)
     checkpointer = Checkpointer(

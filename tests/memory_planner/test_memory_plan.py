@@ -59,7 +59,7 @@ def test_the_plan_matches_a_measured_retention_step(lora, dtype):
                 max_norm=1.0,
             )
     trace = simulate_pass(config, WORKLOAD, dtype=dtype, autocast=True, lora=lora)
-    options = {"compute": dtype.itemsize, "foreach_optimizer": False}
+    options = {"compute": dtype.itemsize}
     planned = plan_memory(trace, WORKLOAD, options_of("single", 1, **options))
     assert planned.total == pytest.approx(counter.peak, rel=0.02)
 

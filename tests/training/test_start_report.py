@@ -11,6 +11,7 @@ from craft_ds.training.start_report import (
     dataset_line,
     epsilon_lines,
     heldout_lines,
+    precision_lines,
     size_lines,
 )
 from craft_ds.training.train_state import Progress
@@ -73,6 +74,15 @@ def test_a_share_that_is_not_the_one_asked_for_is_warned(asked, train, heldout, 
     if warned:
         assert lines[0].startswith(f"warning: {warned} of the episodes are held out")
         assert f"--dataset.eval_split={asked}" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "told"), [("float32", "cuda", 1), ("bfloat16", "cuda", 0), ("float32", "cpu", 0)]
+)
+def test_a_run_in_fp32_on_a_gpu_is_told_of_bf16(dtype, device, told):
+    lines = precision_lines(dtype, device)
+    assert len(lines) == told
+    assert all("--engine.dtype=bfloat16" in line for line in lines)
 
 
 def test_anchors_are_counted_by_task_and_split_with_l0():
