@@ -144,8 +144,10 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             return
         output_dir = Path(self.output_dir)
         if os.path.lexists(output_dir) and not output_dir.is_dir():
-            kind = "a link to nothing" if output_dir.is_symlink() else "not a directory"
-            raise UserError(f"--output_dir={output_dir} is {kind}: choose another, or move it away")
+            raise UserError(
+                f"--output_dir={output_dir} exists already and is not a directory: move it away, or choose "
+                "another"
+            )
         try:
             contents = [] if self.resume else directory_contents(output_dir)
         except OSError as error:
