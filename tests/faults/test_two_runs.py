@@ -1,6 +1,8 @@
 """Two runs in one output directory: the first ends as if it were alone, the second with one line."""
 
+import os
 import re
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -16,7 +18,6 @@ from craft_ds.checkpoints.run_directory import checkpoint_directories
 from craft_ds.tensor_io.output_lock import LOCK_FILE
 
 FIRST = ["--steps=6", "--save_freq=2"]
-LONG = ["--steps=100000", "--save_freq=5", "--save_total_limit=1"]
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,9 @@ def rows(run) -> int:
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def stop(path: Path) -> list[FaultInjector]:
-    """Hold a run after its second step until a file exists, or for ever."""
-    return [FaultInjector("fault_injectors:hold_at_step", {"step": 2, "until": str(path)})]
+def stop(path: Path, step: int = 2) -> list[FaultInjector]:
+    """Hold a run after a step, before its save, until a file exists."""
+    return [FaultInjector("fault_injectors:hold_at_step", {"step": step, "until": str(path)})]
 
 
 def is_refused(ended, run, process):
@@ -100,9 +101,15 @@ def ended_alone(run):
     assert not (run / LOCK_FILE).exists()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("mode", ["--resume=false", "--resume=auto", "--resume=true"])
-@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "ranks", "existing"),
+    [
+        ("--resume=false", 1, False),
+        ("--resume=auto", 1, True),
+        ("--resume=auto", 2, False),
+        ("--resume=true", 1, False),
+    ],
+)
 def test_a_run_beside_a_living_one(
     inputs, fork_server, other_server, run, tmp_path, mode, ranks, existing, fault_table
 ):
@@ -149,38 +156,33 @@ def test_two_runs_that_start_at_once(inputs, fork_server, other_server, run, mod
         assert len(won) - len(done) == 1, [result.outputs for result in ended]
         assert len(won) + len(lost) == 2
         for result in lost:
-            assert re.search(r"error: --output_dir=\S+ (is in use by process|exists already)", result.outputs[0])
+            assert re.search(
+                r"error: --output_dir=\S+ (is in use by process|exists already)", result.outputs[0]
+            )
     ended_alone(run)
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_killed_holder_leaves_no_lock(inputs, fork_server, other_server, run, tmp_path, existing, fault_table):
+def test_a_killed_holder_leaves_no_lock(
+    inputs, fork_server, other_server, run, tmp_path, existing, fault_table
+):
     if existing:
         run.mkdir()
     flags = [*inputs.flags(run), *FIRST, "--resume=auto"]
     with fault_table.case("two runs at once", "kill -9 of the holder", f"existing: {existing}"):
-        injectors = {0: stop(tmp_path / "never")}
+        injectors = {0: stop(tmp_path / "never", step=3)}
         with beside(fork_server, flags, injectors=injectors) as first:
-            wait_for(lambda: rows(run) == 2)
+            wait_for(lambda: rows(run) == 3)
             process = holder(run)
             is_refused(other_server.run(flags, 1), run, process)
             # The second waits while the first dies, as ranks do that a launcher restarts.
             with beside(other_server, flags) as waiting:
                 time.sleep(1.0)
-                fork_server_kill(process)
+                os.kill(process, signal.SIGKILL)
                 assert first.end().statuses == [-9]
                 ended = waiting.end()
-        if ended.statuses != [0]:  # it had looked too early on a slow machine
-            is_refused(ended, run, process)
-        other_server.run(flags, 1).check()
+        ended.check()
         ended_alone(run)
-
-
-def fork_server_kill(process):
-    import os
-    import signal
-
-    os.kill(process, signal.SIGKILL)
 
 
 def test_a_run_of_another_directory_is_not_held_up(inputs, fork_server, other_server, run, tmp_path):
@@ -192,8 +194,7 @@ def test_a_run_of_another_directory_is_not_held_up(inputs, fork_server, other_se
         first.end().check()
 
 
-def test_other_names_of_the_directory_are_the_same_lock(inputs, fork_server, other_server, run, tmp_path, mount):
-    """A link, and a second mount of the same volume as in another container, whose parent differs."""
+def test_a_link_to_the_directory_is_the_same_lock(inputs, fork_server, other_server, run, tmp_path):
     run.mkdir()
     (tmp_path / "link").symlink_to(run)
     flags = inputs.flags(run)
@@ -201,7 +202,9 @@ def test_other_names_of_the_directory_are_the_same_lock(inputs, fork_server, oth
         wait_for(lambda: rows(run) == 2)
         process = holder(run)
         is_refused(
-            other_server.run([*inputs.flags(tmp_path / "link"), "--resume=auto"], 1), tmp_path / "link", process
+            other_server.run([*inputs.flags(tmp_path / "link"), "--resume=auto"], 1),
+            tmp_path / "link",
+            process,
         )
         (tmp_path / "go").touch()
         first.end().check()
@@ -220,17 +223,3 @@ def test_a_second_mount_of_the_volume(inputs, fork_server, other_server, run, tm
         (tmp_path / "go").touch()
         first.end().check()
     assert not list(run.glob(".*"))
-
-
-def test_a_living_run_writes_to_the_end(inputs, fork_server, other_server, run, tmp_path):
-    """Many restarts beside it change nothing."""
-    go = tmp_path / "go"
-    flags = [*inputs.flags(run), *FIRST, "--resume=auto"]
-    with beside(fork_server, flags, injectors={0: stop(go)}) as first:
-        wait_for(lambda: rows(run) == 2)
-        process = holder(run)
-        for _ in range(2):
-            is_refused(other_server.run(flags, 1), run, process)
-        go.touch()
-        first.end().check()
-    ended_alone(run)
