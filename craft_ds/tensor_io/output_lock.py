@@ -24,6 +24,7 @@ LOCK_FILE = ".craft-ds.lock"
 _JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "FLUX_JOB_ID", "KUBERNETES_JOB_NAME")
 _POLL_S = 0.2
 _ATTEMPTS = 100
+_NAMELESS_S = 1.0
 
 logger = logging.getLogger(__name__)
 _held: set[Path] = set()
@@ -118,9 +119,10 @@ def _lock(path: Path, described: str, deadline: float) -> int:
         holder = _read_holder(descriptor)
         os.close(descriptor)
         if not locked:
-            if time.monotonic() >= deadline:
+            # A holder writes its name just after it has locked the file.
+            if time.monotonic() >= deadline + (0.0 if holder else _NAMELESS_S):
                 raise UserError(
-                    f"{described} is in use by {holder}: wait until that has ended, or choose another "
+                    f"{described} is in use by {holder or 'another process'}: wait until that has ended, or choose another "
                     "directory"
                 )
             time.sleep(_POLL_S)
@@ -145,7 +147,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _read_holder(descriptor: int) -> str:
     text = " ".join(os.pread(descriptor, 300, 0).decode(errors="replace").split())
-    return "".join(filter(str.isprintable, text)) or "another process"
+    return "".join(filter(str.isprintable, text))
 
 
 def _this_process() -> str:
