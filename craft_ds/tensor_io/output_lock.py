@@ -122,8 +122,8 @@ def _lock(path: Path, described: str, deadline: float) -> int:
             # A holder writes its name just after it has locked the file.
             if time.monotonic() >= deadline + (0.0 if holder else _NAMELESS_S):
                 raise UserError(
-                    f"{described} is in use by {holder or 'another process'}: wait until that has ended, or choose another "
-                    "directory"
+                    f"{described} is in use by {holder or 'another process'}: wait until that has ended, or "
+                    "choose another directory"
                 )
             time.sleep(_POLL_S)
     if warning is not None:
