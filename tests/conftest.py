@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -236,6 +236,46 @@ def _contents(path: Path | None) -> dict[str, bytes | None] | None:
         return None
     files = [path, *path.rglob("*")]
     return {str(file): file.read_bytes() if file.is_file() else None for file in files}
+
+
+@pytest.fixture
+def mounts() -> Iterator[Callable[..., None]]:
+    """Call mount(8) for a path; unmounted after the test. Skips where that is not allowed."""
+    mounted: list[Path] = []
+
+    def run(path: Path, *arguments: str) -> None:
+        ended = subprocess.run(["mount", *arguments, path], capture_output=True, text=True, check=False)
+        if ended.returncode:
+            pytest.skip(f"nothing can be mounted here, which takes root: {ended.stderr.strip()}")
+        if "remount" not in arguments[1]:
+            mounted.append(path)
+
+    yield run
+    for path in reversed(mounted):
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+@pytest.fixture
+def mount(mounts) -> Callable[..., Path]:
+    """Mount a file system in memory, of a size as `mount -o size=` takes it."""
+
+    def run(path: Path, size: str = "64m") -> Path:
+        path.mkdir(exist_ok=True)
+        mounts(path, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+        return path
+
+    return run
+
+
+@pytest.fixture
+def read_only(mounts) -> Callable[[Path], None]:
+    """Make a directory read-only, for root too."""
+
+    def run(path: Path) -> None:
+        mounts(path, "--bind", str(path))
+        mounts(path, "-o", "remount,ro,bind")
+
+    return run
 
 
 @pytest.fixture(scope="session")

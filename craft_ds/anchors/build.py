@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from craft_ds.anchors.build_lock import locked_output
 from craft_ds.anchors.build_plan import BuildOptions, Teacher, check_plan_matches, make_plan
 from craft_ds.anchors.cache import (
     METADATA_FILE,
@@ -59,6 +58,7 @@ from craft_ds.policies.pi0_fast.vision import features_key
 from craft_ds.policies.statistics import check_statistics
 from craft_ds.policies.support import check_craft_policy
 from craft_ds.tensor_io.filesystem import atomic_file, file_sha256, publish_directory
+from craft_ds.tensor_io.output_lock import locked_output
 
 
 class AnchorEncoder:

@@ -86,6 +86,7 @@ def hash_files(
 
     def hash_own_segments() -> tuple[dict[Path, int], dict[tuple[str, int], str]]:
         try:
+            directory.stat()  # of a missing directory, `rglob` returns nothing
             paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
             sizes = {path: path.stat().st_size for path in paths}
             segments = [(path, start) for path in paths for start in range(0, max(sizes[path], 1), SEGMENT)]

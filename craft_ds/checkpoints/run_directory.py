@@ -1,21 +1,25 @@
-"""Checkpoint directories of a run: their names, the newest, the `last` link and deletion of old ones."""
+"""Directory of a run: its checkpoints, the newest, the `last` link, and deletion of old ones."""
 
 import contextlib
 import errno
-import itertools
+import logging
+import os
 import re
 import shutil
 from pathlib import Path
 
 from craft_ds.checkpoints.manifest import read_manifest
 from craft_ds.errors import UserError
-from craft_ds.tensor_io.filesystem import UNFINISHED, fsync, unfinished_path
+from craft_ds.tensor_io.filesystem import UNFINISHED, fsync, remove_node, unfinished_path
+from craft_ds.tensor_io.move_aside import move_aside
 
 FINAL = "final"
 LAST = "last"
 _STEP = re.compile(r"step_\d{6,}")
 # Object stores and some network file systems have no symbolic links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+logger = logging.getLogger(__name__)
 
 
 def step_directory(output_dir: Path, step: int) -> Path:
@@ -24,9 +28,16 @@ def step_directory(output_dir: Path, step: int) -> Path:
 
 
 def checkpoint_directories(output_dir: Path) -> list[Path]:
-    """Return every directory with a checkpoint's name, complete or not."""
+    """Return every directory with a checkpoint's name, complete or not.
+
+    `last` is among them if it is a directory: tools that copy runs to or from object stores follow links.
+    """
+    return [path for path in _named(output_dir) if path.is_dir() and not path.is_symlink()]
+
+
+def _named(output_dir: Path) -> list[Path]:
     found = [path for path in output_dir.glob("step_*") if _STEP.fullmatch(path.name)]
-    return [path for path in (*found, output_dir / FINAL) if path.is_dir() and not path.is_symlink()]
+    return [*found, output_dir / FINAL, output_dir / LAST]
 
 
 def complete_checkpoints(output_dir: Path) -> tuple[list[tuple[int, Path]], dict[Path, str]]:
@@ -35,7 +46,12 @@ def complete_checkpoints(output_dir: Path) -> tuple[list[tuple[int, Path]], dict
     Returns:
         Step and directory of each, newest first; and the reason why each other directory is skipped.
     """
-    complete, skipped = [], {}
+    complete = []
+    skipped = {
+        path: f"{path} is not a directory"
+        for path in _named(output_dir)
+        if os.path.lexists(path) and path.name != LAST and (path.is_symlink() or not path.is_dir())
+    }
     for path in checkpoint_directories(output_dir):
         try:
             complete.append((read_manifest(path)["step"], path))
@@ -48,19 +64,52 @@ def complete_checkpoints(output_dir: Path) -> tuple[list[tuple[int, Path]], dict
 def point_last_at(directory: Path) -> None:
     """Point the link `last` at a checkpoint, if the file system has symbolic links.
 
+    Anything but a link with that name is moved aside, with a warning.
+
     Raises:
         OSError: The disk is full or not writable.
     """
-    temporary = unfinished_path(directory.with_name(LAST))
-    temporary.unlink(missing_ok=True)
+    last = directory.with_name(LAST)
+    temporary = unfinished_path(last)
+    remove_node(temporary)
     try:
         temporary.symlink_to(directory.name)
     except OSError as error:
         if error.errno in _NO_LINKS:
             return
         raise
-    temporary.rename(directory.with_name(LAST))
+    if os.path.lexists(last) and not last.is_symlink():
+        logger.warning("%s is not a link: renamed it to %s", last, move_aside(last))
+    temporary.rename(last)
     fsync(directory.parent)
+
+
+def replace_last_copy(output_dir: Path, verified: Path) -> tuple[Path, str | None]:
+    """Make `last` a link again if it is a directory.
+
+    Args:
+        output_dir: The run's directory.
+        verified: Its newest checkpoint, all of whose bytes were verified.
+
+    Returns:
+        The path of that checkpoint now, and a message about what was done, if anything.
+
+    Raises:
+        OSError: The directory is not writable.
+    """
+    last = output_dir / LAST
+    if last.is_symlink() or not last.is_dir():
+        return verified, None
+    if verified == last:
+        verified = step_directory(output_dir, read_manifest(last)["step"])
+        message = f"{last} was a directory: renamed it to {last.rename(verified)}"
+    elif read_manifest(last) == read_manifest(verified):  # with the checksums of all other files
+        remove_node(last.rename(unfinished_path(last)))
+        message = f"{last} was a copy of {verified.name}: replaced it by a link"
+    else:
+        message = f"{last} was a directory: renamed it to {move_aside(last)}"
+    point_last_at(verified)
+    return verified, message
 
 
 def repair_last_link(directory: Path) -> None:
@@ -68,7 +117,8 @@ def repair_last_link(directory: Path) -> None:
 
     Does nothing if the disk is not writable.
     """
-    if directory.with_name(LAST).resolve() != directory.resolve():
+    last = directory.with_name(LAST)
+    if last.resolve() != directory.resolve() and (last.is_symlink() or not last.exists()):
         with contextlib.suppress(OSError):
             point_last_at(directory)
 
@@ -90,7 +140,7 @@ def prune(output_dir: Path, save_total_limit: int, keep_period: int) -> list[Pat
     if not save_total_limit:
         return []
     complete, _ = complete_checkpoints(output_dir)
-    periodic = [(step, path) for step, path in complete if path.name != FINAL]
+    periodic = [(step, path) for step, path in complete if path.name not in (FINAL, LAST)]
     surplus = [
         path for step, path in periodic[save_total_limit:] if not (keep_period and step % keep_period == 0)
     ]
@@ -100,29 +150,38 @@ def prune(output_dir: Path, save_total_limit: int, keep_period: int) -> list[Pat
     return surplus
 
 
-def move_aside(path: Path) -> Path:
-    """Rename a directory to a free name beside it; nothing is deleted.
+def remove_unfinished(output_dir: Path) -> None:
+    """Delete the temporary directories of interrupted saves and deletions, and anything else at their names.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for pattern in (f"step_*{UNFINISHED}", f"{FINAL}{UNFINISHED}", f"{LAST}{UNFINISHED}"):
+        for path in output_dir.glob(pattern):
+            remove_node(path)
+
+
+def set_old_final_aside(output_dir: Path) -> Path | None:
+    """Rename the final checkpoint of a run that was extended; call it when the new one is complete.
+
+    Its new name is that of a periodic checkpoint of its step.
 
     Returns:
-        The new path.
+        Its path if that name was taken by a checkpoint of the same step: it may be deleted.
 
     Raises:
-        OSError: The parent directory is not writable.
+        OSError: The directory is not writable.
     """
-    for number in itertools.count(1):
-        target = path.with_name(f"{path.name}.aside-{number}")
-        if not target.exists():
-            path.rename(target)
-            return target
-    raise AssertionError("unreachable")
-
-
-def remove_unfinished(output_dir: Path) -> None:
-    """Delete the temporary directories of interrupted saves and deletions.
-
-    Raises:
-        OSError: A directory cannot be removed.
-    """
-    for pattern in (f"step_*{UNFINISHED}", f"{FINAL}{UNFINISHED}"):
-        for path in output_dir.glob(pattern):
-            shutil.rmtree(path)
+    final = output_dir / FINAL
+    if not final.is_dir():
+        return None
+    try:
+        periodic = step_directory(output_dir, read_manifest(final)["step"])
+        is_needless = periodic.is_dir() and bool(read_manifest(periodic))
+    except UserError as error:
+        logger.warning("%s: renamed %s to %s", error, final, move_aside(final))
+        return None
+    if is_needless:
+        return final.rename(unfinished_path(periodic))
+    final.rename(periodic)
+    return None

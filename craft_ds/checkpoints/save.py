@@ -7,6 +7,7 @@ done, rank 0 writes the manifest and renames the directory.
 
 import io
 import math
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -19,8 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from craft_ds.checkpoints.manifest import hash_files, write_manifest
-from craft_ds.checkpoints.run_directory import complete_checkpoints, point_last_at, prune, remove_unfinished
+from craft_ds.checkpoints.manifest import hash_files, read_manifest, write_manifest
+from craft_ds.checkpoints.run_directory import (
+    FINAL,
+    complete_checkpoints,
+    point_last_at,
+    prune,
+    remove_unfinished,
+    set_old_final_aside,
+)
 from craft_ds.checkpoints.shard_plan import ShardPlan, plan_shards
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.collectives import fail_together, rank0_only
@@ -30,7 +38,7 @@ from craft_ds.lora.adapters import ADAPTER_WEIGHTS, Adapters
 from craft_ds.lora.peft_config import write_adapter_config
 from craft_ds.lora.weights import BASE_SHA256
 from craft_ds.policies.directory import NO_EDITS, WEIGHTS, PolicyEdits, copy_policy_files
-from craft_ds.tensor_io.filesystem import fsync, publish_directory, unfinished_path
+from craft_ds.tensor_io.filesystem import fsync, publish_directory, remove_node, unfinished_path
 from craft_ds.tensor_io.per_rank_file import Part, create_piece, piece_path
 from craft_ds.tensor_io.tensor_file import TensorFile, TensorSpec, create_tensor_file
 
@@ -106,7 +114,9 @@ class PendingCheckpoint:
             raise UserError(f"checkpoint {self.directory} cannot be written: {reason}") from error
 
     def _prepare(self) -> None:
-        if self.directory.exists():
+        # An extended run replaces its own `final`, in `_commit`.
+        is_old_final = self.directory.name == FINAL and self.directory.is_dir()
+        if os.path.lexists(self.directory) and (self.directory.is_symlink() or not is_old_final):
             raise UserError(
                 f"checkpoint {self.directory} exists already: move it away or choose another --output_dir"
             )
@@ -207,9 +217,20 @@ class PendingCheckpoint:
             engine=self.config.engine.name,
             files=files,
         )
+        self._verify()
+        old_final = set_old_final_aside(self.directory.parent) if self.directory.name == FINAL else None
         publish_directory(self.temporary, self.directory)
         point_last_at(self.directory)
+        if old_final is not None:
+            remove_node(old_final)
         prune(self.directory.parent, self.config.save_total_limit, self.config.keep_period)
+
+    def _verify(self) -> None:
+        """Check that every file is there, before the directory gets its name and older ones are deleted."""
+        try:
+            read_manifest(self.temporary)
+        except UserError as error:
+            raise UserError(f"checkpoint {self.directory} cannot be verified: {error}") from error
 
 
 def _as_bytes(value: Any) -> bytes:

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -35,6 +37,7 @@ from craft_ds.errors import UserError, one_line
 from craft_ds.policies.changes import changed_fields
 from craft_ds.policies.loading import check_action_steps, load_policy_config, resolve_policy_path
 from craft_ds.policies.tiny_pi0_fast.tokenizers import reroot_tokenizers
+from craft_ds.tensor_io.move_aside import directory_contents
 
 
 @dataclass
@@ -112,11 +115,8 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         check_choice("--normalization", self.normalization, Normalization)
         check_choice("--on_bad_sample", self.on_bad_sample, OnBadSample)
         self._refuse_unsupported()
-        if not self.resume and self.output_dir and Path(self.output_dir).exists():
-            raise UserError(
-                f"--output_dir={self.output_dir} exists already: choose another, or resume that run with "
-                f"--resume=true --config_path={self.output_dir}/last/{TRAIN_CONFIG_NAME}"
-            )
+        if not self.resume:
+            self.check_output_dir()
         if self.eval_freq and self.eval_steps and self.eval_freq != self.eval_steps:
             raise UserError(
                 f"--eval_freq={self.eval_freq} and --eval_steps={self.eval_steps} are the same flag: set one"
@@ -127,11 +127,36 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         if self.eval_freq and not self.dataset.eval_split:
             self.dataset.eval_split = 0.05
         try:
-            super().validate()
+            with nullcontext() if self.resume else _output_dir_as_text(self):
+                super().validate()
         except (ValueError, OSError) as error:
             raise UserError(one_line(error, limit=None)) from error
         self._check_rates()
         refuse_secrets(self.to_dict())
+
+    def check_output_dir(self) -> None:
+        """Check that the output directory is none or a directory, and empty for a new run.
+
+        Raises:
+            UserError: It is something else.
+        """
+        if not self.output_dir:
+            return
+        output_dir = Path(self.output_dir)
+        if os.path.lexists(output_dir) and not output_dir.is_dir():
+            raise UserError(
+                f"--output_dir={output_dir} exists already and is not a directory: move it away, or choose "
+                "another"
+            )
+        try:
+            contents = [] if self.resume else directory_contents(output_dir)
+        except OSError as error:
+            raise UserError(f"--output_dir={output_dir} cannot be read: {error}") from error
+        if contents:
+            raise UserError(
+                f"--output_dir={output_dir} exists already: choose another, or resume that run with "
+                f"--resume=true --config_path={output_dir}/last/{TRAIN_CONFIG_NAME}"
+            )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write `train_config.json`, with absolute paths: a run may be resumed from another directory."""
@@ -273,6 +298,18 @@ def _refuse_nulls(config: Any, above: str = "") -> None:
             raise UserError(f"--{flag}=null: give it a value, or omit it")
         if is_dataclass(value):
             _refuse_nulls(value, f"{flag}.")
+
+
+@contextmanager
+def _output_dir_as_text(config: Any) -> Iterator[None]:
+    """Keep LeRobot from refusing an empty output directory: it refuses any that exists and is a `Path`."""
+    output_dir = config.output_dir
+    if output_dir:
+        config.output_dir = str(output_dir)
+    try:
+        yield
+    finally:
+        config.output_dir = output_dir or config.output_dir
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -69,7 +69,7 @@ def export_checkpoint(
     _check_flags(checkpoint, merge_lora, base_path, max_token_difference)
     _check_device(device)
     try:
-        with atomic_directory(output) as temporary:
+        with atomic_directory(output, flag="--output") as temporary:
             copy_policy_files(checkpoint, temporary, output)
             if merge_lora:
                 _merge(checkpoint, temporary, dtype, base_path)

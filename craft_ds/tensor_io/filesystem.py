@@ -10,6 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from craft_ds.errors import UserError
+from craft_ds.tensor_io.output_lock import locked_output
+
 UNFINISHED = ".tmp"
 """Suffix of files and directories that are not complete yet."""
 
@@ -23,7 +26,7 @@ def unfinished_path(path: Path) -> Path:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file that is complete whenever it exists: yield a temporary path, flush it and rename it.
 
-    After an error the temporary file remains; the next attempt overwrites it.
+    After an error the temporary file remains; the next attempt replaces it.
 
     Args:
         path: The file; an existing one is replaced.
@@ -32,9 +35,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
         OSError: The disk is full or not writable.
     """
     temporary = unfinished_path(path)
+    remove_node(temporary)
     yield temporary
     fsync(temporary)
     temporary.rename(path)
+
+
+def remove_node(path: Path) -> None:
+    """Delete whatever has this path, if anything: a file, a directory with its contents, or a link itself.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -61,26 +77,34 @@ def publish_directory(temporary: Path, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(directory: Path, temporary: Path | None = None) -> Iterator[Path]:
+def atomic_directory(
+    directory: Path, temporary: Path | None = None, *, flag: str = "--output_dir"
+) -> Iterator[Path]:
     """Write a directory that is complete whenever it exists: yield a temporary path, then publish it.
 
-    Leftovers under the temporary path are deleted first; after an error it is deleted too.
+    Leftovers under the temporary path are deleted first; after an error it is deleted too. The directory is
+    locked meanwhile: a second writer would delete the first one's work.
 
     Args:
         directory: The directory; must not exist.
         temporary: Path until it is complete, which the caller creates; None: `unfinished_path`.
+        flag: The flag that names the directory.
 
     Raises:
         OSError: The disk is full or not writable.
+        UserError: The directory exists, or another process is writing it.
     """
     temporary = temporary or unfinished_path(directory)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        yield temporary
-        publish_directory(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with locked_output(directory, flag=flag):
+        if os.path.lexists(directory):  # another process may have finished it meanwhile
+            raise UserError(f"{flag}={directory} exists already: choose another or move it away")
+        remove_node(temporary)
+        try:
+            yield temporary
+            publish_directory(temporary, directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def fsync(path: Path) -> None:

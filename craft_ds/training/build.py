@@ -27,7 +27,7 @@ from craft_ds.checkpoints import (
     verify_checkpoint,
 )
 from craft_ds.checkpoints.load import damaged_state
-from craft_ds.checkpoints.run_directory import complete_checkpoints, move_aside
+from craft_ds.checkpoints.run_directory import complete_checkpoints
 from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import partition_step
@@ -55,10 +55,12 @@ from craft_ds.policies.loading import build_policy
 from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import weights_sha256
 from craft_ds.policies.wrapping import wrapping_warning
+from craft_ds.tensor_io.move_aside import move_aside
 from craft_ds.tensor_io.safe_json import read_object
 from craft_ds.training.bad_samples import BadSampleLog
 from craft_ds.training.checkpointer import Checkpointer
 from craft_ds.training.evaluator import Evaluator
+from craft_ds.training.exclusive_run import exclusive_run
 from craft_ds.training.metrics import MetricsLogger
 from craft_ds.training.open_data import load_run_processors, open_data
 from craft_ds.training.preflight import check_inputs
@@ -94,7 +96,12 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     ds_config = check_engine(config, launched_world_size())
     owns_process_group = init_engine_process_group(config)
     # A launcher that lost a rank signals the others, which must first report the lost rank.
-    with preemption.listening(), RankWatchdog(config.rank_timeout) as watchdog:
+    with (
+        preemption.listening(),
+        RankWatchdog(config.rank_timeout) as watchdog,
+        exclusive_run(Path(config.output_dir)),
+    ):
+        rank0_only(config.check_output_dir)()  # another run may just have ended
         run = _build(config, ds_config, preemption, watchdog, owns_process_group)
         try:
             with preemption.deferring_interrupts():
@@ -324,7 +331,10 @@ def _move_incomplete_aside(config: TrainConfig) -> list[str]:
     if not (config.resume and config.save_checkpoint):
         return []
     _, broken = complete_checkpoints(Path(config.output_dir))
-    return [f"{reason}: renamed {path} to {move_aside(path)}" for path, reason in broken.items()]
+    try:
+        return [f"{reason}: renamed {path} to {move_aside(path)}" for path, reason in broken.items()]
+    except OSError as error:
+        raise UserError(f"--output_dir={config.output_dir} cannot be written: {error}") from error
 
 
 @fail_together

@@ -9,6 +9,7 @@ from craft_ds.checkpoints import BackgroundSaver, prepare_checkpoint, step_direc
 from craft_ds.checkpoints.run_directory import FINAL
 from craft_ds.checkpoints.save import PendingCheckpoint
 from craft_ds.config.train_config import TrainConfig
+from craft_ds.distributed.collectives import rank0_only
 from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
@@ -113,7 +114,14 @@ class Checkpointer:
         self._prepare(directory, final=final).write()
         self.logger.say(f"saved {directory}")
 
+    def _check_output_dir(self) -> None:
+        """Check that the run's directory still exists: one created anew may be on another file system."""
+        output_dir = Path(self.config.output_dir)
+        if not output_dir.is_dir():
+            raise UserError(f"no checkpoint can be saved: {output_dir} was deleted, moved or unmounted")
+
     def _prepare(self, directory: Path, *, final: bool = False) -> PendingCheckpoint:
+        rank0_only(self._check_output_dir)()
         return prepare_checkpoint(
             directory,
             engine=self.engine,

@@ -136,10 +136,10 @@ class MetricsLogger:
             return
         self._total_steps = total_steps
         output_dir.mkdir(parents=True, exist_ok=True)
-        path = output_dir / METRICS_FILE
+        self._path = output_dir / METRICS_FILE
         if resume_step is not None:
-            drop_rows_after(path, resume_step)
-        self._file = path.open("wb" if resume_step is None else "ab", buffering=0)
+            drop_rows_after(self._path, resume_step)
+        self._file = self._path.open("wb" if resume_step is None else "ab", buffering=0)
         self._bar = tqdm(
             total=total_steps,
             initial=resume_step or 0,
@@ -182,21 +182,38 @@ class MetricsLogger:
             self.say(eval_line(step, self._total_steps, metrics))
 
     def _append(self, row: str) -> None:
-        """Append to `metrics.jsonl`; a full disk loses rows, but does not end the run."""
+        """Append to `metrics.jsonl`; a full disk or missing directory loses rows, not the run."""
         assert self._file is not None
-        content, size = row.encode(), self._file.seek(0, os.SEEK_END)
+        content = row.encode()
+        size = None
         try:
+            self._reopen_if_replaced()
+            size = self._file.seek(0, os.SEEK_END)
             if self._file.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._failing = False
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(size)  # no torn row
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(size)  # no torn row
             if not self._failing:
-                self.say(
-                    f"error: {self._file.name} cannot be written ({error}); training continues without it"
-                )
+                self.say(f"error: {self._path} cannot be written ({error}); training continues without it")
             self._failing = True
+
+    def _reopen_if_replaced(self) -> None:
+        """Open the file again if it was deleted or replaced: rows in a deleted file are lost in silence.
+
+        Raises:
+            OSError: The directory is missing or not writable.
+        """
+        assert self._file is not None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                return
+        opened = self._path.open("ab", buffering=0)
+        self._file.close()
+        self._file = opened
+        self.say(f"error: {self._path} was deleted or replaced: earlier rows of this run are not in it")
 
     def write(self, path: Path, text: str) -> None:
         """Write a small file; if that fails, print its content."""

@@ -7,7 +7,6 @@ from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.coverage import check_coverage
 from craft_ds.anchors.vision import check_vision_features
 from craft_ds.checkpoints import complete_checkpoints, read_manifest
-from craft_ds.checkpoints.run_directory import FINAL
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.collectives import fail_together
 from craft_ds.distributed.env import is_local_rank0, launched_rank, launched_world_size
@@ -85,7 +84,7 @@ def _check_resumable(config: TrainConfig) -> None:
             f"{config.checkpoint_path} has done {step} of --steps={config.steps}: raise --steps to continue"
         )
     complete, _ = complete_checkpoints(Path(config.output_dir))
-    later = [path for number, path in complete if number > step or path.name == FINAL]
+    later = [path for number, path in complete if number > step]
     if later:
         raise UserError(
             f"resuming at step {step} would overwrite {min(later)}: resume from the last checkpoint, move "

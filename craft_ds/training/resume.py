@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +11,12 @@ import yaml
 from lerobot.configs.train import TRAIN_CONFIG_NAME
 
 from craft_ds.checkpoints import complete_checkpoints, verify_checkpoint
-from craft_ds.checkpoints.run_directory import LAST, checkpoint_directories, move_aside
+from craft_ds.checkpoints.run_directory import LAST, checkpoint_directories, replace_last_copy
 from craft_ds.config.train_config import flat
 from craft_ds.distributed.collectives import init_process_group, rank0_only
 from craft_ds.distributed.env import launched_rank, launched_world_size
 from craft_ds.errors import UserError
+from craft_ds.tensor_io.move_aside import move_aside, move_contents_aside
 
 # These cannot change within a run.
 _FIXED = ("policy.", "dataset.repo_id", "dataset.revision", "dataset.episodes", "normalization")
@@ -109,22 +110,65 @@ def resolve_resume(arguments: Sequence[str]) -> ResumeChoice:
         if mode == "true":
             reasons = "".join(f"; {reason}" for reason in skipped.values())
             raise UserError(f"--resume=true: {run} holds no complete checkpoint{reasons}")
-        moved = rank0_only(lambda: move_aside(run) if run.exists() else None)()
+        moved = rank0_only(_as_user_error(move_contents_aside, run))(run)
         messages = [f"warning: {reason}" for reason in skipped.values()]
         if moved:
-            messages.append(f"no complete checkpoint in {run}: renamed it to {moved}; starting a new run")
+            messages.append(
+                f"no complete checkpoint in {run}: moved its contents to {moved}; starting a new run"
+            )
         return ResumeChoice([a for a in arguments if not a.startswith("--resume=")], messages=tuple(messages))
     step, checkpoint = found
+    messages = [f"warning: skipped: {reason}" for reason in skipped.values()]
+    if Path(flags.get("--output_dir") or run).resolve() == run.resolve():
+        checkpoint, renamed = rank0_only(_as_user_error(_tidy, run))(run, checkpoint, list(skipped))
+        messages += renamed
     # The same command starts and resumes a run; the initial policy is not needed to resume.
     replaced = ("--resume", "--config_path", *(("--policy.path",) if mode == "auto" else ()))
     kept = [argument for argument in arguments if argument.partition("=")[0] not in replaced]
     if "--output_dir" not in flags:
         kept.append(f"--output_dir={run}")
     kept += [f"--config_path={checkpoint / TRAIN_CONFIG_NAME}", "--resume=true"]
-    messages = [f"warning: skipped: {reason}" for reason in skipped.values()]
-    if Path(flags.get("--output_dir") or run).resolve() == run.resolve():
-        messages += rank0_only(lambda: [f"renamed {path} to {move_aside(path)}" for path in skipped])()
     return ResumeChoice(kept, checkpoint, step, (*messages, f"resuming from {checkpoint}"), mode == "auto")
+
+
+def resumed_output(arguments: Sequence[str]) -> Path | None:
+    """Return the directory that a resumed run writes into; None without `--resume`, or if it is not named.
+
+    Args:
+        arguments: In the form of `normalise_arguments`.
+
+    Raises:
+        UserError: As `resolve_resume`.
+    """
+    flags = dict(argument.partition("=")[::2] for argument in arguments)
+    mode = flags.get("--resume", "false").lower()
+    if mode not in ("true", "auto"):
+        return None
+    if flags.get("--output_dir"):
+        return Path(flags["--output_dir"])
+    config_path = Path(flags["--config_path"]) if flags.get("--config_path") else None
+    output_dir = _output_dir_of(config_path)
+    if mode == "auto":
+        return Path(output_dir) if output_dir else None
+    run = _named_run(config_path, output_dir)
+    return config_path.parent.parent if run is None and config_path is not None else run
+
+
+def _tidy(run: Path, checkpoint: Path, damaged: Sequence[Path]) -> tuple[Path, list[str]]:
+    """Rename what a resumed run would overwrite; return the checkpoint's path now, and messages."""
+    messages = [f"renamed {path} to {move_aside(path)}" for path in damaged]
+    checkpoint, message = replace_last_copy(run, checkpoint)
+    return checkpoint, [*messages, message] if message else messages
+
+
+def _as_user_error[**P, R](function: Callable[P, R], run: Path) -> Callable[P, R]:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except OSError as error:
+            raise UserError(f"--output_dir={run} cannot be written: {error}") from error
+
+    return wrapped
 
 
 def _named_run(config_path: Path | None, output_dir: str | None) -> Path | None:

@@ -132,9 +132,18 @@ def test_an_optimizer_with_the_preset_is_refused(make):
 @pytest.mark.parametrize("what", ["directory", "file"])
 def test_an_output_that_exists_is_refused(make, tmp_path, what):
     path = tmp_path / "run"
-    path.mkdir() if what == "directory" else path.touch()
+    (path if what == "file" else path.mkdir() or path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match=f"--output_dir={path} exists already"):
         make(output_dir=path).validate()
+
+
+@pytest.mark.parametrize("given", [Path, str])
+def test_an_output_that_is_empty_is_accepted(make, tmp_path, given):
+    path = tmp_path / "run"
+    (path / "lost+found").mkdir(parents=True)  # what the root of a file system may hold
+    config = make(output_dir=given(path))
+    config.validate()
+    assert config.output_dir == given(path)
 
 
 def test_policy_path_flag_loads_its_config(inputs, monkeypatch):

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from craft_ds.data.task_data import StepSampler
 from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.tensor_io import tensor_file
 from craft_ds.training import build
+from craft_ds.training.run import Run
 
 # Functions that change a disk, and their argument that names the target: a path or an open file.
 _CHANGES: tuple[tuple[Any, str, str], ...] = (
@@ -151,3 +153,21 @@ def log_samples(log: str) -> None:
         return sample
 
     StepSampler.index_at = logged  # type: ignore[method-assign]
+
+
+def hold_at_step(step: int, until: str) -> None:
+    """Stop after a step has been logged, until a file exists.
+
+    Args:
+        step: The step.
+        until: Path of the file.
+    """
+    record = Run.record
+
+    def recorded(run: Run, *args: Any, **kwargs: Any) -> None:
+        record(run, *args, **kwargs)
+        while run.progress.step == step and not Path(until).exists():
+            run.watchdog.progress()
+            time.sleep(0.05)
+
+    Run.record = recorded
