@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from datetime import timedelta
 from typing import Any, Self
 
 import torch.distributed as dist
@@ -332,11 +331,6 @@ class RankWatchdog:
             if self._try(lambda: self._store.all_closed(but=self._missing)):
                 return
             time.sleep(0.05)
-
-
-def group_timeout(rank_timeout: float) -> timedelta:
-    """Return the timeout of the process group: torch's default for gloo, and longer than the watchdog's."""
-    return max(timedelta(minutes=30), timedelta(seconds=2 * rank_timeout))
 
 
 def _may_be_caused_by_other_rank(error: BaseException) -> bool:

@@ -39,7 +39,7 @@ from craft_ds.data.task_data import (
     training_batches,
 )
 from craft_ds.distributed.collectives import fail_together, rank0_only
-from craft_ds.distributed.env import launched_rank, launched_world_size
+from craft_ds.distributed.env import launched_rank, launched_world_size, settle_environment
 from craft_ds.distributed.preemption import Preemption, parse_duration
 from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines import build_engine, check_engine, check_step, init_engine_process_group
@@ -85,6 +85,7 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
         UserError: On all ranks, before anything is written, and before the model is built where that
             is possible.
     """
+    settle_environment()
     preemption = Preemption(parse_duration("--max_runtime", config.max_runtime))
     config.validate()
     torch.backends.cudnn.deterministic = config.cudnn_deterministic

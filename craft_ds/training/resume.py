@@ -1,6 +1,7 @@
 """Resolve `--resume`: find the checkpoint to resume from and check that it belongs to the same run."""
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from lerobot.configs.train import TRAIN_CONFIG_NAME
 from craft_ds.checkpoints import complete_checkpoints, verify_checkpoint
 from craft_ds.checkpoints.run_directory import LAST, checkpoint_directories, move_aside
 from craft_ds.config.train_config import flat
-from craft_ds.distributed.collectives import init_process_group, rank0_only
+from craft_ds.distributed.collectives import RANK_TIMEOUT_S, init_process_group, rank0_only
 from craft_ds.distributed.env import launched_rank, launched_world_size
 from craft_ds.errors import UserError
 
@@ -90,7 +91,7 @@ def resolve_resume(arguments: Sequence[str]) -> ResumeChoice:
     if mode not in ("true", "auto"):
         return ResumeChoice(list(arguments))
     if launched_world_size() > 1:
-        init_process_group()
+        init_process_group(_rank_timeout(flags.get("--rank_timeout", "")))
     config_path = Path(flags["--config_path"]) if flags.get("--config_path") else None
     output_dir = flags.get("--output_dir") or _output_dir_of(config_path)
     if mode == "auto":
@@ -125,6 +126,15 @@ def resolve_resume(arguments: Sequence[str]) -> ResumeChoice:
     if Path(flags.get("--output_dir") or run).resolve() == run.resolve():
         messages += rank0_only(lambda: [f"renamed {path} to {move_aside(path)}" for path in skipped])()
     return ResumeChoice(kept, checkpoint, step, (*messages, f"resuming from {checkpoint}"), mode == "auto")
+
+
+def _rank_timeout(text: str) -> float:
+    """Return the flag's value; the default if it is absent or wrong, which the parser reports later."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return RANK_TIMEOUT_S
+    return seconds if 0 < seconds < math.inf else RANK_TIMEOUT_S
 
 
 def _named_run(config_path: Path | None, output_dir: str | None) -> Path | None:
