@@ -118,7 +118,7 @@ def settle_environment() -> Launch:
     left = ", ".join(f"{name}={os.environ[name].strip()}" for name in launch.ignored)
     if left and left != "LOCAL_RANK=0":  # `set_local_rank`, in an earlier run of this process
         print(
-            f"warning: ignored {left}: without RANK this is one rank, started without a launcher",
+            f"warning: ignored {left}: without RANK this process runs as one rank",
             file=sys.stderr,
             flush=True,
         )

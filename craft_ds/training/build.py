@@ -40,6 +40,7 @@ from craft_ds.data.task_data import (
 )
 from craft_ds.distributed.collectives import fail_together, rank0_only
 from craft_ds.distributed.env import launched_rank, launched_world_size, settle_environment
+from craft_ds.distributed.launcher_watch import end_with_launcher
 from craft_ds.distributed.preemption import Preemption, parse_duration
 from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines import build_engine, check_engine, check_step, init_engine_process_group
@@ -86,6 +87,7 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
             is possible.
     """
     settle_environment()
+    end_with_launcher()
     preemption = Preemption(parse_duration("--max_runtime", config.max_runtime))
     config.validate()
     torch.backends.cudnn.deterministic = config.cudnn_deterministic

@@ -148,7 +148,7 @@ def test_left_over_variables_are_named_and_removed(environment, capsys):
     assert settle_environment()[:3] == (0, 1, 0)
     assert capsys.readouterr().err == (
         "warning: ignored WORLD_SIZE=2, LOCAL_RANK=1, MASTER_PORT=x, LOCAL_WORLD_SIZE=2: without RANK this "
-        "is one rank, started without a launcher\n"
+        "process runs as one rank\n"
     )
     assert not {*REQUIRED, "LOCAL_WORLD_SIZE", "LOCAL_SIZE"} & environment.keys()
     settle_environment()
@@ -202,7 +202,11 @@ def test_nothing_else_reads_these_variables():
         ),
         (RIGHT | {"WORLD_SIZE": ""}, 2, "error: RANK=1 is set, but not WORLD_SIZE: "),
         (RIGHT | {"LOCAL_RANK": "x"}, 2, "error: LOCAL_RANK=x: must be an integer of at least 0"),
-        ({"LOCAL_RANK": "1"}, None, "warning: ignored LOCAL_RANK=1: without RANK this is one rank"),
+        (
+            {"LOCAL_RANK": "1"},
+            None,
+            "warning: ignored LOCAL_RANK=1: without RANK this process runs as one rank",
+        ),
     ],
 )
 def test_every_command_says_so_in_one_line(command, left, status, line):
