@@ -120,10 +120,19 @@ def test_what_is_accepted_works_in_deepspeed_and_the_rest_is_one_line(stage, dat
         | st.none()
         | st.lists(st.integers(), max_size=2)
     )
-    found = complaint(changed({"zero_optimization": {"stage": stage}}, path, value), bf16=False)
-    assert found is None or (
-        "\n" not in found and path[min(1, len(path) - 1)] in found and found.startswith("--ds_config=my.")
-    )
+    config = changed({"zero_optimization": {"stage": stage}}, path, value)
+    found = complaint(config, bf16=data.draw(st.booleans()))
+    if found is not None:
+        assert "\n" not in found
+        assert found.startswith("--ds_config=my.json")
+        assert path[min(1, len(path) - 1)] in found
+
+
+def test_gradients_are_summed_in_bf16_in_a_bf16_run_only():
+    config = {"zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}
+    assert resolve(config, bf16=True)["communication_data_type"] == "bf16"
+    with pytest.raises(UserError, match='communication_data_type="bf16", but --engine.dtype=float32: '):
+        resolve(config, bf16=False)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
