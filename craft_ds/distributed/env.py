@@ -128,6 +128,12 @@ def settle_environment() -> Launch:
     return launch
 
 
+def variables_of_this_rank() -> set[tuple[str, str]]:
+    """Return the variables that a launcher, or a wrapper script under `mpirun`, sets for one rank."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+    return {(name, os.environ[name]) for name in names if os.environ.get(name)}
+
+
 def launched_world_size() -> int:
     """Return the number of launched processes; 1 without a launcher."""
     return read_launch().world_size

@@ -19,15 +19,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from craft_ds.distributed.env import read_launch
+from craft_ds.distributed.env import read_launch, variables_of_this_rank
 from craft_ds.errors import LOST_RANK_STATUS
 
 SAVE_WITHIN_S = 600.0
 """Seconds that a rank has to save and exit after its launcher has ended."""
 _POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
-# Variables that a launcher or a wrapper script sets for one rank.
-_OF_ONE_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "busybox"}
 _watching: set[int] = set()
 
@@ -69,19 +67,26 @@ def launcher_processes() -> list[_Process]:
     In a container the launcher may be process 1, which ends all others with it.
     """
     found: list[_Process] = []
-    own = {name: os.environ[name] for name in _OF_ONE_RANK if os.environ.get(name)}
+    own = variables_of_this_rank()
     process = _process(os.getppid())
     while process is not None and process.pid > 1:
         found.append(process)
-        if not _environment(process.pid) & own.items():
+        if not _environment(process.pid) & own:
             break
         process = _process(process.parent)
     # `deepspeed` starts a second process, which starts the ranks.
-    if found and b"deepspeed.launcher.launch" in _read(found[-1].pid, "cmdline"):
+    if found and b"deepspeed.launcher.launch" in _read(found[-1].pid, "cmdline") and found[-1].parent > 0:
         parent = _process(found[-1].parent)
-        if parent is not None and parent.pid > 1:
+        if parent is None or _has_adopted(parent):
+            found.append(_Process(0, 0, "", "deepspeed"))  # has ended already
+        elif parent.pid > 1:
             found.append(parent)
     return found
+
+
+def _has_adopted(parent: _Process) -> bool:
+    """Return True if a child of DeepSpeed's launcher has this parent because the launcher has ended."""
+    return (parent.pid == 1 or parent.name == "systemd") and b"deepspeed" not in _read(parent.pid, "cmdline")
 
 
 def _is_detached(launcher: _Process) -> bool:
@@ -109,7 +114,9 @@ def _watch(processes: list[_Process]) -> None:
         time.sleep(_POLL_S)
     ended = next(process for process in processes if not process.runs())
     _drop_unread_output()
-    what = f"the launcher of this rank ({ended.name}, process {ended.pid}) has ended"
+    what = (
+        f"the launcher of this rank ({ended.name}{f', process {ended.pid}' if ended.pid else ''}) has ended"
+    )
     if read_launch().local_rank == 0:
         _write(f"{what}: this rank saves and exits")
     os.kill(os.getpid(), signal.SIGTERM)

@@ -88,8 +88,8 @@ def resolve_ds_config(
     settle("bf16.enabled", bf16, f"--engine.dtype={'bfloat16' if bf16 else 'float32'}")
     if resolved.get("communication_data_type") == "bf16" and not bf16:
         raise UserError(
-            f'{file} says communication_data_type="bf16", but --engine.dtype=float32: write "fp32", since bf16 '
-            "rounds the summed gradients to 8 bits"
+            f'{file} says communication_data_type="bf16", but --engine.dtype=float32: write "fp32", '
+            "since bf16 rounds the summed gradients to 8 bits"
         )
     settle("fp16.enabled", False, "--engine.dtype (fp16 is not supported)")
     settle("data_types.grad_accum_dtype", "fp32", "the gradient merge")

@@ -95,7 +95,8 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     ds_config = check_engine(config, launched_world_size())
     owns_process_group = init_engine_process_group(config)
     # A launcher that lost a rank signals the others, which must first report the lost rank.
-    with preemption.listening(), RankWatchdog(config.rank_timeout) as watchdog:
+    stacks = Path(config.output_dir) if config.output_dir else None
+    with preemption.listening(), RankWatchdog(config.rank_timeout, output_dir=stacks) as watchdog:
         run = _build(config, ds_config, preemption, watchdog, owns_process_group)
         try:
             with preemption.deferring_interrupts():

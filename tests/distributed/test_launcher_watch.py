@@ -27,7 +27,7 @@ STAYS_S = 3.0
 
 # Sets the variables and starts the rank, as the process between `deepspeed` and its ranks does.
 DEEPSPEED = (
-    "import os, subprocess, sys; "
+    "import os, subprocess, sys, time; time.sleep(float(sys.argv.pop(1))); "
     f"os.environ.update(dict(each.split('=') for each in '{SET}'.split())); subprocess.call(sys.argv[2:])"
 )
 # A shell script that starts one rank and waits; {rank} is the command of the rank.
@@ -37,7 +37,7 @@ ENDS = {
     "a wrapper around the rank": f"{SET} bash -c '{{rank}}; true' & wait",
     "nohup of all": f"trap '' HUP; {SET} {{rank}} & wait",
     "mpirun with a wrapper": f"OMPI_COMM_WORLD_RANK=0 bash -c 'export {SET}; {{rank}}; true' & wait",
-    "deepspeed": f"{{python}} -c {shlex.quote(DEEPSPEED)} deepspeed.launcher.launch {{rank}}; true",
+    "deepspeed": f"{{python}} -c {shlex.quote(DEEPSPEED)} 0 deepspeed.launcher.launch {{rank}}; true",
 }
 STAYS = {
     "nohup": f"{SET} nohup {{rank}} & wait",
@@ -96,6 +96,13 @@ def test_a_stopped_rank_ends_with_its_launcher(tmp_path, name):
     finally:
         if _process(rank):
             os.kill(rank, signal.SIGKILL)
+
+
+def test_a_rank_ends_whose_launcher_had_ended_before_it_started(tmp_path):
+    """The second process of `deepspeed` starts ranks although the first is gone."""
+    script = f"{{python}} -c {shlex.quote(DEEPSPEED)} 2 deepspeed.launcher.launch {{rank}} & exit"
+    _, rank = start(tmp_path, script)
+    assert ended_in(rank, GOES_IN_S)
 
 
 @pytest.mark.parametrize("name", STAYS)
