@@ -8,12 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from craft_ds.distributed.env import read_launch
+from craft_ds.distributed.env import RANK_TIMEOUT_S, read_launch
 from craft_ds.distributed.rendezvous import connecting, meet
 from craft_ds.errors import UserError
-
-RANK_TIMEOUT_S = 600.0
-"""Default of `--rank_timeout`."""
 
 
 def init_process_group(rank_timeout: float = RANK_TIMEOUT_S) -> None:

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from craft_ds.errors import UserError
 
+RANK_TIMEOUT_S = 600.0
+"""Default of `--rank_timeout`."""
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Ranks of this machine: torchrun's name, and DeepSpeed's.
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")

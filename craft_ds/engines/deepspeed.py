@@ -12,8 +12,8 @@ from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
-from craft_ds.distributed.collectives import RANK_TIMEOUT_S, init_process_group
-from craft_ds.distributed.env import set_local_rank
+from craft_ds.distributed.collectives import init_process_group
+from craft_ds.distributed.env import RANK_TIMEOUT_S, set_local_rank
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
 from craft_ds.engines.batch_norm import average_running_statistics_
 from craft_ds.engines.deepspeed_cpu_adam import cpu_adam

@@ -14,8 +14,8 @@ from lerobot.configs.train import TRAIN_CONFIG_NAME
 from craft_ds.checkpoints import complete_checkpoints, verify_checkpoint
 from craft_ds.checkpoints.run_directory import LAST, checkpoint_directories, move_aside
 from craft_ds.config.train_config import flat
-from craft_ds.distributed.collectives import RANK_TIMEOUT_S, init_process_group, rank0_only
-from craft_ds.distributed.env import launched_rank, launched_world_size
+from craft_ds.distributed.collectives import init_process_group, rank0_only
+from craft_ds.distributed.env import RANK_TIMEOUT_S, launched_rank, launched_world_size
 from craft_ds.errors import UserError
 
 # These cannot change within a run.
