@@ -48,8 +48,9 @@ def spoil(engine_class, method):
 
 
 def main() -> None:
-    from craft_ds.engines.deepspeed import DeepSpeedEngine
+    from craft_ds.engines.deepspeed import DeepSpeedEngine, init_distributed
 
+    init_distributed()  # once for all commands: DeepSpeed keeps the first group of a process
     trainer.seed_step = note_step
     train_step.accumulate = note_pass(train_step.accumulate, ["task", "anchors"])
     train_step.measure = note_pass(train_step.measure, ["constraint"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import metrics, trained
+from safetensors.torch import load_file
 
 from craft_ds.algorithm.multiplier import ascend
 from craft_ds.config.configs import CraftConfig
@@ -138,23 +139,32 @@ def test_the_multiplier_is_that_of_the_steps_that_were_taken(runs, case):
     assert find(state(runs[case], STEPS), "multiplier") == multiplier
 
 
+def comparable(row: dict) -> dict:
+    """Return a logged row without time and memory; JSON has null for a non-finite number."""
+    kept = {key: value for key, value in row.items() if key.split("/")[0] in ("step", "train", "craft")}
+    return {key: math.nan if value is None else value for key, value in kept.items()}
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_run_is_that_of_a_single_process(runs, case):
+def test_the_run_is_that_of_a_single_process(runs, inputs, case):
     run, reference = runs[case], runs["single", 1, 0]
-    rows = [
-        [
-            {key: row[key] for key in row if key.split("/")[0] in ("step", "train", "craft")}
-            for row in metrics(each)
-        ]
-        for each in (run, reference)
-    ]
+    rows = [[comparable(row) for row in metrics(each)] for each in (run, reference)]
     assert len(rows[0]) == len(rows[1]) >= STEPS
     for found, expected in zip(*rows, strict=True):
         assert found == pytest.approx(expected, rel=1e-3, nan_ok=True)
     finite = [row["step"] for row in rows[0] if math.isfinite(row.get("train/loss", math.nan))]
     assert finite == [step + 1 for step in range(STEPS) if step not in SPOILT]
-    found, expected = trained(run / "final"), trained(reference / "final")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(
-            found[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    assert change_error(run, reference, inputs.policy) < 1e-4
+
+
+def change_error(run: Path, reference: Path, policy: Path) -> float:
+    """Return the difference between two runs' weights, relative to how far the reference has moved.
+
+    Biases of keys are left out: their gradient is rounding error, which AdamW scales up.
+    """
+    files = [directory / "model.safetensors" for directory in (run / "final", reference / "final", policy)]
+    found, expected, initial = map(load_file, files)
+    names = [name for name in initial if not name.endswith("k_proj.bias")]
+    difference = torch.cat([(found[name] - expected[name]).flatten() for name in names])
+    change = torch.cat([(expected[name] - initial[name]).flatten() for name in names])
+    return float(difference.norm() / change.norm())
