@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from craft_ds.config.arguments import expand_home
-from craft_ds.distributed.env import is_local_rank0
+from craft_ds.distributed.env import is_local_rank0, settle_environment
+from craft_ds.distributed.launcher_watch import end_with_launcher
 from craft_ds.errors import (
     LOST_RANK_STATUS,
     PREEMPTED_STATUS,
@@ -43,6 +44,8 @@ COMMANDS = {
 def run_main(action: Callable[[], object]) -> None:
     """Run a command; expected errors print one line on stderr and exit with a status of `craft_ds.errors`."""
     try:
+        settle_environment()
+        end_with_launcher()
         action()
     except UserError as error:
         _exit(f"error: {error}", 2)

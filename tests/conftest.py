@@ -181,6 +181,20 @@ class Ended:
 
 
 @pytest.fixture
+def set_launch(monkeypatch) -> Callable[[int, int], None]:
+    """Make this process a rank of a launch on one machine, which it does not end with."""
+
+    def set_variables(rank: int, world_size: int) -> None:
+        values = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": 29500}
+        for name, value in {**values, "MASTER_ADDR": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, str(value))
+        for module in ("craft_ds.cli", "craft_ds.training.build"):
+            monkeypatch.setattr(f"{module}.end_with_launcher", lambda: None)
+
+    return set_variables
+
+
+@pytest.fixture
 def train(inputs, monkeypatch, capsys) -> Callable[..., Ended]:
     """Run `scripts/train_craft.py` in this process: flags of a plain run, then those given, which win."""
     from craft_ds.cli import run_command

@@ -9,7 +9,7 @@ from craft_ds.config.arguments import TRAIN_CONFIG_NAME, normalise_arguments
 from craft_ds.config.help import train_help, without_refused
 from craft_ds.config.suggestions import refuse_misspelt_flags
 from craft_ds.config.versions import untested_versions
-from craft_ds.distributed.env import is_local_rank0, launched_rank, launched_world_size
+from craft_ds.distributed.env import is_local_rank0, launched_rank
 from craft_ds.errors import UserError
 
 
@@ -35,13 +35,9 @@ def main(arguments: Sequence[str]) -> None:
     from craft_ds.checkpoints.run_directory import repair_last_link
     from craft_ds.config.parser import parse_arguments
     from craft_ds.config.secret_scan import refuse_secrets
-    from craft_ds.distributed.collectives import (
-        destroy_process_group,
-        init_process_group,
-        process_group_is_initialized,
-    )
+    from craft_ds.distributed.collectives import destroy_process_group, process_group_is_initialized
     from craft_ds.training.exclusive_run import exclusive_run
-    from craft_ds.training.resume import resolve_resume, resumed_output
+    from craft_ds.training.resume import join_ranks, resolve_resume, resumed_output
     from craft_ds.training.start_report import first_line
     from craft_ds.training.trainer import train_craft
 
@@ -56,8 +52,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     with contextlib.ExitStack() as stack:
         if (output := resumed_output(given)) is not None:  # may rename checkpoints that another run writes
-            if launched_world_size() > 1:
-                init_process_group()
+            join_ranks(given)
             stack.enter_context(exclusive_run(output, to_write=False))
         chosen = resolve_resume(given)
         for line in chosen.messages if is_local_rank0() else ():

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from craft_ds.config.data_report import DataReportConfig
-from craft_ds.distributed.env import launched_world_size
+from craft_ds.distributed.env import RANK_TIMEOUT_S, launched_world_size
 from craft_ds.errors import UserError
 from craft_ds.worlds import WORLDS
 
@@ -371,8 +371,9 @@ class RunOptions:
     max_runtime: str = ""
     """Time after which the run finishes its step, saves and exits with status 75: seconds, or a number with
     a unit, such as 30m, 3.5h or 2d; empty: no limit. Allow time for one step and one save."""
-    rank_timeout: float = 600.0
-    """Seconds without progress after which the run stops and names the rank that it waited for."""
+    rank_timeout: float = RANK_TIMEOUT_S
+    """Seconds without progress after which the run stops and names the rank that it waited for; and seconds
+    to wait at the start for all ranks to join."""
     max_skipped_steps: int = 10
     """Number of consecutive steps with a non-finite loss or gradient that are skipped; one more stops the
     run."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import sys
 import tempfile
@@ -111,6 +112,8 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"--{name}={getattr(self, name)} must be at least {minimum}")
+        if not math.isfinite(self.rank_timeout):
+            raise UserError(f"--rank_timeout={self.rank_timeout}: must be a number of seconds")
         check_choice("--activation_checkpointing", self.activation_checkpointing, ActivationCheckpointing)
         check_choice("--normalization", self.normalization, Normalization)
         check_choice("--on_bad_sample", self.on_bad_sample, OnBadSample)

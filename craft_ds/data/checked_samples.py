@@ -6,6 +6,8 @@ Interface for everything that reads samples (training, evaluation, anchors, expo
 """
 
 import errno
+import re
+import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -245,6 +247,7 @@ def sample_loader(
 
     Raises:
         BadSample: In this process, when the batch with the first bad sample is due.
+        UserError: The workers' shared memory is full.
     """
     loader = DataLoader(
         _Caught(dataset), batch_sampler=batch_sampler, collate_fn=_Collate(collate_fn), **options
@@ -252,11 +255,32 @@ def sample_loader(
     return _raising(iter(loader))  # workers start now, not with the first batch
 
 
+# What torch reports if /dev/shm is full: in a container it has 64 MB unless more is asked for.
+_NO_SHARED_MEMORY = re.compile(
+    r"Bus error|unable to allocate shared memory|torch_\S+: No space left on device"
+)
+
+
 def _raising(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        if isinstance(batch, BadSample):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, BadSample):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if not _NO_SHARED_MEMORY.search(str(error)):
+            raise
+        raise UserError(
+            f"/dev/shm, by which data-loader workers pass samples on, is full ({_size_of('/dev/shm')}): "
+            "start the container with --ipc=host or --shm-size=8g, or use --num_workers=0"
+        ) from None
+
+
+def _size_of(directory: str) -> str:
+    try:
+        return f"{shutil.disk_usage(directory).total / 2**20:.0f} MiB"
+    except OSError:
+        return "unknown size"
 
 
 def _reading_failed(error: Exception) -> str:

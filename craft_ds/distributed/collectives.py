@@ -1,6 +1,5 @@
 """Collective helpers: set up the process group, exchange objects, fail on all ranks at once."""
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import wraps
@@ -8,34 +7,53 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.constants import default_pg_timeout
 
+from craft_ds.distributed.env import RANK_TIMEOUT_S, read_launch
+from craft_ds.distributed.rendezvous import connecting, meet
 from craft_ds.errors import UserError
 
 
-def init_process_group(timeout: timedelta | None = None) -> None:
+def init_process_group(rank_timeout: float = RANK_TIMEOUT_S) -> None:
     """Create the process group that the launcher describes, or one of a single process.
 
     Selects this rank's accelerator first: objects exchanged before the model is built would otherwise all go
     through the first accelerator. Does nothing if a process group exists. Collective: call on all ranks.
 
     Args:
-        timeout: How long a collective may wait for a rank; torch's default is 30 minutes.
+        rank_timeout: Seconds to wait for all ranks to join; collectives wait for `group_timeout`.
+
+    Raises:
+        RankLost: Ranks have not joined in time.
+        UserError: The launch, its network or its accelerators are wrong; names the variable.
     """
     if dist.is_initialized():
         return
+    launch = read_launch()
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if launch.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK={launch.local_rank}, but this rank sees {torch.cuda.device_count()} "
+                "accelerators: start at most one rank per accelerator, and let each see all of its machine"
+            )
+        torch.cuda.set_device(launch.local_rank)
         # gloo carries CPU gradients, CPU master weights and exchanged objects.
         backend = "cpu:gloo,cuda:nccl"
-    if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout or default_pg_timeout))
-        # torchrun's static rendezvous keeps one store across restarts, with the addresses of dead ranks.
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    timeout = group_timeout(rank_timeout)
+    if not launch.by_launcher:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    store, hosts = meet(launch, rank_timeout)
+    store.set_timeout(timeout)
+    with connecting(launch, hosts, rank_timeout):
+        dist.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        )
+
+
+def group_timeout(rank_timeout: float) -> timedelta:
+    """Return the timeout of the process group: torch's default for gloo, and longer than the watchdog's."""
+    return max(timedelta(minutes=30), timedelta(seconds=2 * rank_timeout))
 
 
 def process_group_is_initialized() -> bool:

@@ -81,12 +81,15 @@ def _waits(frame: FrameType) -> bool:
     return "/deepspeed/" in file and frame.f_code.co_name == "wait"
 
 
-def silent_ranks(statuses: Sequence[RankStatus], watched: float) -> Diagnosis | None:
+def silent_ranks(
+    statuses: Sequence[RankStatus], watched: float, hosts: Sequence[str] = ()
+) -> Diagnosis | None:
     """Report the ranks whose heartbeat has stopped.
 
     Args:
         statuses: One per rank, in rank order.
         watched: Seconds between the two observations.
+        hosts: Host name of each rank, if there are several.
 
     Returns:
         None if every rank is alive or has exited on its own.
@@ -96,12 +99,12 @@ def silent_ranks(statuses: Sequence[RankStatus], watched: float) -> Diagnosis | 
         return None
     stopped = "has stopped or its machine is" if len(silent) == 1 else "have stopped or their machines are"
     return Diagnosis(
-        f"{_names(silent)} {stopped} gone: no heartbeat for {watched:.0f} s; {RESUME}",
+        f"{name_ranks(silent, hosts)} {stopped} gone: no heartbeat for {watched:.0f} s; {RESUME}",
         silent,
     )
 
 
-def hanging_ranks(statuses: Sequence[RankStatus], stalled: float) -> Diagnosis:
+def hanging_ranks(statuses: Sequence[RankStatus], stalled: float, hosts: Sequence[str] = ()) -> Diagnosis:
     """Report live ranks that have not reached the collective the others are waiting in.
 
     All ranks start the same collectives in the same order, so the others wait for those that have started
@@ -111,6 +114,7 @@ def hanging_ranks(statuses: Sequence[RankStatus], stalled: float) -> Diagnosis:
     Args:
         statuses: One per rank, in rank order; all are alive or have exited.
         stalled: Seconds without progress.
+        hosts: Host name of each rank, if there are several.
     """
     places = {
         rank: status.place for rank, status in enumerate(statuses) if not status.closed and status.place
@@ -120,16 +124,19 @@ def hanging_ranks(statuses: Sequence[RankStatus], stalled: float) -> Diagnosis:
     fix = f"no progress for {stalled:.0f} s; {RESUME}, or raise --rank_timeout if a step may take that long"
     if late and len(late) < len(places):
         where = "; ".join(f"rank {rank} in {places[rank].where}" for rank in late[:_MOST_PLACES])
+        names = name_ranks(late, hosts)
         if len(late) == 1:
-            line = f"rank {late[0]} hangs in {places[late[0]].where} while the others wait for it: {fix}"
+            line = f"{names} hangs in {places[late[0]].where} while the others wait for it: {fix}"
         else:
-            line = f"{_names(late)} hang while the others wait for them ({where}): {fix}"
+            line = f"{names} hang while the others wait for them ({where}): {fix}"
         return Diagnosis(line, late)
-    where = "; ".join(f"rank {rank} is in {place.where}" for rank, place in [*places.items()][:_MOST_PLACES])
+    where = "; ".join(
+        f"{name_ranks([rank], hosts)} is in {place.where}" for rank, place in [*places.items()][:_MOST_PLACES]
+    )
     if len(places) > _MOST_PLACES:
         where += "; …"
     if unheard:
-        where += f"; {_names(unheard)} did not report where"
+        where += f"; {name_ranks(unheard, hosts)} did not report where"
     return Diagnosis(f"all ranks hang, and none is behind the others ({where}): {fix}", ())
 
 
@@ -140,6 +147,18 @@ def _late(places: dict[int, Place]) -> tuple[int, ...]:
     return tuple(rank for rank, place in places.items() if not place.waits)
 
 
-def _names(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
+    """Return the names of ranks, such as `ranks 2, 3 on node1`; without the host if it is the only one.
+
+    Args:
+        ranks: The ranks, in order.
+        hosts: Host name of each rank of the run; empty: one host.
+    """
+    if len(set(hosts)) > 1:
+        by_host: dict[str, list[int]] = {}
+        for rank in ranks:
+            by_host.setdefault(hosts[rank], []).append(rank)
+        shown = [f"{name_ranks(own)} on {host}" for host, own in by_host.items()]
+        return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "")
     numbers = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
     return f"rank {numbers}" if len(ranks) == 1 else f"ranks {numbers}"

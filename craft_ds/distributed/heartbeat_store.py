@@ -1,7 +1,6 @@
 """Heartbeats and messages that the ranks of a run exchange through the process group's store."""
 
 import json
-import os
 import socket
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from craft_ds.distributed.diagnosis import Diagnosis, Place, RankStatus
+from craft_ds.distributed.rendezvous import agent_hosts_store
 
 
 class Heartbeat(NamedTuple):
@@ -48,7 +48,7 @@ class HeartbeatStore:
         self._rank = rank
         self._world_size = world_size
         # An elastic launcher's agent hosts the store; otherwise rank 0 does, and the store ends with it.
-        self.host_rank = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+        self.host_rank = None if agent_hosts_store() else 0
 
     def beat(self, progress: int) -> Heartbeat:
         """Publish a heartbeat and read the others' messages.

@@ -9,11 +9,13 @@ import os
 import queue
 import re
 import secrets
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from datetime import timedelta
+from pathlib import Path
 from typing import Any, Self
 
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from craft_ds.distributed.diagnosis import (
     Diagnosis,
     RankStatus,
     hanging_ranks,
+    name_ranks,
     place_of,
     silent_ranks,
 )
@@ -62,9 +65,11 @@ class RankWatchdog:
         timeout: Seconds without progress on any rank after which the ranks end. Counted from the first
             `progress` call, so that building the model may take any time.
         interval: Seconds between heartbeats.
+        output_dir: Directory for the stacks of the threads when a run hangs, once it exists.
     """
 
-    def __init__(self, timeout: float, interval: float = 3.0):
+    def __init__(self, timeout: float, interval: float = 3.0, output_dir: Path | None = None):
+        self._output_dir = output_dir
         self._timeout = timeout
         self._interval = interval
         self._progress = 0
@@ -80,7 +85,9 @@ class RankWatchdog:
         self._main = threading.get_ident()
         self._rank = dist.get_rank()
         # Several runs of one process share a store, as do the restarts of an elastic launcher.
-        run = gather_objects(secrets.token_hex(8))[0]
+        ranks = gather_objects((secrets.token_hex(8), socket.gethostname()))
+        run = ranks[0][0]
+        self._hosts = [host for _, host in ranks]
         self._store = HeartbeatStore(self._rank, dist.get_world_size(), run)
         self._heartbeat = Heartbeat(0, False, None, 0, False)
         self._queries: queue.Queue[tuple[Callable[[], Any], Future] | None] = queue.Queue()
@@ -142,7 +149,7 @@ class RankWatchdog:
         if self._alone or self._closing.is_set():
             return
         if error is not None:
-            line = f"rank {self._rank} failed: {type(error).__name__}: {one_line(error)}"
+            line = f"{self._name(self._rank)} failed: {type(error).__name__}: {one_line(error)}"
             self._tell(Diagnosis(line, (self._rank,)))
         self._announce_exit()
         self._closing.set()
@@ -251,10 +258,7 @@ class RankWatchdog:
             self._tell(diagnosis)
             prints = self._prints_message()
             if prints or self._rank in diagnosis.ranks:
-                faulthandler.dump_traceback(file=2)
-            if prints:
-                # Not through sys.stderr: the main thread may hang while holding its lock.
-                os.write(2, f"error: {diagnosis.line}\n".encode())
+                self._report(diagnosis.line if prints else None)
             self._announce_exit()
         finally:
             os._exit(LOST_RANK_STATUS)
@@ -274,7 +278,7 @@ class RankWatchdog:
             return diagnosis
         if done != (self._progress, self._heartbeat.progress):
             return None
-        return hanging_ranks(statuses, stalled)
+        return hanging_ranks(statuses, stalled, self._hosts)
 
     def _compare(self, intervals: int) -> tuple[Diagnosis | None, list[RankStatus]]:
         """Compare the statuses at two moments; return a diagnosis that another rank publishes meanwhile."""
@@ -285,7 +289,7 @@ class RankWatchdog:
         statuses = self._query(lambda: self._store.statuses(before))
         if self._heartbeat.told:
             return self._heartbeat.told, statuses
-        diagnosis = silent_ranks(statuses, intervals * self._interval)
+        diagnosis = silent_ranks(statuses, intervals * self._interval, self._hosts)
         self._missing = diagnosis.ranks if diagnosis else ()
         return diagnosis, statuses
 
@@ -298,16 +302,38 @@ class RankWatchdog:
                 return None
             where = place_of(self._main, None).where
             return Diagnosis(
-                f"rank {self._rank} hangs in {where} for {stalled:.0f} s; {RESUME}", (self._rank,)
+                f"{self._name(self._rank)} hangs in {where} for {stalled:.0f} s; {RESUME}", (self._rank,)
             )
         if self._store.host_rank is None:
-            line = "the launcher's agent on the machine of rank 0 has stopped or the machine is gone"
+            line = (
+                f"the launcher's agent on the machine of {self._name(0)} has stopped or the machine is gone"
+            )
             return Diagnosis(f"{line}: the store that it hosts does not answer; {RESUME}", ())
         host = self._store.host_rank
-        line = f"rank {host} has stopped or its machine is gone: the store that it hosts does not answer"
+        line = (
+            f"{self._name(host)} has stopped or its machine is gone: the store that it hosts does not answer"
+        )
         return Diagnosis(f"{line}; {RESUME}", (host,))
 
     # Messages to the other ranks and to the user.
+
+    def _name(self, rank: int) -> str:
+        return name_ranks([rank], self._hosts)
+
+    def _report(self, line: str | None) -> None:
+        """Print a line, and write the stacks of all threads of this rank to a file that the line names.
+
+        The line comes first, and not through sys.stderr: the disk may hang, as the main thread may that holds
+        its lock.
+        """
+        name = "stacks_rank_{}.txt"
+        directory = self._output_dir if self._output_dir and self._output_dir.is_dir() else None
+        if directory is None:
+            directory = Path(tempfile.mkdtemp(prefix="craft_ds_"))
+        if line is not None:
+            os.write(2, f"error: {line}; stacks of threads: {directory / name.format('*')}\n".encode())
+        with (directory / name.format(self._rank)).open("w") as file:
+            faulthandler.dump_traceback(file=file)
 
     def _tell(self, why: Diagnosis) -> None:
         self._try(lambda: self._store.tell(why))
@@ -332,11 +358,6 @@ class RankWatchdog:
             if self._try(lambda: self._store.all_closed(but=self._missing)):
                 return
             time.sleep(0.05)
-
-
-def group_timeout(rank_timeout: float) -> timedelta:
-    """Return the timeout of the process group: torch's default for gloo, and longer than the watchdog's."""
-    return max(timedelta(minutes=30), timedelta(seconds=2 * rank_timeout))
 
 
 def _may_be_caused_by_other_rank(error: BaseException) -> bool:

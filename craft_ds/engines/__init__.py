@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.collectives import init_process_group
-from craft_ds.distributed.watchdog import group_timeout
 from craft_ds.engines.base import Engine, ReadRange
 from craft_ds.engines.deepspeed_config import check_step_size, read_ds_config, resolve_ds_config
 from craft_ds.engines.fsdp import FsdpEngine, mesh_shape
@@ -82,7 +81,7 @@ def init_engine_process_group(config: TrainConfig) -> bool:
     """
     formed_by_caller = dist.is_initialized()
     if config.engine.name == "fsdp":
-        init_process_group(group_timeout(config.rank_timeout))
+        init_process_group(config.rank_timeout)
     if config.engine.name == "zero":
         try:
             # Imported here: the other engines run without DeepSpeed.
@@ -91,7 +90,7 @@ def init_engine_process_group(config: TrainConfig) -> bool:
             raise UserError(
                 f"--ds_config needs DeepSpeed ({error}): pip install 'craft-ds[deepspeed]'"
             ) from error
-        init_distributed(group_timeout(config.rank_timeout))
+        init_distributed(config.rank_timeout)
     return dist.is_initialized() and not formed_by_caller
 
 

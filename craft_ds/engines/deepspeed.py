@@ -1,9 +1,7 @@
 """DeepSpeed ZeRO-2 and ZeRO-3 behind the engine protocol."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -15,6 +13,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from craft_ds.distributed.collectives import init_process_group
+from craft_ds.distributed.env import RANK_TIMEOUT_S, set_local_rank
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
 from craft_ds.engines.batch_norm import average_running_statistics_
 from craft_ds.engines.deepspeed_cpu_adam import cpu_adam
@@ -27,13 +26,13 @@ from craft_ds.policies.pi0_fast.generation import action_chunk
 from craft_ds.policies.token_loss import Loss, PolicyWithLoss, TokenLoss, token_loss
 
 
-def init_distributed(timeout: timedelta | None = None) -> None:
+def init_distributed(rank_timeout: float = RANK_TIMEOUT_S) -> None:
     """Initialise the process group and DeepSpeed; arguments as for `init_process_group`. Collective."""
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed compiles a shared-memory collective for 70 s; gloo gives the same numbers.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    init_process_group(timeout)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it even without a launcher
+    init_process_group(rank_timeout)
+    set_local_rank()
     deepspeed.init_distributed(verbose=False)
 
 

@@ -3,7 +3,8 @@
 Only keys are accepted that leave gradients and master weights where this trainer reads them; those that
 affect how gradients are reduced were tested against a single process. All others are refused: DeepSpeed's
 other features were not made for two backward passes per step and master weights read by range.
-`craft_ds/ds_configs/README.md` describes the keys.
+`craft_ds.engines.deepspeed_keys` lists them with their values, `craft_ds/ds_configs/README.md` describes
+them.
 """
 
 import json
@@ -12,69 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from craft_ds.config.shipped_files import resolve_shipped, shipped_names
-from craft_ds.errors import UserError
+from craft_ds.engines.deepspeed_keys import check_keys
+from craft_ds.errors import UserError, one_line
+from craft_ds.tensor_io.safe_json import read_object
 
-_TOP = {
-    "bf16",
-    "comms_logger",
-    "communication_data_type",
-    "data_types",
-    "dump_state",
-    "fp16",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "memory_breakdown",
-    "steps_per_print",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-}
-_BOTH_STAGES = {
-    "allgather_partitions",
-    "contiguous_gradients",
-    "offload_optimizer",
-    "offload_param",
-    "overlap_comm",
-    "reduce_bucket_size",
-    "reduce_scatter",
-    "stage",
-}
-_ZERO = {
-    2: _BOTH_STAGES
-    | {
-        "allgather_bucket_size",
-        "round_robin_gradients",
-        "use_multi_rank_bucket_allreduce",
-    },
-    3: _BOTH_STAGES
-    | {
-        "memory_efficient_linear",
-        "stage3_gather_16bit_weights_on_model_save",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_model_persistence_threshold",
-        "stage3_param_persistence_threshold",
-        "stage3_prefetch_bucket_size",
-        "sub_group_size",
-    },
-}
-_SECTIONS = {
-    "bf16": {"enabled", "check_grad_overflow"},
-    "fp16": {
-        "enabled",
-        "loss_scale",
-        "initial_scale_power",
-        "loss_scale_window",
-        "hysteresis",
-        "min_loss_scale",
-    },
-    "data_types": {"grad_accum_dtype"},
-    "zero_optimization.offload_optimizer": {"device", "pin_memory", "buffer_count", "fast_init"},
-    "zero_optimization.offload_param": {"device"},
-}
 # DeepSpeed creates master weights from parameters one sub-group at a time, with one more copy of it: a tenth
 # of the default keeps that copy small compared with the shard.
 SUB_GROUP = 100_000_000
@@ -84,18 +26,17 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed configuration file (strict JSON).
 
     Raises:
-        UserError: The file is missing or is not a JSON object.
+        UserError: The file is missing, is not a JSON object or has a key twice.
     """
     try:
-        config = json.loads(Path(resolve_shipped("--engine.ds_config", str(path))).read_text())
+        return read_object(Path(resolve_shipped("--engine.ds_config", str(path))))
     except FileNotFoundError:
         shipped = ", ".join(shipped_names("--engine.ds_config"))
         raise UserError(f"--ds_config={path}: no such file; the shipped ones are {shipped}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--ds_config={path}: not readable as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"--ds_config={path}: must be a JSON object")
-    return config
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"--ds_config={path}: not readable as JSON ({one_line(error)})") from None
 
 
 def resolve_ds_config(
@@ -135,7 +76,7 @@ def resolve_ds_config(
             raise UserError(
                 f"{file} has a section {section!r}: remove it, {flags} and the policy's presets decide that"
             )
-    _check_keys(resolved, file)
+    check_keys(resolved, file)
 
     def settle(dotted: str, expected: object, flag: str) -> None:
         _settle(resolved, file, dotted, expected, flag)
@@ -145,6 +86,11 @@ def resolve_ds_config(
     settle("gradient_accumulation_steps", gradient_accumulation_steps, accumulation)
     settle("gradient_clipping", grad_clip_norm, f"--optimizer.grad_clip_norm={grad_clip_norm}")
     settle("bf16.enabled", bf16, f"--engine.dtype={'bfloat16' if bf16 else 'float32'}")
+    if resolved.get("communication_data_type") == "bf16" and not bf16:
+        raise UserError(
+            f'{file} says communication_data_type="bf16", but --engine.dtype=float32: write "fp32", '
+            "since bf16 rounds the summed gradients to 8 bits"
+        )
     settle("fp16.enabled", False, "--engine.dtype (fp16 is not supported)")
     settle("data_types.grad_accum_dtype", "fp32", "the gradient merge")
 
@@ -208,40 +154,4 @@ def _look_up(node: Any, dotted: str, default: object) -> Any:
         node = (node or {}).get(key)
         if node is None:
             return default
-    return node
-
-
-def _check_keys(config: dict[str, Any], file: str) -> None:
-    """Refuse keys and values that this trainer was not tested with."""
-    zero = _section(config, "zero_optimization", file)
-    stage = zero.get("stage")
-    if stage not in (2, 3):
-        why = ": stage 2 also partitions gradients, at the same traffic" if stage == 1 else ""
-        raise UserError(f"{file} says zero_optimization.stage={json.dumps(stage)}: choose 2 or 3{why}")
-    allowed = {"": _TOP, "zero_optimization": _ZERO[stage], **_SECTIONS}
-    for section, names in allowed.items():
-        for key in sorted(_section(config, section, file).keys() - names):
-            dotted = f"{section}.{key}" if section else key
-            at_stage = f" at stage {stage}" if section == "zero_optimization" else ""
-            raise UserError(f"{file}: {dotted} is not supported{at_stage}, remove it")
-    device = _look_up(zero, "offload_optimizer.device", "none")
-    if device not in ("none", "cpu"):
-        raise UserError(
-            f"{file} says zero_optimization.offload_optimizer.device={json.dumps(device)}: "
-            'choose "cpu" or "none"'
-        )
-    if _look_up(zero, "offload_param.device", "none") != "none":
-        raise UserError(
-            f"{file}: zero_optimization.offload_param is not supported, remove it; offload_optimizer is"
-        )
-
-
-def _section(config: dict[str, Any], dotted: str, file: str) -> dict[str, Any]:
-    node: Any = config
-    for key in filter(None, dotted.split(".")):
-        node = node.get(key)
-        if node is None:
-            return {}
-    if not isinstance(node, dict):
-        raise UserError(f"{file}: {dotted} must be a JSON object")
     return node

@@ -39,7 +39,8 @@ from craft_ds.data.task_data import (
     training_batches,
 )
 from craft_ds.distributed.collectives import fail_together, rank0_only
-from craft_ds.distributed.env import launched_rank, launched_world_size
+from craft_ds.distributed.env import launched_rank, launched_world_size, settle_environment
+from craft_ds.distributed.launcher_watch import end_with_launcher
 from craft_ds.distributed.preemption import Preemption, parse_duration
 from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines import build_engine, check_engine, check_step, init_engine_process_group
@@ -88,6 +89,8 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
         UserError: On all ranks, before anything is written, and before the model is built where that
             is possible.
     """
+    settle_environment()
+    end_with_launcher()
     preemption = Preemption(parse_duration("--max_runtime", config.max_runtime))
     config.validate()
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
@@ -96,9 +99,10 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     ds_config = check_engine(config, launched_world_size())
     owns_process_group = init_engine_process_group(config)
     # A launcher that lost a rank signals the others, which must first report the lost rank.
+    stacks = Path(config.output_dir) if config.output_dir else None
     with (
         preemption.listening(),
-        RankWatchdog(config.rank_timeout) as watchdog,
+        RankWatchdog(config.rank_timeout, output_dir=stacks) as watchdog,
         exclusive_run(Path(config.output_dir)),
     ):
         rank0_only(config.check_output_dir)()  # another run may just have ended

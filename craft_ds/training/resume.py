@@ -1,6 +1,7 @@
 """Resolve `--resume`: find the checkpoint to resume from and check that it belongs to the same run."""
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from craft_ds.checkpoints import complete_checkpoints, verify_checkpoint
 from craft_ds.checkpoints.run_directory import LAST, checkpoint_directories, replace_last_copy
 from craft_ds.config.train_config import flat
 from craft_ds.distributed.collectives import init_process_group, rank0_only
-from craft_ds.distributed.env import launched_rank, launched_world_size
+from craft_ds.distributed.env import RANK_TIMEOUT_S, launched_rank, launched_world_size
 from craft_ds.errors import UserError
 from craft_ds.tensor_io.move_aside import move_aside, move_contents_aside
 
@@ -90,8 +91,7 @@ def resolve_resume(arguments: Sequence[str]) -> ResumeChoice:
     mode = flags.get("--resume", "false").lower()
     if mode not in ("true", "auto"):
         return ResumeChoice(list(arguments))
-    if launched_world_size() > 1:
-        init_process_group()
+    join_ranks(arguments)
     config_path = Path(flags["--config_path"]) if flags.get("--config_path") else None
     output_dir = flags.get("--output_dir") or _output_dir_of(config_path)
     if mode == "auto":
@@ -169,6 +169,22 @@ def _as_user_error[**P, R](function: Callable[P, R], run: Path) -> Callable[P, R
             raise UserError(f"--output_dir={run} cannot be written: {error}") from error
 
     return wrapped
+
+
+def join_ranks(arguments: Sequence[str]) -> None:
+    """Form the process group that ranks need to choose a checkpoint. Collective: call on all ranks."""
+    flags = dict(argument.partition("=")[::2] for argument in arguments)
+    if launched_world_size() > 1:
+        init_process_group(_rank_timeout(flags.get("--rank_timeout", "")))
+
+
+def _rank_timeout(text: str) -> float:
+    """Return the flag's value; the default if it is absent or wrong, which the parser reports later."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return RANK_TIMEOUT_S
+    return seconds if 0 < seconds < math.inf else RANK_TIMEOUT_S
 
 
 def _named_run(config_path: Path | None, output_dir: str | None) -> Path | None:

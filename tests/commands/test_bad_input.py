@@ -133,8 +133,8 @@ def test_a_contradicting_ds_config(refuses, run, tmp_path, text, names):
     assert all(name in line for name in [f"--ds_config={path}", *names]), line
 
 
-def test_processes_without_an_engine_that_shards(refuses, run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_processes_without_an_engine_that_shards(refuses, run, set_launch):
+    set_launch(0, 2)
     line = refuses(run, "--engine=single")
     assert "2 processes were launched, but --engine=single" in line
 

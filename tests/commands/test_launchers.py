@@ -125,12 +125,12 @@ def test_a_run_resumes_in_the_other_engine(engine, whole_run, tmp_path):
 
 @pytest.mark.parametrize("flags", ENGINE.values(), ids=ENGINE)
 def test_a_sharded_engine_runs_without_a_launcher(inputs, tmp_path, flags):
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in names}
+    """Whatever an earlier launch has left over in the shell."""
+    left = {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "no-such-host.invalid", "RANK": ""}
     ended = subprocess.run(
         [sys.executable, "scripts/train_craft.py", *inputs.flags(tmp_path / "run"), "--steps=1", *flags],
         cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | left | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "one"},
         capture_output=True,
         text=True,
         timeout=240,
@@ -138,6 +138,9 @@ def test_a_sharded_engine_runs_without_a_launcher(inputs, tmp_path, flags):
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "engine on 1 rank " in ended.stdout
+    assert ended.stderr.startswith("warning: ignored WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR=no-such-host.in")
+    assert "--batch_size=2" in inputs.flags(tmp_path)
+    assert [row["train/samples_seen"] for row in metrics(tmp_path / "run") if "train/loss" in row] == [2]
     assert_trained(tmp_path / "run" / "final", inputs.policy)
 
 

@@ -54,10 +54,9 @@ def test_printed_config_has_the_resolved_values(flags, capsys):
     assert printed["policy"]["type"] == "tiny_pi0_fast"
 
 
-@pytest.mark.parametrize(("rank", "lines"), [("0", True), ("1", False)])
-def test_only_rank_0_prints(flags, monkeypatch, capsys, rank, lines):
-    for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize(("rank", "lines"), [(0, True), (1, False)])
+def test_only_rank_0_prints(flags, set_launch, capsys, rank, lines):
+    set_launch(rank, 2)
     run_command("train", ["--print_config", *flags])
     printed = capsys.readouterr().out
     assert bool(printed) is lines

@@ -106,8 +106,8 @@ def test_engine_auto_is_resolved(given, resolved):
     assert engine.name == resolved
 
 
-def test_several_processes_without_a_ds_config_mean_fsdp(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_several_processes_without_a_ds_config_mean_fsdp(set_launch):
+    set_launch(0, 2)
     engine = EngineConfig()
     engine.resolve()
     assert engine.name == "fsdp"

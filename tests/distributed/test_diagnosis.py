@@ -7,7 +7,14 @@ import time
 import pytest
 
 from craft_ds.distributed.collectives import fail_together
-from craft_ds.distributed.diagnosis import Place, RankStatus, hanging_ranks, place_of, silent_ranks
+from craft_ds.distributed.diagnosis import (
+    Place,
+    RankStatus,
+    hanging_ranks,
+    name_ranks,
+    place_of,
+    silent_ranks,
+)
 
 GONE = RankStatus(moved=False)
 LEFT = RankStatus(moved=False, closed=True)
@@ -34,6 +41,18 @@ def test_several_silent_ranks_are_reported_together():
     diagnosis = silent_ranks([GONE, alive(), GONE], 6.0)
     assert diagnosis.ranks == (0, 2)
     assert diagnosis.line.startswith("ranks 0, 2 have stopped or their machines are gone: no heartbeat")
+
+
+def test_ranks_are_named_with_their_hosts_if_there_are_several():
+    hosts = ["a", "a", "b", "b", "c"]
+    assert name_ranks([1, 2, 3], hosts) == "rank 1 on a, ranks 2, 3 on b"
+    assert name_ranks([1, 2], ["a"] * 3) == "ranks 1, 2"
+    diagnosis = silent_ranks([alive(), alive(), GONE, GONE, alive()], 6.0, hosts)
+    assert diagnosis.line.startswith("ranks 2, 3 on b have stopped or their machines are gone: ")
+    line = hanging_ranks([waiting(), alive(), waiting(), waiting(), waiting()], 600.0, hosts).line
+    assert line.startswith("rank 1 on a hangs in ")
+    line = hanging_ranks([alive(), alive(), alive()], 600.0, hosts[1:4]).line
+    assert "(rank 0 on a is in craft_ds/training/run.py:1 in f; rank 1 on b is in " in line
 
 
 def test_an_exited_rank_is_not_reported_as_silent():

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -28,10 +29,17 @@ class Ended(NamedTuple):
     statuses: list[int]
     outputs: list[str]
     seconds: float
+    directory: Path
 
     def named(self) -> list[str]:
-        """Return the lines that name a rank."""
-        return re.findall(r"^error: (.*)$", "\n".join(self.outputs), re.MULTILINE)
+        """Return the lines that name a rank, without the place of the stacks."""
+        lines = re.findall(r"^error: (.*)$", "\n".join(self.outputs), re.MULTILINE)
+        return [re.sub(r"; stacks of threads: \S+$", "", line) for line in lines]
+
+    def stacks(self) -> dict[int, str]:
+        """Return the stacks that ranks have written, by rank."""
+        files = self.directory.glob("stacks_rank_*.txt")
+        return {int(path.stem.rpartition("_")[2]): path.read_text() for path in files}
 
 
 def run(
@@ -42,15 +50,24 @@ def run(
     timeout: float = TIMEOUT_S,
     interval: float = INTERVAL_S,
     grace: float = 10.0,
+    hosts: str = "",
 ) -> Ended:
     script = Path(__file__).with_name("watchdog_ranks.py")
-    command = [sys.executable, script, happens, victim, timeout, interval]
-    ends = run_ranks([str(part) for part in command], world_size, timeout=120, grace=grace)
+    directory = Path(tempfile.mkdtemp())
+    command = [sys.executable, script, happens, victim, timeout, interval, directory]
+    ends = run_ranks(
+        [str(part) for part in command],
+        world_size,
+        timeout=120,
+        grace=grace,
+        environment={"HOSTS": hosts} if hosts else None,
+    )
     ended = time.monotonic()
     outputs = [end.output for end in ends]
     print(*outputs, sep="\n---\n")
     began = re.search(r"^at ([\d.]+)$", outputs[victim], re.MULTILINE)
-    return Ended([end.status for end in ends], outputs, ended - float(began[1]) if began else 0.0)
+    seconds = ended - float(began[1]) if began else 0.0
+    return Ended([end.status for end in ends], outputs, seconds, directory)
 
 
 def test_a_killed_rank_is_named():
@@ -99,9 +116,29 @@ def test_a_hanging_rank_is_named_with_its_position():
     assert re.match(r"rank 1 hangs in distributed/watchdog_ranks\.py:\d+ in sleep_forever", line)
     assert " while the others wait for it: no progress for " in line
     assert "--rank_timeout" in line
-    # The stack of the one that is named.
-    assert ["in sleep_forever\n" in output for output in ended.outputs] == [False, True, False]
+    # The stacks of the one that is named, and of the one that prints, are in files.
+    assert not any("most recent call first" in output for output in ended.outputs)
+    assert f"; stacks of threads: {ended.directory}/stacks_rank_*.txt" in "".join(ended.outputs)
+    stacks = ended.stacks()
+    assert "in sleep_forever\n" in stacks.pop(1)
+    assert len(stacks) == 1
+    assert all("in add_numbers\n" in text for text in stacks.values())
     assert ended.seconds < OF_A_HANG_S
+
+
+def test_lost_and_hanging_ranks_of_several_hosts_are_named_by_host():
+    ended = run("dies", 2, world_size=3, hosts="alpha,beta,beta")
+    assert {line.partition(": ")[0] for line in ended.named()} == {
+        "rank 2 on beta has stopped or its machine is gone"
+    }
+    ended = run("dies", 0, world_size=3, hosts="alpha,beta,gamma")
+    assert all(line.startswith("rank 0 on alpha has stopped or") for line in ended.named())
+    assert ended.named()
+    ended = run("sleeps", 1, world_size=3, hosts="alpha,beta,beta")
+    assert all(line.startswith("rank 1 on beta hangs in distributed/watchdog") for line in ended.named())
+    assert ended.named()
+    ended = run("fails", 0, world_size=2, hosts="alpha,beta")
+    assert ended.named() == ["rank 0 on alpha failed: KeyError: 'weight'"]
 
 
 def test_a_hanging_store_host_waits_for_the_others():

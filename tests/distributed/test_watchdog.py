@@ -6,7 +6,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from craft_ds.distributed.watchdog import RankWatchdog, _may_be_caused_by_other_rank, group_timeout
+from craft_ds.distributed.collectives import group_timeout
+from craft_ds.distributed.watchdog import RankWatchdog, _may_be_caused_by_other_rank
 
 OF_OTHERS = [
     RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:11931"),

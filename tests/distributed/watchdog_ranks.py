@@ -1,14 +1,17 @@
 """One rank of a run that all-reduces numbers until a fault is injected into one of the ranks.
 
-Arguments: the fault (see `FAULTS`), its rank, timeout and interval of the watchdog.
+Arguments: the fault (see `FAULTS`), its rank, timeout and interval of the watchdog, the output directory.
+HOSTS names the host of each rank, separated by commas.
 """
 
 import faulthandler
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -89,7 +92,10 @@ def run():
 
 if __name__ == "__main__":
     faulthandler.register(signal.SIGUSR1)
-    fault, victim, timeout, interval = sys.argv[1:]
+    fault, victim, timeout, interval, output_dir = sys.argv[1:]
+    if "HOSTS" in os.environ:
+        host = os.environ["HOSTS"].split(",")[int(os.environ["RANK"])]
+        socket.gethostname = lambda: host
     dist.init_process_group("gloo")
-    watchdog = RankWatchdog(float(timeout), float(interval))
+    watchdog = RankWatchdog(float(timeout), float(interval), Path(output_dir))
     exit_without_teardown(lambda: run_main(run))

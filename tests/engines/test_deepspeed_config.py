@@ -185,7 +185,7 @@ def test_an_offloaded_optimizer_is_deepspeeds_by_default(stage):
         ({"zero_optimization": 3}, ["zero_optimization"]),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": True}},
-            ["offload_optimizer must be a JSON"],
+            ["offload_optimizer=true: it must be a JSON object"],
         ),
     ],
 )

@@ -139,7 +139,7 @@ def kill_during_model_build() -> None:
 
 def shorten_heartbeat_interval() -> None:
     """Send heartbeats every half second, so that a test waits seconds for a diagnosis, not minutes."""
-    RankWatchdog.__init__.__defaults__ = (0.5,)  # type: ignore[misc]
+    RankWatchdog.__init__.__defaults__ = (0.5, None)  # type: ignore[misc]
 
 
 def log_samples(log: str) -> None:

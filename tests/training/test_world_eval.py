@@ -56,12 +56,12 @@ def test_a_world_needs_the_tasks_and_a_policy_made_for_it(tmp_path):
         check_world(WorldEvalConfig(name="blocks"), other)
 
 
-def test_missing_rendering_is_reported_once_per_node(metaworld, monkeypatch):
+def test_missing_rendering_is_reported_once_per_node(metaworld, monkeypatch, set_launch):
     teacher = load_policy_config(TEACHER.with_name("metaworld_teacher"))
     monkeypatch.setattr(craft_ds.training.world_eval, "gl_problem", lambda: "no EGL here: install it")
     with pytest.raises(UserError, match=r"--world.name=metaworld: no EGL here: install it"):
         check_world(WorldEvalConfig(name="metaworld"), teacher)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    set_launch(1, 2)
     check_world(WorldEvalConfig(name="metaworld"), teacher)
 
 
