@@ -317,7 +317,8 @@ class Campaign:
         if error is None:
             return {"outcome": "harmless" if step else "silently wrong", "step": step}
         older, _ = self._resume(run, 1)
-        return {"outcome": "detected" if older else "lost", "error": error}
+        # The kind of error: messages hold paths of this machine.
+        return {"outcome": "detected" if older else "lost", "error": error.partition(":")[0]}
 
     def _resume(self, run: Path, by_hand: int | None) -> tuple[int | None, str | None]:
         """Return the step whose state was loaded, None if it is of no step; and the error."""
@@ -368,7 +369,7 @@ def main() -> None:
         print(f"{METHODS[name].label}: {dict(counts)}, {time.perf_counter() - started:.0f} s", flush=True)
         result = {"hardware": hardware(), "seed": args.seed, "rows": rows}
         if args.output:
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
+            args.output.write_text(json.dumps(result) + "\n")
     print(f"\n{table(rows)}\n")
     if not args.output:
         write_result("bench_fault_tolerance", result)

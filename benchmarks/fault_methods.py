@@ -5,6 +5,7 @@ the run's step. `Subject.set_state` makes it from the step alone, so that a load
 every state that was saved.
 """
 
+import gc
 import zlib
 from collections.abc import Callable
 from importlib import import_module
@@ -39,12 +40,23 @@ from craft_ds.training.resume import resolve_resume
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TOTAL_STEPS = 100
+ZERO_MODULES = [
+    "craft_ds.engines.deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
+    "setuptools.dist",
+]
 
 
 def preload(kind: str) -> None:
     """Import what ranks need, so that forked ones have it."""
-    import_module("craft_ds.engines.deepspeed" if kind.startswith("zero") else f"craft_ds.engines.{kind}")
+    for name in ZERO_MODULES if kind.startswith("zero") else [f"craft_ds.engines.{kind}"]:
+        import_module(name)
     build_on_meta(load_policy_config(TEACHER))
+    gc.freeze()  # otherwise a rank's first collection copies the pages that it shares
 
 
 class NothingToLoad(Exception):
