@@ -89,7 +89,7 @@ class Command:
         }
         with output.open("w") as file:
             self.process = subprocess.Popen(
-                host.command(*command), cwd=cwd, env=environment, stdout=file, stderr=subprocess.STDOUT
+                host.command(*command, cwd=cwd), env=environment, stdout=file, stderr=subprocess.STDOUT
             )
 
     @property
@@ -140,6 +140,7 @@ def expected(inputs, tmp_path_factory) -> list[float]:
 def test_hosts_differ_in_name_and_network(pair):
     for host, other in (pair, pair[::-1]):
         assert host.run("hostname").strip() == host.name
+        assert host.run("pwd").strip() == str(Path.cwd())
         assert f"{host.address}/24" in host.run("ip", "address")
         assert other.address not in host.run("ip", "address")
 
@@ -163,7 +164,7 @@ def remote_shell(pair, tmp_path) -> Path:
     """A directory with `pdsh` and `ssh` that enter the other host instead of logging in."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    entered = {host.name: host.command() for host in pair}
+    entered = {host.name: host.command(cwd=ROOT) for host in pair}
     for name in ("pdsh", "ssh"):
         program = programs / name
         program.write_text(f"#!{sys.executable}\nHOSTS = {entered!r}\n{REMOTE_SHELL}")
@@ -274,12 +275,8 @@ SRUN = r"""
 import os, signal, subprocess, sys
 
 assert sys.argv[1] == "--kill-on-bad-exit=1"
-# Slurm sets the number of the node, and sends the job's signal to the tasks of every step.
-command = ["env", "SLURM_GPUS_ON_NODE=1", *sys.argv[2:]]
-tasks = [
-    subprocess.Popen([*enter, "env", f"SLURM_NODEID={number}", *command])
-    for number, enter in enumerate(HOSTS.values())
-]
+# Slurm starts one task per node, and sends the job's signal to the tasks of every step.
+tasks = [subprocess.Popen([*enter, *sys.argv[2:]]) for enter in HOSTS.values()]
 signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
 with open(os.environ["SRUN_PID"], "w") as file:
     file.write(str(os.getpid()))
@@ -302,7 +299,7 @@ def slurm(pair, tmp_path) -> dict[str, str]:
     """The environment of a job on both hosts, with `srun` and `scontrol` on its PATH."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    entered = {host.name: host.command() for host in pair}
+    entered = {host.name: host.command(cwd=tmp_path) for host in pair}
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (programs / name).write_text(f"#!{sys.executable}\nHOSTS = {entered!r}\n{text}")
         (programs / name).chmod(0o755)
@@ -312,6 +309,7 @@ def slurm(pair, tmp_path) -> dict[str, str]:
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node-[a-b]",
         "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
         "SRUN_PID": str(tmp_path / "srun.pid"),
         "REQUEUED": str(tmp_path / "requeued"),
     }

@@ -30,9 +30,10 @@ class Host(NamedTuple):
     address: str
     holder: int
 
-    def command(self, *command: object) -> list[str]:
-        """Return a command that runs the given one on this host."""
-        entered = ["nsenter", f"--target={self.holder}", *_SAME_USER, "--net", "--uts", "--mount", "--wdns=."]
+    def command(self, *command: object, cwd: Path | None = None) -> list[str]:
+        """Return a command that runs the given one on this host, in a directory."""
+        namespaces = [*_SAME_USER, "--net", "--uts", "--mount"]
+        entered = ["nsenter", f"--target={self.holder}", *namespaces, f"--wdns={cwd or Path.cwd()}"]
         return [str(part) for part in (*entered, *command)]
 
     def run(self, *command: object) -> str:
