@@ -126,7 +126,7 @@ def test_other_values_are_not_refused():
 
 def test_the_value_of_an_unknown_secret_flag_is_not_printed(refuses, tmp_path):
     line = refuses(tmp_path / "run", f"--wandb.api_key={KEY}")
-    assert "--wandb.api_key=…" in line
+    assert line.startswith("--wandb.api_key holds")
     assert KEY not in line
     assert redact("--policy.action_tokenizer_name=x --a.token=y") == (
         "--policy.action_tokenizer_name=x --a.token=…"
