@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from craft_ds.config.arguments import expand_home
+from craft_ds.config.secret_scan import redact, refuse_secret_arguments
 from craft_ds.distributed.env import is_local_rank0, settle_environment
 from craft_ds.distributed.launcher_watch import end_with_launcher
 from craft_ds.errors import (
@@ -61,7 +62,7 @@ def run_main(action: Callable[[], object]) -> None:
 
 def _exit(line: str, status: int, *, prints: bool | None = None) -> NoReturn:
     if is_local_rank0() if prints is None else prints:
-        print(line, file=sys.stderr, flush=True)
+        print(redact(line), file=sys.stderr, flush=True)
     raise SystemExit(status) from None
 
 
@@ -80,7 +81,7 @@ def exit_without_teardown(command: Callable[[], None]) -> NoReturn:
     except BaseException:
         if _stdout_is_closed():  # as in `craft-ds train --help | head`
             os._exit(128 + signal.SIGPIPE)
-        traceback.print_exc()
+        sys.stderr.write(redact(traceback.format_exc()))
         status = 1
     if _stdout_is_closed():
         os._exit(128 + signal.SIGPIPE)
@@ -104,7 +105,12 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     """Run a subcommand in this process; raises `SystemExit` as `run_main` does."""
     module, _ = COMMANDS[name]
     given = expand_home(arguments)
-    run_main(lambda: import_module(f"craft_ds.commands.{module}").main(given))
+
+    def run() -> None:
+        refuse_secret_arguments(given)
+        import_module(f"craft_ds.commands.{module}").main(given)
+
+    run_main(run)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -39,6 +39,7 @@ from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
 from craft_ds.policies.pi0_fast.vision import features_key
 from craft_ds.tensor_io.filesystem import file_sha256
 from craft_ds.tensor_io.safe_json import read_object
+from craft_ds.tensor_io.tensor_file import TensorFile
 
 FORMAT = "craft-ds anchor cache"
 VERSION = 1
@@ -361,10 +362,12 @@ def _open_shard(path: Path, shard: dict[str, Any], fields: dict[str, Any], verif
     if verify and file_sha256(path) != shard["sha256"]:
         raise damaged("its SHA-256 differs from the recorded one")
     try:
+        with TensorFile(path):  # checks the header within limits
+            pass
         handle = safe_open(path, framework="pt")
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
         found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise damaged(one_line(error)) from error
     wanted = {
         name: (_CODES[field["dtype"]], [shard["samples"], *field["shape"]]) for name, field in fields.items()

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from craft_ds.checkpoints.manifest import read_manifest
 from craft_ds.checkpoints.save import CRAFT_STATE, OPTIMIZER, SCHEDULER
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError, one_line
@@ -30,10 +31,18 @@ def load_optimizer(directory: Path, engine: Engine, adapters: Adapters | None = 
     path = directory / OPTIMIZER
     try:
         with open_tensors(path) as moments:
+            integers = [name for name, _, dtype in moments.specs() if not dtype.is_floating_point]
+            if integers:
+                raise ValueError(f"{integers[0]} holds integers")
             keys = sorted({name.rsplit(".", 1)[1] for name, *_ in moments.specs()})
             if keys:  # else no step was applied yet; the optimizer creates its state in the first one
-                read = moments.read if adapters is None else _by_parameter_name(moments.read, adapters)
-                engine.load_optimizer(read, keys, int(moments.metadata["steps"]))
+                read = _checked(moments.read)
+                if adapters is not None:
+                    read = _by_parameter_name(read, adapters)
+                steps = int(moments.metadata["steps"])
+                if not 0 < steps <= read_manifest(directory)["step"]:
+                    raise ValueError(f"it is of {steps} steps")
+                engine.load_optimizer(read, keys, steps)
     except (OSError, ValueError, LookupError) as error:
         raise UserError(
             f"{path} does not hold the optimizer state of this policy ({one_line(error)}): resume from an "
@@ -63,6 +72,18 @@ def _read_state(path: Path, kind: Any) -> Any:
 def damaged_state(path: Path, why: BaseException | str) -> UserError:
     """Return the error for a state file with unexpected contents."""
     return UserError(f"{path} is damaged ({one_line(why)}): resume from an older checkpoint")
+
+
+def _checked(read: ReadRange) -> ReadRange:
+    """Refuse moments that would make every parameter non-finite in the next step."""
+
+    def checked(name: str, start: int, stop: int) -> Tensor:
+        values = read(name, start, stop)
+        if not values.isfinite().all() or (name.endswith("_sq") and (values < 0).any()):
+            raise ValueError(f"{name} has values that no optimizer computes")
+        return values
+
+    return checked
 
 
 def _by_parameter_name(read: ReadRange, adapters: Adapters) -> ReadRange:

@@ -4,6 +4,7 @@ LeRobot looks on the hub for whatever is missing, and reports the hub's failure.
 position, so rows out of order would train other frames than those that are named.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ import pyarrow.parquet as pq
 from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 
 from craft_ds.errors import UserError, one_line
-from craft_ds.tensor_io.safe_json import read_object
+from craft_ds.tensor_io.safe_json import path_inside, read_object
 
+_TEMPLATE = re.compile(r"(?:[^{}]|\{(?:chunk_index|file_index|video_key)(?::0?\d?d?)?\})+")
 _PARQUET_END = b"PAR1"
 
 
@@ -97,6 +99,10 @@ def _read_info(place: Place) -> dict[str, Any]:
         version = packaging.version.parse(str(info["codebase_version"]))
         if not isinstance(info["features"], dict):
             raise ValueError("its features are not a JSON object")
+        for name in ("data_path", "video_path"):
+            _check_template(name, info.get(name))
+        for key in info["features"]:
+            path_inside(place.root, key)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} is damaged ({one_line(error)}): copy it from the original data set"
@@ -117,6 +123,19 @@ def _read_info(place: Place) -> dict[str, Any]:
             "installed LeRobot: record or export it in that format"
         )
     return info
+
+
+def _check_template(name: str, template: Any) -> None:
+    """Check that a template of file names is harmless: a width could be any amount of memory.
+
+    Raises:
+        ValueError: It is not a path inside the data set.
+    """
+    if template is None:
+        return
+    path_inside(Path(), template)
+    if not _TEMPLATE.fullmatch(template):
+        raise ValueError(f"its {name} is {template[:100]!r}")
 
 
 def _check_episodes(place: Place, info: dict[str, Any], episodes: Sequence[int] | None) -> list[int]:

@@ -1,7 +1,7 @@
 """Export of a checkpoint as a policy directory that stock LeRobot loads.
 
 A checkpoint is already consolidated, so this copies it without the training state, in the requested dtype, a
-few megabytes at a time: no model is built and no GPU is needed. Adapters are exported alone, or merged into
+few megabytes at a time: no model has memory and no GPU is needed. Adapters are exported alone, or merged into
 the weights of their base policy in the same way; a model is built only to compare the merged policy with the
 adapters.
 """
@@ -25,6 +25,7 @@ from craft_ds.lora.peft_config import read_adapter_config, remove_adapter_config
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
 from craft_ds.policies.loading import build_policy, load_policy_config
+from craft_ds.policies.weights import finite
 from craft_ds.tensor_io.filesystem import atomic_directory
 from craft_ds.tensor_io.per_rank_file import open_tensors
 from craft_ds.tensor_io.tensor_file import TensorSpec, write_tensor_file
@@ -83,6 +84,9 @@ def export_checkpoint(
                 )
             if has_adapters(checkpoint):
                 return _export_adapters(checkpoint, temporary, dtype, base_path)
+            # Opening the weights checks that the file has the tensors of the policy, and no others.
+            with open_weights(build_policy(load_policy_config(checkpoint), checkpoint), checkpoint):
+                pass
             _convert(checkpoint / WEIGHTS, temporary / WEIGHTS, DTYPES[dtype])
             return "the complete policy"
     except OSError as error:
@@ -146,7 +150,11 @@ def _plan(checkpoint: Path, base_path: str) -> AdapterPlan:
 
 def _convert(source: Path, target: Path, dtype: torch.dtype) -> None:
     with open_tensors(source) as reader:
-        write_tensor_file(target, _cast(reader.specs(), dtype), reader.read, reader.metadata)
+
+        def read(name: str, start: int, stop: int) -> torch.Tensor:
+            return finite(reader.read(name, start, stop), name, source.parent)
+
+        write_tensor_file(target, _cast(reader.specs(), dtype), read, reader.metadata)
 
 
 def _cast(specs: list[TensorSpec], dtype: torch.dtype) -> list[TensorSpec]:

@@ -23,7 +23,7 @@ from craft_ds.lora.adapters import (
     plan_stored_adapters,
 )
 from craft_ds.policies.loading import build_policy, fill_policy_, resolve_policy_path
-from craft_ds.policies.weights import WeightReader, weights_sha256
+from craft_ds.policies.weights import WeightReader, finite, weights_sha256
 from craft_ds.tensor_io.per_rank_file import PerRankFile, open_tensors
 from craft_ds.tensor_io.tensor_file import TensorFile
 
@@ -57,6 +57,7 @@ class AdaptedWeights:
             self._adapters, self._seed = adapters, seed
             self._shapes = {name: tuple(p.shape) for name, p in policy.named_parameters()}
             self._stored: TensorFile | PerRankFile | None = None
+            self._directory = plan.stored or plan.base
             if plan.stored is not None:
                 self._stored = self._open(plan.stored / ADAPTER_WEIGHTS, plan.base)
         except BaseException:
@@ -73,7 +74,7 @@ class AdaptedWeights:
         """Elements [start, stop) of a flattened tensor, 1-D."""
         key = self._adapters.keys.get(name)
         if key is not None and self._stored is not None:
-            return self._stored.read(key, start, stop)
+            return finite(self._stored.read(key, start, stop), key, self._directory)
         stored_name = base_name(name)
         if stored_name is not None:  # frozen, or in a module that trains fully from the base's values
             return self._base.read(stored_name, start, stop)
@@ -87,6 +88,9 @@ class AdaptedWeights:
             self._files.enter_context(file)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is missing or damaged ({error})") from error
+        for name, _, dtype in file.specs():
+            if not dtype.is_floating_point:
+                raise UserError(f"{path} holds {name} as {dtype}, but adapters have floats")
         found = {name: shape for name, shape, _ in file.specs()}
         wanted = {key: self._shapes[name] for name, key in self._adapters.keys.items()}
         for problem, keys in (

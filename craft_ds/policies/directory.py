@@ -18,6 +18,7 @@ from torch import Tensor
 from craft_ds.errors import UserError
 from craft_ds.policies.tiny_pi0_fast.tokenizers import ACTION_TOKENIZER, TEXT_TOKENIZER
 from craft_ds.tensor_io.safe_json import path_inside, read_object
+from craft_ds.tensor_io.tensor_file import TensorFile
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -186,7 +187,9 @@ def _check_state(file: Path, name: object) -> None:
             raise ValueError(f"{name!r} is not the state of a step")
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-    except ValueError as error:
+        with TensorFile(path):  # LeRobot's reader has no limits of its own
+            pass
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged: a step's state_file: {error}") from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from lerobot.configs import PreTrainedConfig
+from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -247,7 +247,13 @@ def load_processors(
         names = _check_steps(directory / PREPROCESSOR, overrides)
         overrides = {name: fields for name, fields in overrides.items() if name in names}
         before = match_saved_steps(changes.preprocessor, names, directory / PREPROCESSOR)
+        normalises = "normalizer_processor" in names
         names = _check_steps(directory / POSTPROCESSOR, {})
+        mode = config.normalization_mapping.get("ACTION", NormalizationMode.IDENTITY)
+        if normalises and mode != NormalizationMode.IDENTITY and "unnormalizer_processor" not in names:
+            raise ValueError(
+                f"{POSTPROCESSOR} has no unnormalizer_processor, but the policy's actions are normalized"
+            )
         after = match_saved_steps(changes.postprocessor, names, directory / POSTPROCESSOR)
         return make_pre_post_processors(
             config,

@@ -20,6 +20,8 @@ from craft_ds.tensor_io.safe_json import read_object
 TRUST_VARIABLE = "CRAFT_DS_TRUST_REMOTE_CODE"
 # Hub repositories of FAST tokenizers contain code; PaliGemma's and SmolVLM's (HuggingFaceTB) do not.
 _TRUSTED_OWNERS = ("google", "HuggingFaceTB", "lerobot", "physical-intelligence")
+# PaliGemma's tokenizer.json has 18 MB, Gemma 3's 33 MB.
+_MOST_TOKENIZER_BYTES = 1 << 26
 _OWN_PROCESSOR = "FastActionProcessor"
 # LeRobot's policies whose constructors load nothing but what `NAMES` names.
 _POLICIES = ("act", "diffusion", "pi0", "pi05", "pi0_fast", "smolvla", "tdmpc", "vqbet")
@@ -140,6 +142,13 @@ def check_tokenizer(name: str, named_in: Path | str) -> None:
     for file in sorted(folder.rglob("*")):
         if not (file.is_file() or (file.is_dir() and not file.suffix)):
             raise UserError(f"{file} is not a regular file: remove it, or replace it by the policy's own")
+        if (
+            file.suffix in (".json", ".txt", ".model", ".jinja")
+            and file.stat().st_size > _MOST_TOKENIZER_BYTES
+        ):
+            raise UserError(
+                f"{file} has {file.stat().st_size} bytes, more than any tokenizer: use the original file"
+            )
         if file.suffix == ".json" and "config" in file.name and _runs_code(file):
             raise UserError(_complaint(f"{file} (auto_map) asks to run Python code from its folder"))
 

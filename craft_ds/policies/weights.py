@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from craft_ds.errors import UserError, one_line
@@ -36,14 +35,15 @@ class WeightReader:
     def __init__(
         self, directory: Path, policy: nn.Module, stored_name: Callable[[str], str | None] = lambda name: name
     ):
-        self._files = ExitStack()
+        self._files, self._directory = ExitStack(), directory
         self._places: dict[str, tuple[TensorFile | PerRankFile, str]] = {}
         opened: dict[Path, TensorFile] = {}
-        shapes = {
-            stored: tuple(tensor.shape)
+        tensors = {
+            stored: tensor
             for name, tensor in unique_tensors(policy).items()
             if (stored := stored_name(name)) is not None
         }
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         aliases = {
             stored: stored_name(first) or first
             for name, first in tied_names(policy).items()
@@ -51,6 +51,7 @@ class WeightReader:
         }
         if is_per_rank(directory):
             self._open_pieces(directory / WEIGHTS, shapes)
+            self._check_kinds(directory, tensors)
             return
         for name, (path, key) in locate_weights(directory, shapes, aliases).items():
             if path not in opened:
@@ -60,6 +61,22 @@ class WeightReader:
                     self._files.close()
                     raise UserError(str(error)) from error
             self._places[name] = (opened[path], key)
+        self._check_kinds(directory, tensors)
+
+    def _check_kinds(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Check that the files have floats where the policy has floats: others would be cast silently."""
+        found = {
+            (file, spec.name): spec.dtype
+            for file in {file for file, _ in self._places.values()}
+            for spec in file.specs()
+        }
+        for name, place in self._places.items():
+            if found[place].is_floating_point != tensors[name].is_floating_point():
+                self._files.close()
+                raise UserError(
+                    f"the weight file of {directory} holds {name} as {found[place]}, but the policy has "
+                    f"{tensors[name].dtype}: use the original file"
+                )
 
     def _open_pieces(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         try:
@@ -77,9 +94,28 @@ class WeightReader:
         self._files.close()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of a flattened tensor, 1-D, in the dtype of the file."""
+        """Return elements [start, stop) of a flattened tensor, 1-D, in the dtype of the file.
+
+        Raises:
+            UserError: They are not all finite.
+        """
         file, key = self._places[name]
-        return file.read(key, start, stop)
+        return finite(file.read(key, start, stop), name, self._directory)
+
+
+def finite(values: Tensor, name: str, directory: Path) -> Tensor:
+    """Return values that were read from a weight file.
+
+    Non-finite weights are damage: such a policy cannot act, and every loss of a run would be non-finite.
+
+    Raises:
+        UserError: They are not all finite.
+    """
+    if not values.isfinite().all():
+        raise UserError(
+            f"the weights in {directory} have non-finite values, in {name}: use the original file"
+        )
+    return values
 
 
 def unique_tensors(policy: nn.Module) -> dict[str, Tensor]:
@@ -168,15 +204,15 @@ def locate_weights(
     found_shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(directory):
         try:
-            with safe_open(file, framework="pt") as reader:
-                for key in reader.keys():  # noqa: SIM118 - no mapping
+            with TensorFile(file) as reader:
+                for key, shape, _ in reader.specs():
                     known = key in shapes or key in aliases or key.startswith("model.")
                     name = key if known else f"model.{key}"
                     name = aliases.get(name, name)
                     found[name] = (file, key)
-                    found_shapes[name] = tuple(reader.get_slice(key).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or not a safetensors file: {one_line(error)}") from error
+                    found_shapes[name] = shape
+        except (OSError, ValueError) as error:
+            raise UserError(one_line(error)) from error
 
     for name in shapes:
         head = name.replace(_EMBEDDING, "lm_head.weight")

@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from craft_ds.tensor_io.safe_json import parse_object
 from craft_ds.tensor_io.tensor_file import TensorFile, TensorSpec, create_tensor_file
 
 _PARTS = "parts"
@@ -81,7 +82,7 @@ class PerRankFile:
                     self._specs[name].shape
                 ):
                     raise ValueError(f"the pieces of {path} do not cover {name}: one is missing or repeated")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
+        except (KeyError, TypeError, AttributeError):
             self._files.close()
             raise ValueError(f"a piece of {path} is damaged") from None
         except BaseException:
@@ -89,7 +90,10 @@ class PerRankFile:
             raise
 
     def _add(self, file: TensorFile) -> None:
-        places = json.loads(file.metadata[_PARTS])
+        try:
+            places = parse_object(file.metadata[_PARTS].encode())
+        except ValueError as error:
+            raise TypeError(_PARTS) from error
         self.metadata |= {key: value for key, value in file.metadata.items() if key != _PARTS}
         for name, (numel,), dtype in file.specs():
             start, shape = places[name]

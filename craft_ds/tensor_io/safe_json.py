@@ -1,12 +1,16 @@
 """Read untrusted JSON files within limits, and resolve the file names in them inside one directory."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 # The weight index of a policy with a hundred thousand tensors has 10 MB.
 _MOST_BYTES = 1 << 26
+# Python takes up to 250 bytes for a value of a few bytes: a file within the limit of bytes could take 10 GB.
+# These take less than 100 MB.
+_MOST_VALUES = 3 << 17
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -16,8 +20,8 @@ def read_object(path: Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        ValueError: It is not a regular file, too large, nested too deeply, not JSON, not an object, or
-            repeats a name.
+        ValueError: It is not a regular file, too large, has too many values, is nested too deeply, not JSON,
+            not an object, or repeats a name.
         OSError: The file does not exist or cannot be read.
     """
     if not path.is_file():
@@ -36,6 +40,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
     Raises:
         ValueError: As `read_object`.
     """
+    check_number_of_values(text)
     try:
         content = json.loads(text.decode(), object_pairs_hook=_without_repetition)
     except RecursionError:
@@ -45,12 +50,24 @@ def parse_object(text: bytes) -> dict[str, Any]:
     return content
 
 
+def check_number_of_values(text: bytes) -> None:
+    """Check that a JSON text is small once it is parsed.
+
+    Raises:
+        ValueError: It has too many values.
+    """
+    # An upper bound: commas and brackets within texts count too, which few have.
+    values = sum(map(text.count, (b",", b"[", b"{")))
+    if values > _MOST_VALUES:
+        raise ValueError(f"it has about {values} values, more than {_MOST_VALUES}")
+
+
 def _without_repetition(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         # Two readers could choose different values.
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {max(names, key=names.count)[:100]!r} twice")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has {name[:100]!r} twice")
     return content
 
 

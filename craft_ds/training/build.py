@@ -52,12 +52,13 @@ from craft_ds.errors import Preempted, UserError
 from craft_ds.lora.adapters import Adapters, add_adapters
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.changes import policy_edits
+from craft_ds.policies.directory import CONFIG
 from craft_ds.policies.loading import build_policy
 from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import weights_sha256
 from craft_ds.policies.wrapping import wrapping_warning
 from craft_ds.tensor_io.move_aside import move_aside
-from craft_ds.tensor_io.safe_json import read_object
+from craft_ds.tensor_io.safe_json import is_count, read_object
 from craft_ds.training.bad_samples import BadSampleLog
 from craft_ds.training.checkpointer import Checkpointer
 from craft_ds.training.evaluator import Evaluator
@@ -65,7 +66,7 @@ from craft_ds.training.exclusive_run import exclusive_run
 from craft_ds.training.metrics import MetricsLogger
 from craft_ds.training.open_data import load_run_processors, open_data
 from craft_ds.training.preflight import check_inputs
-from craft_ds.training.resume import changed_flags
+from craft_ds.training.resume import changed_flags, check_same_policy
 from craft_ds.training.run import Run, TaskStream
 from craft_ds.training.start_report import (
     anchor_line,
@@ -169,7 +170,8 @@ def _build(
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
     if saved is not None:
         fail_together(load_optimizer)(config.checkpoint_path, engine, adapters)
-        _restore_scheduler(config.checkpoint_path, saved.scheduler, scheduler)
+        applied = state.progress.step - state.progress.skipped
+        _restore_scheduler(config.checkpoint_path, saved.scheduler, scheduler, applied)
     tasks = _open_tasks(config, data.samples, preprocessor, engine, state.progress)
     background = BackgroundSaver() if config.checkpoint.background and config.save_checkpoint else None
 
@@ -249,8 +251,10 @@ def _read_saved(config: TrainConfig) -> _Saved:
     path = config.checkpoint_path / TRAIN_CONFIG_NAME
     scheduler, craft = read_states(config.checkpoint_path)
     try:
-        return _Saved(read_object(path), scheduler, craft, read_manifest(config.checkpoint_path)["step"])
-    except (OSError, ValueError) as error:
+        saved = read_object(path)
+        check_same_policy(saved["policy"], read_object(config.checkpoint_path / CONFIG))
+        return _Saved(saved, scheduler, craft, read_manifest(config.checkpoint_path)["step"])
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error})") from error
 
 
@@ -308,12 +312,25 @@ def _build_state(
 
 
 @fail_together
-def _restore_scheduler(directory: Path, saved: dict[str, Any] | None, scheduler: LRScheduler | None) -> None:
-    """Restore the position in the schedule. Its base learning rates remain those of the flags."""
+def _restore_scheduler(
+    directory: Path, saved: dict[str, Any] | None, scheduler: LRScheduler | None, applied: int
+) -> None:
+    """Restore the position in the schedule. Its base learning rates remain those of the flags.
+
+    Args:
+        directory: The checkpoint.
+        saved: Its state of the schedule.
+        scheduler: The schedule.
+        applied: Steps that changed the policy; the schedule may have begun later.
+    """
     if scheduler is None or saved is None:
         return
     try:
         state = dict(saved)
+        if not (is_count(state["last_epoch"]) and state["last_epoch"] <= applied):
+            raise ValueError(f"last_epoch={state['last_epoch']!r} after {applied} steps")
+        if not is_count(state.get("_step_count", 0)):
+            raise ValueError(f"_step_count={state['_step_count']!r}")
         if isinstance(scheduler, LambdaLR):
             del state["base_lrs"]
             scheduler.load_state_dict(state)

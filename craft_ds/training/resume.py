@@ -270,6 +270,25 @@ def changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     return changed
 
 
+def check_same_policy(trained: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Check that the two configurations of a checkpoint describe the same policy.
+
+    A resumed run is built from the first and copies the second.
+
+    Args:
+        trained: `policy` in `train_config.json`.
+        stored: `config.json`.
+
+    Raises:
+        ValueError: They differ in a field that cannot change within a run.
+    """
+    for name in sorted(trained.keys() | stored.keys()):
+        if name.startswith(_FREE_OF_POLICY) or name.endswith("tokenizer_name"):
+            continue
+        if trained.get(name) != stored.get(name):
+            raise ValueError(f"config.json has another {name}: resume from an older checkpoint")
+
+
 def _same_path(name: str, old: Any, new: Any) -> bool:
     """Return True for one path in two forms: checkpoints contain absolute paths."""
     return name in _PATHS and bool(old and new) and Path(old).resolve() == Path(new).resolve()

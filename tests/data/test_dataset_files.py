@@ -210,3 +210,26 @@ def test_a_column_that_is_not_there_is_named(root, name):
 def test_a_column_that_is_not_named_is_named(root):
     edit_table(only(root, "data"), lambda table: table.append_column("more", table["index"]))
     assert f"{only(root, 'data')} has the columns more, which meta/info.json does not name" in refused(root)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_path": "../outside/{chunk_index}"},
+        {"data_path": "/etc/{chunk_index}"},
+        {"data_path": "data/{chunk_index:>9999999999}.parquet"},
+        {"data_path": "data/{chunk_index.__class__}.parquet"},
+        {"data_path": "data/{unknown}.parquet"},
+        {"data_path": 3},
+        {"video_path": "videos/../../{video_key}.mp4"},
+        {"video_path": "{video_key[0]}.mp4"},
+        {"features": {"../../x": {"dtype": "video"}}},
+    ],
+    ids=str,
+)
+def test_templates_outside_the_data_set_are_refused(root, change):
+    check_dataset_root(root)
+    info = root / "meta" / "info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | change))
+    with pytest.raises(UserError, match=r"info\.json is damaged"):
+        check_dataset_root(root)

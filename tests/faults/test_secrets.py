@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lerobot.configs import PreTrainedConfig
 
-from craft_ds.config.secret_scan import redact, refuse_secrets
+from craft_ds.config.secret_scan import is_secret_name, redact, refuse_secret_arguments, refuse_secrets
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.errors import UserError
 
@@ -22,6 +22,9 @@ SENTINELS = {
     "HF_TOKEN": "hf_SentinelOfTheHubTokenAbcdefghijklm",
     "HUGGING_FACE_HUB_TOKEN": "hf_SentinelOfTheOldTokenAbcdefghijkl",
     "AWS_SECRET_ACCESS_KEY": "SentinelOfTheStoreAbcdefghijklmnopqrstuv",
+    "MY_LAB_API_KEY": "SentinelOfTheLabAbcdefghijklmnopqrstuv",
+    "DB_PASSWORD": "SentinelOfTheDatabaseAbcdefghijklmnop",
+    "https_proxy": "http://me:SentinelOfTheProxyAbcdefgh@localhost:1",
 }
 SECRET_NAME = re.compile(
     r"^(key|token|auth)$|(api|hub|hf|auth|access|private|wandb)_(key|token)|secret|password|credential"
@@ -33,7 +36,7 @@ def occurrences(secrets: list[str], directory: Path, *printed: str) -> list[str]
     """Return the files and streams that contain a secret, or most of it."""
     contents = {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     contents |= {f"stream {number}": text.encode() for number, text in enumerate(printed)}
-    parts = [secret[6:-6].encode() for secret in secrets]
+    parts = [secret.partition("@")[0].rpartition(":")[2][6:-6].encode() for secret in secrets]
     return [name for name, content in contents.items() if any(part in content for part in parts)]
 
 
@@ -123,7 +126,7 @@ def test_other_values_are_not_refused():
 
 def test_the_value_of_an_unknown_secret_flag_is_not_printed(refuses, tmp_path):
     line = refuses(tmp_path / "run", f"--wandb.api_key={KEY}")
-    assert "--wandb.api_key=…" in line
+    assert line.startswith("--wandb.api_key holds")
     assert KEY not in line
     assert redact("--policy.action_tokenizer_name=x --a.token=y") == (
         "--policy.action_tokenizer_name=x --a.token=…"
@@ -158,3 +161,80 @@ def test_no_configuration_field_is_meant_for_a_secret():
         walk(kind, choice)
     assert len(seen) > 15
     assert not found
+
+
+SECRET = [
+    *(
+        "MY_TOKEN",
+        "GITHUB_TOKEN",
+        "github_token",
+        "DB_PASSWORD",
+        "PGPASSWORD_TEST",
+        "SECRET",
+        "CLIENT_SECRET",
+    ),
+    *("OPENAI_API_KEY", "OPENAI_APIKEY", "OPENAI_API_KEY_2", "AWS_SECRET_ACCESS_KEY", "SIGNING_KEY"),
+    *("GIT_CREDENTIALS", "SSH_PRIVATE_KEY", "SSH_KEY_PASSPHRASE", "--wandb.api_key", "--policy.auth-token"),
+    *("TOKEN_BASE64", "AZURE_STORAGE_ACCOUNT_KEY", "GITHUB_PAT"),
+]
+PLAIN = [
+    *("ACTION_TOKENS", "--policy.max_action_tokens", "--policy.tokenizer_name", "TOKENIZERS_PARALLELISM"),
+    *("--policy.fast_skip_tokens", "pad_token", "EOS_TOKEN", "--a.image_token", "HF_TOKEN_PATH", "KEY_FILE"),
+    *("AWS_WEB_IDENTITY_TOKEN_FILE", "SECRETARY", "KEYBOARD", "--sort.key", "PASSWORD_FILE", "PWD", "PATH"),
+    *("AUTHOR", "SSH_AUTH_SOCK", "--tokens_per_second", "HF_HUB_DISABLE_IMPLICIT_TOKEN_WARNING"),
+]
+
+
+@pytest.mark.parametrize("name", SECRET)
+def test_names_of_secrets(name):
+    assert is_secret_name(name)
+    value = "Abcdefgh12345"
+    with pytest.raises(UserError, match=f"^--job_name holds the value of {re.escape(name)}") as caught:
+        refuse_secrets({"job_name": f"run {value}"}, {name: value})
+    assert value not in str(caught.value)
+    assert redact(f"at {value}.", {name: value}) == "at ….", name
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_names_of_other_values(name):
+    assert not is_secret_name(name)
+    refuse_secrets(
+        {"job_name": "run Abcdefgh12345", name.strip("-"): "Abcdefgh12345"}, {name: "Abcdefgh12345"}
+    )
+
+
+FORMS = [
+    *("hf_" + "a1B2" * 8, "ghp_" + "a1B2" * 9, "github_pat_" + "a1B2_" * 6, "glpat-" + "a1B2" * 5),
+    *("AKIA" + "A1B2" * 4, "AIza" + "a1B2c" * 7, "sk-proj-" + "a1B2" * 8, "xoxb-" + "12345-" * 3),
+    *("eyJ" + "a1B2" * 4 + ".eyJ" + "a1B2" * 4 + ".a1B2", "-----BEGIN OPENSSH PRIVATE KEY-----"),
+    *("me:secret", ":a-token-only"),
+]
+
+
+@pytest.mark.parametrize("value", FORMS)
+@pytest.mark.parametrize("flags", [["--dataset_root={}"], ["--dataset_root", "{}"], ["--x.y={}"], ["{}"]])
+def test_known_forms_are_refused_and_redacted(value, flags):
+    text = f"https://{value}@host/x" if value in FORMS[-2:] else value
+    with pytest.raises(UserError, match="holds") as caught:
+        refuse_secret_arguments([flag.format(text) for flag in flags], {})
+    assert value not in str(caught.value)
+    assert value not in redact(f"cannot open {text}: no such file", {})
+
+
+def test_an_address_without_a_password_is_no_secret():
+    for text in ("https://host/x@y", "https://user@host/x", "s3://bucket/a:b@c", "git@github.com:a/b"):
+        refuse_secret_arguments([f"--dataset_root={text}"], {})
+        assert redact(text, {}) == text
+
+
+def test_every_command_refuses_a_secret(monkeypatch, capsys):
+    from craft_ds.cli import COMMANDS, run_command
+
+    monkeypatch.setenv("MY_LAB_API_KEY", KEY)
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            run_command(command, [f"--some_flag={KEY}"])
+        assert ended.value.code == 2
+        printed = capsys.readouterr()
+        assert "--some_flag holds the value of MY_LAB_API_KEY" in printed.err
+        assert KEY not in printed.out + printed.err

@@ -148,7 +148,7 @@ def test_weights_that_do_not_fit_are_refused(own_dir, change, message):
 def test_missing_and_damaged_files_are_refused(own_dir):
     weights = own_dir / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors is not a safetensors file, or is damaged"):
         load(own_dir)
     weights.unlink()
     with pytest.raises(UserError, match=r"model\.safetensors is missing: the policy has no weights"):
