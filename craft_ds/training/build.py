@@ -2,19 +2,15 @@
 
 import contextlib
 import copy
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.configs.train import TRAIN_CONFIG_NAME
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from craft_ds.algorithm.multiplier import DualState
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.coverage import coverage_warnings
 from craft_ds.anchors.stream import AnchorStream
@@ -22,17 +18,12 @@ from craft_ds.anchors.vision import check_frozen_tower
 from craft_ds.checkpoints import (
     BackgroundSaver,
     load_optimizer,
-    read_manifest,
-    read_states,
     verify_checkpoint,
 )
-from craft_ds.checkpoints.load import damaged_state
 from craft_ds.checkpoints.run_directory import complete_checkpoints
-from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import partition_step
 from craft_ds.data.checked_samples import NamedSamples
-from craft_ds.data.fingerprint import changed_parts
 from craft_ds.data.task_data import (
     StepSampler,
     check_processors,
@@ -43,7 +34,7 @@ from craft_ds.distributed.env import launched_rank, launched_world_size, settle_
 from craft_ds.distributed.launcher_watch import end_with_launcher
 from craft_ds.distributed.preemption import Preemption, parse_duration
 from craft_ds.distributed.watchdog import RankWatchdog
-from craft_ds.engines import build_engine, check_engine, check_step, init_engine_process_group
+from craft_ds.engines import build_engine, check_engine, init_engine_process_group
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Engine
 from craft_ds.engines.batch_norm import batch_norm_warning
@@ -52,13 +43,11 @@ from craft_ds.errors import Preempted, UserError
 from craft_ds.lora.adapters import Adapters, add_adapters
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.changes import policy_edits
-from craft_ds.policies.directory import CONFIG
 from craft_ds.policies.loading import build_policy
 from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import weights_sha256
 from craft_ds.policies.wrapping import wrapping_warning
 from craft_ds.tensor_io.move_aside import move_aside
-from craft_ds.tensor_io.safe_json import is_count, read_object
 from craft_ds.training.bad_samples import BadSampleLog
 from craft_ds.training.checkpointer import Checkpointer
 from craft_ds.training.evaluator import Evaluator
@@ -66,7 +55,7 @@ from craft_ds.training.exclusive_run import exclusive_run
 from craft_ds.training.metrics import MetricsLogger
 from craft_ds.training.open_data import load_run_processors, open_data
 from craft_ds.training.preflight import check_inputs
-from craft_ds.training.resume import changed_flags, check_same_policy
+from craft_ds.training.restore import build_state, read_saved, resolve_changed_flags, restore_scheduler
 from craft_ds.training.run import Run, TaskStream
 from craft_ds.training.start_report import (
     anchor_line,
@@ -134,12 +123,12 @@ def _build(
     world_size = launched_world_size()
     if config.resume and config.verified_checkpoint != config.checkpoint_path:
         verify_checkpoint(config.checkpoint_path, launched_rank(), world_size)
-    saved = _read_saved(config) if config.resume else None
-    messages = _resolve_changed_flags(config, saved) if saved else []
+    saved = read_saved(config) if config.resume else None
+    messages = resolve_changed_flags(config, saved) if saved else []
     inputs = check_inputs(config)
     data = open_data(config, inputs, world_size)
     messages += data.messages
-    state = _build_state(config, saved, len(data.train), data.fingerprint, world_size)
+    state = build_state(config, saved, len(data.train), data.fingerprint, world_size)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
     base_sha256 = rank0_only(weights_sha256)(inputs.weights_dir) if inputs.plan else ""
@@ -171,7 +160,7 @@ def _build(
     if saved is not None:
         fail_together(load_optimizer)(config.checkpoint_path, engine, adapters)
         applied = state.progress.step - state.progress.skipped
-        _restore_scheduler(config.checkpoint_path, saved.scheduler, scheduler, applied)
+        restore_scheduler(config.checkpoint_path, saved.scheduler, scheduler, applied)
     tasks = _open_tasks(config, data.samples, preprocessor, engine, state.progress)
     background = BackgroundSaver() if config.checkpoint.background and config.save_checkpoint else None
 
@@ -227,124 +216,6 @@ def _build(
         bad_samples=bad_samples,
         owns_process_group=owns_process_group,
     )
-
-
-class _Saved(NamedTuple):
-    """Content of a checkpoint besides tensors.
-
-    Attributes:
-        config: The configuration of the run that wrote it.
-        scheduler: State of the learning-rate schedule; None: there was none.
-        craft: Content of `craft_state.pt`.
-        step: Steps done, of the manifest.
-    """
-
-    config: dict[str, Any]
-    scheduler: dict[str, Any] | None
-    craft: dict[str, Any]
-    step: int
-
-
-@fail_together
-def _read_saved(config: TrainConfig) -> _Saved:
-    """Read the checkpoint to resume from, all but tensors."""
-    path = config.checkpoint_path / TRAIN_CONFIG_NAME
-    scheduler, craft = read_states(config.checkpoint_path)
-    try:
-        saved = read_object(path)
-        check_same_policy(saved["policy"], read_object(config.checkpoint_path / CONFIG))
-        return _Saved(saved, scheduler, craft, read_manifest(config.checkpoint_path)["step"])
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
-
-
-@fail_together
-def _resolve_changed_flags(config: TrainConfig, saved: _Saved) -> list[str]:
-    """Complete the configuration of a resumed run; return a message that names the changed flags.
-
-    The policy's presets are renewed if one of their flags changed.
-    """
-    changed = changed_flags(saved.config, config.to_dict())
-    if config.use_policy_training_preset and any(
-        flag.startswith(("--policy.optimizer_", "--policy.scheduler_")) for flag in changed
-    ):
-        # As in a new run, where the policy's own flags determine the preset.
-        config.optimizer = config.policy.get_optimizer_preset()
-        config.scheduler = config.policy.get_scheduler_preset()
-    return [f"changed since {config.checkpoint_path}: {', '.join(changed)}"] if changed else []
-
-
-@fail_together
-def _build_state(
-    config: TrainConfig, saved: _Saved | None, samples: int, fingerprint: dict[str, str], world_size: int
-) -> TrainState:
-    """Build the state at the run's first step, and compute the size of a step for this number of ranks."""
-    state = TrainState(Progress(), DualState(config.craft), samples, dataset_fingerprint=fingerprint)
-    if saved is not None:
-        path = config.checkpoint_path
-        try:
-            craft = saved.config["craft"]
-            state.load_state_dict(saved.craft, craft["lambda_max"] if craft["enabled"] else math.inf)
-            if state.progress.step != saved.step:
-                raise ValueError(
-                    f"it is of step {state.progress.step}, but the checkpoint of step {saved.step}"
-                )
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged_state(path / CRAFT_STATE, error) from error
-        if state.dataset_samples != samples:
-            raise UserError(
-                f"--dataset.repo_id={config.dataset.repo_id} has {samples} training samples, but {path} was "
-                f"trained on {state.dataset_samples}: give the same data set and --dataset.eval_split, or "
-                "start a new run with --policy.path instead of --resume"
-            )
-        # Checkpoints of older versions have no fingerprint.
-        if changed := changed_parts(state.dataset_fingerprint or fingerprint, fingerprint):
-            raise UserError(
-                f"--dataset.repo_id={config.dataset.repo_id} is not the data set that {path} was trained on: "
-                f"its files in {' and '.join(f'{part}/' for part in changed)} have changed; restore them, or "
-                "start a new run with --policy.path instead of --resume"
-            )
-        state.dataset_fingerprint = fingerprint
-    anchors = config.craft.anchor_batch_size if config.craft.enabled else 0
-    state.progress.set_step_size(config.batch_size, config.gradient_accumulation_steps, anchors, world_size)
-    check_step(config, state.progress.samples_per_step)
-    return state
-
-
-@fail_together
-def _restore_scheduler(
-    directory: Path, saved: dict[str, Any] | None, scheduler: LRScheduler | None, applied: int
-) -> None:
-    """Restore the position in the schedule. Its base learning rates remain those of the flags.
-
-    Args:
-        directory: The checkpoint.
-        saved: Its state of the schedule.
-        scheduler: The schedule.
-        applied: Steps that changed the policy; the schedule may have begun later.
-    """
-    if scheduler is None or saved is None:
-        return
-    try:
-        state = dict(saved)
-        if not (is_count(state["last_epoch"]) and state["last_epoch"] <= applied):
-            raise ValueError(f"last_epoch={state['last_epoch']!r} after {applied} steps")
-        if not is_count(state.get("_step_count", 0)):
-            raise ValueError(f"_step_count={state['_step_count']!r}")
-        if isinstance(scheduler, LambdaLR):
-            del state["base_lrs"]
-            scheduler.load_state_dict(state)
-            rates = [
-                base * rate(scheduler.last_epoch)
-                for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
-        else:
-            scheduler.load_state_dict(state)
-            rates = scheduler.get_last_lr()
-        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged_state(directory / SCHEDULER, error) from error
 
 
 def _move_incomplete_aside(config: TrainConfig) -> list[str]:
