@@ -1,6 +1,7 @@
 """One small policy, its data sets and its anchors for all tests of the commands: made once, never changed."""
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,8 +31,10 @@ def pytest_addoption(parser):
 _ONE_PROCESS = ("test_collectives.py", "test_diagnosis.py", "test_preemption.py", "test_watchdog.py")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Mark tests by what they use; single tests elsewhere carry their marker themselves."""
+    if not config.getoption("--all"):
+        _keep_samples(config, items)
     for item in items:
         folder = item.path.parent.name
         if folder == "faults":
@@ -42,6 +45,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker("world")
         if "compiled_cpu_adam" in item.fixturenames:
             item.add_marker("slow")
+
+
+def _keep_samples(config, items):
+    """Deselect all but n cases of each test with the marker `sample(n)`; the seed decides which."""
+    cases: dict[str, list] = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped = set()
+    for test, found in cases.items():
+        count = found[0].get_closest_marker("sample").args[0]
+        if len(found) > count:
+            order = random.Random(f"{config.getoption('--faults-seed')} {test}")
+            dropped |= set(found) - set(order.sample(found, count))
+    if dropped:
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
 
 
 @dataclass(frozen=True)
