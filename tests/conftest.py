@@ -28,7 +28,13 @@ def pytest_addoption(parser):
     )
 
 
-_ONE_PROCESS = ("test_collectives.py", "test_diagnosis.py", "test_preemption.py", "test_watchdog.py")
+_ONE_PROCESS = (
+    "test_collectives.py",
+    "test_diagnosis.py",
+    "test_env.py",
+    "test_preemption.py",
+    "test_watchdog.py",
+)
 
 
 def pytest_collection_modifyitems(config, items):

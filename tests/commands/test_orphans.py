@@ -130,6 +130,7 @@ def launch(inputs, tmp_path):
         run.launcher.wait()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_killed_launcher_takes_its_ranks_along(launch, name):
     run = launch(name)
@@ -149,6 +150,7 @@ def test_the_second_process_of_deepspeed_takes_its_ranks_along(launch):
     run.assert_saved()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun"])
 def test_a_stopped_launcher_lets_its_ranks_train_until_it_is_killed(launch, name):
     run = launch(name)
@@ -160,6 +162,7 @@ def test_a_stopped_launcher_lets_its_ranks_train_until_it_is_killed(launch, name
     run.assert_saved()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["torchrun", "shell"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_goes_too(launch, name, victim):
@@ -171,6 +174,7 @@ def test_a_stopped_rank_goes_too(launch, name, victim):
     run.seconds_to_go()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun"])
 @pytest.mark.parametrize("seconds", [2.5, 4.0, 6.0, 8.0])
 def test_a_launcher_that_is_killed_while_its_ranks_start(launch, name, seconds):

@@ -187,6 +187,7 @@ def put(kind, path):
     return elsewhere
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_node_at_a_temporary_name(train, unbroken, interrupted, tmp_path, kind):
     for name in TEMPORARY:
@@ -201,6 +202,7 @@ def test_any_node_at_a_temporary_name(train, unbroken, interrupted, tmp_path, ki
     assert_same_bits(interrupted / "final", unbroken / "final")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["step_000005", "final"])
 def test_any_node_at_the_name_of_a_checkpoint(train, unbroken, interrupted, kind, name):
@@ -347,6 +349,7 @@ def test_an_extension_that_is_stopped_keeps_both(train, saving, finished, extend
 # --- during the run --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("kind", ["deleted", "moved", "a file"])
 def test_a_directory_that_vanishes(train, tmp_path, at_step_3, kind, background):
@@ -395,6 +398,7 @@ def test_metrics_that_vanish_are_noticed(train, tmp_path, at_step_3, kind):
     assert [row["step"] for row in metrics(run) if "train/loss" in row] == [4, 5]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("what", ["model.safetensors", "config.json", None])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("step", [2, 4])
@@ -426,6 +430,7 @@ def test_a_save_that_vanishes_before_it_is_verified(train, tmp_path, monkeypatch
     assert not (run / name).exists()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("megabytes", [0.1, 2, 3, 4.5, 6, 7.5, 9, 12, 15])
 def test_a_run_on_a_small_disk(train, saving, tmp_path, mount, megabytes):
     run = mount(tmp_path / "run", f"{round(megabytes * 1024)}k")

@@ -145,6 +145,7 @@ def test_hosts_differ_in_name_and_network(pair):
         assert other.address not in host.run("ip", "address")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("engine", [FSDP, ZERO3], ids=["fsdp", "zero3"])
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_losses_are_those_of_one_process(pair, start, inputs, expected, tmp_path, rendezvous, engine):
@@ -208,6 +209,7 @@ def test_hostfile_of_deepspeed(pair, start, inputs, expected, tmp_path, remote_s
         assert host.processes() == {}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("engine", [FSDP, ZERO3], ids=["fsdp", "zero3"])
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_host_that_is_cut_off(pair, start, inputs, tmp_path, train, rendezvous, engine):
