@@ -1,5 +1,6 @@
 """Load training state from a checkpoint; each rank reads its own ranges, whichever engine wrote them."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ def load_optimizer(directory: Path, engine: Engine, adapters: Adapters | None = 
                 raise ValueError(f"{integers[0]} holds integers")
             keys = sorted({name.rsplit(".", 1)[1] for name, *_ in moments.specs()})
             if keys:  # else no step was applied yet; the optimizer creates its state in the first one
-                read = _checked(moments.read)
-                if adapters is not None:
-                    read = _by_parameter_name(read, adapters)
+                stored = adapters.keys if adapters is not None else {}
+                _check_shapes(engine, keys, {name: shape for name, shape, _ in moments.specs()}, stored)
+                read = _by_parameter_name(_checked(moments.read), stored)
                 steps = int(moments.metadata["steps"])
                 if not 0 < steps <= read_manifest(directory)["step"]:
                     raise ValueError(f"it is of {steps} steps")
@@ -86,11 +87,29 @@ def _checked(read: ReadRange) -> ReadRange:
     return checked
 
 
-def _by_parameter_name(read: ReadRange, adapters: Adapters) -> ReadRange:
+def _check_shapes(
+    engine: Engine, keys: Sequence[str], shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, str]
+) -> None:
+    """Check that the state of every parameter of this rank has the parameter's shape.
+
+    Args:
+        engine: Holds the parameters.
+        keys: Names of the state.
+        shapes: Shapes in the file, by name.
+        stored: Name of a parameter in the file, where it differs.
+    """
+    for shard in engine.shards(frozen=False):
+        for key in keys:
+            name = f"{stored.get(shard.name, shard.name)}.{key}"
+            if tuple(shapes[name]) != tuple(shard.shape):
+                raise ValueError(f"{name} has the shape {list(shapes[name])}, not {list(shard.shape)}")
+
+
+def _by_parameter_name(read: ReadRange, stored: Mapping[str, str]) -> ReadRange:
     """Translate parameter names to those of PEFT's file, which the adapters' optimizer state is stored by."""
 
     def by_name(name: str, start: int, stop: int) -> Tensor:
         parameter, key = name.rsplit(".", 1)
-        return read(f"{adapters.keys[parameter]}.{key}", start, stop)
+        return read(f"{stored.get(parameter, parameter)}.{key}", start, stop)
 
     return by_name

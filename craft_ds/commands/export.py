@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from craft_ds.errors import UserError
+
 
 def main(arguments: Sequence[str]) -> None:
     """Export the checkpoint that the flags name."""
@@ -37,7 +39,18 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--device", default="cpu", help="device for the comparison of a merged policy (default: cpu)"
     )
+    parser.add_argument(
+        "--merge_with",
+        default="",
+        metavar="POLICY",
+        help="interpolate the weights with those of another policy, such as the teacher",
+    )
+    parser.add_argument(
+        "--alpha", type=float, default=0.5, help="share of --merge_with in the weights (default: 0.5)"
+    )
     args = parser.parse_args(arguments)
+    if args.alpha != parser.get_default("alpha") and not args.merge_with:
+        raise UserError(f"--alpha={args.alpha} has no meaning without --merge_with, which names the policy")
 
     # Imported here so that --help and errors in flags are fast.
     from craft_ds.export.export import export_checkpoint

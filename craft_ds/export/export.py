@@ -12,6 +12,7 @@ import torch
 
 from craft_ds.checkpoints import verify_checkpoint
 from craft_ds.errors import UserError, one_line
+from craft_ds.export.interpolate import interpolated
 from craft_ds.export.lora_merge import MergedWeights
 from craft_ds.export.verify_merge import check_comparable, verify_merge
 from craft_ds.lora.adapters import (
@@ -28,7 +29,7 @@ from craft_ds.policies.loading import build_policy, load_policy_config
 from craft_ds.policies.weights import finite
 from craft_ds.tensor_io.filesystem import atomic_directory
 from craft_ds.tensor_io.per_rank_file import open_tensors
-from craft_ds.tensor_io.tensor_file import TensorSpec, write_tensor_file
+from craft_ds.tensor_io.tensor_file import ReadRange, TensorSpec, write_tensor_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,6 +43,8 @@ def export_checkpoint(
     base_path: str = "",
     max_token_difference: float | None = None,
     device: str = "cpu",
+    merge_with: str = "",
+    alpha: float = 0.5,
 ) -> str:
     """Write a checkpoint's policy to a new directory.
 
@@ -56,6 +59,8 @@ def export_checkpoint(
         max_token_difference: Fraction of action tokens that the merged policy may choose differently; None:
             the bound for the dtype in `craft_ds.export.verify_merge`.
         device: Device on which merged policy and adapters are compared.
+        merge_with: A policy, such as the teacher, with whose weights to interpolate; empty: none.
+        alpha: Share of `merge_with` in the weights, in [0, 1].
 
     Returns:
         A description of the export, for the log.
@@ -68,6 +73,8 @@ def export_checkpoint(
         raise UserError(f"--output={output} exists already: choose another or move it away")
     verify_checkpoint(checkpoint, rank=0, world_size=1)
     _check_flags(checkpoint, merge_lora, base_path, max_token_difference)
+    if not 0 <= alpha <= 1:
+        raise UserError(f"--alpha={alpha} must lie in [0, 1]")
     _check_device(device)
     try:
         with atomic_directory(output, flag="--output") as temporary:
@@ -82,8 +89,12 @@ def export_checkpoint(
                     base_path=base_path,
                     device=device,
                 )
-            if has_adapters(checkpoint):
+            if has_adapters(checkpoint) and not merge_with:
                 return _export_adapters(checkpoint, temporary, dtype, base_path)
+            if merge_with:
+                with interpolated(checkpoint, merge_with, alpha) as read:
+                    _write(checkpoint / WEIGHTS, temporary / WEIGHTS, DTYPES[dtype], read)
+                return f"{1 - alpha:g} of its weights and {alpha:g} of those of {merge_with}"
             # Opening the weights checks that the file has the tensors of the policy, and no others.
             with open_weights(build_policy(load_policy_config(checkpoint), checkpoint), checkpoint):
                 pass
@@ -154,6 +165,12 @@ def _convert(source: Path, target: Path, dtype: torch.dtype) -> None:
         def read(name: str, start: int, stop: int) -> torch.Tensor:
             return finite(reader.read(name, start, stop), name, source.parent)
 
+        _write(source, target, dtype, read)
+
+
+def _write(source: Path, target: Path, dtype: torch.dtype, read: ReadRange) -> None:
+    """Write the tensors of a file in another dtype, with other values."""
+    with open_tensors(source) as reader:
         write_tensor_file(target, _cast(reader.specs(), dtype), read, reader.metadata)
 
 
