@@ -3,8 +3,9 @@
 See `examples/fsdp2_language_model.py` for a plain FSDP2 training loop that uses it.
 """
 
-from craft_ds.algorithm.gradient_surgery import GramTriple, MergedGradient, clip_factor, merge
+from craft_ds.algorithm.gradient_surgery import MergedGradient, clip_factor, merge
 from craft_ds.algorithm.gram import gram, merge_, scale_, squared_norm
+from craft_ds.algorithm.gram_triple import GramTriple
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord, ascend, epsilon_at
 
 __all__ = [

@@ -1,5 +1,7 @@
 """Dual side of CRaFT: the schedule of ε, the dual ascent on λ, and their history. No tensors, no ranks.
 
+Other rules for λ are in `craft_ds.algorithm.dual_rules`.
+
 CRaFT minimises L_task(θ) subject to L_ret(θ) ≤ ε(t). The Lagrangian is L_task + λ·(L_ret − ε) with
 λ ≥ 0; gradient descent on θ and projected gradient ascent on λ look for its saddle point
 (Boyd & Vandenberghe, Convex Optimization, ch. 5).
@@ -7,11 +9,17 @@ CRaFT minimises L_task(θ) subject to L_ret(θ) ≤ ε(t). The Lagrangian is L_t
 
 import csv
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from craft_ds.algorithm.dual_rules import dynamic_barrier, nupi
+from craft_ds.algorithm.gram_triple import GramTriple
 from craft_ds.config.configs import CraftConfig
+
+StepMultiplier = Callable[[GramTriple, float], float]
+"""Computes λ of a step from its Gram triple and L_ret."""
 
 
 def epsilon_at(step: int, total_steps: int, config: CraftConfig) -> float:
@@ -61,7 +69,8 @@ class RetentionRecord:
     """Record of one retention step; a row of `lambda_history.csv`.
 
     `lambda_` is λ as used in the step, before the dual step (the CSV's column is `lambda`);
-    `retention_weight` is b/a, the weight of g_r relative to g_t in the merged gradient; `dot` is <g_t, g_r>.
+    `retention_weight` is b/a, the weight of g_r relative to g_t in the merged gradient; `dot` is <g_t, g_r>;
+    `removed` is the share of ‖g_t‖² that the projection removed.
     """
 
     step: int
@@ -72,29 +81,74 @@ class RetentionRecord:
     cos: float
     retention_weight: float
     dot: float
+    removed: float = 0.0  # checkpoints of older versions do not have it
+
+
+def conflict_metrics(records: Sequence[RetentionRecord]) -> dict[str, float]:
+    """Return the means over retention steps that the log shows; none without a step.
+
+    `craft/conflict_rate` is the share of steps with a conflict, `craft/mean_grad_cos` the mean cosine and
+    `craft/removed_energy` the mean share of ‖g_t‖² that the projection removed.
+    """
+    if not records:
+        return {}
+    return {
+        "craft/conflict_rate": sum(record.conflict for record in records) / len(records),
+        "craft/mean_grad_cos": math.fsum(record.cos for record in records) / len(records),
+        "craft/removed_energy": math.fsum(record.removed for record in records) / len(records),
+    }
 
 
 class DualState:
     """λ and its history: the state of CRaFT that a checkpoint stores besides the model.
 
     Attributes:
-        multiplier: λ for the next retention step.
+        multiplier: λ for the next retention step; with `dynamic_barrier` that of the last one.
+        smoothed_violation: ξ of νPI; 0 with other rules.
         history: One record per retention step, in order.
     """
 
     def __init__(self, config: CraftConfig):
         self.config = config
         self.multiplier = config.initial_lambda
+        self.smoothed_violation = 0.0
         self.history: list[RetentionRecord] = []
 
+    def in_step(self, epsilon: float) -> float | StepMultiplier:
+        """Return λ of the next retention step, or how to compute it there.
+
+        Args:
+            epsilon: ε of the step, in units of the retention loss.
+        """
+        if self.config.multiplier != "dynamic_barrier":
+            return self.multiplier
+        return lambda triple, retention_loss: dynamic_barrier(triple, retention_loss - epsilon, self.config)
+
     def ascend(self, record: RetentionRecord) -> None:
-        """Append the record of a retention step and update λ by dual ascent."""
+        """Append the record of a retention step and update λ by `config.multiplier`."""
         self.history.append(record)
-        self.multiplier = ascend(self.multiplier, record.retention_loss, record.epsilon, self.config)
+        violation = record.retention_loss - record.epsilon
+        match self.config.multiplier:
+            case "ascent":
+                self.multiplier = ascend(self.multiplier, record.retention_loss, record.epsilon, self.config)
+            case "nupi":
+                self.multiplier, self.smoothed_violation = nupi(
+                    self.multiplier, self.smoothed_violation, violation, self.config
+                )
+            case "dynamic_barrier":
+                self.multiplier = record.lambda_
+            case "fixed":
+                self.multiplier = self.config.initial_lambda
+            case rule:
+                raise ValueError(f"unknown multiplier {rule!r}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain Python values, readable by `torch.load(weights_only=True)`."""
-        return {"multiplier": self.multiplier, "history": [asdict(record) for record in self.history]}
+        return {
+            "multiplier": self.multiplier,
+            "smoothed_violation": self.smoothed_violation,
+            "history": [asdict(record) for record in self.history],
+        }
 
     def load_state_dict(self, state: dict[str, Any], lambda_max: float = math.inf) -> None:
         """Restore a state from `state_dict`; λ is clipped to the present `lambda_max`.
@@ -110,6 +164,9 @@ class DualState:
             multiplier, history = state["multiplier"], [RetentionRecord(**row) for row in state["history"]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a state of λ and its history: {error}") from None
+        smoothed = state.get("smoothed_violation", 0.0)  # checkpoints of older versions do not have it
+        if not isinstance(smoothed, int | float) or not math.isfinite(smoothed):
+            raise ValueError(f"smoothed_violation={smoothed!r} is not a finite number")
         numbers = [multiplier, *(value for record in history for value in asdict(record).values())]
         if not all(isinstance(value, int | float) for value in numbers) or not 0 <= multiplier < math.inf:
             raise ValueError(
@@ -119,6 +176,9 @@ class DualState:
         if multiplier > lambda_max or steps != sorted({*steps}) or not all(is_step(step) for step in steps):
             raise ValueError(f"λ is {multiplier!r} of at most {lambda_max!r}, or its history is out of order")
         self.multiplier, self.history = min(multiplier, self.config.lambda_max), history
+        self.smoothed_violation = float(smoothed)
+        if self.config.multiplier == "fixed":
+            self.multiplier = self.config.initial_lambda
 
     def write_csv(self, path: Path) -> None:
         """Write `lambda_history.csv`: a header and one row per retention step."""

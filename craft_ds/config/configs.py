@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from craft_ds.config.craft_rules import check_rules
 from craft_ds.config.data_report import DataReportConfig
 from craft_ds.distributed.env import RANK_TIMEOUT_S, launched_world_size
 from craft_ds.errors import UserError
@@ -10,6 +11,8 @@ from craft_ds.worlds import WORLDS
 
 RetentionLossName = Literal["token_ce", "teacher_tokens", "teacher_kl", "hidden"]
 ProjectionMode = Literal["weighted", "equal", "task_priority"]
+Merging = Literal["guide", "pcgrad", "agem", "cagrad", "mgda", "upgrad"]
+MultiplierRule = Literal["ascent", "nupi", "dynamic_barrier", "fixed"]
 EpsilonSchedule = Literal["linear", "cosine", "exponential"]
 ConstraintSplit = Literal["heldout", "train"]
 EngineName = Literal["auto", "single", "zero", "fsdp"]
@@ -80,6 +83,23 @@ class CraftConfig:
     constraint_split: ConstraintSplit = "heldout"
     """Anchors that measure L_ret: `heldout` (episodes that are never trained on; one more forward pass per
     retention step) or `train` (the anchors just drawn)."""
+    merging: Merging = "guide"
+    """Rule that merges g_t and g_r: `guide` (`projection_mode` and `use_grad_projection`), or as published
+    `pcgrad`, `agem`, `cagrad`, `mgda` or `upgrad`. `agem` and `mgda` have no λ."""
+    cagrad_c: float = 0.5
+    """c of `--craft.merging=cagrad`: distance of the merged gradient from the mean, relative to its norm."""
+    multiplier: MultiplierRule = "ascent"
+    """Rule for λ: `ascent` (dual ascent), `nupi` (a PI controller), `dynamic_barrier` (computed in every
+    retention step from the gradients) or `fixed` (always `initial_lambda`)."""
+    nupi_nu: float = 0.0
+    """ν of `--craft.multiplier=nupi`: smoothing of L_ret − ε, in (-1, 1); 0: none."""
+    nupi_kp: float = 1.0
+    """κp of `--craft.multiplier=nupi`: proportional gain, which damps λ."""
+    nupi_ki: float = 1.0
+    """κi of `--craft.multiplier=nupi`: integral gain."""
+    barrier_beta: float = 1.0
+    """β of `--craft.multiplier=dynamic_barrier`: decrease of L_ret that is asked for, as a squared gradient
+    norm per unit of loss above ε."""
     vision_features: bool = False
     """Read the vision tower's features of the anchors' images from the cache instead of running the tower.
     The cache must hold them (`craft-ds anchors --vision_features`) for this policy's tower, and the tower
@@ -129,6 +149,9 @@ class CraftConfig:
             self.epsilon_schedule != "exponential" or self.epsilon_end > 0,
             "--craft.epsilon_schedule=exponential needs --craft.epsilon_end above 0",
         )
+        check_choice("--craft.merging", self.merging, Merging)
+        check_choice("--craft.multiplier", self.multiplier, MultiplierRule)
+        check_rules(self)
 
 
 @dataclass

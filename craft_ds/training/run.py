@@ -209,6 +209,7 @@ class Run:
                     "train/samples_seen": progress.samples_seen,
                     "train/tokens_seen": progress.tokens_seen,
                     **progress.latest,
+                    **progress.take_conflict_metrics(self.dual.history),
                     **self._times(),
                     "memory/peak_mb": peak_memory_bytes(self.engine.device) / 2**20,
                 },

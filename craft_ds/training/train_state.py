@@ -1,10 +1,11 @@
 """State of a run besides model, optimizer and schedule: the content of `craft_state.pt`."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from craft_ds.algorithm.multiplier import DualState, is_step
+from craft_ds.algorithm.multiplier import DualState, RetentionRecord, conflict_metrics, is_step
 from craft_ds.training.train_step import StepResult
 
 
@@ -24,6 +25,7 @@ class Progress:
         skipped: Steps with a non-finite loss or gradient.
         skipped_in_a_row: The most recent consecutive ones of these.
         bad_samples: Task samples that were replaced because they were bad.
+        retention_logged: Records of the history that logged steps have covered.
         losses: Task losses since the last logged step.
         latest: Metrics of the last retention step, by their names in the log.
     """
@@ -38,6 +40,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     bad_samples: int = 0
+    retention_logged: int = 0
     losses: list[float] = field(default_factory=list)
     latest: dict[str, float] = field(default_factory=dict)
 
@@ -76,6 +79,11 @@ class Progress:
         """Return the mean task loss of the steps applied since the last call; NaN if there was none."""
         losses, self.losses = self.losses, []
         return sum(losses) / len(losses) if losses else math.nan
+
+    def take_conflict_metrics(self, history: Sequence[RetentionRecord]) -> dict[str, float]:
+        """Return the means over the retention steps applied since the last call; none if there was none."""
+        start, self.retention_logged = self.retention_logged, len(history)
+        return conflict_metrics(history[start:])
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain Python values, which `torch.load(weights_only=True)` accepts."""
@@ -146,6 +154,10 @@ class TrainState:
         self.progress = Progress.from_state_dict(state["progress"])
         self.dataset_samples = int(state["dataset_samples"])
         self.dual.load_state_dict(state, lambda_max)
+        if "retention_logged" not in state["progress"]:  # before the means over retention steps were logged
+            self.progress.retention_logged = len(self.dual.history)
+        if self.progress.retention_logged > len(self.dual.history):
+            raise ValueError(f"retention_logged={self.progress.retention_logged} exceeds the history")
         run_ids = state.get("tracker_run_ids")
         if run_ids is None:  # before `--log_to`, only wandb's was stored
             run_ids = {"wandb": state["wandb_run_id"]} if state.get("wandb_run_id") else {}

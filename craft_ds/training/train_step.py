@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from craft_ds.algorithm.gradient_surgery import GramTriple, MergedGradient, clip_factor, merge
+from craft_ds.algorithm.gradient_surgery import MergedGradient, clip_factor, merge
 from craft_ds.algorithm.gram import gram, merge_, scale_, squared_norm
+from craft_ds.algorithm.gram_triple import GramTriple
+from craft_ds.algorithm.multiplier import StepMultiplier
 from craft_ds.config.configs import CraftConfig
 from craft_ds.engines.base import Batch, Engine, Loss
 from craft_ds.policies.token_loss import token_loss
@@ -43,6 +45,7 @@ class StepResult(NamedTuple):
         retention_loss: L_ret, the mean loss on the anchors that measure the constraint; None in a task step.
         triple: Gram triple of the two mean gradients; None in a task step.
         merged: Weights of the merged gradient; None in a task step.
+        multiplier: λ as used in the step; None in a task step.
     """
 
     loss: float
@@ -53,6 +56,7 @@ class StepResult(NamedTuple):
     retention_loss: float | None = None
     triple: GramTriple | None = None
     merged: MergedGradient | None = None
+    multiplier: float | None = None
 
 
 def accumulate(engine: Engine, batches: Iterable[Batch], loss: Loss = token_loss) -> TokenSums:
@@ -108,7 +112,7 @@ def retention_step(
     task: Iterable[Batch],
     anchors: Iterable[Batch],
     constraint: Iterable[Batch] | None,
-    multiplier: float,
+    multiplier: float | StepMultiplier,
     craft: CraftConfig,
     max_norm: float,
     anchor_loss: Loss = token_loss,
@@ -121,7 +125,7 @@ def retention_step(
         task: This rank's micro-batches of the task.
         anchors: This rank's micro-batches of the anchors that give the retention gradient.
         constraint: This rank's micro-batches of the anchors that measure L_ret; None: `anchors` measure it.
-        multiplier: λ.
+        multiplier: λ, or how to compute it from the step's Gram triple and L_ret.
         craft: How to project and merge.
         max_norm: Maximum norm of the merged gradient; 0 or less: no clipping.
         anchor_loss: The retention loss.
@@ -140,10 +144,13 @@ def retention_step(
 
     per_token, per_anchor_token = 1.0 / max(tokens, 1.0), 1.0 / max(r_tokens, 1.0)
     triple = GramTriple(tt, tr, rr).scaled(per_token, per_anchor_token)
-    merged = merge(triple, multiplier, craft)
     loss, retention_loss = loss_sum * per_token, c_loss_sum / max(c_tokens, 1.0)
+    used = multiplier(triple, retention_loss) if callable(multiplier) else multiplier
+    merged = merge(triple, used, craft)
     finite = triple.is_finite and math.isfinite(loss + retention_loss)
-    result = StepResult(loss, merged.norm, finite, int(tokens), tuple(extra), retention_loss, triple, merged)
+    result = StepResult(
+        loss, merged.norm, finite, int(tokens), tuple(extra), retention_loss, triple, merged, used
+    )
     if not result.applied:
         engine.zero_grad()
         return result

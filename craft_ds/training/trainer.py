@@ -59,21 +59,21 @@ def train(run: Run) -> None:
         if anchors is None or step % craft.retention_freq:
             result = task_step(run.engine, run.task_batches(votes), run.max_norm, extra=votes)
         else:
+            epsilon = anchors.epsilon_unit * epsilon_at(step, config.steps, craft)
             result = retention_step(
                 run.engine,
                 task=run.task_batches(votes),
                 anchors=anchors.gradient_batches(run.progress.anchors_seen),
                 constraint=anchors.constraint_batches(run.progress.anchors_seen),
-                multiplier=dual.multiplier,
+                multiplier=dual.in_step(epsilon),
                 craft=craft,
                 max_norm=run.max_norm,
                 anchor_loss=anchors.loss,
                 extra=votes,
             )
-            epsilon = anchors.epsilon_unit * epsilon_at(step, config.steps, craft)
-            record = _record(step, dual.multiplier, epsilon, result)
+            record = _record(step, epsilon, result)
             if result.applied:
-                dual.ascend(record)  # λ ← clip(λ + lambda_lr · (L_ret − ε), 0, lambda_max)
+                dual.ascend(record)  # by default λ ← clip(λ + lambda_lr · (L_ret − ε), 0, lambda_max)
 
         stop, replaced = result.extra
         run.count_bad_samples(replaced)
@@ -83,17 +83,19 @@ def train(run: Run) -> None:
         run.after_step(stop=stop > 0)
 
 
-def _record(step: int, multiplier: float, epsilon: float, result: StepResult) -> RetentionRecord:
+def _record(step: int, epsilon: float, result: StepResult) -> RetentionRecord:
     assert result.retention_loss is not None
     assert result.merged is not None
     assert result.triple is not None
+    assert result.multiplier is not None
     return RetentionRecord(
         step=step + 1,
-        lambda_=multiplier,
+        lambda_=result.multiplier,
         epsilon=epsilon,
         retention_loss=result.retention_loss,
         conflict=result.merged.conflict,
         cos=result.merged.cosine,
         retention_weight=result.merged.retention_weight,
         dot=result.triple.tr,
+        removed=result.merged.removed,
     )

@@ -151,8 +151,9 @@ def test_csv_has_the_documented_columns(tmp_path):
         "cos",
         "retention_weight",
         "dot",
+        "removed",
     ]
-    assert [float(value) for value in rows[1].values()] == [5, 0.995, 0.9, 0.25, 0, -0.25, 1.5, -0.5]
+    assert [float(value) for value in rows[1].values()] == [5, 0.995, 0.9, 0.25, 0, -0.25, 1.5, -0.5, 0]
     assert rows[0]["conflict"] == "1"
 
 

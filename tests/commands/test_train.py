@@ -58,6 +58,8 @@ def test_metrics_have_the_documented_keys(whole_run):
         f"craft/{name}"
         for name in ("retention_loss", "lambda", "epsilon", "grad_conflict", "grad_dot", "grad_cos")
     }
+    means = {"craft/conflict_rate", "craft/mean_grad_cos", "craft/removed_energy"}
+    assert [row["step"] for row in training if row.keys() >= means] == [1, 3]  # the retention steps
     assert all(row.keys() >= keys for row in training)
     evaluations = [row for row in rows if "eval/task_loss" in row]
     assert [row["step"] for row in evaluations] == [2, 4]
@@ -224,6 +226,36 @@ def test_choices_reach_the_loop(train, inputs, tmp_path, flag):
     config = json.loads((tmp_path / "run" / "final" / "train_config.json").read_text())
     name, value = flag.removeprefix("--craft.").split("=")
     assert config["craft"][name] == value
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--craft.merging=upgrad", "--craft.multiplier=nupi", "--craft.nupi_nu=0.5", "--craft.nupi_kp=5"),
+        ("--craft.multiplier=dynamic_barrier", "--craft.use_grad_projection=false"),
+    ],
+)
+def test_rules_for_merging_and_lambda_are_resumed_exactly(train, inputs, tmp_path, flags):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    flags = [*inputs.craft_flags(), *flags, "--save_freq=2", "--craft.retention_freq=1", "--log_freq=3"]
+    ended = train(whole, *flags)
+    assert ended.status == 0, ended.errors
+    shutil.copytree(whole, run, symlinks=True)
+    shutil.rmtree(run / "final")
+    ended = train(
+        None, f"--config_path={run}/step_000002/train_config.json", "--resume=true", f"--output_dir={run}"
+    )
+    assert ended.status == 0, ended.errors
+    assert_same_bits(run / "final", whole / "final")
+    assert untimed(run) == untimed(whole)  # the means since the last line span the checkpoint
+
+    with (whole / "final" / "lambda_history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["lambda"] for row in rows}) == 4
+    [logged] = [row for row in metrics(whole) if "train/loss" in row]
+    assert logged["craft/mean_grad_cos"] == pytest.approx(sum(float(row["cos"]) for row in rows[:3]) / 3)
+    assert logged["craft/conflict_rate"] == sum(int(row["conflict"]) for row in rows[:3]) / 3
+    assert logged["craft/lambda"] == float(rows[2]["lambda"])
 
 
 def test_bf16_trains_with_fp32_masters(train, inputs, tmp_path):

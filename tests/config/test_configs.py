@@ -25,6 +25,53 @@ def craft(**changes) -> CraftConfig:
     return CraftConfig(**{"enabled": True, "anchor_cache_dir": "anchors", **changes})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"merging": rule} for rule in ("pcgrad", "agem", "cagrad", "mgda", "upgrad")),
+        {"merging": "cagrad", "cagrad_c": 0.9, "initial_lambda": 2.0},
+        {"merging": "upgrad", "multiplier": "nupi", "nupi_nu": 0.9, "nupi_kp": 5.0, "nupi_ki": 0.5},
+        {"multiplier": "fixed", "initial_lambda": 2.0},
+        {"multiplier": "dynamic_barrier", "use_grad_projection": False, "barrier_beta": 2.0},
+    ],
+)
+def test_rules_are_valid_with_the_options_that_they_read(changes):
+    craft(**changes).validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"merging": "sum"}, ["--craft.merging=sum", "upgrad"]),
+        ({"multiplier": "guess"}, ["--craft.multiplier=guess", "nupi"]),
+        ({"merging": "agem", "multiplier": "nupi"}, ["--craft.multiplier=nupi", "--craft.merging=agem"]),
+        ({"merging": "mgda", "initial_lambda": 2.0}, ["--craft.initial_lambda=2.0", "no λ"]),
+        ({"merging": "agem", "lambda_max": 3.0}, ["--craft.lambda_max=3.0", "no λ"]),
+        ({"merging": "pcgrad", "projection_mode": "equal"}, ["--craft.projection_mode=equal", "pcgrad"]),
+        ({"merging": "upgrad", "use_grad_projection": False}, ["--craft.use_grad_projection", "upgrad"]),
+        ({"cagrad_c": 0.9}, ["--craft.cagrad_c=0.9", "--craft.merging=guide"]),
+        ({"nupi_kp": 2.0}, ["--craft.nupi_kp=2.0", "--craft.multiplier=ascent"]),
+        ({"barrier_beta": 2.0}, ["--craft.barrier_beta=2.0", "--craft.multiplier=ascent"]),
+        ({"multiplier": "fixed", "lambda_lr": 0.1}, ["--craft.lambda_lr=0.1", "--craft.multiplier=fixed"]),
+        (
+            {"multiplier": "dynamic_barrier", "use_grad_projection": False, "initial_lambda": 2.0},
+            ["--craft.initial_lambda=2.0", "dynamic_barrier"],
+        ),
+        ({"multiplier": "dynamic_barrier"}, ["--craft.use_grad_projection=false"]),
+        ({"merging": "upgrad", "multiplier": "dynamic_barrier"}, ["--craft.multiplier=dynamic_barrier"]),
+        ({"merging": "cagrad", "cagrad_c": -0.1}, ["--craft.cagrad_c=-0.1"]),
+        ({"merging": "cagrad", "cagrad_c": float("nan")}, ["--craft.cagrad_c=nan"]),
+        ({"multiplier": "nupi", "nupi_nu": 1.0}, ["--craft.nupi_nu=1.0", "(-1, 1)"]),
+        ({"multiplier": "nupi", "nupi_kp": 0.0, "nupi_ki": 0.0}, ["--craft.multiplier=fixed"]),
+        ({"multiplier": "nupi", "nupi_kp": -1.0}, ["--craft.nupi_kp=-1.0"]),
+    ],
+)
+def test_rules_refuse_options_without_an_effect(changes, named):
+    with pytest.raises(UserError) as error:
+        craft(**changes).validate()
+    assert all(part in str(error.value) for part in named), str(error.value)
+
+
 def test_defaults_are_the_guides():
     config = CraftConfig()
     assert {name: getattr(config, name) for name in GUIDE} == GUIDE

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from craft_ds.algorithm.multiplier import DualState
+from craft_ds.algorithm.multiplier import DualState, RetentionRecord
 from craft_ds.config.configs import CraftConfig
 from craft_ds.training.train_state import Progress, TrainState
 from craft_ds.training.train_step import StepResult
@@ -70,7 +70,15 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
     state = TrainState(progress, DualState(CraftConfig(initial_lambda=0.25)), 40, {"wandb": "run-1"}, hashes)
     saved = state.state_dict()
     assert saved.keys() == {
-        *("multiplier", "history", "progress", "dataset_samples", "tracker_run_ids", "dataset_fingerprint")
+        *(
+            "multiplier",
+            "smoothed_violation",
+            "history",
+            "progress",
+            "dataset_samples",
+            "tracker_run_ids",
+            "dataset_fingerprint",
+        )
     }
 
     restored = TrainState(Progress(), DualState(CraftConfig()))
@@ -171,3 +179,28 @@ def test_a_lower_bound_of_lambda_clips_it(progress):
     state = TrainState(Progress(), DualState(CraftConfig(lambda_max=5.0)))
     state.load_state_dict(saved, lambda_max=10.0)
     assert state.dual.multiplier == 5.0
+
+
+def test_conflicts_are_counted_since_the_last_line(progress):
+    rows = [RetentionRecord(step, 1.0, 1.0, 0.5, step == 2, -0.1 * step, 1.0, 0.0) for step in (1, 2, 3)]
+    counted = Progress()
+    assert counted.take_conflict_metrics(rows[:2])["craft/conflict_rate"] == 0.5
+    assert counted.take_conflict_metrics(rows)["craft/mean_grad_cos"] == pytest.approx(-0.3)
+    assert counted.take_conflict_metrics(rows) == {}
+
+
+def test_counted_conflicts_survive_a_checkpoint_and_older_ones_start_at_the_end():
+    state = TrainState(Progress(step=4), DualState(CraftConfig()), 40)
+    for step in (1, 2):
+        state.dual.ascend(RetentionRecord(step, 1.0, 1.0, 0.5, True, -0.5, 1.0, 0.0))
+    state.progress.take_conflict_metrics(state.dual.history[:1])
+    saved = state.state_dict()
+    restored = TrainState(Progress(), DualState(CraftConfig()))
+    restored.load_state_dict(saved)
+    assert restored.progress.retention_logged == 1
+    del saved["progress"]["retention_logged"]
+    restored.load_state_dict(saved)
+    assert restored.progress.retention_logged == 2
+    saved["progress"]["retention_logged"] = 3
+    with pytest.raises(ValueError, match="retention_logged=3"):
+        restored.load_state_dict(saved)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from craft_ds.algorithm.multiplier import DualState
 from craft_ds.config.configs import CraftConfig
 from craft_ds.engines.single import SingleEngine
 from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
@@ -237,3 +238,46 @@ def test_lambda_zero_and_no_conflict_is_a_task_step():
             max_norm=0.5,
         )
     assert weights(one) == pytest.approx(weights(other), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "merged"),
+    [
+        # g_t = (-1, 1), g_r = (2, 0): tr = -2, tt = 2, rr = 4. Projected: (0, 1) and (1, 1).
+        ("pcgrad", (3.0, 4.0)),
+        ("upgrad", (1.5, 2.0)),
+        ("agem", (0.0, 1.0)),
+        ("mgda", (0.2, 0.6)),  # w = (4 + 2) / (2 + 4 + 4) = 0.6
+    ],
+)
+def test_a_retention_step_by_another_rule(rule, merged):
+    one = engine()
+    seen = retention_step(
+        one,
+        task=[tokens((-1.0, 1.0))],
+        anchors=[tokens((2.0, 0.0))],
+        constraint=None,
+        multiplier=3.0,
+        craft=craft(merging=rule),
+        max_norm=0.0,
+    )
+    assert weights(one) == moved(*merged)
+    assert seen.grad_norm == pytest.approx(math.hypot(*merged))
+    assert seen.merged.removed == pytest.approx(0.0 if rule == "mgda" else 0.5)
+    assert seen.multiplier == 3.0
+
+
+def test_the_dynamic_barrier_reads_the_step_itself():
+    """φ = 2·(L_ret − ε) = 2·(2 − 0.5) = 3, λ = (3 + 2) / 4; the merged gradient's product with g_r is φ."""
+    one, config = engine(), craft(multiplier="dynamic_barrier", barrier_beta=2.0, use_grad_projection=False)
+    seen = retention_step(
+        one,
+        task=[tokens((-1.0, 1.0))],
+        anchors=[tokens((2.0, 0.0))],
+        constraint=None,
+        multiplier=DualState(config).in_step(epsilon=0.5),
+        craft=config,
+        max_norm=0.0,
+    )
+    assert seen.multiplier == pytest.approx(1.25)
+    assert weights(one) == moved(1.5, 1.0)
