@@ -209,8 +209,13 @@ class Lab:
     def pi0_batches(self, step: int, accumulation: int, retention_loss: str = "token_ce") -> list[Batch]:
         batch = random_batch(load_policy_config(self.policy_dir), 9, seed=step)
         if make_targets := RETENTION_LOSSES[retention_loss].targets:
-            # Of the complete batch by one process: a target must not depend on the ranks.
+            # Of the complete batch by one process: a target must not depend on the ranks. Another policy than
+            # the trained one, from which a divergence would be a difference of equal numbers.
             teacher = load_policy(load_policy_config(self.policy_dir), self.policy_dir)
+            rng = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in teacher.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
             batch |= to_policy_batch(make_targets(teacher, batch), "cpu")
         return list(deal(batch, accumulation, self.rank, self.world_size))
 
