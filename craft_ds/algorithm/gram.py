@@ -12,8 +12,8 @@ from torch import Tensor
 # One fp32 dot product over a billion elements has an error of 1e-3. Blocks that fit into the cache, summed in
 # fp64, have an error of 2e-7 and read each gradient once for all three products.
 CPU_BLOCK = 1 << 16
-# On an accelerator a kernel launch costs more than the cache saves, and its dot is a tree reduction. On an H200
-# blocks of 1 << 22 took 7.9 times as long as reading the gradients once, larger ones 2.4 times.
+# On an accelerator a kernel launch costs more than the cache saves, and its dot is a tree reduction. On an
+# H200 blocks of 1 << 22 took 7.9 times as long as reading the gradients once, larger ones 2.4 times.
 DEVICE_BLOCK = 1 << 25
 
 
