@@ -162,7 +162,8 @@ def _in_step(trace: PassTrace, s: EngineOptions, kept: Plan) -> Plan:
     """Return the memory of the optimizer's step, after the pass's own memory is freed."""
     shard = -(-trace.trainable // s.ranks)
     if s.offloads:
-        return replace(kept, moment="step")
+        # FSDP2's gradient is beside g_t on the host; DeepSpeed's is part of what it keeps there.
+        return replace(kept, moment="step", host=kept.host + 4 * shard * (s.engine == "fsdp_offload"))
     # The fused AdamW has no temporaries. ZeRO updates from a flat copy of the gradient.
     at_once = min(shard, s.sub_group) if s.engine == "zero3" else shard
     copy = 4 * at_once if s.engine.startswith("zero") else 0

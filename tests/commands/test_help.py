@@ -107,8 +107,13 @@ def test_flag_with_one_letter_dropped_suggests_itself():
     for flag in own_flags():
         for place in range(2, len(flag)):
             name = flag[:place] + flag[place + 1 :]
+            near = [
+                other
+                for other in own_flags()
+                if len(other) == len(flag) and name == other[:place] + other[place + 1 :]
+            ]
             if name not in own_flags():
-                assert suggestion(name) == f"; did you mean {flag}?"
+                assert suggestion(name) in [f"; did you mean {other}?" for other in near]
 
 
 def test_shipped_fsdp_config_is_found_by_name():
