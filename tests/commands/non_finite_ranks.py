@@ -26,10 +26,10 @@ def note_step(seed, step, rank, _seed_step=trainer.seed_step):
 
 
 def note_pass(function, kinds):
-    def noted(engine, batches):
+    def noted(engine, batches, *loss):
         now["kind"] = kinds[min(now["passes"], len(kinds) - 1)]
         now["passes"] += 1
-        return function(engine, batches)
+        return function(engine, batches, *loss)
 
     return noted
 
@@ -37,12 +37,12 @@ def note_pass(function, kinds):
 def spoil(engine_class, method):
     function = getattr(engine_class, method)
 
-    def spoiling(self, batch):
-        loss = function(self, batch)
+    def spoiling(self, batch, *loss):
+        found = function(self, batch, *loss)
         kind, factor = spoilt.get(now["step"], ("", 1.0))
         if now["rank"] != int(victim) or now["kind"] != kind:
-            return loss
-        return loss._replace(total=loss.total * factor)
+            return found
+        return found._replace(total=found.total * factor)
 
     setattr(engine_class, method, spoiling)
 
