@@ -10,12 +10,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
 # Tests of several ranks, of faults and of rendering need both cores for themselves; the others share them.
-readonly ALONE="distributed or faults or world"
+readonly ALONE="distributed or world or (faults and not one_process)"
 arguments=()
 only=""
 for argument in "$@"; do
     case "$argument" in
-        --quick) arguments+=(-n 2 -m "not ($ALONE or slow)") && only=quick ;;
+        --quick) arguments+=(-n 2 -m "not ($ALONE or faults or slow)") && only=quick ;;
         --all) arguments+=("$argument") ;;
         *) arguments+=("$argument") && only=given ;;
     esac

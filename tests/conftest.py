@@ -36,6 +36,18 @@ _ONE_PROCESS = (
     "test_watchdog.py",
 )
 
+_IN_PROCESS_FAULTS = (
+    "test_deletion.py",
+    "test_foreign_code.py",
+    "test_forgeries.py",
+    "test_fuzz.py",
+    "test_output_directory.py",
+    "test_secrets.py",
+    "test_untrusted.py",
+    "test_untrusted_files.py",
+    "test_untrusted_metadata.py",
+)
+
 
 def pytest_collection_modifyitems(config, items):
     """Mark tests by what they use; single tests elsewhere carry their marker themselves."""
@@ -45,6 +57,8 @@ def pytest_collection_modifyitems(config, items):
         folder = item.path.parent.name
         if folder == "faults":
             item.add_marker("faults")
+        if item.path.name in _IN_PROCESS_FAULTS:
+            item.add_marker("one_process")
         if folder == "distributed" and item.path.name not in _ONE_PROCESS:
             item.add_marker("distributed")
         if "metaworld" in item.fixturenames:

@@ -60,12 +60,14 @@ def test_the_run_saves_adapters(engine, whole_run):
     assert all(tensor.any() for tensor in adapters.values())
 
 
+@pytest.mark.sample(0)
 def test_resume_is_the_uninterrupted_run_bit_by_bit(engine, whole_run, tmp_path):
     final = resume(engine, whole_run, tmp_path / "on")
     assert_same_bits_of_adapters(final, whole_run / "final")
     assert losses(tmp_path / "on") == losses(whole_run)[2:]
 
 
+@pytest.mark.sample(0)
 def test_a_run_resumes_in_the_other_engine(engine, whole_run, tmp_path):
     resume(OTHER[engine], whole_run, tmp_path / "on", *SWITCH[engine])
     # Both compute in bf16, each in an order of its own.

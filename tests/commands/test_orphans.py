@@ -130,7 +130,7 @@ def launch(inputs, tmp_path):
         run.launcher.wait()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_killed_launcher_takes_its_ranks_along(launch, name):
     run = launch(name)
@@ -141,6 +141,7 @@ def test_a_killed_launcher_takes_its_ranks_along(launch, name):
     run.assert_saved()
 
 
+@pytest.mark.sample(0)
 def test_the_second_process_of_deepspeed_takes_its_ranks_along(launch):
     run = launch("deepspeed")
     run.wait_for_steps(2)
@@ -150,7 +151,7 @@ def test_the_second_process_of_deepspeed_takes_its_ranks_along(launch):
     run.assert_saved()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun"])
 def test_a_stopped_launcher_lets_its_ranks_train_until_it_is_killed(launch, name):
     run = launch(name)
@@ -174,7 +175,7 @@ def test_a_stopped_rank_goes_too(launch, name, victim):
     run.seconds_to_go()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun"])
 @pytest.mark.parametrize("seconds", [2.5, 4.0, 6.0, 8.0])
 def test_a_launcher_that_is_killed_while_its_ranks_start(launch, name, seconds):

@@ -53,6 +53,7 @@ def uninterrupted(inputs, tmp_path_factory):
     return run
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_torchrun_that_is_signalled_saves_on_all_ranks(inputs, tmp_path, number):
     run = tmp_path / "run"

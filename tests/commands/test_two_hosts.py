@@ -192,6 +192,7 @@ sys.exit(max(process.wait() for process in started))
 """
 
 
+@pytest.mark.sample(0)
 def test_hostfile_of_deepspeed(pair, start, inputs, expected, tmp_path, remote_shell):
     run = tmp_path / "run"
     hostfile = tmp_path / "hosts"
@@ -243,6 +244,7 @@ def test_host_that_is_cut_off(pair, start, inputs, tmp_path, train, rendezvous, 
     assert metrics(run)[-1]["step"] == steps + 4
 
 
+@pytest.mark.sample(0)
 def test_elastic_run_goes_on_with_one_host(pair, start, inputs, tmp_path):
     """A host loses power; the other starts again from the last checkpoint, with the same global batch."""
     run = tmp_path / "run"

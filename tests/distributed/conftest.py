@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lab import Lab, Result
-from registry import EVERY, SINGLE, SPAWNS, Ranks, Spawn
+from registry import EVERY, SINGLE, SPAWNS, WITH_ALL, Ranks, Spawn
 from scenarios_lora import KINDS, adapters_of
 
 from craft_ds.testing.adapters import make_test_adapters
@@ -64,6 +64,7 @@ class Spawner:
     lab: Lab
     root: Path
     compile_cpu_adam: Callable[[], object]
+    everything: bool
     _outputs: dict[Spawn, str] = field(default_factory=dict)
 
     def __call__(self, ranks: Ranks) -> Found:
@@ -86,6 +87,9 @@ class Spawner:
         directory.mkdir()
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), spawn.family]
         command += [str(directory), str(self.lab.policy_dir), str(self.lab.scratch)]
+        command += [
+            kind for kind in SPAWNS[spawn] if self.everything or Ranks(kind, spawn.world_size) not in WITH_ALL
+        ]
         ends = run_ranks(command, spawn.world_size, timeout=TIMEOUT_S)
         output = "\n".join(f"--- rank {rank}: {end.status}\n{end.output}" for rank, end in enumerate(ends))
         print(output)
@@ -107,6 +111,7 @@ def spawner(reference, tmp_path_factory, request):
         reference.lab,
         tmp_path_factory.mktemp("ranks"),
         lambda: request.getfixturevalue("compiled_cpu_adam"),
+        request.config.getoption("--all"),
     )
 
 

@@ -166,10 +166,19 @@ class Ranks(NamedTuple):
 EVERY = {Ranks(kind, spawn.world_size): spawn for spawn, kinds in SPAWNS.items() for kind in kinds}
 
 
+WITH_ALL = {Ranks("zero3_offload", 3), Ranks("zero2_offload_torch", 3)}
+"""Run with --all only: offload on three ranks."""
+
+
 def every(*scenarios: str):
     """Parametrise a test by `ranks` and `name`: each scenario on every engine that runs it."""
     cases = [
-        pytest.param(ranks, name, id=f"{ranks.kind}-on{ranks.world_size}-{name}")
+        pytest.param(
+            ranks,
+            name,
+            id=f"{ranks.kind}-on{ranks.world_size}-{name}",
+            marks=[pytest.mark.sample(0)] * (ranks in WITH_ALL),
+        )
         for ranks, spawn in EVERY.items()
         for name in scenarios
         if name in SPAWNS[spawn][ranks.kind]
