@@ -228,7 +228,7 @@ def test_host_that_is_cut_off(pair, start, inputs, tmp_path, train, rendezvous, 
         print(f"ended after {time.monotonic() - cut:.0f} s\n{command.output[-3000:]}")
     first, second = (error_lines(command) for command in commands)
     assert len(first) == 1, commands[0].output
-    assert "rank 1 has stopped or its machine is gone" in first[0]
+    assert "rank 1 on node-b has stopped or its machine is gone" in first[0]
     assert len(second) == 1, commands[1].output
     assert "rank 0" in second[0]
     for host in pair:
