@@ -55,7 +55,6 @@ CORE: Scenarios = {
     "untouched": untouched,
     "pi0-accumulate2": partial(pi0, accumulation=2),
     "pi0-teacher_kl": partial(pi0, accumulation=2, retention_loss="teacher_kl"),
-    "pi0-hidden": partial(pi0, accumulation=2, retention_loss="hidden"),
     "bf16": partial(trajectory, accumulation=2, max_norm=0.05, dtype="bfloat16"),
     "tied": partial(trajectory, accumulation=2, max_norm=0.05, tied=True),
     "save_and_resume": save_and_resume,
@@ -72,6 +71,7 @@ COMPLETE: Scenarios = {
     "trajectory-accumulate1-clipped": partial(trajectory, accumulation=1, max_norm=0.05, persistence=0),
     "trajectory-accumulate2-unclipped": partial(trajectory, accumulation=2, max_norm=NO_CLIP),
     "pi0-accumulate1": partial(pi0, accumulation=1),
+    "pi0-hidden": partial(pi0, accumulation=2, retention_loss="hidden"),
     "pi0-recompute": partial(pi0, accumulation=2, recompute=True),
     "five-retention-steps": partial(pi0, accumulation=1, kinds="RRRRR"),
 }

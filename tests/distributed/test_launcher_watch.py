@@ -57,6 +57,8 @@ def start(tmp_path: Path, script: str) -> tuple[subprocess.Popen, int]:
         env=clean,
         cwd=tmp_path,
         stderr=subprocess.DEVNULL,
+        # As in a terminal, also where these tests themselves run under nohup.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while not (file.exists() and file.read_text()):
