@@ -103,6 +103,7 @@ def measured(run: Path) -> list[dict]:
     return [row for row in rows if len(row) > 1]
 
 
+@pytest.mark.sample(1)
 def test_resume_is_the_uninterrupted_run_bit_by_bit(engine, whole_run, tmp_path):
     output, _ = whole_run
     config = f"--config_path={output}/step_000002/train_config.json"
@@ -112,6 +113,7 @@ def test_resume_is_the_uninterrupted_run_bit_by_bit(engine, whole_run, tmp_path)
     assert losses(tmp_path / "on") == losses(output)[2:]
 
 
+@pytest.mark.sample(1)
 def test_a_run_resumes_in_the_other_engine(engine, whole_run, tmp_path):
     output, _ = whole_run
     other = OTHER[engine]
@@ -123,6 +125,7 @@ def test_a_run_resumes_in_the_other_engine(engine, whole_run, tmp_path):
     assert losses(tmp_path / "on") == pytest.approx(losses(output)[2:], abs=1e-5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("flags", ENGINE.values(), ids=ENGINE)
 def test_a_sharded_engine_runs_without_a_launcher(inputs, tmp_path, flags):
     """Whatever an earlier launch has left over in the shell."""

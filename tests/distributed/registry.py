@@ -166,8 +166,13 @@ class Ranks(NamedTuple):
 EVERY = {Ranks(kind, spawn.world_size): spawn for spawn, kinds in SPAWNS.items() for kind in kinds}
 
 
-WITH_ALL = {Ranks("zero3_offload", 3), Ranks("zero2_offload_torch", 3)}
-"""Run with --all only: offload on three ranks."""
+WITH_ALL = {
+    Ranks("zero3_offload_torch", 2),
+    Ranks("zero2_offload_torch", 2),
+    Ranks("zero3_offload", 3),
+    Ranks("zero2_offload_torch", 3),
+}
+"""Run with --all only: offload by torch's optimizer, and on three ranks."""
 
 
 def every(*scenarios: str):

@@ -255,7 +255,7 @@ def place(inputs, original, tmp_path, monkeypatch) -> Place:
         del sys.modules[name]
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("kind", PLANTS)
 def test_planted_code_never_runs(train, inputs, place, tmp_path, kind):
     naive = PLANTS[kind](place)

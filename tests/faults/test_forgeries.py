@@ -295,7 +295,7 @@ def forge(originals, forgery: Forgery, run: Path) -> Path:
     return checkpoint
 
 
-@pytest.mark.sample(24)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("forgery", FORGERIES, ids=lambda forgery: forgery.name)
 def test_a_forged_checkpoint_is_not_resumed(originals, train, tmp_path, forgery):
     run = tmp_path / "run"
@@ -322,7 +322,7 @@ EXPORTED = [
 ]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("forgery", EXPORTED, ids=lambda forgery: forgery.name)
 def test_forged_weights_are_not_exported(originals, tmp_path, forgery):
     checkpoint = forge(originals, forgery, tmp_path / "run")
