@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,19 @@ class Inputs:
     old: Path
     anchors: Path
 
+    def build_anchors(self, output: Path, **changes: Any) -> Path:
+        """Build 24 anchors of the old tasks with the teacher, or with changes of the `BuildOptions`."""
+        options = {
+            "dataset_repo_id": "craft-ds/test",
+            "dataset_root": str(self.old),
+            "policy_path": str(self.policy),
+            "num_samples": 24,
+            "num_workers": 0,
+            "heldout_fraction": 0.34,
+        }
+        build_anchor_cache(BuildOptions(**(options | {"output_dir": str(output)} | changes)))
+        return output
+
     def flags(self, output: Path) -> list[str]:
         """A plain run of 4 steps."""
         return [
@@ -125,17 +139,7 @@ def inputs(tmp_path_factory):
     make_test_policy_dir(inputs.policy)
     make_test_dataset(inputs.old, tasks=2, episodes_per_task=3)
     make_test_dataset(inputs.new, tasks=1, episodes_per_task=4, seed=5)
-    build_anchor_cache(
-        BuildOptions(
-            dataset_repo_id="craft-ds/test",
-            dataset_root=str(inputs.old),
-            policy_path=str(inputs.policy),
-            output_dir=str(inputs.anchors),
-            num_samples=24,
-            num_workers=0,
-            heldout_fraction=0.34,
-        )
-    )
+    inputs.build_anchors(inputs.anchors)
     return inputs
 
 

@@ -295,10 +295,10 @@ def _publish(output: Path, partial: Path, plan: dict[str, Any]) -> None:
     count = -(-plan["num_samples"] // plan["request"]["shard_size"])
     records = [json.loads(_record_file(partial, number).read_text()) for number in range(count)]
     losses = [loss for record in records for loss in record.pop("losses")]
-    means = {
-        name: _teacher_loss([loss for loss in losses if loss["loss"] == name], plan["dataset"]["tasks"])
-        for name in ("token_ce", *plan["request"].get("targets", ()))
-    }
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for loss in losses:
+        by_name.setdefault(loss.get("loss", "token_ce"), []).append(loss)  # craft-ds 0.1 had no names
+    means = {name: _teacher_loss(own, plan["dataset"]["tasks"]) for name, own in by_name.items()}
     metadata = {**plan, "teacher_loss": means.pop("token_ce"), "shards": records}
     metadata |= {"targets": means} if means else {}
     _write_json(partial / "cache" / METADATA_FILE, {**metadata, "sha256": metadata_sha256(metadata)})

@@ -93,6 +93,8 @@ class BuildOptions:
         for target in self.targets:
             if target not in TARGETS:
                 raise UserError(f"--targets={target}: choose from {', '.join(TARGETS)}")
+            if list(self.targets).count(target) > 1:
+                raise UserError(f"--targets names {target} more than once: remove one")
 
 
 class Teacher(NamedTuple):

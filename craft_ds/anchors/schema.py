@@ -94,24 +94,24 @@ def target_fields(target: str, action_length: int, width: int) -> dict[str, tupl
 def _check_fields(
     fields: dict[str, Any], cameras: list[str], with_features: bool, targets: Iterable[str]
 ) -> None:
-    """Check the names, types and numbers of dimensions of the fields."""
-    wanted = {name: ("int32", 0) for name in ORIGIN_FIELDS}
-    wanted |= {name: ("bool" if "mask" in name else "int32", 1) for name in TOKEN_FIELDS}
-    wanted |= {camera: ("uint8", 3) for camera in cameras}
+    """Check the names, types and shapes of the fields; -1 stands for any size."""
+    wanted: dict[str, tuple[str, list[int]]] = {name: ("int32", []) for name in ORIGIN_FIELDS}
+    wanted |= {name: ("bool" if "mask" in name else "int32", [-1]) for name in TOKEN_FIELDS}
+    wanted |= {camera: ("uint8", [-1] * 3) for camera in cameras}
     if with_features:
-        wanted |= {features_key(camera): ("float16", 2) for camera in cameras}
+        wanted |= {features_key(camera): ("float16", [-1] * 2) for camera in cameras}
     length = fields[ACTION_TOKENS]["shape"][0]
     for target in targets:
-        described = target_fields(target, length, width=1)
-        wanted |= {name: (dtype, len(shape)) for name, (dtype, shape) in described.items()}
+        wanted |= target_fields(target, length, width=-1)
     _check(fields.keys() == wanted.keys(), "fields")
-    for name, (dtype, dimensions) in wanted.items():
+    for name, (dtype, sizes) in wanted.items():
         shape = fields[name]["shape"]
         _check(fields[name]["dtype"] == dtype, f"fields: the type of {name}")
         _check(
             isinstance(shape, list)
-            and len(shape) == dimensions
+            and len(shape) == len(sizes)
             and all(is_count(size, 1) for size in shape)
+            and all(known in (-1, size) for known, size in zip(sizes, shape, strict=True))
             and math.prod(shape) < _MAX_SIZE,
             f"fields: the shape of {name}",
         )

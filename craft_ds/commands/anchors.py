@@ -56,7 +56,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--targets",
         nargs="+",
-        default=(),
         choices=("teacher_tokens", "teacher_kl", "hidden"),
         help="also store the teacher's own outputs, for --craft.retention_loss of the same name",
     )

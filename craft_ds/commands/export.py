@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from craft_ds.errors import UserError
-
 
 def main(arguments: Sequence[str]) -> None:
     """Export the checkpoint that the flags name."""
@@ -45,12 +43,8 @@ def main(arguments: Sequence[str]) -> None:
         metavar="POLICY",
         help="interpolate the weights with those of another policy, such as the teacher",
     )
-    parser.add_argument(
-        "--alpha", type=float, default=0.5, help="share of --merge_with in the weights (default: 0.5)"
-    )
+    parser.add_argument("--alpha", type=float, help="share of --merge_with in the weights (default: 0.5)")
     args = parser.parse_args(arguments)
-    if args.alpha != parser.get_default("alpha") and not args.merge_with:
-        raise UserError(f"--alpha={args.alpha} has no meaning without --merge_with, which names the policy")
 
     # Imported here so that --help and errors in flags are fast.
     from craft_ds.export.export import export_checkpoint

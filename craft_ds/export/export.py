@@ -1,11 +1,13 @@
 """Export of a checkpoint as a policy directory that stock LeRobot loads.
 
 A checkpoint is already consolidated, so this copies it without the training state, in the requested dtype, a
-few megabytes at a time: no model has memory and no GPU is needed. Adapters are exported alone, or merged into
-the weights of their base policy in the same way; a model is built only to compare the merged policy with the
-adapters.
+few megabytes at a time: no model is in memory and no GPU is needed. Adapters are exported alone, or merged
+into the weights of their base policy in the same way; a model is built only to compare the merged policy with
+the adapters.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,12 +28,13 @@ from craft_ds.lora.peft_config import read_adapter_config, remove_adapter_config
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.directory import WEIGHTS, copy_policy_files
 from craft_ds.policies.loading import build_policy, load_policy_config
-from craft_ds.policies.weights import finite
+from craft_ds.policies.weights import WeightReader, finite
 from craft_ds.tensor_io.filesystem import atomic_directory
 from craft_ds.tensor_io.per_rank_file import open_tensors
 from craft_ds.tensor_io.tensor_file import ReadRange, TensorSpec, write_tensor_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_ALPHA = 0.5
 
 
 def export_checkpoint(
@@ -44,7 +47,7 @@ def export_checkpoint(
     max_token_difference: float | None = None,
     device: str = "cpu",
     merge_with: str = "",
-    alpha: float = 0.5,
+    alpha: float | None = None,
 ) -> str:
     """Write a checkpoint's policy to a new directory.
 
@@ -60,7 +63,7 @@ def export_checkpoint(
             the bound for the dtype in `craft_ds.export.verify_merge`.
         device: Device on which merged policy and adapters are compared.
         merge_with: A policy, such as the teacher, with whose weights to interpolate; empty: none.
-        alpha: Share of `merge_with` in the weights, in [0, 1].
+        alpha: Share of `merge_with` in the weights, in [0, 1]; None: a half.
 
     Returns:
         A description of the export, for the log.
@@ -73,6 +76,14 @@ def export_checkpoint(
         raise UserError(f"--output={output} exists already: choose another or move it away")
     verify_checkpoint(checkpoint, rank=0, world_size=1)
     _check_flags(checkpoint, merge_lora, base_path, max_token_difference)
+    if merge_lora and merge_with:
+        raise UserError(
+            "--merge_with does not apply with --merge_lora: export with --merge_lora first, and interpolate "
+            "the export"
+        )
+    if alpha is not None and not merge_with:
+        raise UserError(f"--alpha={alpha} applies only with --merge_with: remove the flag")
+    alpha = DEFAULT_ALPHA if alpha is None else alpha
     if not 0 <= alpha <= 1:
         raise UserError(f"--alpha={alpha} must lie in [0, 1]")
     _check_device(device)
@@ -91,14 +102,10 @@ def export_checkpoint(
                 )
             if has_adapters(checkpoint) and not merge_with:
                 return _export_adapters(checkpoint, temporary, dtype, base_path)
+            with _weights(checkpoint, merge_with, alpha) as read:
+                _write(checkpoint / WEIGHTS, temporary / WEIGHTS, DTYPES[dtype], read)
             if merge_with:
-                with interpolated(checkpoint, merge_with, alpha) as read:
-                    _write(checkpoint / WEIGHTS, temporary / WEIGHTS, DTYPES[dtype], read)
                 return f"{1 - alpha:g} of its weights and {alpha:g} of those of {merge_with}"
-            # Opening the weights checks that the file has the tensors of the policy, and no others.
-            with open_weights(build_policy(load_policy_config(checkpoint), checkpoint), checkpoint):
-                pass
-            _convert(checkpoint / WEIGHTS, temporary / WEIGHTS, DTYPES[dtype])
             return "the complete policy"
     except OSError as error:
         raise UserError(f"--output={output} cannot be written: {error}") from error
@@ -148,7 +155,12 @@ def _export_adapters(checkpoint: Path, target: Path, dtype: str, base_path: str)
         with open_weights(policy, plan.base, plan, add_adapters(policy, config)):
             pass
     write_adapter_config(target, config)
-    _convert(checkpoint / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS, DTYPES[dtype])
+    with open_tensors(checkpoint / ADAPTER_WEIGHTS) as reader:
+
+        def read(name: str, start: int, stop: int) -> torch.Tensor:
+            return finite(reader.read(name, start, stop), name, checkpoint)
+
+        _write(checkpoint / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS, DTYPES[dtype], read)
     return (
         f"only the LoRA adapters, which PEFT and LeRobot load on {config.base_model_name_or_path}; "
         "--merge_lora exports a complete policy"
@@ -159,13 +171,15 @@ def _plan(checkpoint: Path, base_path: str) -> AdapterPlan:
     return plan_stored_adapters(checkpoint, base_path, flag="--base_path")
 
 
-def _convert(source: Path, target: Path, dtype: torch.dtype) -> None:
-    with open_tensors(source) as reader:
-
-        def read(name: str, start: int, stop: int) -> torch.Tensor:
-            return finite(reader.read(name, start, stop), name, source.parent)
-
-        _write(source, target, dtype, read)
+@contextmanager
+def _weights(checkpoint: Path, merge_with: str, alpha: float) -> Iterator[ReadRange]:
+    """Yield a reader of the policy's weights, whose names and shapes were checked."""
+    if merge_with:
+        with interpolated(checkpoint, merge_with, alpha) as read:
+            yield read
+        return
+    with WeightReader(checkpoint, build_policy(load_policy_config(checkpoint), checkpoint)) as weights:
+        yield weights.read
 
 
 def _write(source: Path, target: Path, dtype: torch.dtype, read: ReadRange) -> None:

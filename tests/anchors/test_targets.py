@@ -1,6 +1,8 @@
 """The teacher's targets in an anchor cache: built, read back, and missed where they are needed."""
 
+import copy
 import json
+import re
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ from builds import Killed, contents, refuses
 
 from craft_ds.anchors import build
 from craft_ds.anchors.build import build_anchor_cache
-from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.cache import AnchorCache, partial_directory, read_metadata
 from craft_ds.anchors.sampler import to_policy_batch
-from craft_ds.anchors.schema import TARGETS
+from craft_ds.anchors.schema import TARGETS, check_metadata
 from craft_ds.anchors.stream import AnchorStream
+from craft_ds.commands.anchors import parse_arguments
 from craft_ds.config.configs import CraftConfig
 from craft_ds.data.batch_partition import partition_step
 from craft_ds.errors import UserError
@@ -89,3 +92,42 @@ def test_missing_targets_are_an_error_that_says_how_to_make_them(built, name):
 def test_options_name_the_targets(options, tmp_path):
     with pytest.raises(UserError, match="--targets=logits: choose from teacher_tokens, teacher_kl, hidden"):
         options(tmp_path / "cache", targets=["logits"])
+    with pytest.raises(UserError, match="--targets names hidden more than once"):
+        options(tmp_path / "cache", targets=["hidden", "teacher_kl", "hidden"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_command_offers_every_target(target):
+    flags = ["--dataset_repo_id=a", "--policy_path=b", "--output_dir=c"]
+    assert parse_arguments([*flags, "--targets", target]).targets == [target]
+
+
+@pytest.mark.parametrize("name", ["teacher.tokens", "teacher.top_ids", "teacher.top_log_probs"])
+def test_metadata_with_another_length_of_targets_is_refused(with_targets, name):
+    metadata = read_metadata(with_targets)
+    check_metadata(metadata)
+    for change in (1, -1):
+        changed = copy.deepcopy(metadata)
+        changed["fields"][name]["shape"][0] += change
+        with pytest.raises(ValueError, match=f"the shape of {re.escape(name)}"):
+            check_metadata(changed)
+
+
+def test_a_build_that_an_earlier_version_began_is_completed(options, built, tmp_path, monkeypatch):
+    """Its records of finished shards do not name the loss, which was always that of the tokens."""
+    output = tmp_path / "cache"
+
+    def die(*_):
+        raise Killed
+
+    monkeypatch.setattr(build, "_publish", die)
+    with pytest.raises(Killed):
+        build_anchor_cache(options(output))
+    monkeypatch.undo()
+    for file in partial_directory(output).glob("*.json"):
+        record = json.loads(file.read_text())
+        for loss in record.get("losses", []):
+            assert loss.pop("loss") == "token_ce"
+        file.write_text(json.dumps(record))
+    assert build_anchor_cache(options(output))
+    assert contents(output) == contents(built)

@@ -7,7 +7,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import craft_ds.training.build
-from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.cache import METADATA_FILE
 from craft_ds.testing.datasets import edit_metadata, make_test_dataset
 
@@ -35,17 +34,9 @@ def single_episodes(inputs, tmp_path_factory):
     """Anchors of two tasks with one episode each: none can be held out."""
     root = tmp_path_factory.mktemp("single")
     make_test_dataset(root / "data", tasks=2, episodes_per_task=1)
-    build_anchor_cache(
-        BuildOptions(
-            dataset_repo_id="craft-ds/test",
-            dataset_root=str(root / "data"),
-            policy_path=str(inputs.policy),
-            output_dir=str(root / "anchors"),
-            num_samples=12,
-            num_workers=0,
-        )
+    return inputs.build_anchors(
+        root / "anchors", dataset_root=str(root / "data"), num_samples=12, heldout_fraction=0.2
     )
-    return root / "anchors"
 
 
 @pytest.mark.usefixtures("no_model")

@@ -5,7 +5,6 @@ import math
 import pytest
 from runs import metrics
 
-from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.schema import TARGETS
 
 pytestmark = pytest.mark.slow
@@ -14,18 +13,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def craft_flags(inputs, tmp_path_factory):
     output = tmp_path_factory.mktemp("targets") / "anchors"
-    build_anchor_cache(
-        BuildOptions(
-            dataset_repo_id="craft-ds/test",
-            dataset_root=str(inputs.old),
-            policy_path=str(inputs.policy),
-            output_dir=str(output),
-            num_samples=24,
-            num_workers=0,
-            heldout_fraction=0.34,
-            targets=TARGETS,
-        )
-    )
+    inputs.build_anchors(output, targets=TARGETS)
     return [*inputs.craft_flags(), f"--craft.anchor_cache_dir={output}"]
 
 

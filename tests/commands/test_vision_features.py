@@ -9,7 +9,6 @@ from runs import metrics, trained
 from safetensors.torch import load_file, save_file
 
 import craft_ds.training.build
-from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.policies.pi0_fast.vision import vision_tower
 
@@ -22,19 +21,7 @@ FLAGS = ["--craft.vision_features=true", "--eval_freq=2", "--dataset.eval_split=
 def features(inputs, tmp_path_factory):
     """The shared anchors, with vision features."""
     output = tmp_path_factory.mktemp("features") / "anchors"
-    build_anchor_cache(
-        BuildOptions(
-            dataset_repo_id="craft-ds/test",
-            dataset_root=str(inputs.old),
-            policy_path=str(inputs.policy),
-            output_dir=str(output),
-            num_samples=24,
-            num_workers=0,
-            heldout_fraction=0.34,
-            vision_features=True,
-        )
-    )
-    return output
+    return inputs.build_anchors(output, vision_features=True)
 
 
 @pytest.fixture

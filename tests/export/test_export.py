@@ -175,7 +175,7 @@ def test_an_interrupted_export_leaves_no_policy(final, tmp_path, monkeypatch):
 
     output = tmp_path / "policy"
     with monkeypatch.context() as patched:
-        patched.setattr(export, "_convert", fail)
+        patched.setattr(export, "_write", fail)
         with pytest.raises(KeyboardInterrupt):
             export_checkpoint(final, output)
     assert not output.exists()

@@ -87,8 +87,18 @@ def test_a_share_outside_0_to_1_is_refused(final, inputs, tmp_path, alpha):
     assert "--alpha" in refused(final, tmp_path, merge_with=str(inputs.policy), alpha=alpha)
 
 
-def test_a_share_without_a_policy_is_refused(tmp_path):
+@pytest.mark.parametrize("alpha", ["0.3", "0.5"])
+def test_a_share_without_a_policy_is_refused(final, tmp_path, alpha):
     from craft_ds.commands.export import main
 
-    with pytest.raises(UserError, match=r"--alpha=0\.3 has no meaning without --merge_with"):
-        main([str(tmp_path), f"--output={tmp_path / 'out'}", "--alpha=0.3"])
+    with pytest.raises(UserError, match=rf"--alpha={alpha} applies only with --merge_with"):
+        main([str(final), f"--output={tmp_path / 'out'}", f"--alpha={alpha}"])
+
+
+def test_merging_adapters_and_interpolating_at_once_is_refused(adapted, inputs, tmp_path):
+    line = refused(adapted("attention"), tmp_path, merge_lora=True, merge_with=str(inputs.policy))
+    assert "--merge_with does not apply with --merge_lora" in line
+
+
+def test_half_is_the_default(final, inputs, tmp_path):
+    assert "0.5 of those of" in export_checkpoint(final, tmp_path / "mixed", merge_with=str(inputs.policy))

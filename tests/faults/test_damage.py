@@ -7,7 +7,6 @@ from typing import NamedTuple
 import pytest
 from file_damage import Damage, damaged, damages, files_of, refused, seal, verify_checkpoint
 
-from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.config.parser import parse_arguments
 from craft_ds.training.trainer import train_craft
@@ -41,19 +40,7 @@ def checkpoint_of(inputs, output: Path, *flags: str) -> Path:
 def pairs(inputs, tmp_path_factory) -> dict[str, Pair]:
     root = tmp_path_factory.mktemp("damage")
     for name, seed in (("anchors", 0), ("anchors2", 7)):
-        build_anchor_cache(
-            BuildOptions(
-                dataset_repo_id="craft-ds/test",
-                dataset_root=str(inputs.old),
-                policy_path=str(inputs.policy),
-                output_dir=str(root / name),
-                num_samples=24,
-                num_workers=0,
-                heldout_fraction=0.34,
-                shard_size=10,
-                seed=seed,
-            )
-        )
+        inputs.build_anchors(root / name, shard_size=10, seed=seed)
     full, lora = inputs.craft_flags(), ["--lora=attention_mlp"]
     return {
         "full training": Pair(

@@ -6,8 +6,6 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from craft_ds.anchors.build import BuildOptions, build_anchor_cache
-
 
 @pytest.fixture(scope="session")
 def fitting(inputs, tmp_path_factory):
@@ -20,15 +18,6 @@ def fitting(inputs, tmp_path_factory):
         save_file(
             {name: value.new_full(value.shape, bounds[name[-3:]]) for name, value in state.items()}, file
         )
-    build_anchor_cache(
-        BuildOptions(
-            dataset_repo_id="craft-ds/test",
-            dataset_root=str(inputs.old),
-            policy_path=str(policy),
-            output_dir=str(root / "anchors"),
-            num_samples=24,
-            num_workers=0,
-            heldout_fraction=0.34,
-        )
-    )
-    return dataclasses.replace(inputs, policy=policy, anchors=root / "anchors")
+    changed = dataclasses.replace(inputs, policy=policy, anchors=root / "anchors")
+    changed.build_anchors(changed.anchors)
+    return changed

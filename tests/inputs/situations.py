@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow.parquet as pq
 from safetensors.torch import load_file, save_file
 
-from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.testing.damaged_samples import damage, rewrite_column
 from craft_ds.testing.datasets import make_test_dataset
 from craft_ds.testing.policies import make_test_policy_dir
@@ -83,17 +82,9 @@ class Lab:
 
     def anchors(self, data: Path | None = None, **options: Any) -> list[str]:
         """Build anchors of the policy in use, and return the flags of a CRaFT run."""
-        defaults = {"num_samples": 12, "num_workers": 0, "heldout_fraction": 0.34, "batch_size": 4}
-        build_anchor_cache(
-            BuildOptions(
-                dataset_repo_id="craft-ds/test",
-                dataset_root=str(data or self.inputs.old),
-                policy_path=str(self.policy_dir),
-                output_dir=str(self.path / "anchors"),
-                **(defaults | options),
-            )
-        )
-        return craft_flags(self.path / "anchors")
+        defaults = {"dataset_root": str(data or self.inputs.old), "policy_path": str(self.policy_dir)}
+        defaults |= {"num_samples": 12, "batch_size": 4}
+        return craft_flags(self.inputs.build_anchors(self.path / "anchors", **(defaults | options)))
 
 
 def craft_flags(cache: Path) -> list[str]:

@@ -110,6 +110,18 @@ def test_hidden_is_the_relative_distance_of_means(policy, student):
     assert found.total.item() == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", OF_THE_TEACHER)
+def test_a_sample_without_supervised_tokens_adds_nothing(policy, student, name):
+    batch, loss = anchors(policy, name), RETENTION_LOSSES[name].loss
+    expected = loss(student, {key: value[1:] for key, value in batch.items()}).total
+    batch[ACTION_TOKEN_MASK] = batch[ACTION_TOKEN_MASK].clone()
+    batch[ACTION_TOKEN_MASK][0] = False
+    batch |= to_policy_batch(RETENTION_LOSSES[name].targets(policy, batch), "cpu")
+    if name == "teacher_tokens":  # decoded, whatever was recorded
+        batch["teacher.token_mask"][0] = False
+    assert loss(student, batch).total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_teacher_tokens_have_the_form_of_recorded_ones(policy, student, monkeypatch):
     tokenizer = policy._paligemma_tokenizer
     end, *rest = tokenizer.encode("|")

@@ -58,14 +58,23 @@ class SupervisedHidden(NamedTuple):
     Attributes:
         hidden: (N, width).
         targets: The tokens to predict, (N,).
-        rows: Sample of each position, (N,).
-        columns: Position in the action tokens, from 0: it predicts token `column + 1`. (N,)
+        positions: Each position as `sample * columns + column`, (N,): it predicts token `column + 1`.
+        columns: Number of positions of a sample that predict an action token.
     """
 
     hidden: Tensor
     targets: Tensor
-    rows: Tensor
-    columns: Tensor
+    positions: Tensor
+    columns: int
+
+    @property
+    def samples(self) -> Tensor:
+        """The sample of each position, (N,)."""
+        return self.positions.div(max(self.columns, 1), rounding_mode="floor")
+
+    def select(self, values: Tensor) -> Tensor:
+        """Return the entries (N, …) of values (B, A - 1, …) at these positions."""
+        return values[:, : self.columns].flatten(0, 1).index_select(0, self.positions)
 
 
 def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -133,8 +142,7 @@ def supervised_hidden(policy: PI0FastPolicy, batch: Batch) -> SupervisedHidden:
 
     predicting = hidden[:, vision.shape[1] + prompt_length :].flatten(0, 1).index_select(0, supervised)
     targets = actions[:, 1:].flatten().index_select(0, supervised)
-    rows = supervised.div(max(action_length - 1, 1), rounding_mode="floor")
-    return SupervisedHidden(predicting, targets, rows, supervised - rows * (action_length - 1))
+    return SupervisedHidden(predicting, targets, supervised, action_length - 1)
 
 
 def longest(mask: Tensor) -> int:

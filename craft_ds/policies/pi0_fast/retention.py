@@ -78,7 +78,7 @@ def teacher_tokens(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
 def teacher_kl_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
     """Return the KL divergence in nats of the stored distributions from the policy's, and their number."""
     found = supervised_hidden(policy, batch)
-    ids, log_p = (_at_supervised(batch[name], found) for name in (TEACHER_TOP_IDS, TEACHER_TOP_LOG_PROBS))
+    ids, log_p = (found.select(batch[name]) for name in (TEACHER_TOP_IDS, TEACHER_TOP_LOG_PROBS))
     log_q = _log_shares(action_logits(policy, found), ids)
     log_p = torch.cat([log_p, _log_rest(log_p)], dim=1)
     total = (log_p.exp() * (log_p - log_q)).sum()
@@ -100,9 +100,10 @@ def teacher_top(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
         TEACHER_TOP_IDS: torch.zeros(size, length - 1, TOP, dtype=torch.int32),
         TEACHER_TOP_LOG_PROBS: torch.zeros(size, length - 1, TOP),
     }
-    rows, columns = found.rows.cpu(), found.columns.cpu()
-    stored[TEACHER_TOP_IDS][rows, columns] = ids.int().cpu()
-    stored[TEACHER_TOP_LOG_PROBS][rows, columns] = (top - logits.logsumexp(dim=1, keepdim=True)).cpu()
+    samples = found.samples
+    where = samples.cpu(), (found.positions - samples * found.columns).cpu()
+    stored[TEACHER_TOP_IDS][where] = ids.int().cpu()
+    stored[TEACHER_TOP_LOG_PROBS][where] = (top - logits.logsumexp(dim=1, keepdim=True)).cpu()
     return stored
 
 
@@ -110,7 +111,8 @@ def hidden_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
     """Return the squared distance from the stored features relative to their norm, and the sample count."""
     wanted = batch[TEACHER_HIDDEN]
     distance = (_pooled(supervised_hidden(policy, batch), len(wanted)) - wanted).square().sum(dim=1)
-    total = (distance / wanted.square().sum(dim=1)).sum()
+    # Both are zero for a sample without supervised tokens.
+    total = (distance / wanted.square().sum(dim=1).clamp(min=1e-12)).sum()
     return TokenLoss(total, torch.full((), float(len(wanted)), device=total.device))
 
 
@@ -133,11 +135,6 @@ RETENTION_LOSSES: dict[str, RetentionLoss] = {
 }
 
 
-def _at_supervised(stored: Tensor, found: SupervisedHidden) -> Tensor:
-    """Return the entries (N, `TOP`) of stored ones (B, A - 1, `TOP`) at the supervised positions."""
-    return stored[found.rows, found.columns]
-
-
 def _log_shares(logits: Tensor, ids: Tensor) -> Tensor:
     """Return the log-probabilities of tokens and of all others together: (N, `TOP` + 1)."""
     log_q = logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True)
@@ -152,6 +149,7 @@ def _log_rest(log_shares: Tensor) -> Tensor:
 
 def _pooled(found: SupervisedHidden, size: int) -> Tensor:
     """Return the mean of the hidden states of each sample in fp32: (B, width); zeros without any."""
-    hidden = found.hidden.float()
-    sums = hidden.new_zeros(size, hidden.shape[1]).index_add(0, found.rows, hidden)
-    return sums / torch.bincount(found.rows, minlength=size).clamp(min=1)[:, None]
+    hidden, samples = found.hidden.float(), found.samples
+    sums = hidden.new_zeros(size, hidden.shape[1]).index_add(0, samples, hidden)
+    counts = hidden.new_zeros(size).index_add(0, samples, hidden.new_ones(len(hidden)))
+    return sums / counts.clamp(min=1)[:, None]
