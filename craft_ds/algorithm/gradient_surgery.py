@@ -17,7 +17,7 @@ from craft_ds.algorithm.merging import merging_weights
 from craft_ds.config.configs import CraftConfig
 
 # Rules that project the task gradient where ⟨g_t, g_r⟩ < 0.
-PROJECTING = ("pcgrad", "agem", "upgrad")
+_PROJECTING = ("pcgrad", "agem", "upgrad")
 
 
 class MergedGradient(NamedTuple):
@@ -62,7 +62,7 @@ def merge(triple: GramTriple, multiplier: float, config: CraftConfig) -> MergedG
         project = conflict and config.use_grad_projection and triple.rr > 0.0
         a, b = _guide_weights(triple.tr / triple.rr if project else 0.0, multiplier, config)
     else:
-        project = config.merging in PROJECTING and cosine < 0.0
+        project = config.merging in _PROJECTING and cosine < 0.0
         a, b = merging_weights(triple, multiplier, config) if triple.is_finite else (1.0, multiplier)
     return MergedGradient(a, b, conflict, cosine, triple.norm(a, b), cosine**2 if project else 0.0)
 

@@ -49,7 +49,7 @@ def pcgrad(triple: GramTriple, multiplier: float = 1.0) -> tuple[float, float]:
     a = 1 − λ·tr/tt and b = λ − tr/rr; else g_t + λ·g_r. For two tasks the order of projections has no effect.
     λ scales g_r before merging, which only scales its projected part.
     """
-    if triple.tr >= 0.0 or not projects(triple):
+    if triple.tr >= 0.0 or not _can_project(triple):
         return 1.0, multiplier
     return 1.0 - multiplier * triple.tr / triple.tt, multiplier - triple.tr / triple.rr
 
@@ -60,7 +60,7 @@ def agem(triple: GramTriple) -> tuple[float, float]:
     With tr < 0 the task gradient is projected: g_t − (tr/rr)·g_r; else it stays. The retention gradient
     itself is not added, and there is no λ.
     """
-    return 1.0, -triple.tr / triple.rr if triple.tr < 0.0 and projects(triple) else 0.0
+    return 1.0, -triple.tr / triple.rr if triple.tr < 0.0 and _can_project(triple) else 0.0
 
 
 def mgda(triple: GramTriple) -> tuple[float, float]:
@@ -135,6 +135,6 @@ def _cagrad_mixture(triple: GramTriple, multiplier: float, radius: float) -> tup
     return (1.0, 0.0) if v <= 0.0 else (w, v)
 
 
-def projects(triple: GramTriple) -> bool:
+def _can_project(triple: GramTriple) -> bool:
     """Return True if both gradients are non-zero, so that one can be projected off the other."""
     return triple.tt > 0.0 and triple.rr > 0.0

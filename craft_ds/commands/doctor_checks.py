@@ -2,7 +2,6 @@
 
 import fcntl
 import importlib.metadata
-import ipaddress
 import os
 import platform
 import shutil
@@ -22,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from craft_ds.distributed.rendezvous import IFNAME, host_addresses, is_loopback, missing_interfaces
 from craft_ds.errors import one_line
 from craft_ds.tensor_io.filesystem import fsync
 
@@ -229,33 +229,25 @@ def check_host_name() -> Findings:
     """Check that the host name resolves to an address of this machine, as gloo needs."""
     name = socket.gethostname()
     fix = f"add the line `127.0.1.1 {name}` to /etc/hosts, or set GLOO_SOCKET_IFNAME to an interface"
-    try:
-        addresses = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
-    except OSError as error:
-        yield Finding("host name", PROBLEM, f"{name} does not resolve ({error}); gloo needs it", fix)
-        return
-    for family, kind, protocol, _, address in addresses:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.bind(address)
-        except OSError:
-            continue
-        loopback = ipaddress.ip_address(str(address[0])).is_loopback
-        several = "; for runs on several machines, set GLOO_SOCKET_IFNAME" if loopback else ""
-        yield Finding("host name", OK, f"{name} is {address[0]}{several}")
-        return
-    found = ", ".join(sorted({str(address[4][0]) for address in addresses}))
-    detail = f"{name} resolves to {found}, which is not an address of this machine"
-    yield Finding("host name", PROBLEM, detail, fix)
+    addresses = host_addresses()
+    own = next((address for address, is_own in addresses if is_own), None)
+    if not addresses:
+        yield Finding("host name", PROBLEM, f"{name} does not resolve; gloo needs it", fix)
+    elif own is None:
+        found = ", ".join(sorted({address for address, _ in addresses}))
+        detail = f"{name} resolves to {found}, which is not an address of this machine"
+        yield Finding("host name", PROBLEM, detail, fix)
+    else:
+        several = "; for runs on several machines, set GLOO_SOCKET_IFNAME" if is_loopback(own) else ""
+        yield Finding("host name", OK, f"{name} is {own}{several}")
 
 
 def check_network_interfaces() -> Findings:
     """Check that the interfaces named for gloo exist, and that gloo can use its default one."""
     known = [name for _, name in socket.if_nameindex()]
-    wanted = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    missing = [name for name in wanted.split(",") if name and name not in known]
+    wanted = os.environ.get(IFNAME, "")
     fix = f"set GLOO_SOCKET_IFNAME to one of {', '.join(known)}"
-    if missing:
+    if missing := missing_interfaces():
         detail = f"GLOO_SOCKET_IFNAME={wanted}: this machine has no {', '.join(missing)}"
         yield Finding("network", PROBLEM, detail, f"{fix}, or unset it")
         return

@@ -278,8 +278,8 @@ class EngineConfig:
     dtype: EngineDtype = "float32"
     """Dtype of forward and backward. `bfloat16` keeps fp32 master weights and moments."""
     tf32: bool = True
-    """Let fp32 matrix products on NVIDIA GPUs use TF32 (10 bits of mantissa), as `lerobot-train` does. No
-    effect elsewhere."""
+    """Let fp32 matrix products and convolutions on NVIDIA GPUs use TF32 (10 bits of mantissa), as
+    `lerobot-train` does. No effect elsewhere."""
 
     def resolve(self) -> None:
         """Resolve `auto` and check the combination.

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -71,7 +71,7 @@ def meet(launch: Launch, timeout: float) -> tuple[dist.Store, list[str]]:
     if not hosts_store:
         _wait_for_host(launch, timeout)
     try:
-        # A program of another kind that listens there answers never, which torch does not notice.
+        # A program of another kind that listens there never answers, which torch does not notice.
         with _ends_after(deadline - time.monotonic(), _silence(launch, timeout, "another program listens")):
             store: dist.Store = dist.TCPStore(
                 launch.address,
@@ -241,29 +241,51 @@ def gloo_address() -> str:
     """Return the address on which gloo will listen, as torch chooses it; empty if a variable decides."""
     if os.environ.get(IFNAME):
         return ""
+    return next((address for address, is_own in host_addresses() if is_own), "127.0.0.1")  # torch's fallback
+
+
+def host_addresses() -> list[tuple[str, bool]]:
+    """Return the addresses of this host's name, each with whether it is one of this machine.
+
+    The list is empty if the name does not resolve.
+    """
     try:
-        addresses = socket.getaddrinfo(socket.gethostname(), 0, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(socket.gethostname(), 0, type=socket.SOCK_STREAM)
     except OSError:
-        addresses = []
-    for family, kind, protocol, _, address in addresses:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.bind(address)
-        except OSError:
-            continue
-        return str(address[0])
-    return "127.0.0.1"  # torch's fallback
+        return []
+    return [
+        (str(address[0]), _can_bind(family, kind, protocol, address))
+        for family, kind, protocol, _, address in found
+    ]
+
+
+def _can_bind(family: int, kind: int, protocol: int, address: Any) -> bool:
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
+
+
+def is_loopback(address: str) -> bool:
+    """Return True if an address, which may name its interface after a %, is reached on its machine alone."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def missing_interfaces() -> list[str]:
+    """Return the interfaces that `GLOO_SOCKET_IFNAME` names and this machine does not have."""
+    known = [name for _, name in socket.if_nameindex()]
+    return [name for name in os.environ.get(IFNAME, "").split(",") if name and name not in known]
 
 
 def _check_interface() -> None:
     """Refuse an interface that this machine does not have."""
-    wanted = os.environ.get(IFNAME, "")
-    known = [name for _, name in socket.if_nameindex()]
-    missing = [name for name in wanted.split(",") if name and name not in known]
-    if missing:
+    if missing := missing_interfaces():
+        known = ", ".join(name for _, name in socket.if_nameindex())
         raise UserError(
-            f"{IFNAME}={wanted}: {socket.gethostname()} has no interface {missing[0]}, set it to one of "
-            f"{', '.join(known)}"
+            f"{IFNAME}={os.environ[IFNAME]}: {socket.gethostname()} has no interface {missing[0]}, set it to "
+            f"one of {known}"
         )
 
 
@@ -275,7 +297,7 @@ def _check_addresses(peers: list[Peer]) -> None:
     if len({peer.network for peer in peers}) == 1:
         return
     for rank, peer in enumerate(peers):
-        if peer.address and ipaddress.ip_address(peer.address.partition("%")[0]).is_loopback:
+        if peer.address and is_loopback(peer.address):
             raise UserError(
                 f"{peer.host} (rank {rank}) takes the address {peer.address} for its own name, where other "
                 f"hosts cannot reach it: set {IFNAME} and NCCL_SOCKET_IFNAME there to its network interface "

@@ -86,6 +86,7 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cudnn.benchmark = not config.cudnn_deterministic
     torch.backends.cuda.matmul.allow_tf32 = config.engine.tf32
+    torch.backends.cudnn.allow_tf32 = config.engine.tf32
     ds_config = check_engine(config, launched_world_size())
     owns_process_group = init_engine_process_group(config)
     # A launcher that lost a rank signals the others, which must first report the lost rank.

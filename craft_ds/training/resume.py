@@ -87,7 +87,7 @@ def resolve_resume(arguments: Sequence[str]) -> ResumeChoice:
     Raises:
         UserError: There is no such checkpoint, or the one named by `--config_path` is damaged.
     """
-    flags = dict(argument.partition("=")[::2] for argument in arguments)
+    flags = _flags(arguments)
     mode = flags.get("--resume", "false").lower()
     if mode not in ("true", "auto"):
         return ResumeChoice(list(arguments))
@@ -140,7 +140,7 @@ def resumed_output(arguments: Sequence[str]) -> Path | None:
     Raises:
         UserError: As `resolve_resume`.
     """
-    flags = dict(argument.partition("=")[::2] for argument in arguments)
+    flags = _flags(arguments)
     mode = flags.get("--resume", "false").lower()
     if mode not in ("true", "auto"):
         return None
@@ -152,6 +152,11 @@ def resumed_output(arguments: Sequence[str]) -> Path | None:
         return Path(output_dir) if output_dir else None
     run = _named_run(config_path, output_dir)
     return config_path.parent.parent if run is None and config_path is not None else run
+
+
+def _flags(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the value of each flag; the last one wins, as in the parser."""
+    return dict(argument.partition("=")[::2] for argument in arguments)
 
 
 def _tidy(run: Path, checkpoint: Path, damaged: Sequence[Path]) -> tuple[Path, list[str]]:
@@ -173,7 +178,7 @@ def _as_user_error[**P, R](function: Callable[P, R], run: Path) -> Callable[P, R
 
 def join_ranks(arguments: Sequence[str]) -> None:
     """Form the process group that ranks need to choose a checkpoint. Collective: call on all ranks."""
-    flags = dict(argument.partition("=")[::2] for argument in arguments)
+    flags = _flags(arguments)
     if launched_world_size() > 1:
         init_process_group(_rank_timeout(flags.get("--rank_timeout", "")))
 

@@ -107,15 +107,34 @@ def test_the_same_command_gives_the_same_run(train, inputs, tmp_path):
     assert losses(tmp_path / "three") != losses(tmp_path / "one")
 
 
-def test_resume_is_the_uninterrupted_run_bit_by_bit(train, whole_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(whole_run, run, symlinks=True)
+@pytest.mark.parametrize("asked", [True, False])
+def test_tf32_is_used_as_asked(train, tmp_path, asked):
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = not asked
+    ended = train(tmp_path / "run", "--steps=1", f"--engine.tf32={str(asked).lower()}")
+    assert ended.status == 0, ended.errors
+    found = [backend.allow_tf32 for backend in backends]
+    for backend, value in zip(backends, before, strict=True):
+        backend.allow_tf32 = value
+    assert found == [asked, asked]
+
+
+def resume_after_2_steps(train, whole, run):
+    """Resume a copy of a run of 4 steps; its last checkpoint must be that of the complete run."""
+    shutil.copytree(whole, run, symlinks=True)
     shutil.rmtree(run / "final")
     ended = train(
         None, f"--config_path={run}/step_000002/train_config.json", "--resume=true", f"--output_dir={run}"
     )
     assert ended.status == 0, ended.errors
-    assert_same_bits(run / "final", whole_run / "final")
+    assert_same_bits(run / "final", whole / "final")
+
+
+def test_resume_is_the_uninterrupted_run_bit_by_bit(train, whole_run, tmp_path):
+    run = tmp_path / "run"
+    resume_after_2_steps(train, whole_run, run)
     different = trained(run / "step_000002")
     assert any(not torch.equal(different[name], tensor) for name, tensor in trained(run / "final").items())
 
@@ -240,13 +259,7 @@ def test_rules_for_merging_and_lambda_are_resumed_exactly(train, inputs, tmp_pat
     flags = [*inputs.craft_flags(), *flags, "--save_freq=2", "--craft.retention_freq=1", "--log_freq=3"]
     ended = train(whole, *flags)
     assert ended.status == 0, ended.errors
-    shutil.copytree(whole, run, symlinks=True)
-    shutil.rmtree(run / "final")
-    ended = train(
-        None, f"--config_path={run}/step_000002/train_config.json", "--resume=true", f"--output_dir={run}"
-    )
-    assert ended.status == 0, ended.errors
-    assert_same_bits(run / "final", whole / "final")
+    resume_after_2_steps(train, whole, run)
     assert untimed(run) == untimed(whole)  # the means since the last line span the checkpoint
 
     with (whole / "final" / "lambda_history.csv").open() as file:

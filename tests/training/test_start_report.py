@@ -82,7 +82,7 @@ def test_a_share_that_is_not_the_one_asked_for_is_warned(asked, train, heldout, 
 def test_a_run_in_fp32_on_a_gpu_is_told_of_bf16(dtype, device, told):
     lines = precision_lines(dtype, device)
     assert len(lines) == told
-    assert all("--engine.dtype=bfloat16" in line for line in lines)
+    assert all("fp32: --engine.dtype=bfloat16" in line for line in lines)
 
 
 def test_anchors_are_counted_by_task_and_split_with_l0():

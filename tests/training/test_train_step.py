@@ -100,10 +100,19 @@ def test_a_retention_step_without_conflict(mode, merged):
 
 
 @pytest.mark.parametrize(
-    ("mode", "merged"),
-    [("weighted", (6.0, 1.0)), ("equal", (1.0, 0.5)), ("task_priority", (2.0, 1.0))],
+    ("changes", "merged", "removed"),
+    [
+        ({"projection_mode": "weighted"}, (6.0, 1.0), 0.5),
+        ({"projection_mode": "equal"}, (1.0, 0.5), 0.5),
+        ({"projection_mode": "task_priority"}, (2.0, 1.0), 0.5),
+        # tr = -2, tt = 2, rr = 4; the retention gradient loses its part along g_t too: (1, 1) is left.
+        ({"merging": "pcgrad"}, (3.0, 4.0), 0.5),
+        ({"merging": "upgrad"}, (1.5, 2.0), 0.5),
+        ({"merging": "agem"}, (0.0, 1.0), 0.5),
+        ({"merging": "mgda"}, (0.2, 0.6), 0.0),  # w = (4 + 2) / (2 + 4 + 4) = 0.6
+    ],
 )
-def test_a_retention_step_with_conflict(mode, merged):
+def test_a_retention_step_with_conflict(changes, merged, removed):
     """g_t = (-1, 1) loses its part along g_r = (2, 0): (0, 1) is left."""
     one = engine()
     seen = retention_step(
@@ -112,10 +121,13 @@ def test_a_retention_step_with_conflict(mode, merged):
         anchors=[tokens((2.0, 0.0))],
         constraint=None,
         multiplier=3.0,
-        craft=craft(projection_mode=mode),
+        craft=craft(**changes),
         max_norm=0.0,
     )
     assert seen.merged.conflict
+    assert seen.merged.removed == pytest.approx(removed)
+    assert seen.grad_norm == pytest.approx(math.hypot(*merged))
+    assert seen.multiplier == 3.0
     assert weights(one) == moved(*merged)
 
 
@@ -238,33 +250,6 @@ def test_lambda_zero_and_no_conflict_is_a_task_step():
             max_norm=0.5,
         )
     assert weights(one) == pytest.approx(weights(other), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("rule", "merged"),
-    [
-        # g_t = (-1, 1), g_r = (2, 0): tr = -2, tt = 2, rr = 4. Projected: (0, 1) and (1, 1).
-        ("pcgrad", (3.0, 4.0)),
-        ("upgrad", (1.5, 2.0)),
-        ("agem", (0.0, 1.0)),
-        ("mgda", (0.2, 0.6)),  # w = (4 + 2) / (2 + 4 + 4) = 0.6
-    ],
-)
-def test_a_retention_step_by_another_rule(rule, merged):
-    one = engine()
-    seen = retention_step(
-        one,
-        task=[tokens((-1.0, 1.0))],
-        anchors=[tokens((2.0, 0.0))],
-        constraint=None,
-        multiplier=3.0,
-        craft=craft(merging=rule),
-        max_norm=0.0,
-    )
-    assert weights(one) == moved(*merged)
-    assert seen.grad_norm == pytest.approx(math.hypot(*merged))
-    assert seen.merged.removed == pytest.approx(0.0 if rule == "mgda" else 0.5)
-    assert seen.multiplier == 3.0
 
 
 def test_the_dynamic_barrier_reads_the_step_itself():
