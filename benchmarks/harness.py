@@ -23,7 +23,8 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
 from craft_ds.cli import exit_without_teardown
-from craft_ds.config.configs import CraftConfig, FsdpConfig
+from craft_ds.config.configs import FsdpConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.distributed.collectives import init_process_group
 from craft_ds.engines.base import Batch, Engine, ReadRange
 from craft_ds.engines.deepspeed_config import read_ds_config, resolve_ds_config

@@ -9,7 +9,7 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.errors import UserError
 
 if TYPE_CHECKING:

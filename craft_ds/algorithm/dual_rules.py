@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from craft_ds.algorithm.gram_triple import GramTriple
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 
 
 class NuPiStep(NamedTuple):

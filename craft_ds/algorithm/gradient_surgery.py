@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from craft_ds.algorithm.gram_triple import GramTriple
 from craft_ds.algorithm.merging import merging_weights
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 
 # Rules that project the task gradient where ⟨g_t, g_r⟩ < 0.
 _PROJECTING = ("pcgrad", "agem", "upgrad")

@@ -10,7 +10,7 @@ clipping and SGD see and Adam hardly does. A zero retention gradient leaves the 
 import math
 
 from craft_ds.algorithm.gram_triple import GramTriple
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 
 # ‖g_w‖² below this share of both ‖g‖² is rounding: the gradients are opposed, and no common descent exists.
 STATIONARY = 1e-14

@@ -16,7 +16,7 @@ from typing import Any
 
 from craft_ds.algorithm.dual_rules import dynamic_barrier, nupi
 from craft_ds.algorithm.gram_triple import GramTriple
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 
 StepMultiplier = Callable[[GramTriple, float], float]
 """Computes λ of a step from its Gram triple and L_ret."""

@@ -7,7 +7,7 @@ import torch
 
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.sampler import AnchorSampler, iter_split, to_policy_batch
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.data.batch_partition import StepPartition
 from craft_ds.engines.base import Batch, Loss
 from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES

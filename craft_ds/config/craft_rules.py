@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from craft_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from craft_ds.config.configs import CraftConfig
+    from craft_ds.config.craft_config import CraftConfig
 
 
 def check_rules(craft: "CraftConfig") -> None:

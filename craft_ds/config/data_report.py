@@ -2,12 +2,7 @@
 
 from dataclasses import dataclass
 
-from craft_ds.errors import UserError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+from craft_ds.config.checks import require
 
 
 @dataclass
@@ -60,7 +55,7 @@ class DataReportConfig:
         """
         for name in ("frames", "samples"):
             value = getattr(self, name)
-            _require(value >= 1, f"--data_report.{name}={value} must be at least 1")
+            require(value >= 1, f"--data_report.{name}={value} must be at least 1")
         for name in (
             "images",
             "clip_warning",
@@ -74,5 +69,5 @@ class DataReportConfig:
             "resolution_error",
         ):
             value = getattr(self, name)
-            _require(value >= 0, f"--data_report.{name}={value} must not be negative")
-        _require(self.far > 1, f"--data_report.far={self.far} must exceed 1")
+            require(value >= 0, f"--data_report.{name}={value} must not be negative")
+        require(self.far > 1, f"--data_report.far={self.far} must exceed 1")

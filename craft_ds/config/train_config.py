@@ -20,6 +20,7 @@ from lerobot.configs.default import DatasetConfig, PeftConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
+from craft_ds.config.checks import check_choice
 from craft_ds.config.configs import (
     ActivationCheckpointing,
     DataCheck,
@@ -28,7 +29,6 @@ from craft_ds.config.configs import (
     OnBadSample,
     RunOptions,
     TrackerName,
-    check_choice,
 )
 from craft_ds.config.secret_scan import refuse_secrets
 from craft_ds.config.suggestions import RENAMED_FLAGS

@@ -113,7 +113,7 @@ def _watch(processes: list[_Process]) -> None:
     while all(process.runs() for process in processes):
         time.sleep(_POLL_S)
     ended = next(process for process in processes if not process.runs())
-    _drop_unread_output()
+    drop_unread_output()
     what = (
         f"the launcher of this rank ({ended.name}{f', process {ended.pid}' if ended.pid else ''}) has ended"
     )
@@ -125,8 +125,8 @@ def _watch(processes: list[_Process]) -> None:
     os._exit(LOST_RANK_STATUS)
 
 
-def _drop_unread_output() -> None:
-    """Drop output that a launcher has read so far: an error in printing must not prevent saving."""
+def drop_unread_output() -> None:
+    """Send output whose reader has ended to nowhere: an error in printing must not prevent saving."""
     for descriptor in (1, 2):
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)

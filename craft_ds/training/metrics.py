@@ -10,7 +10,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from io import FileIO
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from craft_ds.distributed.launcher_watch import drop_unread_output
 from craft_ds.tensor_io.filesystem import atomic_file
 from craft_ds.training.trackers import Tracker
 
@@ -100,6 +101,19 @@ def drop_rows_after(path: Path, step: int) -> None:
         temporary.write_text("".join(kept), encoding="utf-8")
 
 
+@contextlib.contextmanager
+def _outliving_readers() -> Iterator[None]:
+    """Continue without output once its reader has ended.
+
+    A launcher that was killed, or a viewer of the log that was closed, must not end a run before it has
+    saved.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        drop_unread_output()
+
+
 class MetricsLogger:
     """Logs the metrics of one run; on ranks other than 0 every method does nothing.
 
@@ -157,7 +171,8 @@ class MetricsLogger:
     def advance(self) -> None:
         """Move the progress bar by one optimizer step."""
         if self._active:
-            self._bar.update(1)
+            with _outliving_readers():
+                self._bar.update(1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step everywhere.
@@ -230,15 +245,17 @@ class MetricsLogger:
             return
         # A terminal that cannot show λ must not end a training run.
         encoding = sys.stdout.encoding or "utf-8"
-        tqdm.write(line.encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
+        with _outliving_readers():
+            tqdm.write(line.encode(encoding, "replace").decode(encoding))
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Close the bar, the file and the trackers; calling it again does nothing."""
         if not self._active:
             return
         self._active = False
-        self._bar.close()
+        with _outliving_readers():
+            self._bar.close()
         if self._file is not None:
             self._file.close()
         for tracker in self._trackers:

@@ -8,7 +8,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 import craft_ds
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.coverage import count_by_task
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.task_texts import UNUSED
 from craft_ds.distributed.env import launched_world_size

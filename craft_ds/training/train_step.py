@@ -16,7 +16,7 @@ from craft_ds.algorithm.gradient_surgery import MergedGradient, clip_factor, mer
 from craft_ds.algorithm.gram import gram, merge_, scale_, squared_norm
 from craft_ds.algorithm.gram_triple import GramTriple
 from craft_ds.algorithm.multiplier import StepMultiplier
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.base import Batch, Engine, Loss
 from craft_ds.policies.token_loss import token_loss
 

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from craft_ds.algorithm.multiplier import RetentionRecord, epsilon_at
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.training.build import open_run
 from craft_ds.training.run import Run, seed_step

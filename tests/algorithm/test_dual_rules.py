@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from craft_ds.algorithm.dual_rules import dynamic_barrier
 from craft_ds.algorithm.gram_triple import GramTriple
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord, conflict_metrics
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 
 
 def record(step: int, violation: float, multiplier: float = 1.0, **changes) -> RetentionRecord:

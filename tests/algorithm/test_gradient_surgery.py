@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from craft_ds.algorithm.gradient_surgery import GramTriple, clip_factor, merge
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 
 settings.register_profile("patient", deadline=None)  # a busy machine is not a failure
 settings.load_profile("patient")

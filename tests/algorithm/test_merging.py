@@ -12,7 +12,7 @@ from torchjd.linalg import QuadprogProjector
 
 from craft_ds.algorithm.gradient_surgery import GramTriple, merge
 from craft_ds.algorithm.merging import agem, cagrad, merging_weights, mgda, pcgrad, upgrad
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 
 RULES = ["pcgrad", "agem", "cagrad", "mgda", "upgrad"]
 UNSCALED = [(1.0, 1.0), (3.0, 0.5)]

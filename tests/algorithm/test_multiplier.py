@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from craft_ds.algorithm.gradient_surgery import GramTriple, merge
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord, ascend, epsilon_at
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 
 settings.register_profile("patient", deadline=None)  # a busy machine is not a failure
 settings.load_profile("patient")

@@ -15,7 +15,7 @@ from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.anchors.schema import TARGETS, check_metadata
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.commands.anchors import parse_arguments
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.data.batch_partition import partition_step
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import load_policy, load_policy_config

@@ -14,7 +14,7 @@ from runs import metrics, trained
 from safetensors.torch import load_file
 
 from craft_ds.algorithm.multiplier import ascend
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.testing.launch_ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -1,6 +1,7 @@
 import pytest
 
-from craft_ds.config.configs import CraftConfig, EngineConfig, FsdpConfig
+from craft_ds.config.configs import EngineConfig, FsdpConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.errors import UserError
 
 # The table of parameters in the guide.

@@ -8,7 +8,8 @@ import pytest
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.default import DatasetConfig
 
-from craft_ds.config.configs import CraftConfig, EngineConfig, FsdpConfig, LoraConfig
+from craft_ds.config.configs import EngineConfig, FsdpConfig, LoraConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.config.parser import parse_arguments
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.errors import UserError

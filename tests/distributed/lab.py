@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from toy import ToyPolicy, deal, samples
 
 from craft_ds.anchors.sampler import to_policy_batch
-from craft_ds.config.configs import CraftConfig, FsdpConfig, LoraConfig
+from craft_ds.config.configs import FsdpConfig, LoraConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Batch, Engine, ReadRange
 from craft_ds.engines.deepspeed_config import read_ds_config, resolve_ds_config

@@ -24,7 +24,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
-from craft_ds.config.configs import CraftConfig, FsdpConfig  # noqa: E402
+from craft_ds.config.configs import FsdpConfig  # noqa: E402
+from craft_ds.config.craft_config import CraftConfig  # noqa: E402
 from craft_ds.engines.fsdp import FsdpEngine  # noqa: E402
 from craft_ds.engines.single import SingleEngine  # noqa: E402
 from craft_ds.errors import UserError  # noqa: E402

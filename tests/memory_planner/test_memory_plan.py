@@ -5,7 +5,8 @@ import torch
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from small_policies import WORKLOAD, full_batch, read, small_config
 
-from craft_ds.config.configs import CraftConfig, LoraConfig
+from craft_ds.config.configs import LoraConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.single import SingleEngine
 from craft_ds.lora.adapters import add_adapters
 from craft_ds.lora.peft_config import make_peft_config

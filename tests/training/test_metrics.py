@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -154,3 +155,21 @@ def test_console_that_cannot_show_greek(tmp_path, monkeypatch):
         logger.close()
         monkeypatch.undo()
     assert "?=1.23" in (tmp_path / "out").read_text()
+
+
+def test_a_reader_that_has_ended_ends_neither_the_log_nor_the_run(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from craft_ds.training.metrics import MetricsLogger\n"
+        f"logger = MetricsLogger(Path({str(tmp_path)!r}), 10)\n"
+        f"logger.log(1, {PLAIN!r}); sys.stdin.read()\n"
+        f"logger.log(2, {PLAIN!r}); logger.advance(); logger.log(3, {PLAIN!r}); logger.close()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline().startswith(b"Step 1/10")
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]

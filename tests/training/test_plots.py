@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.training import plots
 from craft_ds.training.plots import plot_lambda_analysis
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.training.start_report import (
     anchor_line,
     dataset_line,

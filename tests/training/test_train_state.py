@@ -5,7 +5,7 @@ import math
 import pytest
 
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.training.train_state import Progress, TrainState
 from craft_ds.training.train_step import StepResult
 

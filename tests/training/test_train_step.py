@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from craft_ds.algorithm.multiplier import DualState
-from craft_ds.config.configs import CraftConfig
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.single import SingleEngine
 from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.testing.policies import read_from

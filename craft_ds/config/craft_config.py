@@ -1,0 +1,129 @@
+"""The flags `--craft.*` as a dataclass. Imports neither torch nor LeRobot."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from craft_ds.config.checks import check_choice, require
+from craft_ds.config.craft_rules import check_rules
+
+RetentionLossName = Literal["token_ce", "teacher_tokens", "teacher_kl", "hidden"]
+ProjectionMode = Literal["weighted", "equal", "task_priority"]
+Merging = Literal["guide", "pcgrad", "agem", "cagrad", "mgda", "upgrad"]
+MultiplierRule = Literal["ascent", "nupi", "dynamic_barrier", "fixed"]
+EpsilonSchedule = Literal["linear", "cosine", "exponential"]
+ConstraintSplit = Literal["heldout", "train"]
+
+
+@dataclass
+class CraftConfig:
+    """Constrained Retention Fine-Tuning: the flags `--craft.*`."""
+
+    enabled: bool = False
+    """Run CRaFT; false is the plain baseline (the same loop without anchors)."""
+    anchor_cache_dir: str = ""
+    """Directory of the anchor cache that `craft-ds anchors` wrote."""
+    retention_loss: RetentionLossName = "token_ce"
+    """Loss on anchors: `token_ce` (cross-entropy of the recorded action tokens), or a distance from the
+    teacher's own outputs, which the cache must hold (`craft-ds anchors --targets`): `teacher_tokens`
+    (cross-entropy of its greedy tokens), `teacher_kl` (KL divergence from its next-token distributions, in
+    nats) or `hidden` (squared distance of pooled features, relative). ε is in the unit of this loss."""
+    anchor_batch_size: int = 16
+    """Anchors per rank and retention step for the retention gradient."""
+    retention_freq: int = 5
+    """K: every K-th step is a retention step. Between them λ has no effect, so the mean retention weight
+    is about λ/K."""
+    initial_lambda: float = 1.0
+    """λ before the first retention step."""
+    lambda_lr: float = 0.01
+    """Step size of the dual ascent, in λ per unit of loss."""
+    lambda_max: float = 10.0
+    """Upper bound of λ."""
+    epsilon_start: float = 1.0
+    """ε at step 0; see `epsilon_relative` for its unit."""
+    epsilon_end: float = 0.1
+    """ε after `epsilon_decay_steps`."""
+    epsilon_decay_steps: int = 0
+    """Optimizer steps over which ε falls; 0 means all training steps."""
+    use_grad_projection: bool = True
+    """Project the task gradient g_t off the retention gradient g_r when they conflict."""
+    conflict_threshold: float = -0.1
+    """The two gradients conflict when their cosine is below this."""
+    projection_mode: ProjectionMode = "weighted"
+    """Rule that merges g_t and g_r: `weighted`, `equal` or `task_priority`."""
+    epsilon_schedule: EpsilonSchedule = "linear"
+    """Shape of the decay of ε: `linear`, `cosine` or `exponential`."""
+    epsilon_relative: bool = False
+    """Give ε in multiples of the teacher's own loss on the anchors that measure the constraint, as the
+    anchor cache records it: 1.1 allows a tenth more than the teacher's loss."""
+    constraint_split: ConstraintSplit = "heldout"
+    """Anchors that measure L_ret: `heldout` (episodes that are never trained on; one more forward pass per
+    retention step) or `train` (the anchors just drawn)."""
+    merging: Merging = "guide"
+    """Rule that merges g_t and g_r: `guide` (`projection_mode` and `use_grad_projection`), or as published
+    `pcgrad`, `agem`, `cagrad`, `mgda` or `upgrad`. `agem` and `mgda` have no λ."""
+    cagrad_c: float = 0.5
+    """c of `--craft.merging=cagrad`: distance of the merged gradient from the mean, relative to its norm."""
+    multiplier: MultiplierRule = "ascent"
+    """Rule for λ: `ascent` (dual ascent), `nupi` (a PI controller), `dynamic_barrier` (computed in every
+    retention step from the gradients) or `fixed` (always `initial_lambda`)."""
+    nupi_nu: float = 0.0
+    """ν of `--craft.multiplier=nupi`: smoothing of L_ret − ε, in (-1, 1); 0: none."""
+    nupi_kp: float = 1.0
+    """κp of `--craft.multiplier=nupi`: proportional gain, which damps λ."""
+    nupi_ki: float = 1.0
+    """κi of `--craft.multiplier=nupi`: integral gain."""
+    barrier_beta: float = 1.0
+    """β of `--craft.multiplier=dynamic_barrier`: decrease of L_ret that is asked for, as a squared gradient
+    norm per unit of loss above ε."""
+    vision_features: bool = False
+    """Read the vision tower's features of the anchors' images from the cache instead of running the tower.
+    The cache must hold them (`craft-ds anchors --vision_features`) for this policy's tower, and the tower
+    must be frozen."""
+
+    def validate(self) -> None:
+        """Check every field that CRaFT would use.
+
+        Raises:
+            UserError: Names the flag, its value and what it must be.
+        """
+        if not self.enabled:
+            return
+        require(
+            bool(self.anchor_cache_dir),
+            "--craft.enabled=true needs --craft.anchor_cache_dir (`craft-ds anchors` builds one)",
+        )
+        for name in ("anchor_batch_size", "retention_freq"):
+            value = getattr(self, name)
+            require(value >= 1, f"--craft.{name}={value} must be at least 1")
+        for name in ("initial_lambda", "lambda_lr", "lambda_max", "epsilon_end", "epsilon_decay_steps"):
+            value = getattr(self, name)
+            require(value >= 0, f"--craft.{name}={value} must not be negative")
+        require(
+            self.initial_lambda <= self.lambda_max,
+            f"--craft.initial_lambda={self.initial_lambda} exceeds --craft.lambda_max={self.lambda_max}",
+        )
+        require(
+            self.epsilon_start >= self.epsilon_end,
+            f"--craft.epsilon_start={self.epsilon_start} is below --craft.epsilon_end={self.epsilon_end}: "
+            "the constraint may only tighten, so set epsilon_start >= epsilon_end",
+        )
+        require(
+            -1.0 <= self.conflict_threshold <= 1.0,
+            f"--craft.conflict_threshold={self.conflict_threshold} is a cosine and must lie in [-1, 1]",
+        )
+        check_choice("--craft.retention_loss", self.retention_loss, RetentionLossName)
+        require(
+            not (self.epsilon_relative and self.retention_loss in ("teacher_kl", "hidden")),
+            f"--craft.epsilon_relative=true: the teacher's own {self.retention_loss} is 0 and ε cannot be a "
+            "multiple of it; give an absolute ε, such as --craft.epsilon_start=0.1 --craft.epsilon_end=0.1",
+        )
+        check_choice("--craft.projection_mode", self.projection_mode, ProjectionMode)
+        check_choice("--craft.epsilon_schedule", self.epsilon_schedule, EpsilonSchedule)
+        check_choice("--craft.constraint_split", self.constraint_split, ConstraintSplit)
+        require(
+            self.epsilon_schedule != "exponential" or self.epsilon_end > 0,
+            "--craft.epsilon_schedule=exponential needs --craft.epsilon_end above 0",
+        )
+        check_choice("--craft.merging", self.merging, Merging)
+        check_choice("--craft.multiplier", self.multiplier, MultiplierRule)
+        check_rules(self)
