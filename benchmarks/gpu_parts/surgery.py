@@ -3,7 +3,6 @@
 The triple reads two gradients (8 bytes), the merge reads two and writes one (12 bytes).
 """
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,6 @@ from harness import default_device
 from torch import Tensor
 
 from craft_ds.algorithm.gram import gram, merge_
-from craft_ds.policies.replace_attribute import replace_attribute
 from gpu_parts.timing import launches, seconds
 
 PARAMETERS, UNITS = 603, 48
@@ -29,8 +27,6 @@ def run(small: bool) -> dict[str, Any]:
         for layout, cut in (("one", _whole), ("units", _units), ("separate", _separate)):
             gradients = cut(task), cut(retention)
             rows.append({"elements": size, "layout": layout, **_measure(*gradients, bandwidth)})
-            with replace_attribute(sys.modules[gram.__module__], "compiled_kernels", lambda device: None):
-                rows[-1]["eager"] = _measure(*gradients, bandwidth)
             del gradients
     return {"rows": rows, "ok": all(row["error"] <= _LIMIT for row in rows)}
 
@@ -76,18 +72,17 @@ def _measure(g_t: list[Tensor], g_r: list[Tensor], bandwidth: float) -> dict[str
 def table(result: dict[str, Any]) -> list[str]:
     """Return the lines of the table."""
     lines = [
-        "Surgery against its floor of 20 bytes per element; times as multiples of the floor in brackets, and "
-        "together without compiled kernels",
+        "Surgery against its floor of 20 bytes per element; times as multiples of the floor in brackets",
         "",
-        "| elements | tensors | triple ms | merge ms | together | eager | error of the triple | kernels |",
-        "|---|---|---|---|---|---|---|---|",
+        "| elements | tensors | triple ms | merge ms | together | error of the triple | kernels |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         tensors = f"{row['tensors']}, {row['layout']}" if row["tensors"] > 1 else "1"
         lines.append(
             f"| {row['elements'] / 1e6:.1f} M | {tensors} | {1e3 * row['triple_s']:.2f} "
             f"({row['triple_in_floors']:.2f}) | {1e3 * row['merge_s']:.2f} ({row['merge_in_floors']:.2f}) | "
-            f"({row['in_floors']:.2f}) | ({row['eager']['in_floors']:.2f}) | {row['error']:.0e} | "
+            f"({row['in_floors']:.2f}) | {row['error']:.0e} | "
             f"{row['launches']['kernels']} |"
         )
     return lines

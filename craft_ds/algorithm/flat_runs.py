@@ -14,12 +14,18 @@ def flat_runs(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     give nothing.
 
     Args:
-        lists: Lists of contiguous tensors with the same numbers of elements.
+        lists: Lists of tensors with the same numbers of elements. One that is not contiguous gives a copy.
+
+    Raises:
+        ValueError: The lists, or tensors at the same place, have different sizes.
     """
     run: list[tuple[Tensor, ...]] = []
-    for tensors in zip(*lists, strict=True):
-        if tensors[0].numel() == 0:
+    for shaped in zip(*lists, strict=True):
+        if all(tensor.numel() == 0 for tensor in shaped):
             continue
+        tensors = tuple(tensor.reshape(-1) for tensor in shaped)
+        if len({tensor.numel() for tensor in tensors}) > 1:
+            raise ValueError(f"tensors of different sizes: {[tuple(tensor.shape) for tensor in shaped]}")
         if run and not all(map(_follows, tensors, run[-1])):
             yield _views(run)
             run = []

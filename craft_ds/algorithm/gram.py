@@ -1,8 +1,7 @@
 """Operations on lists of local gradient shards, independent of the engine.
 
 A shard is this rank's part of the gradient: a tensor of any shape, usually fp32. Nothing here communicates:
-the caller sums the local results over ranks in one collective. On an accelerator each operation is one
-compiled kernel that reads the gradients once, where kernels can be compiled.
+the caller sums the local results over ranks in one collective.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from craft_ds.algorithm.flat_runs import flat_runs
-from craft_ds.algorithm.kernels import Kernels, compiled_kernels
 
 # One fp32 dot product over a billion elements has an error of 1e-3. Blocks that fit into the cache, summed in
 # fp64, have an error of 2e-7 and read each gradient once for all three products.
@@ -20,19 +18,11 @@ CPU_BLOCK = 1 << 16
 DEVICE_BLOCK = 1 << 26
 
 
-def _kernels(*lists: Sequence[Tensor]) -> Kernels | None:
-    if not lists[0] or not all(tensor.is_contiguous() for tensors in lists for tensor in tensors):
-        return None
-    return compiled_kernels(lists[0][0].device)
-
-
 def _blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    for tensors in zip(*lists, strict=True):
-        size = CPU_BLOCK if tensors[0].device.type == "cpu" else DEVICE_BLOCK
+    for run in flat_runs(*lists):
+        size = CPU_BLOCK if run[0].device.type == "cpu" else DEVICE_BLOCK
         # Block by block, so that bf16 shards need no complete fp32 copy.
-        yield from zip(
-            *(map(Tensor.float, tensor.reshape(-1).split(size)) for tensor in tensors), strict=True
-        )
+        yield from zip(*(map(Tensor.float, tensor.split(size)) for tensor in run), strict=True)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -54,9 +44,6 @@ def gram(task: Sequence[Tensor], retention: Sequence[Tensor]) -> Tensor:
         task: Shards of g_t.
         retention: Shards of g_r, in the same order and shapes.
     """
-    if kernels := _kernels(task, retention):
-        triples = [kernels.triple(t, r) for t, r in flat_runs(task, retention)]
-        return torch.stack(triples).sum(dim=0) if triples else task[0].new_zeros(3, dtype=torch.float64)
     products: tuple[list[Tensor], ...] = ([], [], [])
     for t, r in _blocks(task, retention):
         for target, (x, y) in zip(products, ((t, t), (t, r), (r, r)), strict=True):
@@ -66,8 +53,6 @@ def gram(task: Sequence[Tensor], retention: Sequence[Tensor]) -> Tensor:
 
 def squared_norm(shards: Sequence[Tensor]) -> Tensor:
     """Return this rank's part of ‖g‖²: fp64 scalar tensor on the shards' device."""
-    if kernels := _kernels(shards):
-        return _sum([kernels.squared_norm(x) for (x,) in flat_runs(shards)], shards)
     return _sum([_dot(x, x) for (x,) in _blocks(shards)], shards)
 
 
@@ -76,16 +61,22 @@ def merge_(retention: Sequence[Tensor], task: Sequence[Tensor], a: float, b: flo
 
     The retention shards are overwritten, since they are where the engine's optimizer reads gradients.
     """
-    if kernels := _kernels(task, retention):
-        for t, r in flat_runs(task, retention):
-            kernels.merge_(r, t, a, b)
-        return
+    retention, task = _in_place(retention, task)
     scale_(retention, b)
     if retention:
-        torch._foreach_add_(list(retention), list(task), alpha=a)
+        torch._foreach_add_(retention, task, alpha=a)
 
 
 def scale_(shards: Sequence[Tensor], factor: float) -> None:
     """Multiply every shard by a factor, in place."""
+    (shards,) = _in_place(shards)
     if shards and factor != 1.0:
-        torch._foreach_mul_(list(shards), factor)
+        torch._foreach_mul_(shards, factor)
+
+
+def _in_place(*lists: Sequence[Tensor]) -> Sequence[list[Tensor]]:
+    """Return views that together have the elements of the lists: as few as possible."""
+    if all(tensor.is_contiguous() for tensors in lists for tensor in tensors):
+        runs = list(flat_runs(*lists))
+        return [[run[i] for run in runs] for i in range(len(lists))]
+    return [list(tensors) for tensors in lists]

@@ -2,7 +2,7 @@
 
 `torchrun`, `deepspeed`, `accelerate` and job scripts describe a rank by RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR and MASTER_PORT. `read_launch` alone decides what they mean; an empty variable is an unset one.
-Without RANK there is no launch, whatever is left over in the shell: the process is one rank. torch,
+Without RANK there is no launch: the process is one rank, and a launcher's other variables are ignored. torch,
 DeepSpeed, accelerate and LeRobot read the same variables themselves, so `settle_environment` removes what is
 ignored.
 
@@ -36,7 +36,7 @@ class Launch(NamedTuple):
         local_rank: Rank among those of this machine.
         address: Host name or address of rank 0; empty without a launcher.
         port: TCP port of the store on that host; 0 without a launcher.
-        ignored: Variables that are left over and mean nothing without RANK.
+        ignored: Variables of a launcher that mean nothing without RANK.
     """
 
     rank: int = 0

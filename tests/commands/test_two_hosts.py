@@ -214,7 +214,7 @@ def test_hostfile_of_deepspeed(pair, start, inputs, expected, tmp_path, remote_s
 @pytest.mark.parametrize("engine", [FSDP, ZERO3], ids=["fsdp", "zero3"])
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_host_that_is_cut_off(pair, start, inputs, tmp_path, train, rendezvous, engine):
-    """Both ends stop and name the rank that is lost; one host goes on from the last checkpoint."""
+    """Both ends stop and name the rank that is lost; one host resumes from the last checkpoint."""
     run = tmp_path / "run"
     flags = [*inputs.flags(run), *engine, "--save_freq=2", "--steps=100000", "--rank_timeout=20"]
     for host in pair:  # torchrun waits for the other's store until the kernel gives the connection up
@@ -245,7 +245,7 @@ def test_host_that_is_cut_off(pair, start, inputs, tmp_path, train, rendezvous, 
 
 
 @pytest.mark.sample(0)
-def test_elastic_run_goes_on_with_one_host(pair, start, inputs, tmp_path):
+def test_elastic_run_resumes_with_one_host(pair, start, inputs, tmp_path):
     """A host loses power; the other starts again from the last checkpoint, with the same global batch."""
     run = tmp_path / "run"
     steps = 40

@@ -24,6 +24,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
+from craft_ds.algorithm.flat_runs import flat_runs  # noqa: E402
 from craft_ds.config.configs import FsdpConfig  # noqa: E402
 from craft_ds.config.craft_config import CraftConfig  # noqa: E402
 from craft_ds.engines.fsdp import FsdpEngine  # noqa: E402
@@ -138,6 +139,19 @@ def gradients_are_handed_over_without_a_copy(lab: Lab) -> None:
     assert all(torch.equal(a, b) for a, b in zip(taken, kept, strict=True))
 
 
+def gradients_of_a_unit_are_one_run(lab: Lab) -> None:
+    """As many kernels as units: what FSDP2 reduces together, surgery reads together."""
+    engine = lab.pi0_engine()
+    units = sum(isinstance(module, FSDPModule) for module in engine.module.modules())
+    for batch in lab.pi0_batches(0, 2):
+        engine.backward(engine.forward(batch).total, last=True)
+    gradients = engine.gradient()
+    runs = [run for (run,) in flat_runs(gradients)]
+    assert sum(run.numel() for run in runs) == sum(part.numel() for part in gradients)
+    # The root's parameters lie before and behind those of the other units.
+    assert units <= len(runs) <= 2 * units < len(gradients)
+
+
 def nothing_stays_gathered(lab: Lab) -> None:
     """Nothing stays gathered after a pass, nor after an evaluation without a backward pass."""
     for kind in ("fsdp", "fsdp_kept"):
@@ -212,6 +226,7 @@ CHECKS: dict[str, Callable[[Lab], None]] = {
         scalar_parameters_are_refused,
         the_step_sends_nothing,
         gradients_are_handed_over_without_a_copy,
+        gradients_of_a_unit_are_one_run,
         nothing_stays_gathered,
         evaluation_sees_the_last_step,
         frozen_parameters_are_kept_as_they_are_gathered,
