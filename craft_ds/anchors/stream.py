@@ -1,6 +1,7 @@
 """Micro-batches of anchors for the retention gradient and for the constraint."""
 
 import logging
+import math
 from collections.abc import Iterator
 
 import torch
@@ -34,6 +35,7 @@ class AnchorStream:
         share: As given.
         epsilon_unit: Unit of ε: 1, or with `epsilon_relative` the teacher's loss on the
             constraint's anchors.
+        heldout_epsilon_unit: The same for the held-out anchors, which evaluations measure; NaN without any.
 
     Raises:
         UserError: A required split has fewer anchors than there are ranks, or the anchors lack the targets of
@@ -69,8 +71,10 @@ class AnchorStream:
                         cache.path,
                         len(cache.splits[split]),
                     )
-        teacher_loss = cache.loss_of(craft.retention_loss)[craft.constraint_split]["overall"]
-        self.epsilon_unit: float = teacher_loss if craft.epsilon_relative else 1.0
+        losses = {split: entry["overall"] for split, entry in cache.loss_of(craft.retention_loss).items()}
+        relative = craft.epsilon_relative
+        self.epsilon_unit: float = losses[craft.constraint_split] if relative else 1.0
+        self.heldout_epsilon_unit: float = (losses["heldout"] or math.nan) if relative else 1.0
 
     def gradient_batches(self, first: int) -> Iterator[Batch]:
         """Return the anchors that give the gradient of a retention step.

@@ -1,4 +1,4 @@
-"""Directory of a run: its checkpoints, the newest, the `last` link, and deletion of old ones."""
+"""Directory of a run: its checkpoints, the newest, the links `last` and `best`, and deletion of old ones."""
 
 import contextlib
 import errno
@@ -15,6 +15,8 @@ from craft_ds.tensor_io.move_aside import move_aside
 
 FINAL = "final"
 LAST = "last"
+BEST = "best"
+LINKS = (LAST, BEST)
 _STEP = re.compile(r"step_\d{6,}")
 # Object stores and some network file systems have no symbolic links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -30,14 +32,15 @@ def step_directory(output_dir: Path, step: int) -> Path:
 def checkpoint_directories(output_dir: Path) -> list[Path]:
     """Return every directory with a checkpoint's name, complete or not.
 
-    `last` is among them if it is a directory: tools that copy runs to or from object stores follow links.
+    A link's name is among them if it is a directory: tools that copy runs to or from object stores follow
+    links.
     """
     return [path for path in _named(output_dir) if path.is_dir() and not path.is_symlink()]
 
 
 def _named(output_dir: Path) -> list[Path]:
     found = [path for path in output_dir.glob("step_*") if _STEP.fullmatch(path.name)]
-    return [*found, output_dir / FINAL, output_dir / LAST]
+    return [*found, output_dir / FINAL, *(output_dir / name for name in LINKS)]
 
 
 def complete_checkpoints(output_dir: Path) -> tuple[list[tuple[int, Path]], dict[Path, str]]:
@@ -50,7 +53,7 @@ def complete_checkpoints(output_dir: Path) -> tuple[list[tuple[int, Path]], dict
     skipped = {
         path: f"{path} is not a directory"
         for path in _named(output_dir)
-        if os.path.lexists(path) and path.name != LAST and (path.is_symlink() or not path.is_dir())
+        if os.path.lexists(path) and path.name not in LINKS and (path.is_symlink() or not path.is_dir())
     }
     for path in checkpoint_directories(output_dir):
         try:
@@ -62,15 +65,19 @@ def complete_checkpoints(output_dir: Path) -> tuple[list[tuple[int, Path]], dict
 
 
 def point_last_at(directory: Path) -> None:
-    """Point the link `last` at a checkpoint, if the file system has symbolic links.
+    """Point the link `last` at a checkpoint, as `point_link_at`."""
+    point_link_at(directory.with_name(LAST), directory)
+
+
+def point_link_at(link: Path, directory: Path) -> None:
+    """Point a link at a checkpoint beside it, if the file system has symbolic links.
 
     Anything but a link with that name is moved aside, with a warning.
 
     Raises:
         OSError: The disk is full or not writable.
     """
-    last = directory.with_name(LAST)
-    temporary = unfinished_path(last)
+    temporary = unfinished_path(link)
     remove_node(temporary)
     try:
         temporary.symlink_to(directory.name)
@@ -78,9 +85,9 @@ def point_last_at(directory: Path) -> None:
         if error.errno in _NO_LINKS:
             return
         raise
-    if os.path.lexists(last) and not last.is_symlink():
-        logger.warning("%s is not a link: renamed it to %s", last, move_aside(last))
-    temporary.rename(last)
+    if os.path.lexists(link) and not link.is_symlink():
+        logger.warning("%s is not a link: renamed it to %s", link, move_aside(link))
+    temporary.rename(link)
     fsync(directory.parent)
 
 
@@ -112,6 +119,39 @@ def replace_last_copy(output_dir: Path, verified: Path) -> tuple[Path, str | Non
     return verified, message
 
 
+def replace_best_copy(output_dir: Path) -> str | None:
+    """Make `best` a link again if it is a directory.
+
+    The only copy of its step gets its step's name.
+
+    Returns:
+        A message about what was done, if anything.
+
+    Raises:
+        OSError: The directory is not writable.
+    """
+    best = output_dir / BEST
+    if best.is_symlink() or not best.is_dir():
+        return None
+    try:
+        manifest = read_manifest(best)
+    except UserError as error:
+        return f"{error}: renamed {best} to {move_aside(best)}"
+    complete, _ = complete_checkpoints(output_dir)
+    of_step = [path for step, path in complete if step == manifest["step"] and path.name not in LINKS]
+    same = next((path for path in of_step if read_manifest(path) == manifest), None)
+    if same is not None:
+        remove_node(best.rename(unfinished_path(best)))
+        message = f"{best} was a copy of {same.name}: replaced it by a link"
+    elif of_step or os.path.lexists(step_directory(output_dir, manifest["step"])):
+        return f"{best} was a directory: renamed it to {move_aside(best)}"
+    else:
+        same = best.rename(step_directory(output_dir, manifest["step"]))
+        message = f"{best} was a directory: renamed it to {same}"
+    point_link_at(best, same)
+    return message
+
+
 def repair_last_link(directory: Path) -> None:
     """Point `last` at a run's final checkpoint, in case the run died between the two renames.
 
@@ -123,13 +163,14 @@ def repair_last_link(directory: Path) -> None:
             point_last_at(directory)
 
 
-def prune(output_dir: Path, save_total_limit: int, keep_period: int) -> list[Path]:
+def prune(output_dir: Path, save_total_limit: int, keep_period: int, keep: Path | None = None) -> list[Path]:
     """Delete the oldest complete periodic checkpoints beyond a limit.
 
     Args:
         output_dir: The run's directory.
         save_total_limit: Number of newest periodic checkpoints to keep; 0: all.
         keep_period: Also keep checkpoints whose step is a multiple of it; 0: none.
+        keep: Also keep this one. So is the one that the link `best` names.
 
     Returns:
         The deleted directories.
@@ -140,9 +181,12 @@ def prune(output_dir: Path, save_total_limit: int, keep_period: int) -> list[Pat
     if not save_total_limit:
         return []
     complete, _ = complete_checkpoints(output_dir)
-    periodic = [(step, path) for step, path in complete if path.name not in (FINAL, LAST)]
+    periodic = [(step, path) for step, path in complete if path.name not in (FINAL, *LINKS)]
+    best = {keep and keep.name, (output_dir / BEST).resolve().name}
     surplus = [
-        path for step, path in periodic[save_total_limit:] if not (keep_period and step % keep_period == 0)
+        path
+        for step, path in periodic[save_total_limit:]
+        if path.name not in best and not (keep_period and step % keep_period == 0)
     ]
     for path in surplus:
         # Renamed first: an interrupted deletion must not leave half a checkpoint under its name.
@@ -156,7 +200,7 @@ def remove_unfinished(output_dir: Path) -> None:
     Raises:
         OSError: Something cannot be removed.
     """
-    for pattern in (f"step_*{UNFINISHED}", f"{FINAL}{UNFINISHED}", f"{LAST}{UNFINISHED}"):
+    for pattern in (f"{name}{UNFINISHED}" for name in ("step_*", FINAL, *LINKS)):
         for path in output_dir.glob(pattern):
             remove_node(path)
 

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from craft_ds.algorithm.model_selection import EvalRecord
+from craft_ds.checkpoints.best_link import update_best_link
 from craft_ds.checkpoints.manifest import hash_files, read_manifest, write_manifest
 from craft_ds.checkpoints.run_directory import (
     FINAL,
@@ -63,6 +65,7 @@ class PendingCheckpoint:
         world_size: Number of ranks.
         extra: Writes further files into the directory it is given (rank 0 only).
         progress: Called after each piece of work.
+        evaluations: Evaluations by which the link `best` is chosen; empty: it is left alone.
     """
 
     directory: Path
@@ -76,6 +79,7 @@ class PendingCheckpoint:
     world_size: int
     extra: Callable[[Path], None] | None
     progress: Callable[[], None]
+    evaluations: Sequence[EvalRecord]
 
     @property
     def temporary(self) -> Path:
@@ -218,12 +222,19 @@ class PendingCheckpoint:
             files=files,
         )
         self._verify()
-        old_final = set_old_final_aside(self.directory.parent) if self.directory.name == FINAL else None
+        old_final = None
+        if self.directory.name == FINAL:
+            old_final = set_old_final_aside(self.directory.parent)
+            self._update_best_link()  # it may name the old final
         publish_directory(self.temporary, self.directory)
         point_last_at(self.directory)
         if old_final is not None:
             remove_node(old_final)
-        prune(self.directory.parent, self.config.save_total_limit, self.config.keep_period)
+        best = self._update_best_link()
+        prune(self.directory.parent, self.config.save_total_limit, self.config.keep_period, best)
+
+    def _update_best_link(self) -> Path | None:
+        return update_best_link(self.directory.parent, self.evaluations) if self.evaluations else None
 
     def _verify(self) -> None:
         """Check that every file is there, before the directory gets its name and older ones are deleted."""
@@ -252,6 +263,7 @@ def prepare_checkpoint(
     adapters: Adapters | None = None,
     extra: Callable[[Path], None] | None = None,
     progress: Callable[[], None] = lambda: None,
+    evaluations: Sequence[EvalRecord] = (),
 ) -> PendingCheckpoint:
     """Collect the contents of a checkpoint as views of the engine's tensors. Collective: call on all ranks.
 
@@ -267,6 +279,7 @@ def prepare_checkpoint(
         adapters: The trained adapters, which alone are written; None for full training.
         extra: Writes further files into the directory it is given (rank 0 only).
         progress: Called after each piece of work, in the thread that does it.
+        evaluations: Evaluations by which the link `best` is chosen; empty: it is left alone.
     """
     return PendingCheckpoint(
         directory=directory,
@@ -280,6 +293,7 @@ def prepare_checkpoint(
         world_size=engine.world_size,
         extra=extra,
         progress=progress,
+        evaluations=evaluations,
     )
 
 

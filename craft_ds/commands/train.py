@@ -32,11 +32,11 @@ def main(arguments: Sequence[str]) -> None:
             f"{TRAIN_CONFIG_NAME} of the checkpoint"
         )
     # Imported here: LeRobot and torch take seconds, and their import errors become one line too.
-    from craft_ds.checkpoints.run_directory import repair_last_link
     from craft_ds.config.parser import parse_arguments
     from craft_ds.config.secret_scan import refuse_secrets
     from craft_ds.distributed.collectives import destroy_process_group, process_group_is_initialized
     from craft_ds.training.exclusive_run import exclusive_run
+    from craft_ds.training.finished import finished_line, repair_links
     from craft_ds.training.resume import join_ranks, resolve_resume, resumed_output
     from craft_ds.training.start_report import first_line
     from craft_ds.training.trainer import train_craft
@@ -62,10 +62,10 @@ def main(arguments: Sequence[str]) -> None:
         if launched_rank() == 0:
             print(first_line(config), flush=True)
         config.verified_checkpoint = chosen.checkpoint
-        if chosen.checkpoint is not None and chosen.is_finished(config.steps):
+        if chosen.checkpoint is not None and (reason := finished_line(chosen, config)):
             if launched_rank() == 0:
-                repair_last_link(chosen.checkpoint)
-                print(f"{chosen.checkpoint} has done all --steps={config.steps}: nothing to do")
+                repair_links(chosen.checkpoint, config)
+                print(reason)
         else:
             train_craft(config)
     if not created_by_caller:

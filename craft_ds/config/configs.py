@@ -256,6 +256,13 @@ class RunOptions:
     one is complete and verified. `final` is always kept."""
     keep_period: int = 0
     """Keep every periodic checkpoint whose step is a multiple of this; 0: none."""
+    save_best: bool = False
+    """Point the link `best` at the checkpoint with the lowest held-out task loss among those whose loss on
+    held-out anchors is at most ε at their step, or nearest to it if there is none. Evaluates before every
+    periodic and the final save; `save_total_limit` does not delete the best. Needs `--dataset.eval_split`."""
+    early_stop_patience: int = 0
+    """Stop training, and save `final`, after this many evaluations in a row in which the held-out task loss
+    did not improve on its best; 0: never. Needs `--eval_freq` or `--save_best=true`."""
     log_to: str = ""
     """Trackers besides `metrics.jsonl`, separated by commas: wandb, tensorboard, trackio.
     `--wandb.enable=true` means wandb; `--wandb.project` names the project of trackio too."""

@@ -31,6 +31,7 @@ from craft_ds.config.configs import (
     TrackerName,
 )
 from craft_ds.config.secret_scan import refuse_secrets
+from craft_ds.config.selection_rules import check_selection
 from craft_ds.config.suggestions import RENAMED_FLAGS
 from craft_ds.config.unsupported import NO_EFFECT_IN_PI0_FAST, refuse_unsupported
 from craft_ds.distributed.preemption import parse_duration
@@ -105,6 +106,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             "num_workers": 0,
             "save_total_limit": 0,
             "keep_period": 0,
+            "early_stop_patience": 0,
             "max_skipped_steps": 0,
             "outlier_factor": 0,
             "rank_timeout": 1,
@@ -129,6 +131,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         self.eval_steps = self.eval_freq
         if self.eval_freq and not self.dataset.eval_split:
             self.dataset.eval_split = 0.05
+        check_selection(self)
         try:
             with nullcontext() if self.resume else _output_dir_as_text(self):
                 super().validate()

@@ -88,18 +88,46 @@ def _anchors(run: dict[str, Any], _: Path, config: PreTrainedConfig) -> _Source:
     return _Source(f"anchors of {path}", len(cache), lambda rows: to_policy_batch(cache.read(rows), "cpu"))
 
 
+def open_frames(
+    run: dict[str, Any],
+    checkpoint: Path,
+    config: PreTrainedConfig,
+    repo_id: str,
+    root: str | None,
+    device: str = "cpu",
+) -> tuple[NamedSamples, Callable[[list[int]], Batch]]:
+    """Open a data set for a checkpoint's policy.
+
+    Args:
+        run: Content of the checkpoint's `train_config.json`: names and missing cameras of its data set.
+        checkpoint: Holds the processors.
+        config: Configuration of the policy.
+        repo_id: The data set.
+        root: Its local directory; None: LeRobot's cache, then the hub.
+        device: Device of the batches.
+
+    Returns:
+        The samples, and a function that reads some of them as a batch of the policy.
+
+    Raises:
+        UserError: The data set cannot be opened, or does not fit the policy.
+    """
+    changes = policy_changes(config, config, rename_map=run["rename_map"])  # older checkpoints lack it
+    preprocessor, _ = load_processors(config, checkpoint, device, changes)
+    masked = run.get("allow_missing_cameras", False)
+    samples = NamedSamples(open_dataset(repo_id, root, config, preprocessor, masked))
+
+    def read(rows: list[int]) -> Batch:
+        return preprocessor(images_to_float(lerobot_collate_fn([samples[row] for row in rows])))
+
+    return samples, read
+
+
 def _frames(run: dict[str, Any], checkpoint: Path, config: PreTrainedConfig) -> _Source:
     repo_id, root = run["dataset"]["repo_id"], run["dataset"]["root"]
     if not Path(root or HF_LEROBOT_HOME / repo_id).is_dir():
         raise UserError(f"data set {repo_id} is not on this machine")
-    changes = policy_changes(config, config, rename_map=run["rename_map"])  # older checkpoints lack it
-    preprocessor, _ = load_processors(config, checkpoint, changes=changes)
-    masked = run.get("allow_missing_cameras", False)
-    dataset = NamedSamples(open_dataset(repo_id, root, config, preprocessor, masked))
-
-    def read(rows: list[int]) -> Batch:
-        return preprocessor(images_to_float(lerobot_collate_fn([dataset[row] for row in rows])))
-
+    dataset, read = open_frames(run, checkpoint, config, repo_id, root)
     try:
         read([0])
     except Exception as error:  # any error of the processors or the video decoder

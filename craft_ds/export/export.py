@@ -14,6 +14,7 @@ import torch
 
 from craft_ds.checkpoints import verify_checkpoint
 from craft_ds.errors import UserError, one_line
+from craft_ds.export.alpha_search import AlphaSearch, search_alpha
 from craft_ds.export.interpolate import interpolated
 from craft_ds.export.lora_merge import MergedWeights
 from craft_ds.export.verify_merge import check_comparable, verify_merge
@@ -47,7 +48,7 @@ def export_checkpoint(
     max_token_difference: float | None = None,
     device: str = "cpu",
     merge_with: str = "",
-    alpha: float | None = None,
+    alpha: float | AlphaSearch | None = None,
 ) -> str:
     """Write a checkpoint's policy to a new directory.
 
@@ -63,7 +64,8 @@ def export_checkpoint(
             the bound for the dtype in `craft_ds.export.verify_merge`.
         device: Device on which merged policy and adapters are compared.
         merge_with: A policy, such as the teacher, with whose weights to interpolate; empty: none.
-        alpha: Share of `merge_with` in the weights, in [0, 1]; None: a half.
+        alpha: Share of `merge_with` in the weights, in [0, 1]; None: a half. A search chooses it by losses on
+            held-out data, and writes them to `report_path(output)`.
 
     Returns:
         A description of the export, for the log.
@@ -82,12 +84,16 @@ def export_checkpoint(
             "the export"
         )
     if alpha is not None and not merge_with:
-        raise UserError(f"--alpha={alpha} applies only with --merge_with: remove the flag")
-    alpha = DEFAULT_ALPHA if alpha is None else alpha
-    if not 0 <= alpha <= 1:
-        raise UserError(f"--alpha={alpha} must lie in [0, 1]")
+        given = "auto" if isinstance(alpha, AlphaSearch) else alpha
+        raise UserError(f"--alpha={given} applies only with --merge_with: remove the flag")
     _check_device(device)
     try:
+        found = ""
+        if isinstance(alpha, AlphaSearch):
+            alpha, found = search_alpha(alpha, checkpoint, merge_with, report_path(output), device)
+        alpha = DEFAULT_ALPHA if alpha is None else alpha
+        if not 0 <= alpha <= 1:
+            raise UserError(f"--alpha={alpha} must lie in [0, 1]")
         with atomic_directory(output, flag="--output") as temporary:
             copy_policy_files(checkpoint, temporary, output)
             if merge_lora:
@@ -105,10 +111,16 @@ def export_checkpoint(
             with _weights(checkpoint, merge_with, alpha) as read:
                 _write(checkpoint / WEIGHTS, temporary / WEIGHTS, DTYPES[dtype], read)
             if merge_with:
-                return f"{1 - alpha:g} of its weights and {alpha:g} of those of {merge_with}"
+                shares = f"{1 - alpha:g} of its weights and {alpha:g} of those of {merge_with}"
+                return f"{shares}; {found}" if found else shares
             return "the complete policy"
     except OSError as error:
         raise UserError(f"--output={output} cannot be written: {error}") from error
+
+
+def report_path(output: Path) -> Path:
+    """Return the file, beside an export, with the losses by which a search chose α."""
+    return output.with_name(f"{output.name}_alphas.json")
 
 
 def _check_flags(

@@ -33,13 +33,8 @@ def interpolated(checkpoint: Path, teacher: str, alpha: float) -> Iterator[ReadR
     Raises:
         UserError: The two cannot be interpolated.
     """
-    directory = resolve_policy_path(teacher)
-    for path in (checkpoint, directory):
-        if has_adapters(path):
-            raise UserError(f"--merge_with: {path} holds LoRA adapters: export it with --merge_lora first")
-    config = load_policy_config(checkpoint)
-    policy = build_policy(config, checkpoint)
-    _check_same_input(checkpoint, directory)
+    directory = check_pair(checkpoint, teacher)
+    policy = build_policy(load_policy_config(checkpoint), checkpoint)
     with WeightReader(checkpoint, policy) as tuned, WeightReader(directory, policy) as original:
 
         def read(name: str, start: int, stop: int) -> Tensor:
@@ -49,6 +44,20 @@ def interpolated(checkpoint: Path, teacher: str, alpha: float) -> Iterator[ReadR
             return torch.lerp(values.float(), original.read(name, start, stop).float(), alpha)
 
         yield read
+
+
+def check_pair(checkpoint: Path, teacher: str) -> Path:
+    """Check that the weights of two policies mean the same; return the directory of the teacher.
+
+    Raises:
+        UserError: One holds adapters, or their processors make different tokens.
+    """
+    directory = resolve_policy_path(teacher)
+    for path in (checkpoint, directory):
+        if has_adapters(path):
+            raise UserError(f"--merge_with: {path} holds LoRA adapters: export it with --merge_lora first")
+    _check_same_input(checkpoint, directory)
+    return directory
 
 
 def _check_same_input(checkpoint: Path, teacher: Path) -> None:

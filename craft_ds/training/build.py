@@ -197,6 +197,8 @@ def _build(
         teacher_loss=teacher_loss,
         background=background,
     )
+    if config.resume:
+        checkpointer.repair_best_link()
     bad_samples = BadSampleLog(
         config.on_bad_sample, logger.say, lambda: checkpointer.report_finished_saves(wait=True)
     )

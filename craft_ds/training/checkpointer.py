@@ -1,11 +1,13 @@
 """Saving during training: periodic, in the background, on preemption, and at the end."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.optim.lr_scheduler import LRScheduler
 
 from craft_ds.checkpoints import BackgroundSaver, prepare_checkpoint, step_directory
+from craft_ds.checkpoints.best_link import best_checkpoint, update_best_link
 from craft_ds.checkpoints.run_directory import FINAL
 from craft_ds.checkpoints.save import PendingCheckpoint
 from craft_ds.config.train_config import TrainConfig
@@ -89,6 +91,12 @@ class Checkpointer:
         self._save(directory, final=True)
         return directory
 
+    def repair_best_link(self) -> None:
+        """Point `best` where it belongs, in case the run died before, or a checkpoint was moved aside."""
+        if self.config.save_best and self.config.save_checkpoint and self.engine.rank == 0:
+            with contextlib.suppress(OSError):  # the next save reports it
+                update_best_link(Path(self.config.output_dir), self.state.evaluations)
+
     def report_finished_saves(self, *, wait: bool = False) -> None:
         """Log how the save in the background ended, if it ended. Collective: call on all ranks.
 
@@ -98,7 +106,7 @@ class Checkpointer:
         if self.background is not None and (wait or self.background.idle):
             try:
                 if (directory := self.background.wait()) is not None:
-                    self.logger.say(f"saved {directory}")
+                    self._say_saved(directory)
             except UserError as error:
                 self._log_failed_save(error)
 
@@ -112,7 +120,14 @@ class Checkpointer:
     def _save(self, directory: Path, *, final: bool = False) -> None:
         self.report_finished_saves(wait=True)
         self._prepare(directory, final=final).write()
+        self._say_saved(directory)
+
+    def _say_saved(self, directory: Path) -> None:
         self.logger.say(f"saved {directory}")
+        if self.config.save_best and self.engine.rank == 0:
+            found = best_checkpoint(Path(self.config.output_dir), self.state.evaluations)
+            if found is not None:
+                self.logger.say(f"best checkpoint: {found[1]} ({found[0].describe()})")
 
     def _check_output_dir(self) -> None:
         """Check that the run's directory still exists: one created anew may be on another file system."""
@@ -134,6 +149,7 @@ class Checkpointer:
             adapters=self.adapters,
             extra=self._write_history if final and self.config.craft.enabled else None,
             progress=self.watchdog.progress,
+            evaluations=tuple(self.state.evaluations) if self.config.save_best else (),
         )
 
     def _write_history(self, directory: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from lerobot.processor import PolicyProcessorPipeline
 from torch import Tensor
 
+from craft_ds.algorithm.multiplier import epsilon_at
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.checked_samples import BadSample, NamedSamples
@@ -45,12 +46,16 @@ class Evaluator:
     anchors: AnchorStream | None
     bad_samples: BadSampleLog
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """Evaluate the policy as it is now. Collective: call on all ranks.
 
+        Args:
+            step: Optimizer steps done.
+
         Returns:
-            `eval/task_loss`, `eval/anchor_loss`, `eval/retention_loss` (where it is another loss) and
-            `eval/success/<task>`, each where it is configured; the same on all ranks.
+            `eval/task_loss`, `eval/anchor_loss`, `eval/retention_loss` (where it is another loss),
+            `eval/epsilon` (in its unit) and `eval/success/<task>`, each where it is configured; the same on
+            all ranks.
 
         Raises:
             UserError: A held-out sample is bad, and bad samples are errors.
@@ -66,6 +71,8 @@ class Evaluator:
                 metrics["eval/retention_loss"] = self._mean_loss(
                     self.anchors.heldout_batches(*sizes), self.anchors.loss
                 )
+            unit = self.anchors.heldout_epsilon_unit
+            metrics["eval/epsilon"] = unit * epsilon_at(step, config.steps, config.craft)
         success = evaluate_in_world(
             config.world, self._act, self.preprocessor, self.postprocessor, engine.rank, engine.world_size
         )

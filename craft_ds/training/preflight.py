@@ -67,6 +67,11 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
     cache.check_policy(config.policy)
     cache.loss_of(config.craft.retention_loss)
     check_coverage(cache, config.craft.constraint_split, launched_world_size())
+    if config.save_best and not cache.splits["heldout"]:
+        raise UserError(
+            f"--save_best=true measures retention on held-out anchors, and {cache.path} has none: build a "
+            "cache of tasks with at least two episodes by `craft-ds anchors --heldout_fraction=0.2`"
+        )
     if config.craft.vision_features and is_local_rank0():
         check_vision_features(cache, inputs.weights_dir, config.policy)
     return inputs._replace(cache=cache)

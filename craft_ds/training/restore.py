@@ -18,6 +18,7 @@ from craft_ds.engines import check_step
 from craft_ds.errors import UserError
 from craft_ds.policies.directory import CONFIG
 from craft_ds.tensor_io.safe_json import is_count, read_object
+from craft_ds.training.finished import stopped_early_line
 from craft_ds.training.resume import changed_flags, check_same_policy
 from craft_ds.training.train_state import Progress, TrainState
 
@@ -91,7 +92,8 @@ def build_state(
         world_size: Number of ranks.
 
     Raises:
-        UserError: The checkpoint is damaged or of another data set, or a step does not fit the ranks.
+        UserError: The checkpoint is damaged or of another data set, the run stopped early, or a step does not
+            fit the ranks.
     """
     state = TrainState(Progress(), DualState(config.craft), samples, dataset_fingerprint=fingerprint)
     if saved is not None:
@@ -111,6 +113,8 @@ def build_state(
                 f"trained on {state.dataset_samples}: give the same data set and --dataset.eval_split, or "
                 "start a new run with --policy.path instead of --resume"
             )
+        if line := stopped_early_line(path, state.evaluations, config):
+            raise UserError(f"{line}: raise --early_stop_patience, or set it to 0, to continue")
         # Checkpoints of older versions have no fingerprint.
         if changed := changed_parts(state.dataset_fingerprint or fingerprint, fingerprint):
             raise UserError(

@@ -12,7 +12,12 @@ import yaml
 from lerobot.configs.train import TRAIN_CONFIG_NAME
 
 from craft_ds.checkpoints import complete_checkpoints, verify_checkpoint
-from craft_ds.checkpoints.run_directory import LAST, checkpoint_directories, replace_last_copy
+from craft_ds.checkpoints.run_directory import (
+    LAST,
+    checkpoint_directories,
+    replace_best_copy,
+    replace_last_copy,
+)
 from craft_ds.config.train_config import flat
 from craft_ds.distributed.collectives import init_process_group, rank0_only
 from craft_ds.distributed.env import RANK_TIMEOUT_S, launched_rank, launched_world_size
@@ -65,10 +70,6 @@ class ResumeChoice(NamedTuple):
     step: int = 0
     messages: tuple[str, ...] = ()
     auto: bool = False
-
-    def is_finished(self, steps: int) -> bool:
-        """Return True if `--resume=auto` found a run that has done all its steps."""
-        return self.auto and self.checkpoint is not None and self.step >= steps
 
 
 def resolve_resume(arguments: Sequence[str]) -> ResumeChoice:
@@ -162,8 +163,8 @@ def _flags(arguments: Sequence[str]) -> dict[str, str]:
 def _tidy(run: Path, checkpoint: Path, damaged: Sequence[Path]) -> tuple[Path, list[str]]:
     """Rename what a resumed run would overwrite; return the checkpoint's path now, and messages."""
     messages = [f"renamed {path} to {move_aside(path)}" for path in damaged]
-    checkpoint, message = replace_last_copy(run, checkpoint)
-    return checkpoint, [*messages, message] if message else messages
+    checkpoint, last = replace_last_copy(run, checkpoint)
+    return checkpoint, [*messages, *filter(None, (last, replace_best_copy(run)))]
 
 
 def _as_user_error[**P, R](function: Callable[P, R], run: Path) -> Callable[P, R]:

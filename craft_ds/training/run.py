@@ -11,6 +11,7 @@ import torch
 from lerobot.processor import PolicyProcessorPipeline
 from torch.optim.lr_scheduler import LRScheduler
 
+from craft_ds.algorithm.model_selection import EvalRecord, describe_stall, is_stalled
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.train_config import TrainConfig
@@ -101,7 +102,7 @@ class Run:
         anchors: Anchors of the old tasks; None for the baseline.
         scheduler: Learning-rate schedule; None: constant.
         logger: Metrics and log lines.
-        evaluator: Evaluates every `eval_freq` steps.
+        evaluator: Evaluates every `eval_freq` steps, and with `save_best` before every save.
         checkpointer: Saves every `save_freq` steps, on preemption and at the end.
         preemption: Tells if this rank was asked to stop.
         watchdog: Detects failed ranks.
@@ -283,14 +284,36 @@ class Run:
         """
         config, step = self.config, self.progress.step
         self.checkpointer.report_finished_saves()
-        if config.eval_freq and step % config.eval_freq == 0:
-            self.logger.log(step, self.evaluator.evaluate())
-        if step >= config.steps:
+        is_last = step >= config.steps
+        saves = config.save_checkpoint and config.save_freq > 0 and step % config.save_freq == 0
+        if (config.eval_freq and step % config.eval_freq == 0) or (config.save_best and (saves or is_last)):
+            self._evaluate()
+        if is_last:
+            return
+        if self.stopped_early:
+            self.logger.say(f"stopping early at step {step}: {describe_stall(self.state.evaluations)}")
             return
         if stop:
             self._save_and_exit()
-        if config.save_checkpoint and config.save_freq > 0 and step % config.save_freq == 0:
+        if saves:
             self.checkpointer.save_periodic()
+
+    @property
+    def stopped_early(self) -> bool:
+        """True if the evaluation after the last step ends the run: the same on all ranks."""
+        evaluations = self.state.evaluations
+        evaluated = bool(evaluations) and evaluations[-1].step == self.progress.step
+        return evaluated and is_stalled(evaluations, self.config.early_stop_patience)
+
+    def _evaluate(self) -> None:
+        metrics = self.evaluator.evaluate(self.progress.step)
+        if "eval/task_loss" in metrics:
+            retention = metrics.get("eval/retention_loss", metrics.get("eval/anchor_loss"))
+            record = EvalRecord(
+                self.progress.step, metrics["eval/task_loss"], retention, metrics.get("eval/epsilon")
+            )
+            self.state.evaluations.append(record)
+        self.logger.log(self.progress.step, metrics)
 
     def _save_and_exit(self) -> NoReturn:
         if not self.config.save_checkpoint:
@@ -311,7 +334,7 @@ class Run:
         summary = {"memory/peak_mb": max(peaks)}
         if self.anchors is not None:
             summary["craft/lambda_final"] = self.dual.multiplier  # after the last dual step
-        self.logger.log(self.config.steps, summary)
+        self.logger.log(self.progress.step, summary)
         if not self.config.save_checkpoint:
             return self.output_dir
         return self.checkpointer.save_final()

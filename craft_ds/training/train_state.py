@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from craft_ds.algorithm.model_selection import EvalRecord
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord, conflict_metrics, is_step
 from craft_ds.training.train_step import StepResult
 
@@ -121,6 +122,7 @@ class TrainState:
         dataset_samples: Number of training samples; a data set of another size is another run.
         tracker_run_ids: Identity of the run at each tracker, by the tracker's name.
         dataset_fingerprint: Hashes of the data set's files; empty in checkpoints of older versions.
+        evaluations: All evaluations of the held-out task loss, in order.
     """
 
     progress: Progress
@@ -128,6 +130,7 @@ class TrainState:
     dataset_samples: int = 0
     tracker_run_ids: dict[str, str] = field(default_factory=dict)
     dataset_fingerprint: dict[str, str] = field(default_factory=dict)
+    evaluations: list[EvalRecord] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain Python values, which `torch.load(weights_only=True)` accepts."""
@@ -137,6 +140,7 @@ class TrainState:
             "dataset_samples": self.dataset_samples,
             "tracker_run_ids": dict(self.tracker_run_ids),
             "dataset_fingerprint": dict(self.dataset_fingerprint),
+            "evaluations": [asdict(record) for record in self.evaluations],
         }
 
     def load_state_dict(self, state: dict[str, Any], lambda_max: float = math.inf) -> None:
@@ -163,6 +167,28 @@ class TrainState:
             run_ids = {"wandb": state["wandb_run_id"]} if state.get("wandb_run_id") else {}
         self.tracker_run_ids = _texts("tracker_run_ids", run_ids)
         self.dataset_fingerprint = _texts("dataset_fingerprint", state.get("dataset_fingerprint", {}))
+        self.evaluations = read_evaluations(state)
+        if self.evaluations and self.evaluations[-1].step > self.progress.step:
+            raise ValueError(f"an evaluation after step {self.evaluations[-1].step} of {self.progress.step}")
+
+
+def read_evaluations(state: dict[str, Any]) -> list[EvalRecord]:
+    """Return the evaluations in the content of `craft_state.pt`; none in checkpoints of older versions.
+
+    Raises:
+        TypeError: A record has other entries.
+        ValueError: A record is not one that a run can have, or they are out of order.
+    """
+    records = [EvalRecord(**row) for row in state.get("evaluations", [])]
+    steps = [record.step for record in records]
+    if not all(map(is_step, steps)) or steps != sorted({*steps}):
+        raise ValueError("its evaluations are out of order")
+    for record in records:
+        constraint = [record.retention_loss, record.epsilon]
+        numbers = [record.task_loss, *(constraint if constraint != [None, None] else [])]
+        if not all(type(number) in (int, float) for number in numbers):
+            raise ValueError(f"an evaluation does not hold numbers: {record}")
+    return records
 
 
 def _texts(name: str, value: Any) -> dict[str, str]:

@@ -81,6 +81,8 @@ def train(run: Run) -> None:
             run.advance_scheduler()
         run.record(result, record, seconds=time.perf_counter() - started)
         run.after_step(stop=stop > 0)
+        if run.stopped_early:
+            break
 
 
 def _record(step: int, epsilon: float, result: StepResult) -> RetentionRecord:

@@ -25,12 +25,15 @@ ENGINES = {
     "zero3": [f"--ds_config={ROOT / 'ds_configs' / 'zero3.json'}"],
 }
 STEPS = 8
-# Further settings that change a save: per-rank files, deletion of older checkpoints, a background thread.
+# Further settings that change a save: per-rank files, deletion of older checkpoints, the best of them, a
+# background thread.
 VARIANTS = {
-    "fsdp, per_rank, limit 1": [
+    "fsdp, per_rank, limit 1, best": [
         *ENGINES["fsdp"],
         "--checkpoint.layout=per_rank",
         "--save_total_limit=1",
+        "--save_best=true",
+        "--dataset.eval_split=0.25",
     ],
     "zero3, background, limit 2": [
         *ENGINES["zero3"],
@@ -252,8 +255,8 @@ class CrashLab:
         for name in names:
             if (self.reference / name).exists():  # the reference may have deleted it later
                 assert_same_checkpoint(run / name, self.reference / name)
-        last = run / "last"
-        assert not last.is_symlink() or last.resolve().name in names
+        for link in (run / "last", run / "best"):
+            assert not link.is_symlink() or link.resolve().name in names
         return sorted(names)
 
     def finish(self, run: Path) -> None:
@@ -263,6 +266,7 @@ class CrashLab:
         names = [sorted(path.name for path in one.iterdir()) for one in (run, self.reference)]
         assert names[0] == names[1]
         assert (run / "last").resolve() == (run / "final").resolve()
+        assert (run / "best").resolve().name == (self.reference / "best").resolve().name
         for name in names[0]:
             if (run / name / MANIFEST).exists():
                 assert_same_checkpoint(run / name, self.reference / name)

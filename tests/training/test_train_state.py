@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from craft_ds.algorithm.model_selection import EvalRecord
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.training.train_state import Progress, TrainState
@@ -67,7 +68,11 @@ def test_a_malformed_state_is_refused(progress, odd):
 def test_train_state_round_trip_with_the_keys_of_the_file(progress):
     progress.advance(applied(2.0), retention=True)
     hashes = {"meta": "0", "data": "1"}
-    state = TrainState(progress, DualState(CraftConfig(initial_lambda=0.25)), 40, {"wandb": "run-1"}, hashes)
+    dual, evaluations = (
+        DualState(CraftConfig(initial_lambda=0.25)),
+        [EvalRecord(0, 0.5), EvalRecord(1, 0.4, 0.3, 0.2)],
+    )
+    state = TrainState(progress, dual, 40, {"wandb": "run-1"}, hashes, evaluations)
     saved = state.state_dict()
     assert saved.keys() == {
         *(
@@ -78,6 +83,7 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
             "dataset_samples",
             "tracker_run_ids",
             "dataset_fingerprint",
+            "evaluations",
         )
     }
 
@@ -87,15 +93,39 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
     assert restored.dual.multiplier == 0.25
     assert (restored.dataset_samples, restored.tracker_run_ids) == (40, {"wandb": "run-1"})
     assert restored.dataset_fingerprint == hashes
+    assert restored.evaluations == evaluations
 
 
 def test_a_state_without_new_entries_is_of_an_older_version(progress):
     saved = TrainState(progress, DualState(CraftConfig()), 40).state_dict()
-    del saved["dataset_fingerprint"]
+    del saved["dataset_fingerprint"], saved["evaluations"]
     del saved["progress"]["bad_samples"]
     restored = TrainState(Progress(), DualState(CraftConfig()))
     restored.load_state_dict(saved)
-    assert (restored.dataset_fingerprint, restored.progress.bad_samples) == ({}, 0)
+    assert (restored.dataset_fingerprint, restored.evaluations, restored.progress.bad_samples) == ({}, [], 0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"step": 1}],
+        [{"step": 1, "task_loss": 0.5, "extra": 1}],
+        [{"step": 1, "task_loss": "0.5"}],
+        [{"step": 1, "task_loss": True}],
+        [{"step": 1, "task_loss": 0.5, "retention_loss": 0.5}],
+        [{"step": 1, "task_loss": 0.5, "retention_loss": [0.5], "epsilon": 0.5}],
+        [{"step": -1, "task_loss": 0.5}],
+        [{"step": 1.0, "task_loss": 0.5}],
+        [{"step": 1, "task_loss": 0.5}, {"step": 1, "task_loss": 0.5}],
+        [{"step": 2, "task_loss": 0.5}],  # after one step
+        ["1"],
+        5,
+    ],
+)
+def test_evaluations_that_no_run_has_are_refused(progress, rows):
+    saved = saved_state(progress) | {"evaluations": rows}
+    with pytest.raises((ValueError, TypeError)):
+        TrainState(Progress(), DualState(CraftConfig())).load_state_dict(saved)
 
 
 @pytest.mark.parametrize("value", [None, "text", {"meta": 1}, {1: "text"}])
