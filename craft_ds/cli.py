@@ -31,6 +31,7 @@ COMMANDS = {
     "data-report": ("data_report", "report how data sets fit a policy, before training"),
     "plan": ("plan", "plan the memory of a run per rank, without allocating anything"),
     "eval": ("evaluate", "evaluate a policy in an embedded world"),
+    "sequence": ("sequence", "learn tasks one after the other, and evaluate all of them after each"),
     "demo": ("demo", "fine-tune the embedded policy with and without CRaFT, and evaluate both"),
     "worlds": (
         "worlds",

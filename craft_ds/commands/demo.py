@@ -11,16 +11,15 @@ import json
 import os
 import platform
 import shutil
-import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from craft_ds.commands.subcommands import call, craft_ds, fail, subcommand, training_command
 from craft_ds.errors import UserError
 
 EVAL_SEED = 1000
@@ -258,21 +257,6 @@ def train(
     )
 
 
-def training_command(engine: str, ranks: int) -> list[str]:
-    """Return the command that starts `craft-ds train` on all ranks with an engine."""
-    if engine == "fsdp":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*torchrun, f"--nproc-per-node={ranks}", "-m", "craft_ds", "train", "--engine=fsdp"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what the command `deepspeed` runs
-    ranks_flags = [f"--num_gpus={ranks}", f"--master_port={port}"]
-    # Without --no_local_rank, the launcher writes --local_rank=… before the name of the command.
-    module = ["--no_local_rank", "--module", "craft_ds"]
-    return [*deepspeed, *ranks_flags, *module, "train", "--ds_config=zero3"]
-
-
 def run_figures(run: Path) -> dict[str, float]:
     """Return the median seconds per step and the peak memory per rank that a run has logged."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -290,7 +274,7 @@ def evaluate_policies(
     files = {method: Path(f"{output}_{method}.json") for method in policies}
     processes = {}
     for method, policy in policies.items():
-        command = [sys.executable, "-m", "craft_ds", "eval", f"--policy.path={policy}"]
+        command = subcommand("eval", f"--policy.path={policy}")
         command += ["--world", args.world, "--episodes", str(args.episodes), "--seed", str(args.eval_seed)]
         command += ["--data_root", str(heldout), "--output", str(files[method])]
         processes[method] = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -322,21 +306,6 @@ def print_table(summary: dict[str, Any]) -> None:
                 f"{row['method']:14s}{row['seed']:5d}  peak memory {row['peak_memory_mb']:.0f} MiB per rank, "
                 f"{row['step_seconds']:.2f} s per step"
             )
-
-
-def craft_ds(*arguments: object) -> None:
-    call([sys.executable, "-m", "craft_ds", *map(str, arguments)])
-
-
-def call(command: list[str]) -> None:
-    status = subprocess.run(command, check=False).returncode
-    if status:
-        fail(f"a command of the demo failed with status {status} (its message is above): {' '.join(command)}")
-
-
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(1)
 
 
 def say(message: str) -> None:

@@ -1,6 +1,7 @@
-"""Measure a policy in an embedded world: closed-loop success and the loss on held-out demonstrations.
+"""Measure a policy: closed-loop success in an embedded world, and the loss on held-out demonstrations.
 
     craft-ds eval --policy.path=outputs/run/final --world metaworld --output eval.json
+    craft-ds eval --policy.path=outputs/run/final --dataset.repo_id me/heldout --dataset.root data/heldout
 
 Demonstrations are held out if `craft-ds worlds record` made them with another --seed than the training data.
 """
@@ -10,12 +11,16 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from craft_ds.errors import UserError
-from craft_ds.worlds.tasks import WORLDS
+from craft_ds.tensor_io.filesystem import atomic_file
+from craft_ds.worlds.tasks import TASKS, WORLDS
 
 if TYPE_CHECKING:
+    from lerobot.policies.pretrained import PreTrainedPolicy
+    from lerobot.processor import PolicyProcessorPipeline
+
     from craft_ds.worlds import World
 
 
@@ -30,16 +35,59 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         required=True,
         help="policy directory, with or without LoRA adapters, or hub id",
     )
-    add("--world", choices=WORLDS, required=True)
-    add("--tasks", choices=("all", "old", "new"), default="all", help="default: all")
+    add("--world", choices=WORLDS, help="world to run the policy in")
+    add("--tasks", nargs="+", default=["all"], help="all, old, new, or names of tasks (default: all)")
     add("--episodes", type=int, default=20, help="episodes per task (default: 20)")
     add("--seed", type=int, default=1000, help="seed of the scenes (default: 1000)")
     add("--data_root", type=Path, help="held-out demonstrations: a directory of `craft-ds worlds record`")
+    add(
+        "--dataset.repo_id",
+        dest="repo_ids",
+        nargs="+",
+        default=[],
+        help="held-out LeRobot data sets to measure the loss on",
+    )
+    add(
+        "--dataset.root",
+        dest="roots",
+        nargs="+",
+        default=[],
+        help="their local directories, one for each; without it, LeRobot's cache and the hub are used",
+    )
+    add("--device", default="cpu", help="device of the policy, such as cuda (default: cpu)")
     add("--output", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)
     if args.episodes < 1:
         raise UserError(f"--episodes={args.episodes} must be at least 1")
+    if not args.world and not args.repo_ids:
+        raise UserError("nothing to measure: give --world, or --dataset.repo_id")
+    if args.roots and len(args.roots) != len(args.repo_ids):
+        raise UserError("--dataset.root: give one directory for each --dataset.repo_id, or none")
+    if not args.world and (args.data_root or args.tasks != ["all"]):
+        flag = "--data_root" if args.data_root else "--tasks"
+        raise UserError(f"{flag} has no effect without --world: add it, or measure with --dataset.repo_id")
+    if args.world:
+        args.tasks = tasks_of(args.world, args.tasks)
     return args
+
+
+def tasks_of(world: str, asked: Sequence[str]) -> list[str]:
+    """Return the tasks that `--tasks` names: those of a split, or single ones.
+
+    Raises:
+        UserError: The world has no such task.
+    """
+    known = TASKS[world]
+    splits = {"all": [*known.old, *known.new], "old": [*known.old], "new": [*known.new]}
+    if len(asked) == 1 and asked[0] in splits:
+        return splits[asked[0]]
+    for task in asked:
+        if task not in splits["all"]:
+            raise UserError(
+                f"--tasks {task}: {world} has no such task; choose all, old, new, or among "
+                f"{', '.join(splits['all'])}"
+            )
+    return list(dict.fromkeys(asked))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -48,6 +96,28 @@ def main(arguments: Sequence[str]) -> None:
     # Late: torch, LeRobot and the simulators take seconds to import; --help does not need them.
     from craft_ds.lora.weights import load_trained_policy
     from craft_ds.policies.loading import load_policy_config, load_processors
+
+    config = load_policy_config(args.policy_path)
+    processors = load_processors(config, args.policy_path, args.device)
+    policy = load_trained_policy(config, args.policy_path, device=args.device)
+    result: dict[str, Any] = {"policy": str(args.policy_path)}
+    if args.world:
+        result |= measure_in_world(args, policy, *processors)
+    if args.repo_ids:
+        result["datasets"] = measure_losses(args, policy, processors[0])
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(args.output) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_in_world(
+    args: argparse.Namespace,
+    policy: "PreTrainedPolicy",
+    preprocessor: "PolicyProcessorPipeline",
+    postprocessor: "PolicyProcessorPipeline",
+) -> dict[str, Any]:
+    """Return success, and loss where demonstrations are given, by task; print both."""
     from craft_ds.policies.pi0_fast.generation import action_chunk
     from craft_ds.worlds import make_world
     from craft_ds.worlds.demonstrations import read_recipe
@@ -60,31 +130,44 @@ def main(arguments: Sequence[str]) -> None:
             f"--data_root {args.data_root} holds no {args.world} demonstrations: "
             f"record them with `craft-ds worlds record --world {args.world}`"
         )
-    config = load_policy_config(args.policy_path)
-    policy = load_trained_policy(config, args.policy_path)
-    preprocessor, postprocessor = load_processors(config, args.policy_path)
-
-    tasks = world.tasks(args.tasks)
     closed_loop = ClosedLoopPolicy(partial(action_chunk, policy), preprocessor, postprocessor)
-    success = evaluate(closed_loop, world, tasks, episodes=args.episodes, seed=args.seed)
+    success = evaluate(closed_loop, world, args.tasks, episodes=args.episodes, seed=args.seed)
     losses: dict[str, float] = {}
     if args.data_root:
-        for split in ("old", "new") if args.tasks == "all" else (args.tasks,):
-            losses |= demonstration_loss(policy, preprocessor, args.data_root / split)
-    loss = {task: losses[world.task_text(task)] for task in tasks} if losses else {}
-
+        for split in ("old", "new"):
+            if not set(world.tasks(split)).isdisjoint(args.tasks):
+                losses |= demonstration_loss(policy, preprocessor, args.data_root / split)
+    loss = {task: losses[world.task_text(task)] for task in args.tasks} if losses else {}
     print_table(world, success, loss)
-    if args.output:
-        result = {
-            "policy": str(args.policy_path),
-            "world": args.world,
-            "episodes": args.episodes,
-            "seed": args.seed,
-            "success": success,
-            "loss": loss,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return {
+        "world": args.world,
+        "episodes": args.episodes,
+        "seed": args.seed,
+        "success": success,
+        "loss": loss,
+    }
+
+
+def measure_losses(
+    args: argparse.Namespace, policy: "PreTrainedPolicy", preprocessor: "PolicyProcessorPipeline"
+) -> list[dict[str, Any]]:
+    """Return the mean loss per token on each data set, overall and by task; print it."""
+    from craft_ds.data.lerobot_dataset import open_dataset
+    from craft_ds.worlds.evaluation import dataset_loss
+
+    roots = args.roots or [None] * len(args.repo_ids)
+    data_sets = [
+        open_dataset(repo_id, root, policy.config, preprocessor)
+        for repo_id, root in zip(args.repo_ids, roots, strict=True)
+    ]  # all of them before the first is measured
+    measured = []
+    for repo_id, root, data_set in zip(args.repo_ids, roots, data_sets, strict=True):
+        losses = dataset_loss(policy, preprocessor, data_set)
+        totals, counts = zip(*losses.values(), strict=True)
+        mean, by_task = sum(totals) / sum(counts), {text: total / n for text, (total, n) in losses.items()}
+        measured.append({"repo_id": repo_id, "root": root, "loss": mean, "loss_by_task": by_task})
+        print(f"{repo_id}: loss per token {mean:.4f}")
+    return measured
 
 
 def print_table(world: "World", success: dict[str, float], loss: dict[str, float]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from torch.utils.data import DataLoader, Subset
@@ -92,7 +93,6 @@ def evaluate(
     return success
 
 
-@torch.no_grad()
 def demonstration_loss(
     policy: PreTrainedPolicy,
     preprocessor: PolicyProcessorPipeline,
@@ -107,8 +107,27 @@ def demonstration_loss(
         root: A LeRobot data set.
         batch_size: Samples per forward pass.
     """
-    policy.eval()
     data_set = open_demonstrations(root, policy.config.chunk_size)
+    losses = dataset_loss(policy, preprocessor, data_set, batch_size)
+    return {text: total / count for text, (total, count) in losses.items()}
+
+
+@torch.no_grad()
+def dataset_loss(
+    policy: PreTrainedPolicy,
+    preprocessor: PolicyProcessorPipeline,
+    data_set: LeRobotDataset,
+    batch_size: int = 64,
+) -> dict[str, tuple[float, float]]:
+    """Return the sum of the loss over supervised tokens and their number, by task text.
+
+    Args:
+        policy: The policy; it is set to evaluation mode.
+        preprocessor: Maps samples of the data set to the policy's input.
+        data_set: A data set whose frames carry their action chunks.
+        batch_size: Samples per forward pass.
+    """
+    policy.eval()
     frames = defaultdict(list)
     for index, task in enumerate(data_set.hf_dataset["task_index"]):
         frames[int(task)].append(index)
@@ -119,7 +138,7 @@ def demonstration_loss(
             text = sample["task"][0]
             loss = token_loss(policy, preprocessor(sample))
             total, count = total + float(loss.total), count + float(loss.count)
-        losses[text] = total / count
+        losses[text] = total, count
     return losses
 
 

@@ -1,0 +1,323 @@
+"""The plan of a sequence of tasks: a YAML file, read into dataclasses."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import draccus
+import yaml
+
+from craft_ds.config.checks import require
+from craft_ds.config.secret_scan import redact, refuse_secrets
+from craft_ds.config.shipped_files import resolve_shipped
+from craft_ds.errors import UserError, one_line
+from craft_ds.worlds.tasks import TASKS, WORLDS
+
+Flags = dict[str, Any]
+"""Flags of a subcommand without dashes, with their values; groups may be nested: `craft: {enabled: true}`."""
+
+START = "start"
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_OWN_TRAIN_FLAGS = {
+    "policy.path": "start.policy",
+    "policy.pretrained_path": "start.policy",
+    "dataset.repo_id": "stages.N.repo_id",
+    "dataset.root": "stages.N.root",
+    "output_dir": "output_dir",
+    "craft.anchor_cache_dir": "anchors",
+    "engine": "launcher.engine",
+    "engine.name": "launcher.engine",
+    "engine.ds_config": "launcher.engine",
+    "ds_config": "launcher.engine",
+    "resume": "",
+    "config_path": "",
+}
+_OWN_ANCHOR_FLAGS = ("dataset_repo_id", "dataset_root", "policy_repo_id", "policy_path", "output_dir")
+
+
+@dataclass
+class HeldOut:
+    """Held-out demonstrations, on which the loss is measured."""
+
+    repo_id: str
+    root: str | None = None
+
+
+@dataclass
+class Start:
+    """The policy that the sequence starts from, and what it knows."""
+
+    policy: str
+    """Policy directory or hub id."""
+    repo_id: str | None = None
+    """Data of the tasks that it knows, of which anchors are built; none: it has nothing to keep."""
+    root: str | None = None
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of the world that it knows."""
+    heldout: HeldOut | None = None
+
+
+@dataclass
+class Stage:
+    """One stage: the data to learn from, and how to measure what was learned."""
+
+    name: str
+    repo_id: str
+    root: str | None = None
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of the world that this data teaches."""
+    heldout: HeldOut | None = None
+    train: Flags = field(default_factory=dict)
+    """Flags of `craft-ds train` for this stage; they replace those for all stages."""
+
+
+@dataclass
+class Evaluation:
+    """Measurement of all tasks after each stage."""
+
+    world: str | None = None
+    """World to run the policies in; none: only the losses on held-out data are measured."""
+    episodes: int = 20
+    """Episodes per task."""
+    seed: int = 1000
+    """Seed of the scenes."""
+    every: int = 0
+    """Steps between evaluations of a stage's own tasks while it trains; 0: none."""
+    device: str = "cpu"
+    references: list[str] = field(default_factory=list)
+    """For each stage, the output directory of a sequence that learns it alone."""
+
+
+@dataclass
+class Launcher:
+    """How `craft-ds train` is started on this machine."""
+
+    engine: str = "single"
+    """`single`, `fsdp`, or a DeepSpeed configuration: a file or a shipped name such as `zero3`."""
+    ranks: int = 1
+
+
+@dataclass
+class SequencePlan:
+    """A sequence of tasks to learn, one after the other."""
+
+    output_dir: str
+    start: Start
+    stages: list[Stage]
+    train: Flags = field(default_factory=dict)
+    """Flags of `craft-ds train` for all stages."""
+    anchors: Flags | None = None
+    """Flags of `craft-ds anchors`; none: no anchors are built."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    launcher: Launcher = field(default_factory=Launcher)
+
+    def flags_of(self, stage: Stage) -> Flags:
+        """Return the flags of a stage's training run, without those that the sequence sets."""
+        return flat_flags(self.train) | flat_flags(stage.train)
+
+    def directory(self, number: int) -> Path:
+        """Return the output directory of a stage, counted from 1; 0 is the start policy's."""
+        name = self.stages[number - 1].name if number else START
+        return Path(self.output_dir) / f"{number:02d}_{name}"
+
+    def validate(self) -> None:
+        """Check the plan without importing torch or reading data.
+
+        Raises:
+            UserError: Names the key and what to do.
+        """
+        require(bool(self.output_dir), "output_dir: must not be empty")
+        require(bool(self.stages), "stages: give at least one stage")
+        for name, count in Counter(stage.name for stage in self.stages).items():
+            require(
+                _NAME.fullmatch(name) is not None,
+                f"stages: the name {name!r} must be letters, digits, `.`, `_` and `-`: it names a directory",
+            )
+            require(count == 1, f"stages: two are named {name}: rename one")
+        self._check_flags()
+        self._check_evaluation()
+        require(self.launcher.ranks >= 1, f"launcher.ranks: {self.launcher.ranks} must be at least 1")
+        if self.launcher.engine == "single":
+            require(
+                self.launcher.ranks == 1,
+                f"launcher.ranks: {self.launcher.ranks} needs an engine that shards: set launcher.engine to "
+                "fsdp or zero3",
+            )
+        elif self.launcher.engine != "fsdp":
+            resolve_shipped("--engine.ds_config", self.launcher.engine)
+        require(
+            self.start.root is None or self.start.repo_id is not None,
+            "start.root: give start.repo_id too, any name for local data",
+        )
+        if self.anchors is None:
+            require(
+                self.start.repo_id is None,
+                "start.repo_id has no effect without anchors: add anchors, or leave it out",
+            )
+
+    def _check_flags(self) -> None:
+        places = {"train": self.train} | {
+            f"stages.{number}.train": stage.train for number, stage in enumerate(self.stages)
+        }
+        used = []
+        for place, nested in places.items():
+            flags = flat_flags(nested, place)
+            for name, key in _OWN_TRAIN_FLAGS.items():
+                advice = f"set {key} instead" if key else "leave it out"
+                require(name not in flags, f"{place}.{name}: the sequence sets this flag: {advice}")
+            for name in flags:
+                require(
+                    not name.startswith("world."),
+                    f"{place}.{name}: the sequence sets this flag: set evaluation instead",
+                )
+            require(
+                not self.evaluation.every or {"eval_freq", "eval_steps"}.isdisjoint(flags),
+                f"{place}.eval_freq: evaluation.every sets this flag: leave one of them out",
+            )
+            used += [name for name in flags if name.startswith("craft.")]
+            if self.anchors is None:
+                require(
+                    flags.get("craft.enabled") is not True,
+                    f"{place}.craft.enabled: needs anchors of the earlier stages: add anchors, such as "
+                    "anchors: {num_samples: 1000}",
+                )
+        if self.anchors is not None:
+            for name in _OWN_ANCHOR_FLAGS:
+                require(name not in flat_flags(self.anchors, "anchors"), f"anchors.{name}: leave it out")
+            require(
+                bool(used),
+                "anchors: have no effect without craft.*: add train.craft.enabled: true, or leave them out",
+            )
+            require(
+                len(self.stages) > 1 or self.start.repo_id is not None,
+                "anchors: have no effect in a sequence of one stage from a policy without data: add "
+                "start.repo_id, or leave them out",
+            )
+
+    def _check_evaluation(self) -> None:
+        evaluation, parts = self.evaluation, self.parts()
+        if evaluation.world is None:
+            tasks = [place for place, part in parts.items() if part.tasks]
+            require(not tasks, f"{tasks[0] if tasks else ''}.tasks: needs evaluation.world")
+            require(not evaluation.every, "evaluation.every: needs evaluation.world")
+            heldout = self.stages[0].heldout
+            require(
+                heldout is not None,
+                "evaluation: nothing is measured: give evaluation.world, or stages.N.heldout",
+            )
+        else:
+            require(
+                evaluation.world in WORLDS,
+                f"evaluation.world: {evaluation.world} is unknown: choose one of {', '.join(WORLDS)}",
+            )
+            known = [task for split in TASKS[evaluation.world] for task in split]
+            listed = Counter(task for part in parts.values() for task in part.tasks)
+            for task, count in listed.items():
+                require(
+                    task in known, f"tasks: {evaluation.world} has no task {task}: choose {', '.join(known)}"
+                )
+                require(count == 1, f"tasks: {task} is listed twice: a task belongs to one stage")
+        for number, stage in enumerate(self.stages):
+            require(
+                evaluation.world is None or bool(stage.tasks),
+                f"stages.{number}.tasks: name the tasks of {evaluation.world} that this stage teaches",
+            )
+            require(
+                (stage.heldout is None) == (self.stages[0].heldout is None),
+                f"stages.{number}.heldout: give it for every stage or for none",
+            )
+        roots = {part.heldout.root is None for part in parts.values() if part.heldout is not None}
+        require(len(roots) < 2, "heldout.root: give it for all held-out data or for none")
+        require(evaluation.episodes >= 1, f"evaluation.episodes: {evaluation.episodes} must be at least 1")
+        require(evaluation.seed >= 0, f"evaluation.seed: {evaluation.seed} must not be negative")
+        require(evaluation.every >= 0, f"evaluation.every: {evaluation.every} must not be negative")
+        if evaluation.references:
+            require(
+                len(evaluation.references) == len(self.stages) and bool(evaluation.every),
+                "evaluation.references: give one directory per stage, and evaluation.every",
+            )
+
+    def parts(self) -> dict[str, Start | Stage]:
+        """Return the start and the stages by their keys in the plan."""
+        stages = {f"stages.{number}": stage for number, stage in enumerate(self.stages)}
+        return {START: self.start, **stages}
+
+
+def read_plan(path: Path) -> SequencePlan:
+    """Read and validate a plan.
+
+    Raises:
+        UserError: The file cannot be read, holds a key, or the plan is wrong; names the file and the key.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        require(isinstance(content, dict), "must hold a mapping of keys to values")
+        refuse_secrets(content)
+        plan = draccus.decode(SequencePlan, _without_nulls(content))
+        plan.validate()
+    except yaml.YAMLError as error:  # its text quotes the file, which may hold a secret
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        why = redact(one_line(getattr(error, "problem", None) or type(error).__name__, 100))
+        raise UserError(f"{path}: not readable ({why}{where})") from None
+    except draccus.utils.DecodingError as error:
+        message = str(error).split("\n")[0].removeprefix("`").replace("`:", ":", 1)
+        message = re.sub(r'into field "<class .*>\.(\w+)"', "", message)
+        raise UserError(f"{path}: {redact(message)}") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not readable ({one_line(error)})") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return plan
+
+
+def flat_flags(flags: Mapping[str, Any], place: str = "train", prefix: str = "") -> Flags:
+    """Return flags without nesting: names joined by dots.
+
+    Raises:
+        UserError: A flag has no value, or is given twice.
+    """
+    found: Flags = {}
+    for name, value in flags.items():
+        nested = isinstance(value, dict) and name != "rename_map"
+        below = flat_flags(value, place, f"{prefix}{name}.") if nested else {}
+        for key, leaf in (below or {f"{prefix}{name}": value}).items():
+            require(leaf is not None, f"{place}.{key}: has no value: give it one, or leave it out")
+            require(key not in found, f"{place}.{key}: is given twice: remove one")
+            found[key] = leaf
+    return found
+
+
+def flag_text(value: Any) -> str:
+    """Return the value of a flag as it is written on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _without_nulls(content: Any) -> Any:
+    """Leave out keys without a value, but for flags, where that is an error."""
+    if isinstance(content, list):
+        return [_without_nulls(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: value if key in ("train", "anchors") and value is not None else _without_nulls(value)
+        for key, value in content.items()
+        if value is not None
+    }
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe loader that refuses a key given twice: YAML would use the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key, entry in reversed([*zip(keys, node.value, strict=True)]):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} is given twice", problem_mark=entry[0].start_mark
+                )
+        return super().construct_mapping(node, deep=deep)

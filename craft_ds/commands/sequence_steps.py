@@ -1,0 +1,152 @@
+"""The commands of a sequence, in order, each with the output that shows that it is complete."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from craft_ds.commands.sequence_plan import START, SequencePlan, flag_text, flat_flags
+from craft_ds.commands.subcommands import subcommand, training_command
+
+FINAL = "final"
+
+
+class Step(NamedTuple):
+    """One command of a sequence.
+
+    Attributes:
+        title: Its name in the log.
+        command: The command; running it again continues it, or makes its output again.
+        output: The file that exists once the step is complete.
+        measures: Number of the stage that it measures; None: it measures nothing.
+    """
+
+    title: str
+    command: list[str]
+    output: Path
+    measures: int | None = None
+
+
+def sequence_steps(plan: SequencePlan) -> Iterator[Step]:
+    """Yield the steps of a validated plan.
+
+    Caches of anchors stay as they were built: the teacher of a stage's anchors is the policy that has just
+    learned it.
+    """
+    policy, caches = plan.start.policy, list[Path]()
+    yield _evaluation(plan, 0, policy)
+    if plan.anchors is not None and plan.start.repo_id is not None:
+        yield _anchors(plan, 0, policy)
+        caches.append(anchors_directory(plan, 0))
+    for number in range(1, len(plan.stages) + 1):
+        yield _training(plan, number, policy, caches)
+        policy = str(run_directory(plan, number) / FINAL)
+        yield _evaluation(plan, number, policy)
+        if plan.anchors is not None and number < len(plan.stages):
+            yield _anchors(plan, number, policy)
+            caches.append(anchors_directory(plan, number))
+
+
+def run_directory(plan: SequencePlan, number: int) -> Path:
+    """Return the output directory of a stage's training run."""
+    return plan.directory(number) / "train"
+
+
+def anchors_directory(plan: SequencePlan, number: int) -> Path:
+    """Return the anchor cache of what a stage has taught."""
+    return plan.directory(number) / "anchors"
+
+
+def evaluation_file(plan: SequencePlan, number: int) -> Path:
+    """Return the file with the results of all tasks after a stage."""
+    return plan.directory(number) / "eval.json"
+
+
+def training_flags(plan: SequencePlan, number: int, caches: Sequence[Path]) -> list[str]:
+    """Return the flags of a stage's run, except for the launcher, the policy and the output directory.
+
+    Args:
+        plan: A validated plan.
+        number: The stage, from 1.
+        caches: Anchor caches of everything learned before; without any, a plan with anchors trains this
+            stage without `craft.*`.
+    """
+    stage, evaluation = plan.stages[number - 1], plan.evaluation
+    flags = plan.flags_of(stage)
+    if plan.anchors is not None and not caches:
+        flags = {name: value for name, value in flags.items() if not name.startswith("craft.")}
+    set_here: dict[str, Any] = {"dataset.repo_id": stage.repo_id}
+    if stage.root is not None:
+        set_here["dataset.root"] = stage.root
+    if caches:
+        set_here["craft.anchor_cache_dir"] = ",".join(map(str, caches))
+    if evaluation.every:
+        set_here |= {
+            "eval_freq": evaluation.every,
+            "world.name": evaluation.world,
+            "world.tasks": stage.tasks,
+            "world.episodes": evaluation.episodes,
+            "world.seed": evaluation.seed,
+        }
+    return [f"--{name}={flag_text(value)}" for name, value in (set_here | flags).items()]
+
+
+def anchors_flags(plan: SequencePlan, number: int, policy: str) -> list[str]:
+    """Return the arguments of `craft-ds anchors` for the data of a stage."""
+    source = plan.stages[number - 1] if number else plan.start
+    arguments = [f"--dataset_repo_id={source.repo_id}"]
+    if source.root is not None:
+        arguments.append(f"--dataset_root={source.root}")
+    arguments += [f"--policy_path={policy}", f"--output_dir={anchors_directory(plan, number)}"]
+    for name, value in flat_flags(plan.anchors or {}, "anchors").items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(flag_text, value)]
+        elif value is True:
+            arguments.append(f"--{name}")
+        elif value is not False:
+            arguments.append(f"--{name}={flag_text(value)}")
+    return arguments
+
+
+def trains_without_anchors(plan: SequencePlan, number: int) -> bool:
+    """Return True if a plan with anchors has none for a stage, because nothing was learned before it."""
+    return plan.anchors is not None and number == 1 and plan.start.repo_id is None
+
+
+def _training(plan: SequencePlan, number: int, policy: str, caches: Sequence[Path]) -> Step:
+    run = run_directory(plan, number)
+    command = [
+        *training_command(plan.launcher.engine, plan.launcher.ranks),
+        f"--policy.path={policy}",
+        f"--output_dir={run}",
+        "--resume=auto",
+        *training_flags(plan, number, caches),
+    ]
+    without = ", without craft.*: nothing was learned before" if trains_without_anchors(plan, number) else ""
+    title = f"stage {number} of {len(plan.stages)}, {plan.stages[number - 1].name}: training{without}"
+    return Step(title, command, run / FINAL / "manifest.json")
+
+
+def _evaluation(plan: SequencePlan, number: int, policy: str) -> Step:
+    evaluation, output = plan.evaluation, evaluation_file(plan, number)
+    arguments = [f"--policy.path={policy}", f"--device={evaluation.device}", f"--output={output}"]
+    parts = plan.parts().values()
+    if evaluation.world is not None:
+        arguments += [f"--world={evaluation.world}", f"--episodes={evaluation.episodes}"]
+        arguments += [
+            f"--seed={evaluation.seed}",
+            "--tasks",
+            *(task for part in parts for task in part.tasks),
+        ]
+    heldout = [part.heldout for part in parts if part.heldout is not None]
+    if heldout:
+        arguments += ["--dataset.repo_id", *(data.repo_id for data in heldout)]
+        if any(data.root is not None for data in heldout):
+            arguments += ["--dataset.root", *(str(data.root) for data in heldout)]
+    name = plan.stages[number - 1].name if number else START
+    return Step(f"evaluation of all tasks after {name}", subcommand("eval", *arguments), output, number)
+
+
+def _anchors(plan: SequencePlan, number: int, policy: str) -> Step:
+    name = plan.stages[number - 1].name if number else START
+    command = subcommand("anchors", *anchors_flags(plan, number, policy))
+    return Step(f"anchors of {name}", command, anchors_directory(plan, number) / "metadata.json")

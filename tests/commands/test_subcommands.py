@@ -1,0 +1,105 @@
+"""Commands that run as processes: their status, and the signals that reach them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from craft_ds.cli import run_command
+from craft_ds.commands.evaluate import parse_arguments
+from craft_ds.commands.subcommands import call, training_command
+from craft_ds.data.lerobot_dataset import open_dataset
+from craft_ds.errors import PREEMPTED_STATUS, Preempted, UserError
+from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
+from craft_ds.policies.token_loss import token_loss
+from craft_ds.testing.datasets import make_test_dataset
+
+WAITING = """
+import signal, sys, threading
+done = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: done.set())
+print("ready", flush=True)
+done.wait(60)
+print("saved", flush=True)
+"""
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-c", program]
+
+
+def test_one_process_needs_no_launcher():
+    assert training_command("single", 1)[1:] == ["-m", "craft_ds", "train", "--engine=single"]
+    assert "--ds_config=zero2_offload" in training_command("zero2_offload", 2)
+
+
+def test_a_preempted_command_preempts_its_caller():
+    with pytest.raises(Preempted, match="start the same command again"):
+        call(python(f"raise SystemExit({PREEMPTED_STATUS})"))
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    call(python(""))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
+def test_a_command_ends_in_order_with_its_caller(number):
+    program = (
+        "from craft_ds.cli import run_main\nfrom craft_ds.commands.subcommands import call\n"
+        f"run_main(lambda: call({python(WAITING)}))"
+    )
+    caller = subprocess.Popen(python(program), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert caller.stdout.readline() == "ready\n"
+    time.sleep(0.1)  # the caller sets its handlers after it has started the command
+    os.kill(caller.pid, number)
+    output, errors = caller.communicate(timeout=30)
+    assert output == "saved\n"
+    if number == signal.SIGTERM:
+        assert (caller.returncode, errors.count("\n")) == (PREEMPTED_STATUS, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to measure"),
+        (["--world=blocks", "--tasks", "reach-pink"], "--tasks reach-pink: blocks has no such task"),
+        (["--dataset.repo_id", "a", "b", "--dataset.root", "x"], "one directory for each"),
+        (["--dataset.repo_id", "a", "--tasks", "old"], "--tasks has no effect without --world"),
+        (["--dataset.repo_id", "a", "--data_root", "x"], "--data_root has no effect without --world"),
+    ],
+)
+def test_a_measurement_without_a_meaning_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        parse_arguments(["--policy.path=x", *arguments])
+
+
+def test_tasks_are_a_split_or_names():
+    def tasks(*words: str) -> list[str]:
+        return parse_arguments(["--policy.path=x", "--world=blocks", *words]).tasks
+
+    assert tasks() == ["reach-red", "reach-green", "reach-blue", "reach-yellow"]
+    assert tasks("--tasks", "new") == ["reach-yellow"]
+    assert tasks("--tasks", "reach-blue", "reach-red") == ["reach-blue", "reach-red"]
+
+
+def test_loss_is_the_mean_over_the_tokens_of_all_tasks(inputs, tmp_path):
+    other = make_test_dataset(tmp_path / "other", tasks=1, episodes_per_task=1, seed=9)
+    output = tmp_path / "eval.json"
+    flags = [f"--policy.path={inputs.policy}", f"--output={output}", "--dataset.repo_id", "old", "other"]
+    run_command("eval", [*flags, "--dataset.root", str(inputs.old), str(other)])
+    old, measured = json.loads(output.read_text())["datasets"]
+    assert (old["root"], measured["root"]) == (str(inputs.old), str(other))
+    assert len(old["loss_by_task"]) == 2
+    assert min(old["loss_by_task"].values()) < old["loss"] < max(old["loss_by_task"].values())
+
+    config = load_policy_config(inputs.policy)
+    preprocessor, _ = load_processors(config, inputs.policy)
+    data_set = open_dataset("other", other, config, preprocessor)
+    batch = torch.utils.data.default_collate([data_set[index] for index in range(len(data_set))])
+    with torch.no_grad():
+        loss = token_loss(load_policy(config, inputs.policy).eval(), preprocessor(batch))
+    assert measured["loss"] == pytest.approx(float(loss.total) / float(loss.count), rel=1e-5)
