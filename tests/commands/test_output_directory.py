@@ -219,6 +219,7 @@ def test_any_node_at_the_name_of_a_checkpoint(train, unbroken, interrupted, kind
 # --- `last` as a directory -------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["copy", "only one", "older copy", "damaged", "other", "file"])
 def test_last_as_a_directory(train, unbroken, interrupted, kind):
     """Copies from object stores have no links."""
@@ -279,6 +280,7 @@ def extended(train, unbroken, tmp_path):
     return tmp_path / "extended" / "final"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("named", "periodic"),
     [("", True), ("last/train_config.json", False), ("final/train_config.json", False), ("auto", False)],
@@ -301,6 +303,7 @@ def test_a_finished_run_is_extended_in_place(train, saving, unbroken, finished, 
 CALLS = ["_verify", "set_old_final_aside", "publish_directory", "point_last_at"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("call", "after", "periodic"),
     [(call, after, False) for call in CALLS for after in (False, True)]
@@ -375,6 +378,7 @@ def test_a_directory_that_vanishes(train, tmp_path, at_step_3, kind, background)
     assert not run.exists() or run.is_file()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["file deleted", "file replaced", "directory created anew"])
 def test_metrics_that_vanish_are_noticed(train, tmp_path, at_step_3, kind):
     def vanish(run):
@@ -398,7 +402,7 @@ def test_metrics_that_vanish_are_noticed(train, tmp_path, at_step_3, kind):
     assert [row["step"] for row in metrics(run) if "train/loss" in row] == [4, 5]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("what", ["model.safetensors", "config.json", None])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("step", [2, 4])

@@ -200,6 +200,7 @@ def test_another_batch_size_counts_from_there(train, interrupted, unbroken):
 # --- preemption -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_exits(train, saving, unbroken, tmp_path, monkeypatch, number):
     run, again = tmp_path / "run", ["--resume=auto", *saving]
@@ -273,6 +274,7 @@ def test_wandb_continues_its_run_in_another_directory(train, tmp_path, monkeypat
     assert directory.name.endswith(f"-{state['tracker_run_ids']['wandb']}")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_random_image_transforms_are_resumed(train, tmp_path, workers):
     flags = ["--dataset.image_transforms.enable=true", "--save_freq=2", f"--num_workers={workers}"]

@@ -17,6 +17,7 @@ def craft_flags(inputs, tmp_path_factory):
     return [*inputs.craft_flags(), f"--craft.anchor_cache_dir={output}"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_run_is_constrained_by_the_loss_it_asks_for(train, craft_flags, tmp_path, name):
     flags = [f"--craft.retention_loss={name}", "--eval_freq=4", "--dataset.eval_split=0.25"]

@@ -86,6 +86,7 @@ def test_a_failed_background_save_is_reported(train, saving, tmp_path, disk_full
     ]  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("lora", [(), ("--lora=preset",)], ids=["full", "lora"])
 def test_shards_per_rank_resume_and_export(train, saving, tmp_path, lora):
     weights = "adapter_model" if lora else "model"
