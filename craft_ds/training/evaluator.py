@@ -10,7 +10,7 @@ from torch import Tensor
 
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.train_config import TrainConfig
-from craft_ds.data.checked_samples import BadSample, NamedSamples
+from craft_ds.data.checked_samples import BadSample, Samples
 from craft_ds.data.replacement import RawBatch
 from craft_ds.data.task_data import heldout_batches, images_to_float
 from craft_ds.distributed.watchdog import RankWatchdog
@@ -41,7 +41,7 @@ class Evaluator:
     watchdog: RankWatchdog
     preprocessor: PolicyProcessorPipeline
     postprocessor: PolicyProcessorPipeline
-    heldout: NamedSamples | None
+    heldout: Samples | None
     anchors: AnchorStream | None
     bad_samples: BadSampleLog
 
@@ -75,7 +75,7 @@ class Evaluator:
         self.watchdog.progress()
         return self.engine.act(batch)
 
-    def _task_loss(self, heldout: NamedSamples) -> float:
+    def _task_loss(self, heldout: Samples) -> float:
         found: list[BadSample] = []
         replaced = 0
 
