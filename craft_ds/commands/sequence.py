@@ -18,7 +18,7 @@ from pathlib import Path
 
 from craft_ds.commands.sequence_plan import SequencePlan, read_plan
 from craft_ds.commands.sequence_steps import (
-    anchors_directory,
+    anchor_caches,
     anchors_flags,
     sequence_steps,
     training_flags,
@@ -82,13 +82,18 @@ def check_runs(plan: SequencePlan) -> None:
     from craft_ds.data.dataset_files import check_dataset_root
 
     for key, part in plan.parts().items():
-        for place, data in ((key, part), (f"{key}.heldout", part.heldout)):
-            if data is not None and data.root is not None:
-                check_dataset_root(data.root, f"{place}.root")
+        roots = [(key, source.root) for source in part.sources]
+        if part.heldout is not None:
+            roots.append((f"{key}.heldout", part.heldout.root))
+        for place, root in roots:
+            if root is not None:
+                check_dataset_root(root, f"{place}.root")
     if plan.anchors is not None:
         with _naming("anchors"):
-            parse_anchors(anchors_flags(plan, 1, plan.start.policy))
-    caches = [anchors_directory(plan, 0)] if plan.anchors is not None and plan.start.repo_id else []
+            parse_anchors(
+                anchors_flags(plan, plan.stages[0].sources[0], plan.start.policy, plan.directory(1))
+            )
+    caches = anchor_caches(plan, 0) if plan.anchors is not None else []
     engine = plan.launcher.engine
     for number in range(1, len(plan.stages) + 1):
         flags = [
@@ -105,7 +110,7 @@ def check_runs(plan: SequencePlan) -> None:
         finally:
             sys.argv[1:] = given
         if plan.anchors is not None:
-            caches.append(anchors_directory(plan, number))
+            caches += anchor_caches(plan, number)
 
 
 def keep_plan(plan: SequencePlan) -> None:

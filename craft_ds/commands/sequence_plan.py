@@ -12,6 +12,7 @@ import draccus
 import yaml
 
 from craft_ds.config.checks import require
+from craft_ds.config.datasets import DatasetSource, check_datasets
 from craft_ds.config.secret_scan import redact, refuse_secrets
 from craft_ds.config.shipped_files import resolve_shipped
 from craft_ds.errors import UserError, one_line
@@ -25,6 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _OWN_TRAIN_FLAGS = {
     "policy.path": "start.policy",
     "policy.pretrained_path": "start.policy",
+    "datasets": "stages.N.datasets",
     "dataset.repo_id": "stages.N.repo_id",
     "dataset.root": "stages.N.root",
     "output_dir": "output_dir",
@@ -60,19 +62,31 @@ class Start:
     """Tasks of the world that it knows."""
     heldout: HeldOut | None = None
 
+    @property
+    def sources(self) -> list[DatasetSource]:
+        """Return the data sets of what it knows."""
+        return [] if self.repo_id is None else [DatasetSource(self.repo_id, self.root)]
+
 
 @dataclass
 class Stage:
     """One stage: the data to learn from, and how to measure what was learned."""
 
     name: str
-    repo_id: str
+    repo_id: str | None = None
     root: str | None = None
+    datasets: list[DatasetSource] = field(default_factory=list)
+    """A mixture, in place of `repo_id` and `root`."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of the world that this data teaches."""
     heldout: HeldOut | None = None
     train: Flags = field(default_factory=dict)
     """Flags of `craft-ds train` for this stage; they replace those for all stages."""
+
+    @property
+    def sources(self) -> list[DatasetSource]:
+        """Return the data sets to learn from."""
+        return self.datasets or ([] if self.repo_id is None else [DatasetSource(self.repo_id, self.root)])
 
 
 @dataclass
@@ -138,6 +152,16 @@ class SequencePlan:
                 f"stages: the name {name!r} must be letters, digits, `.`, `_` and `-`: it names a directory",
             )
             require(count == 1, f"stages: two are named {name}: rename one")
+        for number, stage in enumerate(self.stages):
+            require(
+                (stage.repo_id is None) == bool(stage.datasets),
+                f"stages.{number}: give repo_id, or datasets for a mixture",
+            )
+            require(
+                stage.root is None or stage.repo_id is not None,
+                f"stages.{number}.root: has no effect with datasets: give root in its entries",
+            )
+            check_datasets(stage.datasets)
         self._check_flags()
         self._check_evaluation()
         require(self.launcher.ranks >= 1, f"launcher.ranks: {self.launcher.ranks} must be at least 1")

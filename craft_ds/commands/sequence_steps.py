@@ -1,11 +1,13 @@
 """The commands of a sequence, in order, each with the output that shows that it is complete."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from craft_ds.commands.sequence_plan import START, SequencePlan, flag_text, flat_flags
+from craft_ds.commands.sequence_plan import START, SequencePlan, Stage, Start, flag_text, flat_flags
 from craft_ds.commands.subcommands import subcommand, training_command
+from craft_ds.config.datasets import DatasetSource
 
 FINAL = "final"
 
@@ -34,16 +36,16 @@ def sequence_steps(plan: SequencePlan) -> Iterator[Step]:
     """
     policy, caches = plan.start.policy, list[Path]()
     yield _evaluation(plan, 0, policy)
-    if plan.anchors is not None and plan.start.repo_id is not None:
-        yield _anchors(plan, 0, policy)
-        caches.append(anchors_directory(plan, 0))
+    if plan.anchors is not None:
+        yield from _anchors(plan, 0, policy)
+        caches += anchor_caches(plan, 0)
     for number in range(1, len(plan.stages) + 1):
         yield _training(plan, number, policy, caches)
         policy = str(run_directory(plan, number) / FINAL)
         yield _evaluation(plan, number, policy)
         if plan.anchors is not None and number < len(plan.stages):
-            yield _anchors(plan, number, policy)
-            caches.append(anchors_directory(plan, number))
+            yield from _anchors(plan, number, policy)
+            caches += anchor_caches(plan, number)
 
 
 def run_directory(plan: SequencePlan, number: int) -> Path:
@@ -51,9 +53,11 @@ def run_directory(plan: SequencePlan, number: int) -> Path:
     return plan.directory(number) / "train"
 
 
-def anchors_directory(plan: SequencePlan, number: int) -> Path:
-    """Return the anchor cache of what a stage has taught."""
-    return plan.directory(number) / "anchors"
+def anchor_caches(plan: SequencePlan, number: int) -> list[Path]:
+    """Return the anchor caches of what a stage has taught: one for each of its data sets."""
+    count, directory = len(_part(plan, number).sources), plan.directory(number)
+    names = ["anchors"] if count == 1 else [f"anchors_{place}" for place in range(1, count + 1)]
+    return [directory / name for name in names]
 
 
 def evaluation_file(plan: SequencePlan, number: int) -> Path:
@@ -75,7 +79,11 @@ def training_flags(plan: SequencePlan, number: int, caches: Sequence[Path]) -> l
     if plan.anchors is not None and not caches:
         flags = {name: value for name, value in flags.items() if not name.startswith("craft.")}
     set_here: dict[str, Any] = {"dataset.repo_id": stage.repo_id}
-    if stage.root is not None:
+    if stage.datasets:
+        entries = [asdict(source) for source in stage.datasets]
+        given = [{name: value for name, value in entry.items() if value is not None} for entry in entries]
+        set_here = {"datasets": given}
+    elif stage.root is not None:
         set_here["dataset.root"] = stage.root
     if caches:
         set_here["craft.anchor_cache_dir"] = ",".join(map(str, caches))
@@ -90,13 +98,12 @@ def training_flags(plan: SequencePlan, number: int, caches: Sequence[Path]) -> l
     return [f"--{name}={flag_text(value)}" for name, value in (set_here | flags).items()]
 
 
-def anchors_flags(plan: SequencePlan, number: int, policy: str) -> list[str]:
-    """Return the arguments of `craft-ds anchors` for the data of a stage."""
-    source = plan.stages[number - 1] if number else plan.start
+def anchors_flags(plan: SequencePlan, source: DatasetSource, policy: str, cache: Path) -> list[str]:
+    """Return the arguments of `craft-ds anchors` for a data set."""
     arguments = [f"--dataset_repo_id={source.repo_id}"]
     if source.root is not None:
         arguments.append(f"--dataset_root={source.root}")
-    arguments += [f"--policy_path={policy}", f"--output_dir={anchors_directory(plan, number)}"]
+    arguments += [f"--policy_path={policy}", f"--output_dir={cache}"]
     for name, value in flat_flags(plan.anchors or {}, "anchors").items():
         if isinstance(value, list):
             arguments += [f"--{name}", *map(flag_text, value)]
@@ -146,7 +153,11 @@ def _evaluation(plan: SequencePlan, number: int, policy: str) -> Step:
     return Step(f"evaluation of all tasks after {name}", subcommand("eval", *arguments), output, number)
 
 
-def _anchors(plan: SequencePlan, number: int, policy: str) -> Step:
-    name = plan.stages[number - 1].name if number else START
-    command = subcommand("anchors", *anchors_flags(plan, number, policy))
-    return Step(f"anchors of {name}", command, anchors_directory(plan, number) / "metadata.json")
+def _anchors(plan: SequencePlan, number: int, policy: str) -> Iterator[Step]:
+    for source, cache in zip(_part(plan, number).sources, anchor_caches(plan, number), strict=True):
+        command = subcommand("anchors", *anchors_flags(plan, source, policy, cache))
+        yield Step(f"anchors of {source.repo_id}", command, cache / "metadata.json")
+
+
+def _part(plan: SequencePlan, number: int) -> Start | Stage:
+    return plan.stages[number - 1] if number else plan.start

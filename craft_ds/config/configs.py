@@ -6,6 +6,7 @@ from typing import Literal
 from craft_ds.config.checks import check_choice, require
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.config.data_report import DataReportConfig
+from craft_ds.config.datasets import DatasetSource
 from craft_ds.distributed.env import RANK_TIMEOUT_S, launched_world_size
 from craft_ds.errors import UserError
 from craft_ds.worlds import WORLDS
@@ -225,6 +226,10 @@ class RunOptions:
     alternative."""
     world: WorldEvalConfig = field(default_factory=WorldEvalConfig)
     """Evaluation in an embedded world every `eval_freq` steps, `--world.*`."""
+    datasets: list[DatasetSource] = field(default_factory=list)
+    """Several data sets to train on as one mixture, in place of `--dataset.repo_id` and `--dataset.root`:
+    `'[{repo_id: me/a, root: data/a, weight: 2}, {repo_id: me/b, root: data/b, weight: 1}]'`. `weight` is the
+    share of the samples; without weights, every frame counts the same. An entry may also have `episodes`."""
     normalization: Normalization = "policy"
     """Statistics that normalise state and action: `policy` keeps those that the policy was trained with,
     which old and new tasks then share; `dataset` takes those of `--dataset.repo_id`, as `lerobot-train` does.

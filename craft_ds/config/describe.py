@@ -70,7 +70,9 @@ def _describe(flag: str, entry: Field[Any], kind: Any, text: str) -> FlagDescrip
         choices = ("true", "false")
     default = entry.default if entry.default_factory is MISSING else entry.default_factory()
     shown = "|".join(choices) or (
-        kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+        kind.__name__
+        if isinstance(kind, type) and not get_args(kind)
+        else re.sub(r"\w+\.", "", str(kind))  # without modules
     )
     return FlagDescription(flag, shown, choices, _on_command_line(default), first_sentence(text), text)
 

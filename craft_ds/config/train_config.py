@@ -30,6 +30,7 @@ from craft_ds.config.configs import (
     RunOptions,
     TrackerName,
 )
+from craft_ds.config.datasets import resolve_datasets
 from craft_ds.config.secret_scan import refuse_secrets
 from craft_ds.config.selection_rules import check_selection
 from craft_ds.config.suggestions import RENAMED_FLAGS
@@ -43,9 +44,17 @@ from craft_ds.tensor_io.move_aside import directory_contents
 
 
 @dataclass
+class TaskDatasetConfig(DatasetConfig):
+    """LeRobot's `--dataset.*`; with `--datasets`, `repo_id` joins the names of the mixture."""
+
+    repo_id: str = ""
+
+
+@dataclass
 class TrainConfig(RunOptions, TrainPipelineConfig):
     """The flags of `lerobot-train`, with their meaning unchanged, and those of craft-ds."""
 
+    dataset: TaskDatasetConfig = field(default_factory=TaskDatasetConfig)
     # The checkpoint to resume, after all its bytes were verified.
     verified_checkpoint: Path | None = field(init=False, default=None)
 
@@ -93,6 +102,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
                 raise UserError("--lora.* and --peft.* both describe adapters: use one of them")
             self.lora = asked
         self.lora.validate()
+        resolve_datasets(self.dataset, self.datasets, resume=self.resume)
         self.checkpoint.validate()
         check_choice("--data_check", self.data_check, DataCheck)
         self.data_report.validate()
@@ -168,6 +178,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         """Write `train_config.json`, with absolute paths: a run may be resumed from another directory."""
         saved = copy.deepcopy(self)
         for owner, name in (
+            *((source, "root") for source in saved.datasets),
             (saved, "output_dir"),
             (saved.dataset, "root"),
             (saved.craft, "anchor_cache_dir"),

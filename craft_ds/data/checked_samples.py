@@ -8,7 +8,7 @@ Interface for everything that reads samples (training, evaluation, anchors, expo
 import errno
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 
 from craft_ds.data.value_limits import ValueLimits, column, rows_of
 from craft_ds.errors import UserError, one_line
@@ -204,6 +204,15 @@ class NamedSamples(Dataset[dict[str, Any]]):
         if torch.isfinite(found) and self._limits is not None:
             reason += f", far outside of {self._limits.describe(key, entry)}"
         raise self._bad(index, reason, self._steps[key][step[0]] if step and key in self._steps else 0)
+
+
+Samples = NamedSamples | ConcatDataset[dict[str, Any]]
+"""Samples of one data set, or of several, one after the other."""
+
+
+def joined(samples: Sequence[NamedSamples]) -> Samples:
+    """Return the samples of several data sets, one after the other."""
+    return samples[0] if len(samples) == 1 else ConcatDataset(samples)
 
 
 class _Caught(Dataset[Any]):

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lerobot.configs import PreTrainedConfig
@@ -42,7 +43,7 @@ def joint_statistics(datasets: Sequence[LeRobotDataset], rename_map: dict[str, s
         UserError: A feature has another width in another data set.
     """
     renamed = [
-        {rename_map.get(name, name): entries for name, entries in dataset.meta.stats.items()}
+        {rename_map.get(name, name): _as_arrays(entries) for name, entries in dataset.meta.stats.items()}
         for dataset in datasets
     ]
     computed = (OBS_STATE, ACTION)
@@ -59,6 +60,11 @@ def joint_statistics(datasets: Sequence[LeRobotDataset], rename_map: dict[str, s
             )
         statistics[name] = _describe(np.concatenate(columns))
     return statistics
+
+
+def _as_arrays(entries: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return statistics as arrays: LeRobot replaces those of pictures by ImageNet's, as tensors."""
+    return {name: np.asarray(value) for name, value in entries.items()}
 
 
 def write_policy_with_statistics(

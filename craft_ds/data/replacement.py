@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from craft_ds.data.checked_samples import BadSample, NamedSamples
+from craft_ds.data.checked_samples import BadSample, Samples
 
 PROBES = 100
 """Samples tried instead of a bad one; if all of them are bad, the data set is not usable."""
@@ -46,9 +46,7 @@ class ReplacingSamples(Dataset[Drawn]):
         index_at: Index of the sample at a position; None: the position itself.
     """
 
-    def __init__(
-        self, samples: NamedSamples, seed: int, index_at: Callable[[int], int] | None = None
-    ) -> None:
+    def __init__(self, samples: Samples, seed: int, index_at: Callable[[int], int] | None = None) -> None:
         self._samples, self._seed, self._index_at = samples, seed, index_at
 
     def __getitem__(self, position: int) -> Drawn:

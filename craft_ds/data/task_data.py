@@ -14,7 +14,7 @@ from torch.utils.data import Sampler, default_collate
 
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import StepPartition
-from craft_ds.data.checked_samples import BadSample, NamedSamples, sample_loader
+from craft_ds.data.checked_samples import BadSample, NamedSamples, Samples, sample_loader
 from craft_ds.data.dataset_files import check_dataset_root, check_finished
 from craft_ds.data.lerobot_dataset import opening_failed
 from craft_ds.data.replacement import RawBatch, ReplacingSamples, collate_drawn
@@ -101,7 +101,8 @@ def _refuse_lists(repo_id: str) -> None:
     """Refuse several data sets: LeRobot cannot train on them, and with a root would open the root alone."""
     if repo_id.lstrip().startswith(("[", "(")) or "," in repo_id:
         raise UserError(
-            f"--dataset.repo_id={repo_id} names several data sets, and a run trains on one: merge them with "
+            f"--dataset.repo_id={repo_id} names several data sets: give them as "
+            "--datasets='[{repo_id: …, root: …}, …]', or merge them with "
             "lerobot-edit-dataset --operation.type merge --operation.repo_ids \"['…', '…']\" "
             "--new_repo_id … --new_root …"
         )
@@ -177,13 +178,13 @@ def check_processors(
         ) from error
 
 
-def training_batches(config: TrainConfig, samples: NamedSamples, sampler: StepSampler) -> Iterator[RawBatch]:
+def training_batches(config: TrainConfig, samples: Samples, sampler: StepSampler) -> Iterator[RawBatch]:
     """Return an endless iterator of raw micro-batches in a sampler's order."""
     return _loader(config, ReplacingSamples(samples, config.seed or 0, sampler.index_at), sampler.positions())
 
 
 def heldout_batches(
-    config: TrainConfig, samples: NamedSamples, rank: int, world_size: int
+    config: TrainConfig, samples: Samples, rank: int, world_size: int
 ) -> Iterator[tuple[RawBatch, bool]]:
     """Iterate once over the held-out samples of all ranks, in the same number of batches per rank.
 

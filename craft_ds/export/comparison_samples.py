@@ -124,7 +124,8 @@ def open_frames(
 
 
 def _frames(run: dict[str, Any], checkpoint: Path, config: PreTrainedConfig) -> _Source:
-    repo_id, root = run["dataset"]["repo_id"], run["dataset"]["root"]
+    source = (run.get("datasets") or [run["dataset"]])[0]  # of a mixture, the first
+    repo_id, root = source["repo_id"], source["root"]
     if not Path(root or HF_LEROBOT_HOME / repo_id).is_dir():
         raise UserError(f"data set {repo_id} is not on this machine")
     dataset, read = open_frames(run, checkpoint, config, repo_id, root)

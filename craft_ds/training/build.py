@@ -23,7 +23,7 @@ from craft_ds.checkpoints import (
 from craft_ds.checkpoints.run_directory import complete_checkpoints
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import partition_step
-from craft_ds.data.checked_samples import NamedSamples
+from craft_ds.data.mixture import MixtureSampler, mixture_weights
 from craft_ds.data.task_data import (
     StepSampler,
     check_processors,
@@ -53,13 +53,13 @@ from craft_ds.training.checkpointer import Checkpointer
 from craft_ds.training.evaluator import Evaluator
 from craft_ds.training.exclusive_run import exclusive_run
 from craft_ds.training.metrics import MetricsLogger
-from craft_ds.training.open_data import load_run_processors, open_data
+from craft_ds.training.open_data import OpenedData, load_run_processors, open_data
 from craft_ds.training.preflight import check_inputs
 from craft_ds.training.restore import build_state, read_saved, resolve_changed_flags, restore_scheduler
 from craft_ds.training.run import Run, TaskStream
 from craft_ds.training.start_report import (
     anchor_line,
-    dataset_line,
+    dataset_lines,
     epsilon_lines,
     heldout_lines,
     precision_lines,
@@ -129,7 +129,7 @@ def _build(
     inputs = check_inputs(config)
     data = open_data(config, inputs, world_size)
     messages += data.messages
-    state = build_state(config, saved, len(data.train), data.fingerprint, world_size)
+    state = build_state(config, saved, len(data.samples), data.fingerprint, world_size)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
     base_sha256 = rank0_only(weights_sha256)(inputs.weights_dir) if inputs.plan else ""
@@ -155,21 +155,23 @@ def _build(
 
     device = str(engine.device)
     preprocessor, postprocessor = load_run_processors(config, inputs.policy_dir, data.changes, device)
-    fail_together(check_processors)(config, data.samples, preprocessor)
+    for part in data.parts:
+        fail_together(check_processors)(part.config, part.samples, preprocessor)
     anchors = _open_anchors(config, inputs.cache, engine, state.progress)
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
     if saved is not None:
         fail_together(load_optimizer)(config.checkpoint_path, engine, adapters)
         applied = state.progress.step - state.progress.skipped
         restore_scheduler(config.checkpoint_path, saved.scheduler, scheduler, applied)
-    tasks = _open_tasks(config, data.samples, preprocessor, engine, state.progress)
+    tasks = _open_tasks(config, data, preprocessor, engine, state.progress)
     background = BackgroundSaver() if config.checkpoint.background and config.save_checkpoint else None
 
     engine.barrier()  # no rank creates the output directory before all have found it free
     messages += rank0_only(_move_incomplete_aside)(config)
     logger = _open_logger(config, engine, state)
     state.tracker_run_ids |= logger.tracker_run_ids
-    logger.say(dataset_line(data.train, data.heldout))
+    for line in dataset_lines(config, [(part.train, part.heldout) for part in data.parts]):
+        logger.say(line)
     logger.say(f"✓ policy: {description}, {_describe_engine(config, engine)}")
     teacher_loss = None
     if inputs.cache is not None:
@@ -178,11 +180,12 @@ def _build(
         teacher_loss = losses[config.craft.constraint_split]["overall"]
         messages += epsilon_lines(config.craft, teacher_loss)
         messages += coverage_warnings(inputs.cache, config.craft.constraint_split)
-    if data.heldout is not None:
-        episodes = (data.train.num_episodes, data.heldout.num_episodes)
-        messages += heldout_lines(config.dataset.eval_split, *episodes)
+    for part in data.parts:
+        if part.heldout is not None:
+            episodes = (part.train.num_episodes, part.heldout.num_episodes)
+            messages += heldout_lines(config.dataset.eval_split, *episodes)
     messages += precision_lines(config.engine.dtype, engine.device.type)
-    for message in (*size_lines(config, state.progress, len(data.train), engine.world_size), *messages):
+    for message in (*size_lines(config, state.progress, len(data.samples), engine.world_size), *messages):
         logger.say(message)
     checkpointer = Checkpointer(
         config=config,
@@ -235,7 +238,7 @@ def _move_incomplete_aside(config: TrainConfig) -> list[str]:
 @fail_together
 def _open_tasks(
     config: TrainConfig,
-    samples: NamedSamples,
+    data: OpenedData,
     preprocessor: PolicyProcessorPipeline,
     engine: Engine,
     progress: Progress,
@@ -243,8 +246,11 @@ def _open_tasks(
     partition = partition_step(
         progress.samples_per_step, engine.world_size, config.batch_size, "task samples"
     )
-    sampler = StepSampler(len(samples), partition, engine.rank, config.seed or 0, progress.samples_seen)
-    return TaskStream(training_batches(config, samples, sampler), preprocessor, partition, sampler)
+    sizes = [len(part.samples) for part in data.parts]
+    place = (partition, engine.rank, config.seed or 0, progress.samples_seen)
+    weights = mixture_weights(config)
+    sampler = MixtureSampler(sizes, weights, *place) if weights else StepSampler(sum(sizes), *place)
+    return TaskStream(training_batches(config, data.samples, sampler), preprocessor, partition, sampler)
 
 
 def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedPolicy:

@@ -1,9 +1,11 @@
 """Check the data of a run against the policy's processors, before the policy is built."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.constants import ACTION, OBS_STATE
 
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.config.train_config import TrainConfig
@@ -40,6 +42,31 @@ def check_data(
         findings += _compare_with_anchors(report, cache)
     lines = enforce(findings, config.data_check)
     return [f"{'✓ ' if not findings else ''}{summary(report)}", *lines]
+
+
+def compare_datasets(config: TrainConfig, datasets: Sequence[LeRobotDataset]) -> list[str]:
+    """Compare frame rates and names of the entries of a mixture's data sets; return the lines to print.
+
+    Raises:
+        UserError: With `--data_check=error`, their actions have other names.
+    """
+    if config.data_check == "off":
+        return []
+    first, *others = datasets
+    findings = []
+    for other in others:
+        if other.fps != first.fps:
+            findings.append(compare_fps(other.repo_id, other.fps, first.repo_id, first.fps))
+        for key in (OBS_STATE, ACTION):
+            wanted, found = (_entry_names(dataset.meta.features.get(key)) for dataset in (first, other))
+            if wanted and found and wanted != found:
+                findings.append(compare_names(other.repo_id, key, found, first.repo_id, wanted))
+    return enforce(findings, config.data_check)
+
+
+def _entry_names(feature: Any) -> tuple[str, ...] | None:
+    """Return the names of a feature's entries, where it has them."""
+    return feature_names(feature) if feature and feature.get("names") else None
 
 
 def _compare_with_anchors(report: DataReport, cache: AnchorCache) -> list[Finding]:

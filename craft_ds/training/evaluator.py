@@ -11,7 +11,7 @@ from torch import Tensor
 from craft_ds.algorithm.multiplier import epsilon_at
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.train_config import TrainConfig
-from craft_ds.data.checked_samples import BadSample, NamedSamples
+from craft_ds.data.checked_samples import BadSample, Samples
 from craft_ds.data.replacement import RawBatch
 from craft_ds.data.task_data import heldout_batches, images_to_float
 from craft_ds.distributed.watchdog import RankWatchdog
@@ -42,7 +42,7 @@ class Evaluator:
     watchdog: RankWatchdog
     preprocessor: PolicyProcessorPipeline
     postprocessor: PolicyProcessorPipeline
-    heldout: NamedSamples | None
+    heldout: Samples | None
     anchors: AnchorStream | None
     bad_samples: BadSampleLog
 
@@ -82,7 +82,7 @@ class Evaluator:
         self.watchdog.progress()
         return self.engine.act(batch)
 
-    def _task_loss(self, heldout: NamedSamples) -> float:
+    def _task_loss(self, heldout: Samples) -> float:
         found: list[BadSample] = []
         replaced = 0
 

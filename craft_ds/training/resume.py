@@ -297,7 +297,16 @@ def check_same_policy(trained: dict[str, Any], stored: dict[str, Any]) -> None:
 
 def _same_path(name: str, old: Any, new: Any) -> bool:
     """Return True for one path in two forms: checkpoints contain absolute paths."""
+    if name == "datasets":
+        return _absolute(old) == _absolute(new)
     return name in _PATHS and bool(old and new) and Path(old).resolve() == Path(new).resolve()
+
+
+def _absolute(sources: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """Return the entries of `--datasets` with absolute paths; none in checkpoints from before that flag."""
+    return [
+        source | {"root": source["root"] and str(Path(source["root"]).resolve())} for source in sources or []
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.coverage import count_by_task
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.config.train_config import TrainConfig
+from craft_ds.data.mixture import mixture_weights
 from craft_ds.data.task_texts import UNUSED
 from craft_ds.distributed.env import launched_world_size
 from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
@@ -26,6 +27,26 @@ def first_line(config: TrainConfig) -> str:
         f"craft-ds {craft_ds.__version__}: {config.steps} steps on {ranks} rank{'s' if ranks > 1 else ''}, "
         f"writing to {config.output_dir or 'outputs/'}"
     )
+
+
+def dataset_lines(
+    config: TrainConfig, parts: Sequence[tuple[LeRobotDataset, LeRobotDataset | None]]
+) -> list[str]:
+    """Return a line for each data set of a run, of a mixture with its share of the samples.
+
+    Args:
+        config: The configuration of the run.
+        parts: For each data set, the episodes that train and those held out, as for `dataset_line`.
+    """
+    lines = [dataset_line(*part) for part in parts]
+    if not config.datasets:
+        return lines
+    weights = mixture_weights(config) or [len(train) for train, _ in parts]
+    shares = [weight / sum(weights) for weight in weights]
+    return [
+        line.replace("data set:", f"data set {source.repo_id} ({share:.1%} of the samples):", 1)
+        for line, source, share in zip(lines, config.datasets, shares, strict=True)
+    ]
 
 
 def dataset_line(train: LeRobotDataset, heldout: LeRobotDataset | None) -> str:

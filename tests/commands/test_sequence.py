@@ -113,6 +113,22 @@ def test_the_first_stage_without_anything_learned_is_plain(tmp_path):
     assert flags(steps[1].command)["--eval_freq"] == "2"
 
 
+def test_a_stage_may_learn_a_mixture(tmp_path):
+    plan = content()
+    data = [{"repo_id": "me/a", "root": "a", "weight": 2}, {"repo_id": "me/c", "weight": 1}]
+    plan["stages"][0] = {"name": "a", "datasets": data, "tasks": ["reach-green"]}
+    steps = list(sequence_steps(read(tmp_path, plan)))
+    training = flags(steps[2].command)
+    assert json.loads(training["--datasets"]) == data
+    assert not any(name.startswith("--dataset.") for name in training)
+    anchors = [flags(step.command) for step in steps if "anchors" in step.command][1:]
+    assert [found["--dataset_repo_id"] for found in anchors] == ["me/a", "me/c"]
+    caches = ["out/00_start/anchors", "out/01_a/anchors_1", "out/01_a/anchors_2"]
+    assert [found["--output_dir"] for found in anchors] == caches[1:]
+    last = next(step for step in steps if step.title.startswith("stage 2"))
+    assert flags(last.command)["--craft.anchor_cache_dir"] == ",".join(caches)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -124,7 +140,10 @@ def test_the_first_stage_without_anything_learned_is_plain(tmp_path):
         ("epochs", 3, "The fields `epochs` are not valid"),
         ("evaluation/episodes", "many", "evaluation.episodes: Couldn't parse 'many'"),
         ("evaluation/episodes", 0, "evaluation.episodes: 0 must be at least 1"),
-        ("stages/0/repo_id", None, "stages.0: Missing required field(s) `repo_id`"),
+        ("stages/0/name", None, "stages.0: Missing required field(s) `name`"),
+        ("stages/0/repo_id", None, "stages.0: give repo_id, or datasets for a mixture"),
+        ("stages/0/datasets", [{"repo_id": "me/c"}], "stages.0: give repo_id, or datasets"),
+        ("train/datasets", [], "train.datasets: the sequence sets this flag: set stages.N.datasets"),
         ("stages/0/tasks", "reach-red", "stages.0.tasks:"),
         ("stages/0/tasks", ["reach-pink"], "tasks: blocks has no task reach-pink"),
         ("stages/0/tasks", ["reach-yellow"], "tasks: reach-yellow is listed twice"),

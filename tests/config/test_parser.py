@@ -99,8 +99,8 @@ def test_an_error_is_one_line(arguments, message, capfd):
 
 
 def test_the_data_set_is_required():
-    with pytest.raises(UserError, match=r"Missing required field.*`dataset`"):
-        parse_arguments(["--steps=1"])
+    with pytest.raises(UserError, match=r"--dataset.repo_id is missing"):
+        parse_arguments(["--steps=1"]).validate()
 
 
 @pytest.mark.parametrize(
