@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from craft_ds.anchors.cache import AnchorCache
-from craft_ds.anchors.coverage import check_coverage
+from craft_ds.anchors.coverage import check_coverage, check_task_constraints
 from craft_ds.anchors.vision import check_vision_features
 from craft_ds.checkpoints import complete_checkpoints, read_manifest
 from craft_ds.config.train_config import TrainConfig
@@ -67,6 +67,7 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
     cache.check_policy(config.policy)
     cache.loss_of(config.craft.retention_loss)
     check_coverage(cache, config.craft.constraint_split, launched_world_size())
+    check_task_constraints(cache, config.craft)
     if config.craft.vision_features and is_local_rank0():
         check_vision_features(cache, inputs.weights_dir, config.policy)
     return inputs._replace(cache=cache)
