@@ -150,7 +150,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 
     # The functions that `retention_step` calls, so that the measured code is the executed code.
     steps.gram = gram_after_keeping
-    steps.merge, steps.merge_ = surgery.wrap(steps.merge), surgery.wrap(steps.merge_)
+    steps.merge_layers, steps.merge_ = surgery.wrap(steps.merge_layers), surgery.wrap(steps.merge_)
     engine.sum_scalars = surgery.wrap(engine.sum_scalars)  # type: ignore[method-assign]
     engine.take_gradient = copy_gradient.wrap(engine.take_gradient)  # type: ignore[method-assign]
     dual.ascend = surgery.wrap(dual.ascend)  # type: ignore[method-assign]

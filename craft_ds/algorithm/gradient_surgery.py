@@ -10,6 +10,7 @@ The guide's projection is A-GEM's (Chaudhry et al. 2019, eq. 11) inside a primal
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from craft_ds.algorithm.gram_triple import GramTriple
@@ -28,8 +29,10 @@ class MergedGradient(NamedTuple):
         b: Weight of the retention gradient (λ minus what the projection removes).
         conflict: True if the cosine is below the threshold.
         cosine: cos(g_t, g_r).
-        norm: ‖a·g_t + b·g_r‖, computed without another pass over the gradients.
+        norm: ‖a·g_t + b·g_r‖ without the retention scale, computed without another pass over the gradients:
+            the norm that clipping divides by.
         removed: Share of ‖g_t‖² that its projection off g_r removes, tr²/(tt·rr); 0 if it is not projected.
+        conflict_share: Share of the layers in conflict; 0 or 1 if all layers are merged as one gradient.
     """
 
     a: float
@@ -38,6 +41,7 @@ class MergedGradient(NamedTuple):
     cosine: float
     norm: float
     removed: float = 0.0
+    conflict_share: float = 0.0
 
     @property
     def retention_weight(self) -> float:
@@ -45,13 +49,20 @@ class MergedGradient(NamedTuple):
         return self.b / self.a if self.a else math.nan
 
 
-def merge(triple: GramTriple, multiplier: float, config: CraftConfig) -> MergedGradient:
+def merge(
+    triple: GramTriple, multiplier: float, config: CraftConfig, retention_scale: float = 1.0
+) -> MergedGradient:
     """Return the weights of the merged gradient by `config.merging`.
+
+    The retention scale multiplies what λ adds to the gradient, and not the projection:
+    (a, b) = (a, b)₀ + scale·((a, b)_λ − (a, b)₀), where (a, b)_λ are the weights at λ. `norm` is that of
+    (a, b)_λ, so that clipping does not cancel the scale.
 
     Args:
         triple: Gram triple of the two gradients.
         multiplier: The Lagrange multiplier λ ≥ 0.
         config: `merging` is read, with `conflict_threshold` and what the rule needs.
+        retention_scale: Steps for which this one stands (`--craft.retention_scale=freq`).
 
     Warning:
         The weights of a non-finite triple are meaningless: check `triple.is_finite` and skip the step.
@@ -60,11 +71,66 @@ def merge(triple: GramTriple, multiplier: float, config: CraftConfig) -> MergedG
     conflict = cosine < config.conflict_threshold
     if config.merging == "guide":
         project = conflict and config.use_grad_projection and triple.rr > 0.0
-        a, b = _guide_weights(triple.tr / triple.rr if project else 0.0, multiplier, config)
     else:
         project = config.merging in _PROJECTING and cosine < 0.0
-        a, b = merging_weights(triple, multiplier, config) if triple.is_finite else (1.0, multiplier)
-    return MergedGradient(a, b, conflict, cosine, triple.norm(a, b), cosine**2 if project else 0.0)
+    a, b = _weights(triple, multiplier, project, config)
+    norm = triple.norm(a, b)
+    if retention_scale != 1.0:
+        task_a, task_b = _weights(triple, 0.0, project, config)
+        a, b = task_a + retention_scale * (a - task_a), task_b + retention_scale * (b - task_b)
+    removed = cosine**2 if project else 0.0
+    return MergedGradient(a, b, conflict, cosine, norm, removed, float(conflict))
+
+
+def merge_layers(
+    triples: Sequence[GramTriple], multiplier: float, config: CraftConfig, retention_scale: float = 1.0
+) -> tuple[MergedGradient, list[MergedGradient]]:
+    """Merge every layer by its own Gram triple.
+
+    Args:
+        triples: Gram triples of the layers, at least one.
+        multiplier: λ.
+        config: As for `merge`.
+        retention_scale: As for `merge`.
+
+    Returns:
+        The complete gradient and each layer. Of the complete one, `norm` is the root of the layers' summed
+        squares; `conflict` and `cosine` are those of the summed triples; `removed` is what the layers'
+        projections remove together; `a` and `b` are means weighted by the layers' ‖g_t‖² and ‖g_r‖².
+    """
+    layers = [merge(triple, multiplier, config, retention_scale) for triple in triples]
+    if len(layers) == 1:
+        return layers[0], layers
+    total = total_triple(triples)
+
+    def mean(values: Sequence[float], weights: Sequence[float]) -> float:
+        products = sum(value * weight for value, weight in zip(values, weights, strict=True))
+        return products / sum(weights) if sum(weights) else sum(values) / len(values)
+
+    task, retention = [triple.tt for triple in triples], [triple.rr for triple in triples]
+    complete = MergedGradient(
+        a=mean([layer.a for layer in layers], task),
+        b=mean([layer.b for layer in layers], retention),
+        conflict=total.cosine < config.conflict_threshold,
+        cosine=total.cosine,
+        norm=math.hypot(*(layer.norm for layer in layers)),
+        removed=mean([layer.removed for layer in layers], task),
+        conflict_share=sum(layer.conflict for layer in layers) / len(layers),
+    )
+    return complete, layers
+
+
+def total_triple(triples: Sequence[GramTriple]) -> GramTriple:
+    """Return the Gram triple of the complete gradients from those of disjoint parts."""
+    return GramTriple(*(sum(products) for products in zip(*triples, strict=True)))
+
+
+def _weights(
+    triple: GramTriple, multiplier: float, project: bool, config: CraftConfig
+) -> tuple[float, float]:
+    if config.merging == "guide":
+        return _guide_weights(triple.tr / triple.rr if project else 0.0, multiplier, config)
+    return merging_weights(triple, multiplier, config) if triple.is_finite else (1.0, multiplier)
 
 
 def _guide_weights(removed: float, multiplier: float, config: CraftConfig) -> tuple[float, float]:

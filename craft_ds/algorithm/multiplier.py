@@ -1,6 +1,7 @@
 """Dual side of CRaFT: the schedule of ε, the dual ascent on λ, and their history. No tensors, no ranks.
 
-Other rules for λ are in `craft_ds.algorithm.dual_rules`.
+Other rules for λ are in `craft_ds.algorithm.dual_rules`, one λ per task is in
+`craft_ds.algorithm.task_multipliers`.
 
 CRaFT minimises L_task(θ) subject to L_ret(θ) ≤ ε(t). The Lagrangian is L_task + λ·(L_ret − ε) with
 λ ≥ 0; gradient descent on θ and projected gradient ascent on λ look for its saddle point
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from craft_ds.algorithm.dual_rules import dynamic_barrier, nupi
+from craft_ds.algorithm.dual_rules import NuPiStep, dynamic_barrier, nupi
 from craft_ds.algorithm.gram_triple import GramTriple
 from craft_ds.config.craft_config import CraftConfig
 
@@ -59,9 +60,45 @@ def ascend(multiplier: float, retention_loss: float, epsilon: float, config: Cra
     return max(0.0, min(config.lambda_max, multiplier + config.lambda_lr * (retention_loss - epsilon)))
 
 
+def next_multiplier(
+    multiplier: float, smoothed_violation: float, violation: float, config: CraftConfig
+) -> NuPiStep:
+    """Return λ and ξ after a retention step, by `config.multiplier`.
+
+    Args:
+        multiplier: λ as used in the step.
+        smoothed_violation: ξ of νPI; other rules leave it alone.
+        violation: L_ret − ε.
+        config: The rule and its options.
+
+    Raises:
+        ValueError: The rule is unknown.
+    """
+    match config.multiplier:
+        case "ascent":
+            return NuPiStep(ascend(multiplier, violation, 0.0, config), smoothed_violation)
+        case "nupi":
+            return nupi(multiplier, smoothed_violation, violation, config)
+        case "dynamic_barrier":
+            return NuPiStep(multiplier, smoothed_violation)
+        case "fixed":
+            return NuPiStep(config.initial_lambda, smoothed_violation)
+        case rule:
+            raise ValueError(f"unknown multiplier {rule!r}")
+
+
 def is_step(value: object) -> bool:
     """Return True for an integer that can count the steps of a run."""
     return type(value) is int and 0 <= value < 1 << 62
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """Record of one old task in a retention step, with one λ per task; NaN for the loss: not measured."""
+
+    lambda_: float
+    epsilon: float
+    retention_loss: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +107,8 @@ class RetentionRecord:
 
     `lambda_` is λ as used in the step, before the dual step (the CSV's column is `lambda`);
     `retention_weight` is b/a, the weight of g_r relative to g_t in the merged gradient; `dot` is <g_t, g_r>;
-    `removed` is the share of ‖g_t‖² that the projection removed.
+    `removed` is the share of ‖g_t‖² that the projection removed, `conflict_share` that of the layers in
+    conflict. With one λ per task, `lambda_` is their mean and `tasks` has a record for each.
     """
 
     step: int
@@ -81,7 +119,32 @@ class RetentionRecord:
     cos: float
     retention_weight: float
     dot: float
-    removed: float = 0.0  # checkpoints of older versions do not have it
+    removed: float = 0.0  # checkpoints of older versions have neither this nor what follows
+    conflict_share: float = 0.0
+    tasks: tuple[TaskRecord, ...] = ()
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "RetentionRecord":
+        """Return the record that `asdict` described.
+
+        Raises:
+            TypeError: It has other fields.
+            ValueError: A field is not a number.
+        """
+        tasks = tuple(TaskRecord(**task) for task in row.get("tasks", ()))
+        record = cls(**{**row, "tasks": tasks})
+        numbers = [value for part in (record, *tasks) for value in vars(part).values() if value is not tasks]
+        if not all(isinstance(value, int | float) for value in numbers):
+            raise ValueError("a record has non-numbers")
+        return record
+
+    @property
+    def slack(self) -> bool:
+        """True if L_ret ≤ ε; with one λ per task, for every task that was measured."""
+        measured = [task for task in self.tasks if not math.isnan(task.retention_loss)]
+        if measured:
+            return all(task.retention_loss <= task.epsilon for task in measured)
+        return self.retention_loss <= self.epsilon
 
 
 def conflict_metrics(records: Sequence[RetentionRecord]) -> dict[str, float]:
@@ -114,8 +177,8 @@ class DualState:
         self.smoothed_violation = 0.0
         self.history: list[RetentionRecord] = []
 
-    def in_step(self, epsilon: float) -> float | StepMultiplier:
-        """Return λ of the next retention step, or how to compute it there.
+    def in_step(self, epsilon: float) -> float | tuple[float, ...] | StepMultiplier:
+        """Return λ of the next retention step (one per task where there are several), or how to compute it.
 
         Args:
             epsilon: ε of the step, in units of the retention loss.
@@ -127,20 +190,12 @@ class DualState:
     def ascend(self, record: RetentionRecord) -> None:
         """Append the record of a retention step and update λ by `config.multiplier`."""
         self.history.append(record)
-        violation = record.retention_loss - record.epsilon
-        match self.config.multiplier:
-            case "ascent":
-                self.multiplier = ascend(self.multiplier, record.retention_loss, record.epsilon, self.config)
-            case "nupi":
-                self.multiplier, self.smoothed_violation = nupi(
-                    self.multiplier, self.smoothed_violation, violation, self.config
-                )
-            case "dynamic_barrier":
-                self.multiplier = record.lambda_
-            case "fixed":
-                self.multiplier = self.config.initial_lambda
-            case rule:
-                raise ValueError(f"unknown multiplier {rule!r}")
+        self.multiplier, self.smoothed_violation = next_multiplier(
+            record.lambda_ if self.config.multiplier == "dynamic_barrier" else self.multiplier,
+            self.smoothed_violation,
+            record.retention_loss - record.epsilon,
+            self.config,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain Python values, readable by `torch.load(weights_only=True)`."""
@@ -161,17 +216,17 @@ class DualState:
             ValueError: The state is not one that a run can have.
         """
         try:
-            multiplier, history = state["multiplier"], [RetentionRecord(**row) for row in state["history"]]
-        except (KeyError, TypeError) as error:
+            multiplier, history = (
+                state["multiplier"],
+                [RetentionRecord.from_dict(row) for row in state["history"]],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a state of λ and its history: {error}") from None
         smoothed = state.get("smoothed_violation", 0.0)  # checkpoints of older versions do not have it
         if not isinstance(smoothed, int | float) or not math.isfinite(smoothed):
             raise ValueError(f"smoothed_violation={smoothed!r} is not a finite number")
-        numbers = [multiplier, *(value for record in history for value in asdict(record).values())]
-        if not all(isinstance(value, int | float) for value in numbers) or not 0 <= multiplier < math.inf:
-            raise ValueError(
-                f"not a state of λ and its history: λ is {multiplier!r}, or a record has non-numbers"
-            )
+        if not isinstance(multiplier, int | float) or not 0 <= multiplier < math.inf:
+            raise ValueError(f"not a state of λ and its history: λ is {multiplier!r}")
         steps = [record.step for record in history]
         if multiplier > lambda_max or steps != sorted({*steps}) or not all(is_step(step) for step in steps):
             raise ValueError(f"λ is {multiplier!r} of at most {lambda_max!r}, or its history is out of order")
@@ -182,10 +237,17 @@ class DualState:
 
     def write_csv(self, path: Path) -> None:
         """Write `lambda_history.csv`: a header and one row per retention step."""
-        names = [field.name for field in fields(RetentionRecord)]
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow([name.rstrip("_") for name in names])
+            names = [field.name for field in fields(RetentionRecord) if field.name != "tasks"]
+            writer.writerow([*(name.rstrip("_") for name in names), *self._task_columns()])
             for record in self.history:
-                row = asdict(record)
-                writer.writerow([int(row[name]) if name == "conflict" else row[name] for name in names])
+                row = [getattr(record, name) for name in names]
+                values = [int(value) if isinstance(value, bool) else value for value in row]
+                writer.writerow([*values, *self._task_values(record)])
+
+    def _task_columns(self) -> list[str]:
+        return []
+
+    def _task_values(self, record: RetentionRecord) -> list[float]:
+        return []

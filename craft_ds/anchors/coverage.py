@@ -1,8 +1,10 @@
 """Number of anchors per task and split: what is preserved, and what the constraint measures."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from craft_ds.anchors.cache import SPLITS, AnchorCache
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.errors import UserError
 
 
@@ -10,6 +12,40 @@ def count_by_task(cache: AnchorCache) -> dict[str, list[int]]:
     """Return the number of anchors of each task, by split, in the order of `cache.tasks`."""
     counted = {split: Counter(cache.task[cache.splits[split]].tolist()) for split in SPLITS}
     return {split: [counted[split][task] for task in range(len(cache.tasks))] for split in SPLITS}
+
+
+def trained_tasks(cache: AnchorCache) -> list[str]:
+    """Return the texts of the tasks with training anchors."""
+    counts = count_by_task(cache)["train"]
+    return list(dict.fromkeys(text for text, count in zip(cache.tasks, counts, strict=True) if count))
+
+
+def check_task_constraints(cache: AnchorCache, craft: CraftConfig) -> None:
+    """Check that the constraint of every task can be measured and has a unit (`multiplier_scope=task`).
+
+    Args:
+        cache: The anchors.
+        craft: `constraint_split`, `epsilon_relative`, `multiplier_scope` and `retention_loss` are read.
+
+    Raises:
+        UserError: A task has no anchors in the split of the constraint, or no L0.
+    """
+    if craft.multiplier_scope != "task":
+        return
+    split, tasks = craft.constraint_split, trained_tasks(cache)
+    counts = dict(zip(cache.tasks, count_by_task(cache)[split], strict=True))
+    if unmeasured := [task for task in tasks if not counts[task]]:
+        raise UserError(
+            f"--craft.multiplier_scope=task: anchor cache {cache.path} has no {split} anchors of "
+            f"{named_tasks(unmeasured)}, so that L_ret of each task cannot be measured: build anchors of at "
+            "least two episodes per task, or set --craft.constraint_split=train"
+        )
+    losses = cache.loss_of(craft.retention_loss)[split].get("by_task") or {}
+    if craft.epsilon_relative and (without := [task for task in tasks if task not in losses]):
+        raise UserError(
+            f"--craft.multiplier_scope=task with --craft.epsilon_relative=true: anchor cache {cache.path} "
+            f"records no teacher's loss of {named_tasks(without)}: give an absolute ε, or build it again"
+        )
 
 
 def coverage_table(cache: AnchorCache) -> list[str]:
@@ -97,7 +133,7 @@ def coverage_warnings(cache: AnchorCache, constraint_split: str) -> list[str]:
     ]
 
 
-def named_tasks(texts: list[str]) -> str:
+def named_tasks(texts: Sequence[str]) -> str:
     """Return the texts of tasks for a message, at most five of them."""
     shown = ", ".join(repr(text[:60]) for text in texts[:5])
     more = f" and {len(texts) - 5} more" if len(texts) > 5 else ""

@@ -5,13 +5,15 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.coverage import trained_tasks
 from craft_ds.anchors.sampler import AnchorSampler, iter_split, to_policy_batch
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.data.batch_partition import StepPartition
 from craft_ds.engines.base import Batch, Loss
-from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
+from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES, TASK_INDEX, by_task
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,8 @@ class AnchorStream:
 
     Args:
         cache: The anchors.
-        craft: `constraint_split`, `epsilon_relative`, `retention_loss` and `vision_features` are read.
+        craft: `constraint_split`, `epsilon_relative`, `multiplier_scope`, `retention_loss` and
+            `vision_features` are read.
         share: Partition of the anchors of a step over ranks and micro-batches.
         device: Device of the batches.
         rank: This rank.
@@ -32,10 +35,12 @@ class AnchorStream:
 
     Attributes:
         loss: The retention loss of a batch of anchors.
+        step_loss: The same in a retention step: with `multiplier_scope=task`, by task.
         share: As given.
         epsilon_unit: Unit of ε: 1, or with `epsilon_relative` the teacher's loss on the
             constraint's anchors.
         heldout_epsilon_unit: The same for the held-out anchors, which evaluations measure; NaN without any.
+        task_epsilon_units: The same for each task; empty without `multiplier_scope=task`.
 
     Raises:
         UserError: A required split has fewer anchors than there are ranks, or the anchors lack the targets of
@@ -71,10 +76,18 @@ class AnchorStream:
                         cache.path,
                         len(cache.splits[split]),
                     )
-        losses = {split: entry["overall"] for split, entry in cache.loss_of(craft.retention_loss).items()}
-        relative = craft.epsilon_relative
-        self.epsilon_unit: float = losses[craft.constraint_split] if relative else 1.0
-        self.heldout_epsilon_unit: float = (losses["heldout"] or math.nan) if relative else 1.0
+        losses, relative = cache.loss_of(craft.retention_loss), craft.epsilon_relative
+        teacher_loss = losses[craft.constraint_split]
+        self.epsilon_unit: float = teacher_loss["overall"] if relative else 1.0
+        self.heldout_epsilon_unit: float = (losses["heldout"]["overall"] or math.nan) if relative else 1.0
+        self.step_loss, self.task_epsilon_units = self.loss, list[float]()
+        self._task_index: Tensor | None = None
+        if craft.multiplier_scope == "task":
+            tasks = trained_tasks(cache)
+            units = teacher_loss["by_task"] if craft.epsilon_relative else dict.fromkeys(tasks, 1.0)
+            self.task_epsilon_units = [units[task] for task in tasks]
+            self.step_loss = by_task(craft.retention_loss, len(tasks))
+            self._task_index = torch.tensor([tasks.index(t) if t in tasks else -1 for t in cache.tasks])
 
     def gradient_batches(self, first: int) -> Iterator[Batch]:
         """Return the anchors that give the gradient of a retention step.
@@ -107,4 +120,7 @@ class AnchorStream:
 
     def _read(self, indices: list[int]) -> Batch:
         anchors = self._cache.read(indices, self._vision_features, self._retention_loss)
-        return to_policy_batch(anchors, self._device)
+        batch = to_policy_batch(anchors, self._device)
+        if self._task_index is not None:
+            batch[TASK_INDEX] = self._task_index[anchors["task"].long()].to(self._device)
+        return batch

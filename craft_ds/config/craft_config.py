@@ -12,6 +12,9 @@ Merging = Literal["guide", "pcgrad", "agem", "cagrad", "mgda", "upgrad"]
 MultiplierRule = Literal["ascent", "nupi", "dynamic_barrier", "fixed"]
 EpsilonSchedule = Literal["linear", "cosine", "exponential"]
 ConstraintSplit = Literal["heldout", "train"]
+SurgeryScope = Literal["global", "layer"]
+MultiplierScope = Literal["global", "task"]
+RetentionScale = Literal["none", "freq"]
 
 
 @dataclass
@@ -31,7 +34,7 @@ class CraftConfig:
     """Anchors per rank and retention step for the retention gradient."""
     retention_freq: int = 5
     """K: every K-th step is a retention step. Between them λ has no effect, so the mean retention weight
-    is about λ/K."""
+    is λ/K where gradients are not clipped; see `retention_scale`."""
     initial_lambda: float = 1.0
     """λ before the first retention step."""
     lambda_lr: float = 0.01
@@ -75,6 +78,19 @@ class CraftConfig:
     barrier_beta: float = 1.0
     """β of `--craft.multiplier=dynamic_barrier`: decrease of L_ret that is asked for, as a squared gradient
     norm per unit of loss above ε."""
+    surgery_scope: SurgeryScope = "global"
+    """Merge the complete gradients as one (`global`), or each layer by its own Gram triple (`layer`):
+    conflict, projection and weights are those of the layer, clipping is of all layers together."""
+    multiplier_scope: MultiplierScope = "global"
+    """One λ for all old tasks (`global`), or one for each (`task`): each task's loss is weighted by its λ,
+    which follows the task's own L_ret and ε (with `epsilon_relative`, a multiple of its own L0)."""
+    retention_scale: RetentionScale = "none"
+    """`freq` multiplies what λ adds to the gradient by the steps since the last retention step, after the
+    factor of clipping is computed: the mean retention weight is that of K = 1. `none`: a retention step is
+    clipped like any other and weighs no more than a task step."""
+    retention_freq_max: int = 0
+    """Upper bound of an adaptive interval between retention steps, above `retention_freq`; 0: off. The
+    interval doubles while L_ret ≤ ε and is `retention_freq` again after a violation."""
     vision_features: bool = False
     """Read the vision tower's features of the anchors' images from the cache instead of running the tower.
     The cache must hold them (`craft-ds anchors --vision_features`) for this policy's tower, and the tower
@@ -126,4 +142,12 @@ class CraftConfig:
         )
         check_choice("--craft.merging", self.merging, Merging)
         check_choice("--craft.multiplier", self.multiplier, MultiplierRule)
+        check_choice("--craft.surgery_scope", self.surgery_scope, SurgeryScope)
+        check_choice("--craft.multiplier_scope", self.multiplier_scope, MultiplierScope)
+        check_choice("--craft.retention_scale", self.retention_scale, RetentionScale)
+        require(
+            self.retention_freq_max == 0 or self.retention_freq_max > self.retention_freq,
+            f"--craft.retention_freq_max={self.retention_freq_max} must be 0 (off) or above "
+            f"--craft.retention_freq={self.retention_freq}",
+        )
         check_rules(self)

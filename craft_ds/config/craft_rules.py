@@ -1,4 +1,4 @@
-"""Checks of the options of `--craft.merging` and `--craft.multiplier`."""
+"""Checks of the options of `--craft.merging` and `--craft.multiplier`, and of what they allow."""
 
 import math
 from dataclasses import MISSING, fields
@@ -39,6 +39,34 @@ def check_rules(craft: "CraftConfig") -> None:
             "--craft.multiplier=dynamic_barrier computes λ for g_t + λ·g_r without projection: add "
             "--craft.use_grad_projection=false, and leave out --craft.merging and --craft.projection_mode"
         )
+    _check_linear(craft)
+
+
+def _check_linear(craft: "CraftConfig") -> None:
+    """Check that λ can enter the retention gradient, or that its part can be multiplied, where that is asked.
+
+    Raises:
+        UserError: Names the flags and what to use instead.
+    """
+    linear = ("guide", "pcgrad", "upgrad")
+    for flag, rule, choices in (
+        ("multiplier_scope=task", "merging", linear),
+        ("multiplier_scope=task", "projection_mode", ("weighted",)),
+        ("retention_scale=freq", "merging", linear),
+        ("retention_scale=freq", "projection_mode", ("weighted", "task_priority")),
+    ):
+        name, asked = flag.split("=")
+        value = getattr(craft, rule)
+        if getattr(craft, name) == asked and value not in choices:
+            raise UserError(
+                f"--craft.{flag} needs a rule that adds λ·g_r, which --craft.{rule}={value} is not: use "
+                f"{' or '.join(choices)}"
+            )
+    if craft.multiplier_scope == "task" and craft.multiplier == "dynamic_barrier":
+        raise UserError(
+            "--craft.multiplier=dynamic_barrier computes one λ from the gradients of all tasks together: use "
+            "--craft.multiplier_scope=global, or another --craft.multiplier"
+        )
 
 
 def _without_effect(craft: "CraftConfig") -> dict[str, str]:
@@ -60,4 +88,8 @@ def _without_effect(craft: "CraftConfig") -> dict[str, str]:
     if craft.merging in ("agem", "mgda"):
         no_multiplier = f"{merging}, which has no λ"
         unused |= dict.fromkeys(("multiplier", "initial_lambda", "lambda_lr", "lambda_max"), no_multiplier)
+    if craft.merging == "guide" and not craft.use_grad_projection:
+        unused["surgery_scope"] = "--craft.use_grad_projection=false, which merges all layers alike"
+    if craft.retention_freq == 1 and craft.retention_freq_max == 0:
+        unused["retention_scale"] = "--craft.retention_freq=1"
     return unused

@@ -90,6 +90,16 @@ class Engine(Protocol):
         """Return the accumulated shards and leave the engine empty, ready for a second pass."""
         ...
 
+    def by_parameter(self, gradient: Sequence[Tensor]) -> Sequence[tuple[str, Tensor]]:
+        """Return this rank's parts of a gradient with the names of their parameters, as views.
+
+        Together the ranks have each element once (`replicas` times), without padding.
+
+        Args:
+            gradient: From `gradient` or `take_gradient`.
+        """
+        ...
+
     def step(self) -> None:
         """Update the parameters from the current `gradient()`, then clear it. Collective."""
         ...

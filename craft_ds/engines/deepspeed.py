@@ -155,6 +155,10 @@ class DeepSpeedEngine:
         """Return the accumulated shards or copies of them, and clear the accumulator."""
         return self._layout.take_gradient()
 
+    def by_parameter(self, gradient: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """Return this rank's parts of a gradient with the names of their parameters, without padding."""
+        return self._layout.by_parameter(gradient)
+
     def step(self) -> None:
         """Take one optimizer step on the shards. Collective: call on all ranks."""
         self._layout.prepare_step()

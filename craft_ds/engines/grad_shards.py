@@ -5,14 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from craft_ds.policies.token_loss import PolicyWithLoss
+
 
 class GradShards:
     """Access to the gradient of an engine whose optimizer reads `.grad`.
 
     Attributes:
+        module: The policy with its loss.
         optimizer: The optimizer of the trainable parameters.
     """
 
+    module: PolicyWithLoss
     optimizer: torch.optim.Optimizer
     _trainable: Sequence[torch.nn.Parameter]
 
@@ -35,6 +39,12 @@ class GradShards:
         gradients = self.gradient()
         self.zero_grad()
         return gradients
+
+    def by_parameter(self, gradient: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """Return the parts of a gradient with the names of their parameters."""
+        named = self.module.policy.named_parameters()
+        names = (name for name, parameter in named if parameter.requires_grad)
+        return list(zip(names, gradient, strict=True))
 
     def step(self) -> None:
         """Take one optimizer step; nothing is communicated."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -110,6 +111,20 @@ class Zero2Shards(ZeroShards):
         taken = self._into_masters() if keeps else self.gradient()
         self.clear_gradient()
         return taken
+
+    def by_parameter(self, gradient: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """Return the parts with their names; DeepSpeed's own list may have padding between them."""
+        if self._compact:
+            return super().by_parameter(gradient)
+        if self.offloaded:
+            return [(part.name, shard) for part, shard in zip(self.partitions, gradient, strict=True)]
+        sizes = (flat.numel() for flat in self.masters)
+        groups = list(accumulate(sizes, initial=0))
+        names = {groups[part.group] + part.offset: part.name for part in self.partitions}
+        starts = accumulate((shard.numel() for shard in gradient), initial=0)
+        return [
+            (names[start], shard) for start, shard in zip(starts, gradient, strict=False) if start in names
+        ]
 
     def _into_masters(self) -> list[Tensor]:
         flats = self._master_gradients

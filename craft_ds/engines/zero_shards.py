@@ -123,6 +123,14 @@ class ZeroShards(ABC):
     def take_gradient(self) -> list[Tensor]:
         """Return the gradient in tensors like those of `gradient`, and clear the accumulator."""
 
+    def by_parameter(self, gradient: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """Return views of the parts of a gradient with the names of their parameters, without padding.
+
+        Args:
+            gradient: From `gradient` or `take_gradient`: here one flat tensor per group.
+        """
+        return [(part.name, part.of(gradient)) for part in self.partitions]
+
     @abstractmethod
     def clear_gradient(self) -> None:
         """Clear the accumulator, so that the next backward pass starts a new sum.

@@ -26,6 +26,8 @@ class TokenLoss(NamedTuple):
         total: Sum of the loss over the supervised tokens; fp32 scalar that carries the graph.
         count: Number of supervised tokens; fp32 scalar on the same device, without a graph. For policies
             without tokens: what their own mean is taken over, samples or action steps that are not padding.
+
+    A loss on anchors may return both by old task, (T,) each.
     """
 
     total: Tensor

@@ -12,7 +12,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 
 from craft_ds.anchors.cache import AnchorCache
-from craft_ds.anchors.coverage import coverage_warnings
+from craft_ds.anchors.coverage import coverage_warnings, trained_tasks
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.anchors.vision import check_frozen_tower
 from craft_ds.checkpoints import (
@@ -129,7 +129,8 @@ def _build(
     inputs = check_inputs(config)
     data = open_data(config, inputs, world_size)
     messages += data.messages
-    state = build_state(config, saved, len(data.samples), data.fingerprint, world_size)
+    old_tasks = trained_tasks(inputs.cache) if inputs.cache else []
+    state = build_state(config, saved, len(data.samples), data.fingerprint, world_size, old_tasks)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
     base_sha256 = rank0_only(weights_sha256)(inputs.weights_dir) if inputs.plan else ""

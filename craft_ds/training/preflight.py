@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from craft_ds.anchors.cache import AnchorCache
-from craft_ds.anchors.coverage import check_coverage
+from craft_ds.anchors.coverage import check_coverage, check_task_constraints
 from craft_ds.anchors.vision import check_vision_features
 from craft_ds.checkpoints import complete_checkpoints, read_manifest
 from craft_ds.config.train_config import TrainConfig
@@ -72,6 +72,7 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
             f"--save_best=true measures retention on held-out anchors, and {cache.path} has none: build a "
             "cache of tasks with at least two episodes by `craft-ds anchors --heldout_fraction=0.2`"
         )
+    check_task_constraints(cache, config.craft)
     if config.craft.vision_features and is_local_rank0():
         check_vision_features(cache, inputs.weights_dir, config.policy)
     return inputs._replace(cache=cache)

@@ -1,13 +1,15 @@
 """Restore a run from its checkpoint: configuration, counters, λ and schedule; all but tensors."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lerobot.configs.train import TRAIN_CONFIG_NAME
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from craft_ds.algorithm.multiplier import DualState
+from craft_ds.algorithm.task_multipliers import TaskDualState, make_dual_state
+from craft_ds.anchors.coverage import named_tasks
 from craft_ds.checkpoints import read_manifest, read_states
 from craft_ds.checkpoints.load import damaged_state
 from craft_ds.checkpoints.save import CRAFT_STATE, SCHEDULER
@@ -78,7 +80,12 @@ def resolve_changed_flags(config: TrainConfig, saved: SavedRun) -> list[str]:
 
 @fail_together
 def build_state(
-    config: TrainConfig, saved: SavedRun | None, samples: int, fingerprint: dict[str, str], world_size: int
+    config: TrainConfig,
+    saved: SavedRun | None,
+    samples: int,
+    fingerprint: dict[str, str],
+    world_size: int,
+    tasks: Sequence[str] = (),
 ) -> TrainState:
     """Build the state at the run's first step, and compute the size of a step for this number of ranks.
 
@@ -90,12 +97,14 @@ def build_state(
         samples: Samples of the data set that train.
         fingerprint: Fingerprint of the data set by part (`craft_ds.data.fingerprint`).
         world_size: Number of ranks.
+        tasks: Texts of the old tasks that have anchors.
 
     Raises:
-        UserError: The checkpoint is damaged or of another data set, the run stopped early, or a step does not
-            fit the ranks.
+        UserError: The checkpoint is damaged, of another data set or of other old tasks, the run stopped
+            early, or a step does not fit the ranks.
     """
-    state = TrainState(Progress(), DualState(config.craft), samples, dataset_fingerprint=fingerprint)
+    dual = make_dual_state(config.craft, tasks)
+    state = TrainState(Progress(), dual, samples, dataset_fingerprint=fingerprint)
     if saved is not None:
         path = config.checkpoint_path
         try:
@@ -107,6 +116,13 @@ def build_state(
                 )
         except (KeyError, TypeError, ValueError) as error:
             raise damaged_state(path / CRAFT_STATE, error) from error
+        if isinstance(dual, TaskDualState) and dual.tasks != list(tasks):
+            raise UserError(
+                f"--craft.anchor_cache_dir={config.craft.anchor_cache_dir} has anchors of {len(tasks)} "
+                f"{named_tasks(tasks)}, but {path} has λ of {len(dual.tasks)} {named_tasks(dual.tasks)}: "
+                "give anchors of the same tasks in the same order, or start a new run with --policy.path "
+                "instead of --resume"
+            )
         if state.dataset_samples != samples:
             raise UserError(
                 f"--dataset.repo_id={config.dataset.repo_id} has {samples} training samples, but {path} was "

@@ -1,6 +1,7 @@
 """A training run: what the loop calls around the algorithm."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from craft_ds.algorithm.model_selection import EvalRecord, describe_stall, is_stalled
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord
+from craft_ds.algorithm.retention_schedule import RetentionSchedule
+from craft_ds.algorithm.task_multipliers import TaskDualState
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import StepPartition
@@ -138,6 +141,11 @@ class Run:
         return self.state.dual
 
     @property
+    def schedule(self) -> RetentionSchedule:
+        """When retention steps are due."""
+        return self.state.schedule
+
+    @property
     def output_dir(self) -> Path:
         """Directory of the run."""
         return Path(self.config.output_dir)
@@ -192,6 +200,7 @@ class Run:
                 "craft/grad_dot": retention.dot,
                 "craft/grad_cos": retention.cos,
                 "craft/retention_weight": retention.retention_weight,
+                **self._scoped(retention),
             }
         if result.applied:
             self._applied()
@@ -215,6 +224,20 @@ class Run:
                     "memory/peak_mb": peak_memory_bytes(self.engine.device) / 2**20,
                 },
             )
+
+    def _scoped(self, retention: RetentionRecord) -> dict[str, float]:
+        """Return what a retention step adds by layer, by task and with an adaptive interval."""
+        craft, metrics = self.config.craft, dict[str, float]()
+        if craft.surgery_scope == "layer":
+            metrics["craft/layer_conflict"] = retention.conflict_share
+        if craft.retention_freq_max:
+            metrics["craft/retention_interval"] = self.schedule.interval
+        if isinstance(self.dual, TaskDualState):
+            for text, task in zip(self.dual.tasks, retention.tasks, strict=True):
+                metrics[f"craft/lambda/{text}"] = task.lambda_
+                if not math.isnan(task.retention_loss):  # else the last measured one stays
+                    metrics[f"craft/retention_loss/{text}"] = task.retention_loss
+        return metrics
 
     def _times(self) -> dict[str, float]:
         """Return the mean times since the last logged step, in LeRobot's terms, and the wall-clock time."""

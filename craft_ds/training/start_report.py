@@ -133,7 +133,9 @@ def size_lines(config: TrainConfig, progress: Progress, samples: int, world_size
     epochs = config.steps * batch / samples
     line = f"{config.steps} steps, {epochs:.3g} epochs"
     if config.craft.enabled:
-        every, anchors = config.craft.retention_freq, progress.anchors_per_step
+        every, anchors = str(config.craft.retention_freq), progress.anchors_per_step
+        if config.craft.retention_freq_max:
+            every += f" to {config.craft.retention_freq_max}"
         line += f"; a retention step every {every}, {anchors} anchors each"
     return [*lines, line, f"output: {Path(config.output_dir)}"]
 

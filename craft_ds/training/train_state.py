@@ -7,6 +7,7 @@ from typing import Any
 
 from craft_ds.algorithm.model_selection import EvalRecord
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord, conflict_metrics, is_step
+from craft_ds.algorithm.retention_schedule import RetentionSchedule
 from craft_ds.training.train_step import StepResult
 
 
@@ -123,6 +124,7 @@ class TrainState:
         tracker_run_ids: Identity of the run at each tracker, by the tracker's name.
         dataset_fingerprint: Hashes of the data set's files; empty in checkpoints of older versions.
         evaluations: All evaluations of the held-out task loss, in order.
+        schedule: When retention steps are due.
     """
 
     progress: Progress
@@ -131,12 +133,17 @@ class TrainState:
     tracker_run_ids: dict[str, str] = field(default_factory=dict)
     dataset_fingerprint: dict[str, str] = field(default_factory=dict)
     evaluations: list[EvalRecord] = field(default_factory=list)
+    schedule: RetentionSchedule = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.schedule = RetentionSchedule(self.dual.config)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain Python values, which `torch.load(weights_only=True)` accepts."""
         return {
             **self.dual.state_dict(),
             "progress": self.progress.state_dict(),
+            "retention_schedule": self.schedule.state_dict(),
             "dataset_samples": self.dataset_samples,
             "tracker_run_ids": dict(self.tracker_run_ids),
             "dataset_fingerprint": dict(self.dataset_fingerprint),
@@ -158,6 +165,7 @@ class TrainState:
         self.progress = Progress.from_state_dict(state["progress"])
         self.dataset_samples = int(state["dataset_samples"])
         self.dual.load_state_dict(state, lambda_max)
+        self.schedule.load_state_dict(state.get("retention_schedule"), self.progress.step)
         if "retention_logged" not in state["progress"]:  # before the means over retention steps were logged
             self.progress.retention_logged = len(self.dual.history)
         if self.progress.retention_logged > len(self.dual.history):

@@ -2,19 +2,22 @@
 
 Each reads like the algorithm over an engine. Losses and gradients are sums over tokens and ranks; the
 division by the global token count is a scalar that is applied with the merge. So a step communicates,
-besides what the engine moves, one all-reduce of at most ten numbers.
+besides what the engine moves, one all-reduce: ten numbers at most, or three more per layer and two more per
+task where surgery is by layer and λ by task.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import batched, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from craft_ds.algorithm.gradient_surgery import MergedGradient, clip_factor, merge
+from craft_ds.algorithm.gradient_surgery import MergedGradient, clip_factor, merge_layers, total_triple
 from craft_ds.algorithm.gram import gram, merge_, scale_, squared_norm
 from craft_ds.algorithm.gram_triple import GramTriple
+from craft_ds.algorithm.layers import split_by_layer
 from craft_ds.algorithm.multiplier import StepMultiplier
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.base import Batch, Engine, Loss
@@ -22,7 +25,7 @@ from craft_ds.policies.token_loss import token_loss
 
 
 class TokenSums(NamedTuple):
-    """Sums of one pass over this rank's micro-batches: fp64 scalars on the device.
+    """Sums of one pass over this rank's micro-batches: fp64 on the device, scalars or one entry per task.
 
     Attributes:
         loss: Sum of the loss over tokens.
@@ -45,7 +48,9 @@ class StepResult(NamedTuple):
         retention_loss: L_ret, the mean loss on the anchors that measure the constraint; None in a task step.
         triple: Gram triple of the two mean gradients; None in a task step.
         merged: Weights of the merged gradient; None in a task step.
-        multiplier: λ as used in the step; None in a task step.
+        multiplier: λ as used in the step, the mean of several; None in a task step.
+        task_losses: With one λ per task: L_ret of each task, NaN for one without tokens in the step.
+        task_multipliers: With one λ per task: λ of each.
     """
 
     loss: float
@@ -57,14 +62,26 @@ class StepResult(NamedTuple):
     triple: GramTriple | None = None
     merged: MergedGradient | None = None
     multiplier: float | None = None
+    task_losses: tuple[float, ...] = ()
+    task_multipliers: tuple[float, ...] = ()
 
 
-def accumulate(engine: Engine, batches: Iterable[Batch], loss: Loss = token_loss) -> TokenSums:
-    """Run one complete pass: forward and backward over all micro-batches. Collective."""
+def accumulate(
+    engine: Engine, batches: Iterable[Batch], loss: Loss = token_loss, weights: Sequence[float] = ()
+) -> TokenSums:
+    """Run one complete pass: forward and backward over all micro-batches. Collective.
+
+    Args:
+        engine: Accumulates the gradient.
+        batches: This rank's micro-batches.
+        loss: The loss.
+        weights: Weight of each task's loss in the gradient, where `loss` returns sums by task.
+    """
     sums = _no_tokens(engine)
     for batch, last in _mark_last(batches):
         found = engine.forward(batch, loss)
-        engine.backward(found.total, last=last)
+        weighted = (found.total * found.total.new_tensor(weights)).sum() if weights else found.total
+        engine.backward(weighted, last=last)
         sums = TokenSums(sums.loss + found.total.detach().double(), sums.tokens + found.count.double())
     return sums
 
@@ -93,11 +110,13 @@ def task_step(
     task = accumulate(engine, batches)
     # Offloaded shards are on the CPU while the sums of a pass are on the engine's device.
     product = squared_norm(engine.gradient()).to(engine.device) / engine.replicas
-    tt, loss_sum, tokens, *extra = engine.sum_scalars(_pack(engine, product, *task, extra=extra))
+    (tt, loss_sum, tokens), summed_extra = _sum_together(
+        engine, torch.stack([product, *task]), _fp64(engine, extra)
+    )
 
     per_token = 1.0 / max(tokens, 1.0)
     loss, norm = loss_sum * per_token, per_token * math.sqrt(max(tt, 0.0))
-    result = StepResult(loss, norm, math.isfinite(loss + norm), int(tokens), tuple(extra))
+    result = StepResult(loss, norm, math.isfinite(loss + norm), int(tokens), tuple(summed_extra))
     if not result.applied:
         engine.zero_grad()
         return result
@@ -112,10 +131,11 @@ def retention_step(
     task: Iterable[Batch],
     anchors: Iterable[Batch],
     constraint: Iterable[Batch] | None,
-    multiplier: float | StepMultiplier,
+    multiplier: float | tuple[float, ...] | StepMultiplier,
     craft: CraftConfig,
     max_norm: float,
     anchor_loss: Loss = token_loss,
+    retention_scale: float = 1.0,
     extra: Sequence[float] = (),
 ) -> StepResult:
     """Take a step with a second backward pass on anchors and gradient surgery. Collective.
@@ -125,48 +145,84 @@ def retention_step(
         task: This rank's micro-batches of the task.
         anchors: This rank's micro-batches of the anchors that give the retention gradient.
         constraint: This rank's micro-batches of the anchors that measure L_ret; None: `anchors` measure it.
-        multiplier: λ, or how to compute it from the step's Gram triple and L_ret.
+        multiplier: λ; or λ of each task, which then weights the task's loss within the retention gradient; or
+            how to compute it from the step's Gram triple and L_ret.
         craft: How to project and merge.
         max_norm: Maximum norm of the merged gradient; 0 or less: no clipping.
-        anchor_loss: The retention loss.
+        anchor_loss: The retention loss; with one λ per task, its sums by task.
+        retention_scale: Factor of what λ adds to the gradient, which clipping does not cancel (`merge`).
         extra: As for `task_step`.
     """
+    weights = multiplier if isinstance(multiplier, tuple) else ()
     task_sums = accumulate(engine, task)
-    g_t = engine.take_gradient()
-    anchor_sums = accumulate(engine, anchors, anchor_loss)
-    g_r = engine.gradient()
+    g_t = _layers(engine, engine.take_gradient(), craft)
+    anchor_sums = accumulate(engine, anchors, anchor_loss, weights)
+    g_r = _layers(engine, engine.gradient(), craft)
     constraint_sums = anchor_sums if constraint is None else measure(engine, constraint, anchor_loss)
 
-    # All that surgery, logging and the dual step need from the other ranks: eight numbers and the extra ones.
-    products = gram(g_t, g_r).to(engine.device) / engine.replicas
-    packed = _pack(engine, *products, *task_sums, anchor_sums.tokens, *constraint_sums, extra=extra)
-    tt, tr, rr, loss_sum, tokens, r_tokens, c_loss_sum, c_tokens, *extra = engine.sum_scalars(packed)
+    # All that surgery, logging and the dual step need from the other ranks: eight numbers and the extra ones,
+    # and more with several layers or tasks.
+    products, (loss_sum, tokens, r_tokens), measured, summed_extra = _sum_together(
+        engine,
+        torch.cat([gram(t, r).to(engine.device) for t, r in zip(g_t, g_r, strict=True)]) / engine.replicas,
+        torch.stack([*task_sums, anchor_sums.tokens.sum()]),
+        torch.stack(constraint_sums).flatten(),
+        _fp64(engine, extra),
+    )
 
     per_token, per_anchor_token = 1.0 / max(tokens, 1.0), 1.0 / max(r_tokens, 1.0)
-    triple = GramTriple(tt, tr, rr).scaled(per_token, per_anchor_token)
-    loss, retention_loss = loss_sum * per_token, c_loss_sum / max(c_tokens, 1.0)
+    triples = [GramTriple(*row).scaled(per_token, per_anchor_token) for row in batched(products, 3)]
+    triple = total_triple(triples)
+    c_loss_sums, c_tokens = measured[: len(measured) // 2], measured[len(measured) // 2 :]
+    task_losses = [total / n if n else math.nan for total, n in zip(c_loss_sums, c_tokens, strict=True)]
+    loss, retention_loss = loss_sum * per_token, sum(c_loss_sums) / max(sum(c_tokens), 1.0)
     used = multiplier(triple, retention_loss) if callable(multiplier) else multiplier
-    merged = merge(triple, used, craft)
-    finite = triple.is_finite and math.isfinite(loss + retention_loss)
+    # With one λ per task, g_r has them inside.
+    merged, layers = merge_layers(triples, 1.0 if isinstance(used, tuple) else used, craft, retention_scale)
     result = StepResult(
-        loss, merged.norm, finite, int(tokens), tuple(extra), retention_loss, triple, merged, used
+        loss,
+        merged.norm,
+        triple.is_finite and math.isfinite(loss + retention_loss),
+        int(tokens),
+        tuple(summed_extra),
+        retention_loss,
+        triple,
+        merged,
+        sum(used) / len(used) if isinstance(used, tuple) else used,
+        task_multipliers=weights,
+        task_losses=tuple(task_losses) if weights else (),
     )
     if not result.applied:
         engine.zero_grad()
         return result
     clip = clip_factor(merged.norm, max_norm)
-    merge_(g_r, g_t, clip * merged.a * per_token, clip * merged.b * per_anchor_token)
+    for t, r, layer in zip(g_t, g_r, layers, strict=True):
+        merge_(r, t, clip * layer.a * per_token, clip * layer.b * per_anchor_token)
     engine.step()
     return result
+
+
+def _layers(engine: Engine, gradient: Sequence[Tensor], craft: CraftConfig) -> list[Sequence[Tensor]]:
+    """Return this rank's shards of a gradient by layer; all in one without `surgery_scope=layer`."""
+    if craft.surgery_scope == "global":
+        return [gradient]
+    named = engine.module.policy.named_parameters()
+    names = [name for name, parameter in named if parameter.requires_grad]
+    return split_by_layer(names, engine.by_parameter(gradient))
 
 
 def _no_tokens(engine: Engine) -> TokenSums:
     return TokenSums(*torch.zeros(2, dtype=torch.float64, device=engine.device))
 
 
-def _pack(engine: Engine, *scalars: Tensor, extra: Sequence[float]) -> Tensor:
-    more = torch.tensor(extra, dtype=torch.float64, device=engine.device)
-    return torch.cat([torch.stack(scalars), more])
+def _fp64(engine: Engine, values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=engine.device)
+
+
+def _sum_together(engine: Engine, *parts: Tensor) -> list[list[float]]:
+    """Sum several vectors over all ranks in one all-reduce. Collective."""
+    summed = iter(engine.sum_scalars(torch.cat(parts)))
+    return [[*islice(summed, part.numel())] for part in parts]
 
 
 def _mark_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

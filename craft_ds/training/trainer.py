@@ -3,7 +3,8 @@
 import time
 from pathlib import Path
 
-from craft_ds.algorithm.multiplier import RetentionRecord, epsilon_at
+from craft_ds.algorithm.multiplier import RetentionRecord, TaskRecord, epsilon_at
+from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.training.build import open_run
@@ -14,9 +15,10 @@ from craft_ds.training.train_step import StepResult, retention_step, task_step
 def train_craft(config: TrainConfig, craft_config: CraftConfig | None = None) -> Path:
     """Fine-tune a policy on a new task under a retention constraint on the old ones.
 
-    Minimises L_task(θ) subject to L_ret(θ) ≤ ε(t): every `retention_freq`-th step is a retention step,
-    which merges the gradients of both losses and updates the multiplier λ by dual ascent. With
-    `craft.enabled=false` every step is a plain task step and no anchor is read.
+    Minimises L_task(θ) subject to L_ret(θ) ≤ ε(t): every `retention_freq`-th step, or with an adaptive
+    interval a rarer one, is a retention step, which merges the gradients of both losses and updates the
+    multiplier λ by dual ascent. With `craft.enabled=false` every step is a plain task step and no anchor is
+    read.
 
     Collective under a launcher (`torchrun`, `deepspeed`): call on all ranks.
 
@@ -48,7 +50,7 @@ def train(run: Run) -> None:
         TrainingDiverged: More than `max_skipped_steps` steps in a row were non-finite.
         UserError: A sample is bad, and bad samples are errors.
     """
-    config, craft, anchors, dual = run.config, run.config.craft, run.anchors, run.dual
+    config, craft, anchors, dual, schedule = run.config, run.config.craft, run.anchors, run.dual, run.schedule
     run.watchdog.progress()
     for step in range(run.progress.step, config.steps):
         started = time.perf_counter()
@@ -56,24 +58,26 @@ def train(run: Run) -> None:
         votes = run.votes()  # summed over ranks in the step's all-reduce
         record = None
 
-        if anchors is None or step % craft.retention_freq:
+        if anchors is None or not schedule.due(step):
             result = task_step(run.engine, run.task_batches(votes), run.max_norm, extra=votes)
         else:
-            epsilon = anchors.epsilon_unit * epsilon_at(step, config.steps, craft)
+            epsilon = epsilon_at(step, config.steps, craft)  # in the units that `anchors` has
             result = retention_step(
                 run.engine,
                 task=run.task_batches(votes),
                 anchors=anchors.gradient_batches(run.progress.anchors_seen),
                 constraint=anchors.constraint_batches(run.progress.anchors_seen),
-                multiplier=dual.in_step(epsilon),
+                multiplier=dual.in_step(anchors.epsilon_unit * epsilon),
                 craft=craft,
                 max_norm=run.max_norm,
-                anchor_loss=anchors.loss,
+                anchor_loss=anchors.step_loss,
+                retention_scale=schedule.retention_scale(step),
                 extra=votes,
             )
-            record = _record(step, epsilon, result)
+            record = _record(step, epsilon, anchors, result)
             if result.applied:
                 dual.ascend(record)  # by default λ ← clip(λ + lambda_lr · (L_ret − ε), 0, lambda_max)
+            schedule.advance(step, slack=result.applied and record.slack)
 
         stop, replaced = result.extra
         run.count_bad_samples(replaced)
@@ -85,7 +89,7 @@ def train(run: Run) -> None:
             break
 
 
-def _record(step: int, epsilon: float, result: StepResult) -> RetentionRecord:
+def _record(step: int, epsilon: float, anchors: AnchorStream, result: StepResult) -> RetentionRecord:
     assert result.retention_loss is not None
     assert result.merged is not None
     assert result.triple is not None
@@ -93,11 +97,18 @@ def _record(step: int, epsilon: float, result: StepResult) -> RetentionRecord:
     return RetentionRecord(
         step=step + 1,
         lambda_=result.multiplier,
-        epsilon=epsilon,
+        epsilon=anchors.epsilon_unit * epsilon,
         retention_loss=result.retention_loss,
         conflict=result.merged.conflict,
         cos=result.merged.cosine,
         retention_weight=result.merged.retention_weight,
         dot=result.triple.tr,
         removed=result.merged.removed,
+        conflict_share=result.merged.conflict_share,
+        tasks=tuple(
+            TaskRecord(multiplier, unit * epsilon, loss)
+            for multiplier, unit, loss in zip(
+                result.task_multipliers, anchors.task_epsilon_units, result.task_losses, strict=True
+            )
+        ),
     )

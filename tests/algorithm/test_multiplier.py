@@ -152,8 +152,9 @@ def test_csv_has_the_documented_columns(tmp_path):
         "retention_weight",
         "dot",
         "removed",
+        "conflict_share",
     ]
-    assert [float(value) for value in rows[1].values()] == [5, 0.995, 0.9, 0.25, 0, -0.25, 1.5, -0.5, 0]
+    assert [float(value) for value in rows[1].values()] == [5, 0.995, 0.9, 0.25, 0, -0.25, 1.5, -0.5, 0, 0]
     assert rows[0]["conflict"] == "1"
 
 

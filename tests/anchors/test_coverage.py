@@ -1,9 +1,11 @@
 """Every old task is trained on and, where that is possible, measured; where it is not, a line says so."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from builds import make_dataset, refuses, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,11 +14,16 @@ from craft_ds.anchors.build import build_anchor_cache
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.anchors.coverage import (
     check_coverage,
+    check_task_constraints,
     count_by_task,
     coverage_table,
     coverage_warnings,
+    trained_tasks,
 )
 from craft_ds.anchors.selection import select_anchors
+from craft_ds.anchors.stream import AnchorStream
+from craft_ds.config.craft_config import CraftConfig
+from craft_ds.data.batch_partition import partition_step
 from craft_ds.errors import UserError
 from craft_ds.testing.datasets import edit_metadata, write_test_cache
 
@@ -131,6 +138,58 @@ def test_a_task_without_frames_needs_no_anchors(tmp_path):
     check_coverage(cache, "heldout", 1)
     assert coverage_warnings(cache, "heldout") == []
     assert coverage_table(cache)[2].split() == ["'close", "the", "drawer'", "0", "0", "-"]
+
+
+def test_every_tasks_constraint_must_be_measurable(tmp_path):
+    write_test_cache(tmp_path / "cache", [0, 0, 2, 2], [0, 1, 2, 3], heldout_episodes=[1])
+    cache = AnchorCache.open(tmp_path / "cache")
+    check_task_constraints(cache, CraftConfig())
+    by_task = CraftConfig(multiplier_scope="task")
+    with pytest.raises(
+        UserError, match=r"--craft.multiplier_scope=task.* no heldout anchors of task"
+    ) as caught:
+        check_task_constraints(cache, by_task)
+    assert repr(cache.tasks[2]) in str(caught.value)
+    assert repr(cache.tasks[0]) not in str(caught.value)
+    check_task_constraints(cache, replace(by_task, constraint_split="train"))
+    with pytest.raises(UserError, match=r"--craft.epsilon_relative=true.* no teacher's loss of tasks"):
+        check_task_constraints(cache, replace(by_task, constraint_split="train", epsilon_relative=True))
+
+
+def test_the_stream_gives_each_anchor_its_task_and_each_task_its_unit(tmp_path):
+    write_test_cache(tmp_path / "cache", [0, 0, 2, 2, 2], [0, 1, 2, 3, 3], heldout_episodes=[1, 3])
+    losses = AnchorCache.open(tmp_path / "cache").metadata["teacher_loss"]
+    tasks = AnchorCache.open(tmp_path / "cache").tasks
+    losses["heldout"]["by_task"] = {tasks[0]: 0.5, tasks[2]: 2.0}
+    edit_metadata(tmp_path / "cache", teacher_loss=losses)
+    cache = AnchorCache.open(tmp_path / "cache")
+    craft = CraftConfig(multiplier_scope="task", epsilon_relative=True)
+    check_task_constraints(cache, craft)
+    assert trained_tasks(cache) == [tasks[0], tasks[2]]  # the task between them has no anchors
+    share = partition_step(4, 1, 2, "anchors")
+    streams = {
+        scope: AnchorStream(
+            cache, replace(craft, multiplier_scope=scope), share, device=torch.device("cpu"), rank=0, seed=0
+        )
+        for scope in ("task", "global")
+    }
+    assert streams["task"].task_epsilon_units == [0.5, 2.0]
+    assert streams["task"].step_loss is not streams["task"].loss
+    assert streams["global"].task_epsilon_units == []
+    assert streams["global"].step_loss is streams["global"].loss
+    for batches in (streams["task"].gradient_batches(0), streams["task"].constraint_batches(4)):
+        assert [batch["task_index"].tolist() for batch in batches] == [[0, 1], [0, 1]]
+    assert "task_index" not in next(streams["global"].gradient_batches(0))
+
+
+def test_a_teachers_loss_by_task_must_be_a_number(tmp_path):
+    write_test_cache(tmp_path / "cache", [0, 0], [0, 1])
+    losses = AnchorCache.open(tmp_path / "cache").metadata["teacher_loss"]
+    for bad in ("0.5", float("nan"), -1.0, None):
+        losses["heldout"]["by_task"] = {"open the drawer": bad}
+        edit_metadata(tmp_path / "cache", teacher_loss=losses)
+        with pytest.raises(UserError, match=r"teacher_loss|metadata"):
+            AnchorCache.open(tmp_path / "cache")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # LeRobot computes the data set's statistics

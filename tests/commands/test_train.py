@@ -271,6 +271,36 @@ def test_rules_for_merging_and_lambda_are_resumed_exactly(train, inputs, tmp_pat
     assert logged["craft/lambda"] == float(rows[2]["lambda"])
 
 
+def test_layers_tasks_and_intervals_are_resumed_exactly(train, inputs, tmp_path):
+    """ε falls from 100 to 0.1 in two steps: slack in step 0, whose interval doubles, violated in step 2."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    flags = ["--craft.surgery_scope=layer", "--craft.multiplier_scope=task", "--craft.retention_scale=freq"]
+    flags += ["--craft.retention_freq=1", "--craft.retention_freq_max=8", "--craft.lambda_lr=0.3"]
+    flags += ["--craft.epsilon_start=100", "--craft.epsilon_decay_steps=2", "--craft.initial_lambda=5"]
+    ended = train(whole, *inputs.craft_flags(), *flags, "--save_freq=2")
+    assert ended.status == 0, ended.errors
+    assert "a retention step every 1 to 8" in ended.output
+    resume_after_2_steps(train, whole, run)
+    assert untimed(run) == untimed(whole)
+
+    with (whole / "final" / "lambda_history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 3, 4]
+    tasks = AnchorCache.open(inputs.anchors).tasks
+    for task in tasks:
+        *_, second, third = (float(row[f"lambda/{task}"]) for row in rows)
+        violation = float(rows[1][f"retention_loss/{task}"]) - float(rows[1][f"epsilon/{task}"])
+        assert third == pytest.approx(min(10.0, second + 0.3 * violation))
+    last = [row for row in metrics(whole) if "train/loss" in row][-1]
+    assert [last[f"craft/lambda/{task}"] for task in tasks] == [
+        float(rows[2][f"lambda/{task}"]) for task in tasks
+    ]
+    assert last["craft/lambda"] == pytest.approx(sum(last[f"craft/lambda/{task}"] for task in tasks) / 2)
+    assert len({last[f"craft/retention_loss/{task}"] for task in tasks}) == 2
+    assert last["craft/retention_interval"] == 1
+    assert 0.0 <= last["craft/layer_conflict"] <= 1.0
+
+
 def test_bf16_trains_with_fp32_masters(train, inputs, tmp_path):
     assert train(tmp_path / "run", "--engine.dtype=bfloat16", "--steps=2").status == 0
     weights = trained(tmp_path / "run" / "final")

@@ -34,6 +34,12 @@ def craft(**changes) -> CraftConfig:
         {"merging": "upgrad", "multiplier": "nupi", "nupi_nu": 0.9, "nupi_kp": 5.0, "nupi_ki": 0.5},
         {"multiplier": "fixed", "initial_lambda": 2.0},
         {"multiplier": "dynamic_barrier", "use_grad_projection": False, "barrier_beta": 2.0},
+        {"surgery_scope": "layer", "merging": "cagrad"},
+        *({"multiplier_scope": "task", "multiplier": rule} for rule in ("ascent", "nupi", "fixed")),
+        {"multiplier_scope": "task", "merging": "pcgrad", "retention_scale": "freq"},
+        {"retention_scale": "freq", "projection_mode": "task_priority"},
+        {"retention_scale": "freq", "retention_freq": 1, "retention_freq_max": 8},
+        {"retention_freq_max": 6},
     ],
 )
 def test_rules_are_valid_with_the_options_that_they_read(changes):
@@ -65,6 +71,42 @@ def test_rules_are_valid_with_the_options_that_they_read(changes):
         ({"multiplier": "nupi", "nupi_nu": 1.0}, ["--craft.nupi_nu=1.0", "(-1, 1)"]),
         ({"multiplier": "nupi", "nupi_kp": 0.0, "nupi_ki": 0.0}, ["--craft.multiplier=fixed"]),
         ({"multiplier": "nupi", "nupi_kp": -1.0}, ["--craft.nupi_kp=-1.0"]),
+        ({"surgery_scope": "block"}, ["--craft.surgery_scope=block", "layer"]),
+        ({"multiplier_scope": "layer"}, ["--craft.multiplier_scope=layer", "task"]),
+        ({"retention_scale": "k"}, ["--craft.retention_scale=k", "freq"]),
+        (
+            {"surgery_scope": "layer", "use_grad_projection": False},
+            ["--craft.surgery_scope=layer", "--craft.use_grad_projection=false"],
+        ),
+        (
+            {"surgery_scope": "layer", "use_grad_projection": False, "multiplier": "dynamic_barrier"},
+            ["--craft.surgery_scope=layer"],
+        ),
+        *(
+            ({flag: value, "merging": rule}, [f"--craft.{flag}={value}", f"--craft.merging={rule}", "upgrad"])
+            for flag, value in (("multiplier_scope", "task"), ("retention_scale", "freq"))
+            for rule in ("agem", "mgda", "cagrad")
+        ),
+        (
+            {"multiplier_scope": "task", "projection_mode": "task_priority"},
+            ["--craft.multiplier_scope=task", "--craft.projection_mode=task_priority", "use weighted"],
+        ),
+        ({"retention_scale": "freq", "projection_mode": "equal"}, ["--craft.projection_mode=equal"]),
+        (
+            {"multiplier_scope": "task", "multiplier": "dynamic_barrier", "use_grad_projection": False},
+            ["--craft.multiplier=dynamic_barrier", "--craft.multiplier_scope=global"],
+        ),
+        (
+            {"retention_scale": "freq", "retention_freq": 1},
+            ["--craft.retention_scale=freq", "retention_freq=1"],
+        ),
+        *(
+            (
+                {"retention_freq_max": value},
+                [f"--craft.retention_freq_max={value}", "--craft.retention_freq=5"],
+            )
+            for value in (-1, 3, 5)
+        ),
     ],
 )
 def test_rules_refuse_options_without_an_effect(changes, named):

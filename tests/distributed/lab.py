@@ -25,7 +25,7 @@ from craft_ds.engines.single import SingleEngine
 from craft_ds.lora.adapters import Adapters, add_adapters, plan_adapters
 from craft_ds.lora.weights import open_weights
 from craft_ds.policies.loading import build_policy, load_policy, load_policy_config
-from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
+from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES, TASK_INDEX
 from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.weights import WeightReader, unique_tensors, weights_sha256
 from craft_ds.testing.policies import random_batch, read_from
@@ -209,6 +209,7 @@ class Lab:
 
     def pi0_batches(self, step: int, accumulation: int, retention_loss: str = "token_ce") -> list[Batch]:
         batch = random_batch(load_policy_config(self.policy_dir), 9, seed=step)
+        batch[TASK_INDEX] = torch.arange(9) % 2
         if make_targets := RETENTION_LOSSES[retention_loss].targets:
             # Of the complete batch by one process: a target must not depend on the ranks. Another policy than
             # the trained one, from which a divergence would be a difference of equal numbers.
@@ -221,8 +222,8 @@ class Lab:
         return list(deal(batch, accumulation, self.rank, self.world_size))
 
 
-def craft_config(mode: str = "weighted", threshold: float = 0.0) -> CraftConfig:
-    return CraftConfig(enabled=True, projection_mode=mode, conflict_threshold=threshold)
+def craft_config(mode: str = "weighted", threshold: float = 0.0, **changes) -> CraftConfig:
+    return CraftConfig(enabled=True, projection_mode=mode, conflict_threshold=threshold, **changes)
 
 
 def gradients(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:

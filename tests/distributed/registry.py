@@ -36,6 +36,7 @@ from scenarios_lora import (
 )
 from scenarios_non_finite import non_finite
 from scenarios_saving import holes, saving
+from scenarios_scopes import SOME, lora_scopes, scopes
 
 Scenarios = dict[str, Callable[[Lab], Output]]
 
@@ -53,6 +54,9 @@ CORE: Scenarios = {
     "trajectory-accumulate1-unclipped": partial(trajectory, accumulation=1, max_norm=NO_CLIP),
     "trajectory-accumulate2-clipped": partial(trajectory, accumulation=2, max_norm=0.05, persistence=0),
     "untouched": untouched,
+    "layers": partial(surgery, mode="weighted", threshold=SOME, surgery_scope="layer"),
+    "layers-bf16": partial(surgery, mode="weighted", threshold=SOME, surgery_scope="layer", dtype="bfloat16"),
+    "scopes": scopes,
     "pi0-accumulate2": partial(pi0, accumulation=2),
     "pi0-teacher_kl": partial(pi0, accumulation=2, retention_loss="teacher_kl"),
     "bf16": partial(trajectory, accumulation=2, max_norm=0.05, dtype="bfloat16"),
@@ -79,6 +83,7 @@ LORA: Scenarios = {
     "lora-plain": partial(lora_trajectory, kind="plain", accumulation=2),
     "lora-bf16": partial(lora_trajectory, kind="plain", dtype="bfloat16"),
     "lora-resume": lora_save_and_resume,
+    "lora-scopes": lora_scopes,
 }
 COMPLETE_LORA: Scenarios = {
     **{f"lora-surgery-{mode}": partial(lora_surgery, mode=mode) for mode in FOLLOWED_BY},

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from collectives import CollectiveCounter
 from lab import FSDP, Lab, Output, craft_config, gradients, masters, moments
 from torch import Tensor
-from toy import TiedPolicy, ToyPolicy
+from toy import TiedPolicy, ToyPolicy, toy_loss_by_task
 
 import craft_ds.training.train_step
 from craft_ds.checkpoints import load_optimizer, read_states, save_checkpoint, verify_checkpoint
@@ -30,13 +30,13 @@ NO_CLIP = 0.0
 FOLLOWED_BY = {"weighted": 0.7, "equal": 1.5, "task_priority": 2.0}
 
 
-def surgery(lab: Lab, mode: str, threshold: float) -> Output:
+def surgery(lab: Lab, mode: str, threshold: float, dtype: str = "float32", **changes) -> Output:
     """One retention step that stops before the optimizer: triple, weights, merged gradient."""
     batches = lab.toy_batches(0, 1), lab.toy_batches(0, 1, retention=True)
-    return operate(lab.toy_engine(), *batches, mode, threshold)
+    return operate(lab.toy_engine(dtype=dtype), *batches, mode, threshold, **changes)
 
 
-def operate(engine: Engine, task: list, anchors: list, mode: str, threshold: float) -> Output:
+def operate(engine: Engine, task: list, anchors: list, mode: str, threshold: float, **changes) -> Output:
     """Run surgery of any engine on any batches; name frozen parameters that have a gradient."""
     output = Output()
 
@@ -56,7 +56,7 @@ def operate(engine: Engine, task: list, anchors: list, mode: str, threshold: flo
         anchors=anchors,
         constraint=None,
         multiplier=FOLLOWED_BY[mode],
-        craft=craft_config(mode, threshold),
+        craft=craft_config(mode, threshold, **changes),
         max_norm=NO_CLIP,
     )
     output.values |= {"triple": list(seen.triple), "merge": list(seen.merged), "loss": seen.retention_loss}
@@ -205,6 +205,19 @@ def collectives(lab: Lab) -> Output:
             extra=[0.0, 0.0],
         )
 
+    def retention_by_layer() -> None:
+        retention_step(
+            engine,
+            task=task,
+            anchors=anchors,
+            constraint=anchors,
+            multiplier=(1.0, 2.0, 3.0),
+            craft=craft_config(surgery_scope="layer"),
+            max_norm=1.0,
+            anchor_loss=toy_loss_by_task,
+            extra=[0.0, 0.0],
+        )
+
     def passes_of_task() -> None:
         accumulate(engine, task)
         engine.step()
@@ -221,6 +234,7 @@ def collectives(lab: Lab) -> Output:
             config=SimpleNamespace(craft=craft, steps=1, seed=0),
             engine=engine,
             dual=None,
+            schedule=None,
             anchors=None,
             progress=SimpleNamespace(step=0),
             watchdog=SimpleNamespace(progress=lambda: None),
@@ -234,7 +248,7 @@ def collectives(lab: Lab) -> Output:
         )
         train(run)  # type: ignore[arg-type]
 
-    actions = (task_only, retention, passes_of_task, passes_of_retention, baseline)
+    actions = (task_only, retention, retention_by_layer, passes_of_task, passes_of_retention, baseline)
     for action in actions:
         # ZeRO-3 records the module order in one pass and prefetches by it in the next: warm up.
         for _ in range(3):
@@ -277,7 +291,9 @@ def memory(lab: Lab) -> Output:
         return wrapper
 
     engine.take_gradient = watched("take_gradient", engine.take_gradient)  # type: ignore[method-assign]
-    originals = {name: getattr(craft_ds.training.train_step, name) for name in ("gram", "merge", "merge_")}
+    originals = {
+        name: getattr(craft_ds.training.train_step, name) for name in ("gram", "merge_layers", "merge_")
+    }
     try:
         for name, function in originals.items():
             setattr(craft_ds.training.train_step, name, watched(name, function))

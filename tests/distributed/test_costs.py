@@ -22,6 +22,16 @@ def test_surgery_adds_one_all_reduce_of_80_bytes(ranks, name):
 
 
 @every("collectives")
+def test_layers_and_tasks_share_the_one_all_reduce(ranks, name):
+    """Three products of eight further layers; a loss and a count of two further tasks."""
+    for values in ranks[name].values:
+        added = counts(values["retention_by_layer"])
+        added.subtract(counts(values["passes_of_retention"]))
+        size = 80 + 8 * (3 * 8 + 2 * 2)
+        assert {key: count for key, count in added.items() if count} == {(ALL_REDUCE, size): 1}
+
+
+@every("collectives")
 def test_a_task_step_adds_one_all_reduce_of_40_bytes(ranks, name):
     for values in ranks[name].values:
         added = counts(values["task_only"])
@@ -63,7 +73,7 @@ def test_no_rank_allocates_a_full_gradient_for_surgery(ranks, name):
         else:  # existing tensors; zeros for unused parameters
             assert largest["take_gradient"] < values["shard"] / 100
         assert largest["gram"] <= 4 * CPU_BLOCK < values["shard"]
-        assert largest["merge"] == largest["merge_"] == 0
+        assert largest["merge_layers"] == largest["merge_"] == 0
 
 
 @every("loading")

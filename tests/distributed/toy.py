@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from craft_ds.policies.pi0_fast.retention import TASK_INDEX, LossTerms
 from craft_ds.policies.token_loss import TokenLoss, token_loss
 from craft_ds.policies.wrapping import shard_units
 
 INPUT, LENGTH, CLASSES, SAMPLES = 5, 6, 3, 12
+TASKS = 3
 
 
 class Table(nn.Module):
@@ -91,6 +93,13 @@ def _toy_loss(policy: ToyPolicy | TiedPolicy, batch: dict[str, Tensor]) -> Token
     return TokenLoss((losses * mask.flatten()).sum(), mask.float().sum())
 
 
+def toy_loss_by_task(policy: ToyPolicy, batch: dict[str, Tensor]) -> TokenLoss:
+    """Return the sums of `_toy_loss` by task, (`TASKS`,) each."""
+    logits, mask = policy.logits(batch).float(), batch["mask"]
+    values = F.cross_entropy(logits[mask], batch["y"][mask], reduction="none")
+    return LossTerms(values, mask.nonzero()[:, 0]).sum_by(batch[TASK_INDEX], TASKS)
+
+
 def samples(step: int, *, retention: bool) -> dict[str, Tensor]:
     """Return the global batch of a step. Samples have 0 to 6 tokens; anchors contradict the task's labels."""
     rng = torch.Generator().manual_seed(100 + step)
@@ -101,7 +110,15 @@ def samples(step: int, *, retention: bool) -> dict[str, Tensor]:
     lengths[0::6] = LENGTH
     if retention:
         x, y = x + 0.1 * torch.randn(x.shape, generator=rng), (y + 1) % CLASSES
-    return {"x": x, "y": y, "mask": torch.arange(LENGTH) < lengths, "retention": torch.tensor(retention)}
+    # All anchors of task 1 are on the first rank.
+    tasks = torch.tensor([1, 0, 2, 2, 2, *[0] * (SAMPLES - 5)])
+    return {
+        TASK_INDEX: tasks,
+        "x": x,
+        "y": y,
+        "mask": torch.arange(LENGTH) < lengths,
+        "retention": torch.tensor(retention),
+    }
 
 
 def deal(

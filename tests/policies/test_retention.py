@@ -10,7 +10,7 @@ from craft_ds.policies.loading import load_policy, load_policy_config
 from craft_ds.policies.pi0_fast import retention
 from craft_ds.policies.pi0_fast.generation import greedy_action_tokens
 from craft_ds.policies.pi0_fast.loss import supervised_hidden, supervised_logits
-from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES, TOP
+from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES, TASK_INDEX, TOP, by_task
 from craft_ds.policies.token_loss import token_loss
 from craft_ds.testing.policies import random_batch
 
@@ -162,3 +162,22 @@ def test_token_ce_needs_no_targets(student):
     logits, tokens = supervised_logits(student, batch)
     assert found.total.item() == pytest.approx(F.cross_entropy(logits, tokens, reduction="sum").item())
     assert RETENTION_LOSSES["token_ce"].targets is None
+
+
+@pytest.mark.parametrize("name", RETENTION_LOSSES)
+def test_sums_by_task_are_those_of_each_tasks_samples(policy, student, name):
+    batch = random_batch(policy.config, 5, seed=0) if name == "token_ce" else anchors(policy, name)
+    tasks = torch.tensor([2, 0, 2, 2, 0])
+    found = by_task(name, 4)(student, batch | {TASK_INDEX: tasks})
+    assert found.total.shape == found.count.shape == (4,)
+    for task in range(4):
+        mine = tasks == task
+        if not mine.any():
+            assert (found.total[task].item(), found.count[task].item()) == (0.0, 0.0)
+            continue
+        expected = RETENTION_LOSSES[name].loss(student, {key: value[mine] for key, value in batch.items()})
+        assert found.count[task].item() == expected.count.item()
+        assert found.total[task].item() == pytest.approx(expected.total.item(), rel=1e-5)
+    found.total[0].backward()
+    gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    assert any(gradient.any() for gradient in gradients)

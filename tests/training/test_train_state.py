@@ -1,12 +1,17 @@
 """Counters of a run and the size of its steps."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from craft_ds.algorithm.model_selection import EvalRecord
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord
+from craft_ds.algorithm.task_multipliers import make_dual_state
+from craft_ds.config.configs import EngineConfig
 from craft_ds.config.craft_config import CraftConfig
+from craft_ds.errors import UserError
+from craft_ds.training.restore import SavedRun, build_state
 from craft_ds.training.train_state import Progress, TrainState
 from craft_ds.training.train_step import StepResult
 
@@ -80,6 +85,7 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
             "smoothed_violation",
             "history",
             "progress",
+            "retention_schedule",
             "dataset_samples",
             "tracker_run_ids",
             "dataset_fingerprint",
@@ -94,6 +100,39 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
     assert (restored.dataset_samples, restored.tracker_run_ids) == (40, {"wandb": "run-1"})
     assert restored.dataset_fingerprint == hashes
     assert restored.evaluations == evaluations
+
+
+def test_the_retention_schedule_is_part_of_the_state():
+    config = CraftConfig(retention_freq=2, retention_freq_max=16)
+    state = TrainState(Progress(step=7), DualState(config), 40)
+    state.schedule.advance(6, slack=True)
+    restored = TrainState(Progress(), DualState(config))
+    restored.load_state_dict(state.state_dict())
+    assert (restored.schedule.interval, restored.schedule.next_step) == (4, 10)
+    saved = state.state_dict()
+    del saved["retention_schedule"]
+    restored.load_state_dict(saved)
+    assert (restored.schedule.interval, restored.schedule.next_step) == (2, 8)
+    with pytest.raises(ValueError, match="retention_schedule"):
+        restored.load_state_dict(saved | {"retention_schedule": {"interval": 4, "next_step": 12}})
+
+
+@pytest.mark.parametrize("tasks", [["a", "b", "c"], ["a"], ["b", "a"]])
+def test_a_run_resumes_with_the_tasks_of_its_lambdas(tmp_path, tasks):
+    craft = CraftConfig(enabled=True, anchor_cache_dir="anchors", multiplier_scope="task")
+    config = SimpleNamespace(
+        craft=craft,
+        checkpoint_path=tmp_path,
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        engine=EngineConfig("single"),
+    )
+    state = TrainState(Progress(step=3), make_dual_state(craft, ["a", "b"]), 40)
+    saved = SavedRun({"craft": {"enabled": True, "lambda_max": 10.0}}, None, state.state_dict(), 3)
+    restored = build_state(config, saved, 40, {}, 1, ["a", "b"])
+    assert restored.dual.state_dict() == state.dual.state_dict()
+    with pytest.raises(UserError, match=r"--craft.anchor_cache_dir=anchors.*λ of 2 tasks 'a', 'b'"):
+        build_state(config, saved, 40, {}, 1, tasks)
 
 
 def test_a_state_without_new_entries_is_of_an_older_version(progress):

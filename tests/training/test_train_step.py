@@ -9,6 +9,7 @@ from torch import nn
 from craft_ds.algorithm.multiplier import DualState
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.single import SingleEngine
+from craft_ds.policies.pi0_fast.retention import LossTerms
 from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.testing.policies import read_from
 from craft_ds.training.train_step import retention_step, task_step
@@ -35,8 +36,32 @@ def tokens(*slopes):
     return {"slopes": torch.tensor(slopes).reshape(-1, 2)}
 
 
-def engine(optimizer=torch.optim.SGD):
-    policy = LinearPolicy()
+class TwoLayers(nn.Module):
+    """As `LinearPolicy`, with a number of its parameter in each of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Module()
+        self.first.w = nn.Parameter(torch.tensor(START[:1]))
+        self.second = nn.Module()
+        self.second.w = nn.Parameter(torch.tensor(START[1:]))
+
+    @property
+    def w(self):
+        return torch.cat([self.first.w, self.second.w])
+
+
+token_loss.register(TwoLayers)(token_loss.dispatch(LinearPolicy))
+
+
+def by_two_tasks(policy, batch):
+    """Every token is a sample; its task is given."""
+    slopes = batch["slopes"]
+    return LossTerms(slopes @ policy.w, torch.arange(len(slopes))).sum_by(batch["task_index"], 2)
+
+
+def engine(optimizer=torch.optim.SGD, policy=None):
+    policy = policy or LinearPolicy()
     return SingleEngine(
         PolicyWithLoss(policy),
         read_from(policy),
@@ -266,3 +291,111 @@ def test_the_dynamic_barrier_reads_the_step_itself():
     )
     assert seen.multiplier == pytest.approx(1.25)
     assert weights(one) == moved(1.5, 1.0)
+
+
+def test_surgery_by_layer_projects_a_layer_alone():
+    """g_t = (2, -1), g_r = (1, 3): the gradients agree in the first layer and conflict in the second."""
+    one = engine(policy=TwoLayers())
+    seen = retention_step(
+        one,
+        task=[tokens((2.0, -1.0))],
+        anchors=[tokens((1.0, 3.0))],
+        constraint=None,
+        multiplier=0.5,
+        craft=craft(surgery_scope="layer"),
+        max_norm=0.0,
+    )
+    assert seen.triple == pytest.approx((5.0, -1.0, 10.0))
+    assert (seen.merged.conflict, seen.merged.conflict_share) == (True, 0.5)  # cos = -0.14
+    assert seen.merged.removed == pytest.approx(1.0 / 5.0)
+    assert seen.grad_norm == pytest.approx(math.hypot(2.5, 1.5))
+    assert weights(one) == moved(2.5, 1.5)
+
+
+def test_the_layers_are_clipped_together():
+    one = engine(policy=TwoLayers())
+    retention_step(
+        one,
+        task=[tokens((2.0, -1.0))],
+        anchors=[tokens((1.0, 3.0))],
+        constraint=None,
+        multiplier=0.5,
+        craft=craft(surgery_scope="layer"),
+        max_norm=1.0,
+    )
+    assert weights(one) == moved(2.5 / math.hypot(2.5, 1.5), 1.5 / math.hypot(2.5, 1.5))
+
+
+def test_each_tasks_loss_has_its_own_weight():
+    """Three tokens of task 0 with slope (0, 1), one of task 1 with (4, 0): g_r = (4·2, 3·0.5) / 4."""
+    one = engine()
+    anchors = {
+        **tokens((0.0, 1.0), (4.0, 0.0), (0.0, 1.0), (0.0, 1.0)),
+        "task_index": torch.tensor([0, 1, 0, 0]),
+    }
+    constraint = {**tokens((1.0, 0.0), (3.0, 0.0)), "task_index": torch.tensor([0, 0])}
+    seen = retention_step(
+        one,
+        task=[tokens((1.0, 0.0))],
+        anchors=[anchors],
+        constraint=[constraint],
+        multiplier=(0.5, 2.0),
+        craft=craft(),
+        max_norm=0.0,
+        anchor_loss=by_two_tasks,
+    )
+    assert weights(one) == moved(1.0 + 2.0, 1.5 / 4)
+    assert seen.triple == pytest.approx((1.0, 2.0, 4.0 + 0.375**2))
+    assert seen.task_losses[0] == seen.retention_loss == pytest.approx(2.0)
+    assert math.isnan(seen.task_losses[1])
+    assert (seen.multiplier, seen.task_multipliers) == (1.25, (0.5, 2.0))
+
+    other = retention_step(  # measured on the anchors of the gradient, without their weights
+        engine(),
+        task=[tokens((1.0, 0.0))],
+        anchors=[anchors],
+        constraint=None,
+        multiplier=(0.5, 2.0),
+        craft=craft(),
+        max_norm=0.0,
+        anchor_loss=by_two_tasks,
+    )
+    assert other.task_losses == pytest.approx((2.0, 4.0))
+    assert other.retention_loss == pytest.approx((3 * 2.0 + 4.0) / 4)
+
+
+def test_equal_lambdas_are_one_lambda():
+    anchors = {**tokens((0.0, 1.0), (-4.0, 1.0)), "task_index": torch.tensor([0, 1])}
+    found = []
+    for multiplier, loss in ((0.7, token_loss), ((0.7, 0.7), by_two_tasks)):
+        one = engine()
+        retention_step(
+            one,
+            task=[tokens((1.0, -0.5))],
+            anchors=[anchors],
+            constraint=None,
+            multiplier=multiplier,
+            craft=craft(),
+            max_norm=1.0,
+            anchor_loss=loss,
+        )
+        found.append(weights(one))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_the_scale_is_applied_after_the_clip_factor():
+    """‖g_t + g_r‖ = 5: the step is (3 + 0, 0 + 3·4) / 5, longer than 1."""
+    one = engine()
+    seen = retention_step(
+        one,
+        task=[tokens((3.0, 0.0))],
+        anchors=[tokens((0.0, 4.0))],
+        constraint=None,
+        multiplier=1.0,
+        craft=craft(),
+        max_norm=1.0,
+        retention_scale=3.0,
+    )
+    assert seen.grad_norm == pytest.approx(5.0)
+    assert seen.merged.retention_weight == 3.0
+    assert weights(one) == moved(0.6, 2.4)

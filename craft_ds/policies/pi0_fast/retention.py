@@ -11,12 +11,16 @@
   teacher's (feature distillation: Romero et al. 2015, arXiv:1412.6550).
 
 The last two are zero for the teacher itself.
+
+Each is a sum of terms, one per supervised token (`hidden`: one per sample), so that `by_task` can sum them by
+old task.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
 from torch import Tensor
@@ -24,17 +28,48 @@ from torch import Tensor
 from craft_ds.policies.lerobot_internals import text_tokenizer
 from craft_ds.policies.pi0_fast.generation import END_OF_ACTION, greedy_action_tokens
 from craft_ds.policies.pi0_fast.loss import SupervisedHidden, action_logits, supervised_hidden
-from craft_ds.policies.token_loss import Batch, TokenLoss, token_loss
+from craft_ds.policies.token_loss import Batch, Loss, TokenLoss, token_loss
 
 TEACHER_TOKENS = "teacher.tokens"
 TEACHER_TOKEN_MASK = "teacher.token_mask"
 TEACHER_TOP_IDS = "teacher.top_ids"
 TEACHER_TOP_LOG_PROBS = "teacher.top_log_probs"
 TEACHER_HIDDEN = "teacher.hidden"
+TASK_INDEX = "task_index"
+"""Field of a batch of anchors: the position of each anchor's task, int64 (B,)."""
 TOP = 32
 """Number of tokens whose teacher's probabilities are stored."""
 # The smallest share of the rest: below it, 1 - p is not exact in fp32.
 _LOG_OF_ALMOST_ALL = -1e-6
+
+
+class LossTerms(NamedTuple):
+    """A loss before it is summed.
+
+    Attributes:
+        values: One value per supervised token or sample, fp32 (N,), with the graph.
+        samples: The sample of each value, (N,).
+    """
+
+    values: Tensor
+    samples: Tensor
+
+    def sum(self) -> TokenLoss:
+        """Return the sum over the batch."""
+        total = self.values.sum()
+        return TokenLoss(total, torch.full((), float(len(self.values)), device=total.device))
+
+    def sum_by(self, groups: Tensor, count: int) -> TokenLoss:
+        """Return sums and counts by group, (count,) each.
+
+        Args:
+            groups: The group of each sample, (B,).
+            count: Number of groups.
+        """
+        numbers = torch.arange(count, device=self.values.device)[:, None]
+        # Not `index_add`, whose order of summation varies on a GPU.
+        member = groups.to(self.values.device)[self.samples] == numbers
+        return TokenLoss(torch.where(member, self.values, 0.0).sum(dim=1), member.sum(dim=1).float())
 
 
 class RetentionLoss(NamedTuple):
@@ -42,21 +77,53 @@ class RetentionLoss(NamedTuple):
 
     Attributes:
         loss: The loss of a batch of anchors with their targets.
+        terms: The same loss before it is summed.
         targets: The teacher's targets for a batch of anchors, by field; None: the loss needs none.
         fields: Names of the targets' fields.
         zero_for_teacher: The teacher's own loss is zero, so that ε has no natural unit.
     """
 
     loss: Callable[[PI0FastPolicy, Batch], TokenLoss]
+    terms: Callable[[PI0FastPolicy, Batch], LossTerms]
     targets: Callable[[PI0FastPolicy, Batch], dict[str, Tensor]] | None = None
     fields: tuple[str, ...] = ()
     zero_for_teacher: bool = False
 
 
+def by_task(name: str, tasks: int) -> Loss:
+    """Return a retention loss whose sums and counts are by task, (tasks,) each.
+
+    Args:
+        name: The retention loss.
+        tasks: Number of tasks; the batch's `TASK_INDEX` is below it.
+    """
+    terms = RETENTION_LOSSES[name].terms
+
+    def loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
+        return terms(policy, batch).sum_by(batch[TASK_INDEX], tasks)
+
+    return loss
+
+
+def token_terms(policy: PI0FastPolicy, batch: Batch) -> LossTerms:
+    """Return the cross-entropy of every recorded action token."""
+    found = supervised_hidden(policy, batch)
+    values = F.cross_entropy(action_logits(policy, found), found.targets, reduction="none")
+    return LossTerms(values, found.samples)
+
+
+def _with_teacher_tokens(batch: Batch) -> Batch:
+    return {**batch, ACTION_TOKENS: batch[TEACHER_TOKENS], ACTION_TOKEN_MASK: batch[TEACHER_TOKEN_MASK]}
+
+
 def teacher_tokens_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
     """Return the cross-entropy of the teacher's greedy tokens, and their number."""
-    tokens, mask = batch[TEACHER_TOKENS], batch[TEACHER_TOKEN_MASK]
-    return token_loss(policy, {**batch, ACTION_TOKENS: tokens, ACTION_TOKEN_MASK: mask})
+    return token_loss(policy, _with_teacher_tokens(batch))
+
+
+def teacher_tokens_terms(policy: PI0FastPolicy, batch: Batch) -> LossTerms:
+    """Return the cross-entropy of each of the teacher's greedy tokens."""
+    return token_terms(policy, _with_teacher_tokens(batch))
 
 
 @torch.no_grad()
@@ -75,14 +142,18 @@ def teacher_tokens(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
     return {TEACHER_TOKENS: tokens, TEACHER_TOKEN_MASK: mask}
 
 
-def teacher_kl_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
-    """Return the KL divergence in nats of the stored distributions from the policy's, and their number."""
+def teacher_kl_terms(policy: PI0FastPolicy, batch: Batch) -> LossTerms:
+    """Return the KL divergence in nats of each stored distribution from the policy's."""
     found = supervised_hidden(policy, batch)
     ids, log_p = (found.select(batch[name]) for name in (TEACHER_TOP_IDS, TEACHER_TOP_LOG_PROBS))
     log_q = _log_shares(action_logits(policy, found), ids)
     log_p = torch.cat([log_p, _log_rest(log_p)], dim=1)
-    total = (log_p.exp() * (log_p - log_q)).sum()
-    return TokenLoss(total, torch.full((), float(len(log_p)), device=total.device))
+    return LossTerms((log_p.exp() * (log_p - log_q)).sum(dim=1), found.samples)
+
+
+def teacher_kl_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
+    """Return the KL divergence in nats of the stored distributions from the policy's, and their number."""
+    return teacher_kl_terms(policy, batch).sum()
 
 
 @torch.no_grad()
@@ -107,13 +178,18 @@ def teacher_top(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
     return stored
 
 
-def hidden_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
-    """Return the squared distance from the stored features relative to their norm, and the sample count."""
+def hidden_terms(policy: PI0FastPolicy, batch: Batch) -> LossTerms:
+    """Return each sample's squared distance from the stored features, relative to their norm."""
     wanted = batch[TEACHER_HIDDEN]
     distance = (_pooled(supervised_hidden(policy, batch), len(wanted)) - wanted).square().sum(dim=1)
     # Both are zero for a sample without supervised tokens.
-    total = (distance / wanted.square().sum(dim=1).clamp(min=1e-12)).sum()
-    return TokenLoss(total, torch.full((), float(len(wanted)), device=total.device))
+    values = distance / wanted.square().sum(dim=1).clamp(min=1e-12)
+    return LossTerms(values, torch.arange(len(wanted), device=values.device))
+
+
+def hidden_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
+    """Return the squared distance from the stored features relative to their norm, and the sample count."""
+    return hidden_terms(policy, batch).sum()
 
 
 @torch.no_grad()
@@ -124,14 +200,20 @@ def teacher_hidden(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
 
 
 RETENTION_LOSSES: dict[str, RetentionLoss] = {
-    "token_ce": RetentionLoss(token_loss),
+    "token_ce": RetentionLoss(token_loss, token_terms),
     "teacher_tokens": RetentionLoss(
-        teacher_tokens_loss, teacher_tokens, (TEACHER_TOKENS, TEACHER_TOKEN_MASK)
+        teacher_tokens_loss, teacher_tokens_terms, teacher_tokens, (TEACHER_TOKENS, TEACHER_TOKEN_MASK)
     ),
     "teacher_kl": RetentionLoss(
-        teacher_kl_loss, teacher_top, (TEACHER_TOP_IDS, TEACHER_TOP_LOG_PROBS), zero_for_teacher=True
+        teacher_kl_loss,
+        teacher_kl_terms,
+        teacher_top,
+        (TEACHER_TOP_IDS, TEACHER_TOP_LOG_PROBS),
+        zero_for_teacher=True,
     ),
-    "hidden": RetentionLoss(hidden_loss, teacher_hidden, (TEACHER_HIDDEN,), zero_for_teacher=True),
+    "hidden": RetentionLoss(
+        hidden_loss, hidden_terms, teacher_hidden, (TEACHER_HIDDEN,), zero_for_teacher=True
+    ),
 }
 
 

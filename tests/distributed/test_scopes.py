@@ -1,0 +1,74 @@
+"""Every sharded engine gives the numbers of one process by layer and by task."""
+
+import math
+
+import pytest
+from registry import every
+from scenarios_scopes import SOME
+from test_parity import assert_close, assert_close_overall, assert_surgery_close, assert_values_close, of
+from toy import samples
+
+from craft_ds.algorithm.layers import layer_of
+
+
+@every("layers")
+def test_surgery_by_layer(ranks, name, reference):
+    assert_surgery_close(ranks[name], reference[name])
+    assert_close(ranks[name].tensors, reference[name].tensors)
+
+
+@every("layers-bf16")
+def test_surgery_by_layer_in_bf16(ranks, name, reference):
+    """ZeRO-2 accumulates in another place then; parts of other parameters would be off by their full size."""
+    found, exact = ranks[name], reference["layers"]
+    assert_close_overall(found.tensors, exact.tensors, 0.03)
+    assert {values["merge"][6] for values in found.values} == {exact.values[0]["merge"][6]}
+
+
+def test_each_layer_is_projected_by_itself(reference):
+    """One process against the definition, from the gradients of the two passes."""
+    passes, merged = reference["untouched"].tensors, reference["layers"]
+    tokens = [int(samples(0, retention=retention)["mask"].sum()) for retention in (False, True)]
+    layers: dict[str, list[str]] = {}
+    for key in of(reference["untouched"], "task"):
+        parameter = key.removeprefix("task/")
+        layers.setdefault(layer_of(parameter), []).append(parameter)
+    conflicts, squares = 0, 0.0
+    for names in layers.values():
+        g_t, g_r = (
+            [passes[f"{kind}/{one}"].double() / count for one in names]
+            for kind, count in zip(("task", "retention"), tokens, strict=True)
+        )
+        tt, tr, rr = (
+            sum(float(x @ y) for x, y in zip(*pair, strict=True))
+            for pair in ((g_t, g_t), (g_t, g_r), (g_r, g_r))
+        )
+        conflict = bool(tt and rr) and tr / math.sqrt(tt * rr) < SOME
+        conflicts += conflict
+        b = 0.7 - (tr / rr if conflict else 0.0)
+        expected = {f"merged/{one}": t + b * r for one, t, r in zip(names, g_t, g_r, strict=True)}
+        assert_close({key: merged.tensors[key] for key in expected}, expected)
+        squares += sum(float(tensor @ tensor) for tensor in expected.values())
+    _, _, _, _, norm, _, share = merged.values[0]["merge"]
+    assert norm == pytest.approx(math.sqrt(squares), rel=1e-5)
+    assert share == conflicts / len(layers)
+    assert 0 < conflicts < len(layers)
+
+
+@every("scopes")
+def test_steps_by_layer_and_task(ranks, name, reference):
+    found, expected = ranks[name], reference[name]
+    assert_close(of(found, "parameters"), of(expected, "parameters"))
+    # DeepSpeed's own Adam computes 1 − β₂ in fp32.
+    assert_close(
+        of(found, "moments"), of(expected, "moments"), 5e-5 if ranks.kind == "zero3_offload" else 1e-5
+    )
+    assert_values_close(found, expected)
+
+
+@every("lora-scopes")
+def test_adapters_by_layer_and_task(ranks, name, reference):
+    found, expected = ranks[name], reference[name]
+    assert_close_overall(of(found, "parameters"), of(expected, "parameters"))
+    assert_close_overall(of(found, "moments"), of(expected, "moments"))
+    assert_values_close(found, expected)
