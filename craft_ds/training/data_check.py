@@ -6,6 +6,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
 
 from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.cache_list import Anchors
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.data_measure import measure_dataset
 from craft_ds.data.data_report import DataReport
@@ -18,7 +19,7 @@ def check_data(
     config: TrainConfig,
     dataset: LeRobotDataset,
     processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline],
-    cache: AnchorCache | None,
+    anchors: Anchors | None,
 ) -> list[str]:
     """Measure and judge the training data; return the lines that the run prints.
 
@@ -26,7 +27,7 @@ def check_data(
         config: A validated configuration.
         dataset: The training data set.
         processors: The policy's preprocessor, with the run's `rename_map`, and its postprocessor; on the CPU.
-        cache: The anchors; None for the baseline.
+        anchors: The anchors; None for the baseline.
 
     Raises:
         UserError: With `--data_check=error`, training on this data cannot be right.
@@ -36,7 +37,7 @@ def check_data(
     report = measure_dataset(dataset, config.dataset.repo_id, config.policy, *processors, config.data_report)
     skips = config.on_bad_sample == "skip"
     findings = judge(report, config.data_report, skips_bad_samples=skips)
-    if cache is not None:
+    for cache in anchors.parts if anchors else []:
         findings += _compare_with_anchors(report, cache)
     lines = enforce(findings, config.data_check)
     return [f"{'✓ ' if not findings else ''}{summary(report)}", *lines]
