@@ -56,22 +56,24 @@ def write_rollouts(
     hidden = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     with atomic_directory(output_dir, hidden) as temporary:
         data_set = create_data_set(world, f"craft-ds/{world.name}-rollouts", temporary)
-        for first in range(0, scenes, _LOCKSTEP):
-            numbers = range(first, min(first + _LOCKSTEP, scenes))
-            seeds = [scene_seed(seed, number, evaluation=False) for number in numbers]
-            by_task = [run_episodes(policy, world, task, seeds) for task in tasks]
-            # Episodes of the tasks alternate, as in demonstrations.
-            for episodes in zip(*by_task, strict=True):
-                for task, (episode, success) in zip(tasks, episodes, strict=True):
-                    solved[task] += success
-                    if success or keep_failures:
-                        add_episode(data_set, episode, world.task_text(task))
+        try:
+            for first in range(0, scenes, _LOCKSTEP):
+                numbers = range(first, min(first + _LOCKSTEP, scenes))
+                seeds = [scene_seed(seed, number, evaluation=False) for number in numbers]
+                by_task = [run_episodes(policy, world, task, seeds) for task in tasks]
+                # Episodes of the tasks alternate, as in demonstrations.
+                for episodes in zip(*by_task, strict=True):
+                    for task, (episode, success) in zip(tasks, episodes, strict=True):
+                        solved[task] += success
+                        if success or keep_failures:
+                            add_episode(data_set, episode, world.task_text(task))
+        finally:
+            data_set.finalize()  # else its end would write into the deleted directory
         if unsolved := [task for task, count in solved.items() if not count and not keep_failures]:
             raise UserError(
                 f"{name} solves none of {scenes} scenes of {unsolved[0]}, which would have no episode: "
                 "choose --tasks that it knows, or add --keep_failures"
             )
-        data_set.finalize()
         record = {
             "policy": name,
             "world": world.name,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_evaluation import FindsColours
+from test_evaluation import FindsColours, FindsUpperHalf
 
 import craft_ds.worlds
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
@@ -22,15 +22,13 @@ from craft_ds.worlds.rollouts import run_episodes, write_rollouts
 TEACHER = Path(craft_ds.worlds.__file__).parent / "assets" / "blocks_teacher"
 
 
-def closed_loop(known):
-    return ClosedLoopPolicy(FindsColours(known), lambda batch: batch, lambda chunk: chunk)
+def closed_loop(known, policy=FindsColours):
+    return ClosedLoopPolicy(policy(known), lambda batch: batch, lambda chunk: chunk)
 
 
-def write(output, known, tasks, **options):
+def write(output, policy, tasks, scenes, **options):
     world = make_world("blocks")
-    return write_rollouts(
-        closed_loop(known), world, tasks, output, scenes=18, seed=0, name="finder", **options
-    )
+    return write_rollouts(policy, world, tasks, output, scenes=scenes, seed=0, name="finder", **options)
 
 
 def test_an_episode_replays_to_its_images_and_success():
@@ -58,7 +56,7 @@ def test_episodes_that_fail_end_at_the_horizon():
 
 def test_the_data_set_holds_the_solved_scenes_of_alternating_tasks(tmp_path):
     tasks = ("reach-red", "reach-green")
-    solved = write(tmp_path / "data", {"red", "green"}, tasks)
+    solved = write(tmp_path / "data", closed_loop({"red", "green"}), tasks, scenes=18)
     assert solved == {"reach-red": 18, "reach-green": 18}
     data_set = open_demonstrations(tmp_path / "data", 8)
     assert data_set.num_episodes == 36
@@ -76,12 +74,18 @@ def test_the_data_set_holds_the_solved_scenes_of_alternating_tasks(tmp_path):
 
 
 def test_failures_are_kept_on_demand_alone(tmp_path):
-    tasks = ("reach-red", "reach-blue")
-    with pytest.raises(UserError, match="solves none of 18 scenes of reach-blue"):
-        write(tmp_path / "data", {"red"}, tasks)
+    some = closed_loop({"red"}, FindsUpperHalf)
+    solved = write(tmp_path / "solved", some, ("reach-red",), scenes=5)
+    assert 0 < solved["reach-red"] < 5
+    assert open_demonstrations(tmp_path / "solved", 8).num_episodes == solved["reach-red"]
+    assert write(tmp_path / "all", some, ("reach-red",), scenes=5, keep_failures=True) == solved
+    assert open_demonstrations(tmp_path / "all", 8).num_episodes == 5
+
+
+def test_a_task_without_episodes_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="solves none of 2 scenes of reach-blue"):
+        write(tmp_path / "data", closed_loop({"red"}), ("reach-red", "reach-blue"), scenes=2)
     assert not list(tmp_path.iterdir())
-    assert write(tmp_path / "data", {"red"}, tasks, keep_failures=True) == {"reach-red": 18, "reach-blue": 0}
-    assert open_demonstrations(tmp_path / "data", 8).num_episodes == 36
 
 
 def test_anchors_of_the_teachers_own_episodes(tmp_path, capsys):
