@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.common.vla_utils import resize_with_pad_torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.collate import lerobot_collate_fn
-from lerobot.utils.constants import ACTION_TOKENS
+from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -36,9 +35,10 @@ from craft_ds.anchors.cache import (
     read_metadata,
     shard_name,
 )
+from craft_ds.anchors.choose_frames import choose_frames
 from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.anchors.schema import DTYPES, ORIGIN_FIELDS, TOKEN_FIELDS, target_fields
-from craft_ds.anchors.selection import AnchorSelection, select_anchors
+from craft_ds.anchors.selection import AnchorSelection
 from craft_ds.anchors.vision import fp16_vision_features, read_vision_tower
 from craft_ds.data.checked_samples import NamedSamples, sample_loader
 from craft_ds.data.lerobot_dataset import camera_keys, open_dataset
@@ -53,7 +53,7 @@ from craft_ds.policies.loading import (
     load_processors,
     resolve_policy_path,
 )
-from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
+from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES, teacher_tokens
 from craft_ds.policies.pi0_fast.vision import features_key
 from craft_ds.policies.statistics import check_statistics
 from craft_ds.policies.support import check_craft_policy
@@ -141,7 +141,7 @@ def _build(options: BuildOptions, output: Path) -> bool:
             raise UserError(f"--rename_map: data set {options.dataset_repo_id} has no {old} to be renamed")
     samples = NamedSamples(dataset)
     encoder = AnchorEncoder(config, preprocessor, dataset.meta, options.image_size)
-    selection = _select(options, dataset)
+    selection, entries = choose_frames(options, dataset, preprocessor)
     example = _example(options, samples, int(selection.frames[0]), encoder)
     fingerprint = None
     if options.vision_features:
@@ -151,7 +151,7 @@ def _build(options: BuildOptions, output: Path) -> bool:
         example |= {features_key(camera): empty for camera in encoder.cameras}
     example |= _empty_targets(options.targets, example, config, directory)
     teacher = Teacher(directory, config, fingerprint, preprocessor)
-    plan = make_plan(options, teacher, dataset, selection, example)
+    plan = make_plan(options, teacher, dataset, selection, entries, example)
     partial = partial_directory(output)
     if output.exists():
         check_plan_matches(plan, read_metadata(output), f"--output_dir={output} holds another anchor cache")
@@ -177,23 +177,6 @@ def _empty_targets(
         for target in targets
         for name, (dtype, shape) in target_fields(target, length, width).items()
     }
-
-
-def _select(options: BuildOptions, dataset: LeRobotDataset) -> AnchorSelection:
-    columns = dataset.hf_dataset.data
-    task, episode = columns.column("task_index").to_numpy(), columns.column("episode_index").to_numpy()
-    if options.num_samples > len(task):
-        raise UserError(
-            f"--num_samples={options.num_samples} is more than the {len(task)} frames of "
-            f"{options.dataset_repo_id}"
-        )
-    tasks = len(np.unique(task))
-    if options.num_samples < tasks:
-        raise UserError(
-            f"--num_samples={options.num_samples} is less than the {tasks} tasks of {options.dataset_repo_id}"
-            ": give each task anchors, at least two to have one held out"
-        )
-    return select_anchors(task, episode, options.num_samples, options.heldout_fraction, options.seed)
 
 
 def _example(
@@ -244,27 +227,49 @@ def _write_shards(
         for number, batches in groups.items():
             parts, losses = [], []
             for batch in batches:
-                parts.append(encoder(next(loader)))
-                policy_batch = to_policy_batch(parts[-1], options.device)
-                if options.vision_features:
-                    parts[-1] |= fp16_vision_features(policy, policy_batch)
                 first = batch[0]
-                origin = {
-                    "split": SPLITS[int(selection.heldout[first])],
-                    "task": int(selection.task[first]),
-                }
-                for name in ("token_ce", *options.targets):
-                    retention = RETENTION_LOSSES[name]
-                    with torch.inference_mode():
-                        targets = retention.targets(policy, policy_batch) if retention.targets else {}
-                        moved = to_policy_batch(targets, options.device)
-                        loss = retention.loss(policy, policy_batch | moved)
-                    parts[-1] |= targets
-                    total = {"total": float(loss.total), "tokens": int(loss.count)}
-                    losses.append({"loss": name, **origin, **total})
+                task = int(selection.task[first])
+                raw = next(loader)
+                if options.instructions:
+                    raw["task"] = [options.instructions[task]] * len(batch)
+                    raw["task_index"] = torch.full((len(batch),), task)
+                part, measured = _label(options, encoder(raw), policy)
+                parts.append(part)
+                origin = {"split": SPLITS[int(selection.heldout[first])], "task": task}
+                losses += [{"loss": name, **origin, **loss} for name, loss in measured.items()]
                 bar.update(len(batch))
             shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             _write_shard(partial, number, shard, losses)
+
+
+def _label(
+    options: BuildOptions, anchors: dict[str, Tensor], policy: PreTrainedPolicy
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Add what the teacher computes to encoded anchors.
+
+    Returns:
+        The anchors with the features and targets that the options ask for, and the teacher's own losses by
+        name, each as its sum and its count.
+    """
+    own = {}
+    if options.instructions:
+        own = teacher_tokens(policy, to_policy_batch(anchors, options.device))
+        anchors |= dict(zip((ACTION_TOKENS, ACTION_TOKEN_MASK), own.values(), strict=True))
+    batch = to_policy_batch(anchors, options.device)
+    if options.vision_features:
+        anchors |= fp16_vision_features(policy, batch)
+    losses = {}
+    for name in ("token_ce", *options.targets):
+        retention = RETENTION_LOSSES[name]
+        with torch.inference_mode():
+            if own and name == "teacher_tokens":
+                targets = own
+            else:
+                targets = retention.targets(policy, batch) if retention.targets else {}
+            loss = retention.loss(policy, batch | to_policy_batch(targets, options.device))
+        anchors |= targets
+        losses[name] = {"total": float(loss.total), "tokens": int(loss.count)}
+    return anchors, losses
 
 
 def _uniform_batches(selection: AnchorSelection, start: int, options: BuildOptions) -> Iterator[np.ndarray]:

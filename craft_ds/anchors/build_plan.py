@@ -31,6 +31,8 @@ from craft_ds.policies.directory import CONFIG
 from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
 from craft_ds.policies.weights import weight_files
 from craft_ds.tensor_io.filesystem import file_sha256
+from craft_ds.tensor_io.safe_json import read_object
+from craft_ds.worlds.rollouts import ROLLOUTS_FILE
 
 _NOT_IN_OLD_CACHES = ("preprocessing", "chunk_size", "fps", "features", "task_frames")
 
@@ -59,6 +61,12 @@ class BuildOptions:
             teacher's own preprocessor. None: the teacher's own map.
         allow_missing_cameras: Accept a data set that lacks cameras of the policy: the policy masks them.
         targets: Also store the teacher's targets of these retention losses.
+        selection: "uniform" draws the frames of a task evenly over its episodes, "phases" also evenly over
+            its motion phases.
+        gripper: For "phases": names or indices of the action's dimensions that move grippers, or `none`;
+            empty: those whose name contains "grip", else the last.
+        instructions: Texts of old tasks without data. The data set then gives observations only, and the
+            teacher's greedy tokens under each instruction are the anchors' actions.
 
     Raises:
         UserError: A value is out of range.
@@ -80,6 +88,9 @@ class BuildOptions:
     rename_map: dict[str, str] | None = None
     allow_missing_cameras: bool = False
     targets: Sequence[str] = ()
+    selection: str = "uniform"
+    gripper: tuple[str, ...] = ()
+    instructions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         least = {"num_samples": 1, "batch_size": 1, "num_workers": 0, "seed": 0, "shard_size": 1}
@@ -93,8 +104,16 @@ class BuildOptions:
         for target in self.targets:
             if target not in TARGETS:
                 raise UserError(f"--targets={target}: choose from {', '.join(TARGETS)}")
-            if list(self.targets).count(target) > 1:
-                raise UserError(f"--targets names {target} more than once: remove one")
+        for flag in ("targets", "gripper", "instructions"):
+            given = list(getattr(self, flag))
+            if again := next((one for one in given if given.count(one) > 1), None):
+                raise UserError(f"--{flag} names {again} more than once: remove one")
+        if self.selection not in ("uniform", "phases"):
+            raise UserError(f"--selection={self.selection} must be uniform or phases")
+        if self.gripper and self.selection != "phases":
+            raise UserError("--gripper has no effect without --selection=phases: add it, or omit --gripper")
+        if not all(text.strip() for text in self.instructions):
+            raise UserError("--instructions: a text is empty")
 
 
 class Teacher(NamedTuple):
@@ -118,6 +137,7 @@ def make_plan(
     teacher: Teacher,
     dataset: LeRobotDataset,
     selection: AnchorSelection,
+    entries: dict[str, Any],
     example: dict[str, Tensor],
 ) -> dict[str, Any]:
     """Return the metadata of a cache without its shards and the teacher's loss, as JSON values.
@@ -127,6 +147,7 @@ def make_plan(
         teacher: The teacher.
         dataset: The old data set.
         selection: The frames selected from it.
+        entries: What the metadata record of the selection (`craft_ds.anchors.choose_frames`).
         example: An encoded batch, for the names, types and shapes of the fields.
 
     Raises:
@@ -135,8 +156,6 @@ def make_plan(
     directory, config, vision_fingerprint, preprocessor = teacher
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     episodes = dataset.hf_dataset.data.column("episode_index").to_numpy()[selection.frames]
-    tasks = list(dataset.meta.tasks.sort_values("task_index").index)
-    frames = np.bincount(dataset.hf_dataset.data.column("task_index").to_numpy(), minlength=len(tasks))
     optional: dict[str, Any] = {}
     if vision_fingerprint is not None:
         optional["vision_features"] = {"fingerprint": vision_fingerprint}
@@ -145,6 +164,10 @@ def make_plan(
     asked: dict[str, Any] = {} if options.rename_map is None else {"rename_map": options.rename_map}
     if options.targets:
         asked["targets"] = sorted(options.targets)
+    if options.selection != "uniform":
+        asked |= {"selection": options.selection, "gripper": sorted(options.gripper)}
+    if options.instructions:
+        asked["instructions"] = list(options.instructions)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -170,8 +193,8 @@ def make_plan(
                 for key, feature in dataset.meta.features.items()
                 if key in (OBS_STATE, ACTION)
             },
-            "tasks": tasks,
-            "task_frames": frames.tolist(),
+            **entries,
+            **_rollouts(dataset.root),
             "episodes": {
                 "train": np.unique(episodes[~selection.heldout]).tolist(),
                 "heldout": selection.heldout_episodes,
@@ -215,6 +238,12 @@ def check_plan_matches(plan: dict[str, Any], existing: dict[str, Any], complaint
         if isinstance(wanted, dict) and isinstance(found, dict):
             name = f"{name}.{next(key for key in [*wanted, *found] if wanted.get(key) != found.get(key))}"
         raise UserError(f"{complaint}: its {name} differs")
+
+
+def _rollouts(root: Path) -> dict[str, Any]:
+    """Return which policy made a data set, if `craft-ds worlds record` wrote one of rollouts."""
+    file = root / ROLLOUTS_FILE
+    return {"rollouts": read_object(file)} if file.is_file() else {}
 
 
 def _weights_sha256(teacher: Path) -> str:

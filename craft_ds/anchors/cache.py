@@ -77,6 +77,8 @@ class AnchorCache:
         teacher_loss: L0, the teacher's own mean loss per action token, by split ("train", "heldout" and
             "all"): `{"overall": float, "by_task": {text: float}, "tokens": int}`. See `loss_of`.
         targets: The targets that the anchors hold, by retention loss, with L0 in the same form.
+        task_frames: Frames of each task in the old data set.
+        parts: The cache itself: `craft_ds.anchors.cache_list.AnchorCaches` has several.
         vision_fingerprint: Fingerprint of the vision tower that made its features (see
             `craft_ds.policies.pi0_fast.vision.vision_fingerprint`); None without features.
     """
@@ -86,6 +88,8 @@ class AnchorCache:
         self.metadata = metadata
         self.tasks: list[str] = metadata["dataset"]["tasks"]
         self.cameras: list[str] = metadata["cameras"]
+        self.task_frames: list[int] = metadata["dataset"].get("task_frames") or [1] * len(self.tasks)
+        self.parts: list[AnchorCache] = [self]
         self.teacher_loss: dict[str, dict[str, Any]] = metadata["teacher_loss"]
         self.targets: dict[str, dict[str, Any]] = metadata.get("targets") or {}
         self.vision_fingerprint: str | None = metadata.get("vision_features", {}).get("fingerprint")
@@ -129,6 +133,15 @@ class AnchorCache:
 
     def __len__(self) -> int:
         return self.metadata["num_samples"]
+
+    def count(self, text: str, split: str) -> int:
+        """Return the number of a task's anchors in "train", "heldout" or "all"."""
+        members = self.task[self.splits[split]] if split in self.splits else self.task
+        return int((members == self.tasks.index(text)).sum())
+
+    def episodes(self, split: str) -> list[int]:
+        """Return the episodes of the old data set that gave a split its anchors."""
+        return self.episode[self.splits[split]].unique().tolist()
 
     def loss_of(self, retention_loss: str) -> dict[str, Any]:
         """Return L0, the teacher's own mean of a retention loss, in the form of `teacher_loss`.

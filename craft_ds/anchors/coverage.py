@@ -3,24 +3,25 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from craft_ds.anchors.cache import SPLITS, AnchorCache
+from craft_ds.anchors.cache import SPLITS
+from craft_ds.anchors.cache_list import Anchors
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.errors import UserError
 
 
-def count_by_task(cache: AnchorCache) -> dict[str, list[int]]:
+def count_by_task(cache: Anchors) -> dict[str, list[int]]:
     """Return the number of anchors of each task, by split, in the order of `cache.tasks`."""
     counted = {split: Counter(cache.task[cache.splits[split]].tolist()) for split in SPLITS}
     return {split: [counted[split][task] for task in range(len(cache.tasks))] for split in SPLITS}
 
 
-def trained_tasks(cache: AnchorCache) -> list[str]:
+def trained_tasks(cache: Anchors) -> list[str]:
     """Return the texts of the tasks with training anchors."""
     counts = count_by_task(cache)["train"]
     return list(dict.fromkeys(text for text, count in zip(cache.tasks, counts, strict=True) if count))
 
 
-def check_task_constraints(cache: AnchorCache, craft: CraftConfig) -> None:
+def check_task_constraints(cache: Anchors, craft: CraftConfig) -> None:
     """Check that the constraint of every task can be measured and has a unit (`multiplier_scope=task`).
 
     Args:
@@ -48,7 +49,7 @@ def check_task_constraints(cache: AnchorCache, craft: CraftConfig) -> None:
         )
 
 
-def coverage_table(cache: AnchorCache) -> list[str]:
+def coverage_table(cache: Anchors) -> list[str]:
     """Return the lines of a table of the anchors per task and split, with the teacher's own loss L0."""
     counts = count_by_task(cache)
     losses = cache.teacher_loss["all"]["by_task"]
@@ -61,7 +62,7 @@ def coverage_table(cache: AnchorCache) -> list[str]:
     return lines
 
 
-def check_enough(cache: AnchorCache, split: str, world_size: int) -> None:
+def check_enough(cache: Anchors, split: str, world_size: int) -> None:
     """Check that a split gives every rank an anchor.
 
     Raises:
@@ -82,7 +83,7 @@ def check_enough(cache: AnchorCache, split: str, world_size: int) -> None:
     )
 
 
-def check_coverage(cache: AnchorCache, constraint_split: str, world_size: int) -> None:
+def check_coverage(cache: Anchors, constraint_split: str, world_size: int) -> None:
     """Check that every old task has anchors that give a gradient, and that the constraint can be measured.
 
     Args:
@@ -95,10 +96,10 @@ def check_coverage(cache: AnchorCache, constraint_split: str, world_size: int) -
     """
     for split in {"train": None, constraint_split: None}:
         check_enough(cache, split, world_size)
-    frames = cache.metadata["dataset"].get("task_frames") or [1] * len(cache.tasks)
+    trained = count_by_task(cache)["train"]
     without = [
         text
-        for text, train, available in zip(cache.tasks, count_by_task(cache)["train"], frames, strict=True)
+        for text, train, available in zip(cache.tasks, trained, cache.task_frames, strict=True)
         if not train and available
     ]
     if without:
@@ -108,7 +109,7 @@ def check_coverage(cache: AnchorCache, constraint_split: str, world_size: int) -
         )
 
 
-def coverage_warnings(cache: AnchorCache, constraint_split: str) -> list[str]:
+def coverage_warnings(cache: Anchors, constraint_split: str) -> list[str]:
     """Return warnings of tasks that the constraint does not measure.
 
     Args:

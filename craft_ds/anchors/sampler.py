@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.cache_list import Anchors
 from craft_ds.anchors.coverage import check_enough
 from craft_ds.anchors.schema import ORIGIN_FIELDS
 from craft_ds.anchors.selection import allocate_evenly
@@ -36,7 +36,7 @@ class AnchorSampler:
         UserError: The split has fewer anchors than there are ranks.
     """
 
-    def __init__(self, cache: AnchorCache, split: str, share: StepPartition, seed: int) -> None:
+    def __init__(self, cache: Anchors, split: str, share: StepPartition, seed: int) -> None:
         members = cache.splits[split]
         check_enough(cache, split, share.world_size)
         self.seed = seed
@@ -69,7 +69,7 @@ class AnchorSampler:
 
 
 def iter_split(
-    cache: AnchorCache,
+    cache: Anchors,
     split: str,
     batch_size: int,
     rank: int,
@@ -131,7 +131,7 @@ def to_policy_batch(anchors: dict[str, Tensor], device: torch.device | str) -> d
     return batch
 
 
-def _strata(cache: AnchorCache, members: list[int]) -> list[list[int]]:
+def _strata(cache: Anchors, members: list[int]) -> list[list[int]]:
     """Group the members by task; tasks without members are omitted."""
     by_task: dict[int, list[int]] = {}
     for index, task in zip(members, cache.task[members].tolist(), strict=True):

@@ -73,10 +73,8 @@ def check_metadata(metadata: dict[str, Any]) -> None:
         for split in ("train", "heldout", "all"):
             overall = losses[split]["overall"]
             _check(overall is None or _is_loss(overall), f"{name}.{split}")
-            by_task = losses[split].get("by_task", {})
-            _check(
-                isinstance(by_task, dict) and all(map(_is_loss, by_task.values())), f"{name}.{split}.by_task"
-            )
+            _check(is_count(losses[split]["tokens"], overall is not None), f"{name}.{split}")
+            _check(all(map(_is_loss, losses[split]["by_task"].values())), f"{name}.{split}")
 
 
 def target_fields(target: str, action_length: int, width: int) -> dict[str, tuple[str, list[int]]]:

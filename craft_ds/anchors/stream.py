@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.augmentation import AnchorAugmentation
+from craft_ds.anchors.cache_list import Anchors
 from craft_ds.anchors.coverage import trained_tasks
 from craft_ds.anchors.sampler import AnchorSampler, iter_split, to_policy_batch
 from craft_ds.config.craft_config import CraftConfig
@@ -32,6 +33,7 @@ class AnchorStream:
         device: Device of the batches.
         rank: This rank.
         seed: Seed of the order.
+        augment: Changes the images that give the gradient; those that measure the constraint stay as stored.
 
     Attributes:
         loss: The retention loss of a batch of anchors.
@@ -49,19 +51,20 @@ class AnchorStream:
 
     def __init__(
         self,
-        cache: AnchorCache,
+        cache: Anchors,
         craft: CraftConfig,
         share: StepPartition,
         *,
         device: torch.device,
         rank: int,
         seed: int,
+        augment: AnchorAugmentation | None = None,
     ):
         self._cache, self._vision_features = cache, craft.vision_features
         self._retention_loss = craft.retention_loss
         self.loss: Loss = RETENTION_LOSSES[craft.retention_loss].loss
         self.share = share
-        self._device, self._rank = device, rank
+        self._device, self._rank, self._augment = device, rank, augment
         self._gradient = AnchorSampler(cache, "train", share, seed)
         self._constraint: AnchorSampler | None = None
         if craft.constraint_split == "heldout":
@@ -95,11 +98,16 @@ class AnchorStream:
         Args:
             first: Position of the step in the stream: the number of anchors drawn before it.
         """
-        return self._batches(self._gradient, first)
+        for positions, batch in self._batches(self._gradient, first):
+            if self._augment is not None:
+                self._augment(batch, self._cache.cameras, positions)
+            yield batch
 
     def constraint_batches(self, first: int) -> Iterator[Batch] | None:
         """Return the anchors that measure L_ret in that step; None where those of the gradient do."""
-        return self._batches(self._constraint, first) if self._constraint else None
+        if self._constraint is None:
+            return None
+        return (batch for _, batch in self._batches(self._constraint, first))
 
     def indices(self, first: int) -> dict[str, list[int]]:
         """Return the anchors of all ranks in that step, by purpose."""
@@ -114,9 +122,10 @@ class AnchorStream:
         for indices, counts in chunks:
             yield self._read(indices), counts
 
-    def _batches(self, sampler: AnchorSampler, first: int) -> Iterator[Batch]:
+    def _batches(self, sampler: AnchorSampler, first: int) -> Iterator[tuple[range, Batch]]:
         for micro_batch in range(self.share.micro_batches):
-            yield self._read(sampler.draw(self.share.positions(first, self._rank, micro_batch)))
+            positions = self.share.positions(first, self._rank, micro_batch)
+            yield positions, self._read(sampler.draw(positions))
 
     def _read(self, indices: list[int]) -> Batch:
         anchors = self._cache.read(indices, self._vision_features, self._retention_loss)

@@ -12,7 +12,7 @@ from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
-from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.cache_list import Anchors
 from craft_ds.errors import UserError
 from craft_ds.policies.loading import build_policy
 from craft_ds.policies.pi0_fast.vision import (
@@ -71,29 +71,32 @@ def fp16_vision_features(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tenso
     return stored
 
 
-def check_vision_features(cache: AnchorCache, directory: Path, config: PreTrainedConfig) -> None:
-    """Check that a cache's vision features are from a policy's own tower, which is read completely.
+def check_vision_features(anchors: Anchors, directory: Path, config: PreTrainedConfig) -> None:
+    """Check that the vision features of anchors are from a policy's own tower, which is read completely.
 
     Args:
-        cache: The anchors.
+        anchors: The anchors.
         directory: The policy's local folder; with adapters, the folder of the base policy.
         config: From `load_policy_config`.
 
     Raises:
-        UserError: The cache holds none or those of another tower, or the policy is not a pi0_fast.
+        UserError: A cache holds none or those of another tower, or the policy is not a pi0_fast.
     """
-    if cache.vision_fingerprint is None:
-        raise UserError(
-            f"--craft.vision_features=true: anchor cache {cache.path} holds no vision features; build one "
-            "with `craft-ds anchors --vision_features`, or omit the flag"
-        )
+    for cache in anchors.parts:
+        if cache.vision_fingerprint is None:
+            raise UserError(
+                f"--craft.vision_features=true: anchor cache {cache.path} holds no vision features; build "
+                "one with `craft-ds anchors --vision_features`, or omit the flag"
+            )
     fingerprint = read_vision_tower(config, directory).fingerprint
-    if fingerprint != cache.vision_fingerprint:
-        raise UserError(
-            f"--craft.vision_features=true: the vision features of anchor cache {cache.path} are of another "
-            f"vision tower ({cache.vision_fingerprint[:12]}) than that of {directory} ({fingerprint[:12]}); "
-            "build one for this policy with `craft-ds anchors --vision_features`, or omit the flag"
-        )
+    for cache in anchors.parts:
+        if fingerprint != cache.vision_fingerprint:
+            raise UserError(
+                f"--craft.vision_features=true: the vision features of anchor cache {cache.path} are of "
+                f"another vision tower ({str(cache.vision_fingerprint)[:12]}) than that of {directory} "
+                f"({fingerprint[:12]}); build one for this policy with `craft-ds anchors --vision_features`, "
+                "or omit the flag"
+            )
 
 
 def check_frozen_tower(policy: PreTrainedPolicy) -> None:

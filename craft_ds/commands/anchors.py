@@ -29,6 +29,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="the teacher: a policy directory or hub id",
     )
     add("--output_dir", required=True, help="directory of the cache; must not exist")
+    add(
+        "--extend",
+        metavar="CACHE",
+        help="anchor cache to extend by the new tasks: --output_dir then holds its anchors and the new ones",
+    )
     add("--num_samples", type=int, default=1000, help="number of anchors")
     add("--batch_size", type=int, default=16, help="anchors per batch of the teacher")
     add("--num_workers", type=int, default=4, help="processes that load the data set")
@@ -58,6 +63,27 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         choices=("teacher_tokens", "teacher_kl", "hidden"),
         help="also store the teacher's own outputs, for --craft.retention_loss of the same name",
+    )
+    add(
+        "--selection",
+        choices=("uniform", "phases"),
+        default="uniform",
+        help="draw the frames of a task evenly over its episodes, or also evenly over its motion phases, "
+        "which begin where a gripper moves or the speed changes",
+    )
+    add(
+        "--gripper",
+        nargs="+",
+        metavar="NAME",
+        help="for --selection=phases: names or indices of the action's dimensions that move grippers, or "
+        'none (default: those whose name contains "grip", else the last)',
+    )
+    add(
+        "--instructions",
+        nargs="+",
+        metavar="TEXT",
+        help="old tasks without data: take only observations from the data set, such as that of the new "
+        "task, and the teacher's own greedy actions under each of these instructions",
     )
     add(
         "--rename_map",
@@ -92,21 +118,34 @@ def main(arguments: Sequence[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - args.num_workers)))
     # Imported here so that --help and errors in flags are fast.
     from craft_ds.anchors.build import BuildOptions, build_anchor_cache
-    from craft_ds.anchors.cache import AnchorCache
+    from craft_ds.anchors.cache_list import open_caches
     from craft_ds.anchors.coverage import coverage_table, coverage_warnings
+    from craft_ds.anchors.extend import extend_anchor_cache
 
+    texts = {name: tuple(getattr(args, name, ())) for name in ("gripper", "instructions")}
     rename_map = parse_rename_map(args.rename_map) or None
-    built = build_anchor_cache(BuildOptions(**vars(args) | {"rename_map": rename_map}))
-    cache = AnchorCache.open(args.output_dir, verify=not built)
+    flags = vars(args) | texts | {"rename_map": rename_map}
+    old = flags.pop("extend", None)
+    options = BuildOptions(**flags)
+    built = extend_anchor_cache(options, old) if old else build_anchor_cache(options)
+    cache = open_caches([args.output_dir], verify=not built)
     counts = " and ".join(f"{len(cache.splits[split])} {split}" for split in cache.splits)
     loss = cache.teacher_loss["all"]["overall"]
     print(
         f"{'built' if built else 'already built'}: {args.output_dir} ({counts} anchors of "
         f"{len(cache.tasks)} tasks, teacher loss {loss:.4f} per token)"
     )
-    for name, losses in cache.targets.items():
-        print(f"targets {name}: teacher loss {losses['all']['overall']:.4g}")
+    newest = cache.parts[-1]
+    for name in newest.targets:
+        print(f"targets {name}: teacher loss {newest.targets[name]['all']['overall']:.4g}")
     for line in [*coverage_table(cache), *coverage_warnings(cache, "heldout")]:
         print(line)
-    if missing := cache.metadata.get("missing_cameras"):
+    dataset = newest.metadata["dataset"]
+    if "observed_tasks" in dataset:
+        print(f"actions: the teacher's own, for observations of {dataset['repo_id']}")
+    if phases := dataset.get("phases"):
+        print(f"motion phases (gripper: {', '.join(phases['gripper']) or 'none'}), anchors of each:")
+        for text, counts in zip(newest.tasks, phases["anchors"], strict=True):
+            print(f"  {text[:60]!r}: {' '.join(map(str, counts))}")
+    if missing := newest.metadata.get("missing_cameras"):
         print(f"masked cameras, which the data set lacks: {', '.join(missing)}")

@@ -1,10 +1,15 @@
-"""Record demonstrations of an embedded world as LeRobot data sets: OUTPUT_DIR/old and OUTPUT_DIR/new.
+"""Record demonstrations of an embedded world, or the episodes of a policy, as LeRobot data sets.
 
 craft-ds worlds record --world metaworld --output_dir outputs/world
+    the scripted expert's demonstrations: OUTPUT_DIR/old and OUTPUT_DIR/new
+
+craft-ds worlds record --world metaworld --policy.path=path/to/teacher --output_dir outputs/rollouts
+    the policy's own episodes of its tasks: OUTPUT_DIR, with which `craft-ds anchors` needs no old data
 """
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from craft_ds.errors import UserError
@@ -12,7 +17,7 @@ from craft_ds.worlds.recording import Recipe
 from craft_ds.worlds.tasks import WORLDS
 
 
-def main(arguments: Sequence[str]) -> None:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="craft-ds worlds record",
         description=__doc__,
@@ -25,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
         "--episodes_per_task",
         type=int,
         default=Recipe.episodes_per_task,
-        help=f"demonstrations of each task (default: {Recipe.episodes_per_task})",
+        help=f"demonstrations, or scenes for the policy, of each task (default: {Recipe.episodes_per_task})",
     )
     add(
         "--seed",
@@ -33,14 +38,66 @@ def main(arguments: Sequence[str]) -> None:
         default=Recipe.seed,
         help=f"seed of scenes and noise (default: {Recipe.seed})",
     )
-    add("--processes", type=int, default=2, help="processes that simulate and render (default: 2)")
+    add("--processes", type=int, help="processes that simulate and render the expert (default: 2)")
+    policy = parser.add_argument_group("the policy's own episodes")
+    add = policy.add_argument
+    add("--policy.path", dest="policy_path", help="policy directory or hub id")
+    add("--tasks", choices=("old", "new", "all"), help="tasks to run (default: old)")
+    add("--keep_failures", action="store_true", help="also record episodes that do not solve their scene")
+    add("--device", help="device of the policy (default: cpu)")
     args = parser.parse_args(arguments)
     for name in ("episodes_per_task", "processes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
+    unused = ("processes",) if args.policy_path else ("tasks", "keep_failures", "device")
+    for name in unused:
+        if getattr(args, name):
+            fix = "with --policy.path: omit it" if args.policy_path else "without --policy.path: add that"
+            raise UserError(f"--{name} has no effect {fix}")
+    return args
+
+
+def main(arguments: Sequence[str]) -> None:
+    args = parse_arguments(arguments)
+    if args.policy_path:
+        record_policy(args)
+        return
 
     from craft_ds.worlds.demonstrations import write_demonstrations  # late: LeRobot takes seconds to import
 
     recipe = Recipe(args.world, args.episodes_per_task, args.seed)
-    for path in write_demonstrations(recipe, args.output_dir, args.processes):
+    for path in write_demonstrations(recipe, args.output_dir, args.processes or 2):
         print(path)
+
+
+def record_policy(args: argparse.Namespace) -> None:
+    """Record the policy's own episodes, and print how many scenes it solved."""
+    if args.output_dir.exists():
+        raise UserError(f"--output_dir={args.output_dir} exists already: choose another or move it away")
+
+    # Late: torch, LeRobot and the simulators take seconds to import.
+    from craft_ds.lora.weights import load_trained_policy
+    from craft_ds.policies.loading import load_policy_config, load_processors, resolve_policy_path
+    from craft_ds.policies.pi0_fast.generation import action_chunk
+    from craft_ds.worlds import make_world
+    from craft_ds.worlds.evaluation import ClosedLoopPolicy
+    from craft_ds.worlds.rollouts import write_rollouts
+
+    world, device = make_world(args.world), args.device or "cpu"
+    directory = resolve_policy_path(args.policy_path)
+    config = load_policy_config(directory)
+    policy = load_trained_policy(config, directory, device=device)
+    processors = load_processors(config, directory, device=device)
+    solved = write_rollouts(
+        ClosedLoopPolicy(partial(action_chunk, policy), *processors),
+        world,
+        world.tasks(args.tasks or "old"),
+        args.output_dir,
+        scenes=args.episodes_per_task,
+        seed=args.seed,
+        name=args.policy_path,
+        keep_failures=args.keep_failures,
+    )
+    for task, count in solved.items():
+        print(f"{task}: {count} of {args.episodes_per_task} scenes solved")
+    print(args.output_dir)

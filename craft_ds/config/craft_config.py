@@ -1,6 +1,7 @@
 """The flags `--craft.*` as a dataclass. Imports neither torch nor LeRobot."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from craft_ds.config.checks import check_choice, require
@@ -15,6 +16,12 @@ ConstraintSplit = Literal["heldout", "train"]
 SurgeryScope = Literal["global", "layer"]
 MultiplierScope = Literal["global", "task"]
 RetentionScale = Literal["none", "freq"]
+AnchorAugmentationName = Literal["none", "lerobot"]
+
+
+def split_directories(text: str) -> list[str]:
+    """Return the directories of a list that is separated by commas, with a leading `~` expanded."""
+    return [str(Path(part.strip()).expanduser()) for part in text.split(",") if part.strip()]
 
 
 @dataclass
@@ -24,7 +31,8 @@ class CraftConfig:
     enabled: bool = False
     """Run CRaFT; false is the plain baseline (the same loop without anchors)."""
     anchor_cache_dir: str = ""
-    """Directory of the anchor cache that `craft-ds anchors` wrote."""
+    """Directory of the anchor cache that `craft-ds anchors` wrote, or several, separated by commas: the tasks
+    of all of them are preserved."""
     retention_loss: RetentionLossName = "token_ce"
     """Loss on anchors: `token_ce` (cross-entropy of the recorded action tokens), or a distance from the
     teacher's own outputs, which the cache must hold (`craft-ds anchors --targets`): `teacher_tokens`
@@ -95,6 +103,14 @@ class CraftConfig:
     """Read the vision tower's features of the anchors' images from the cache instead of running the tower.
     The cache must hold them (`craft-ds anchors --vision_features`) for this policy's tower, and the tower
     must be frozen."""
+    anchor_augmentation: AnchorAugmentationName = "none"
+    """Augmentation of the images of anchors that give the gradient: `none`, or `lerobot` (the transforms of
+    `--dataset.image_transforms.*`, whether or not they are enabled for the task data)."""
+
+    @property
+    def anchor_caches(self) -> list[str]:
+        """Directories of the anchor caches."""
+        return split_directories(self.anchor_cache_dir)
 
     def validate(self) -> None:
         """Check every field that CRaFT would use.
@@ -105,7 +121,7 @@ class CraftConfig:
         if not self.enabled:
             return
         require(
-            bool(self.anchor_cache_dir),
+            bool(self.anchor_caches),
             "--craft.enabled=true needs --craft.anchor_cache_dir (`craft-ds anchors` builds one)",
         )
         for name in ("anchor_batch_size", "retention_freq"):
@@ -140,6 +156,18 @@ class CraftConfig:
             self.epsilon_schedule != "exponential" or self.epsilon_end > 0,
             "--craft.epsilon_schedule=exponential needs --craft.epsilon_end above 0",
         )
+        check_choice("--craft.anchor_augmentation", self.anchor_augmentation, AnchorAugmentationName)
+        if self.anchor_augmentation != "none":
+            flag = f"--craft.anchor_augmentation={self.anchor_augmentation}"
+            require(
+                not self.vision_features,
+                f"{flag} changes images, which --craft.vision_features=true does not read: omit one of them",
+            )
+            require(
+                self.constraint_split == "heldout",
+                f"{flag} with --craft.constraint_split=train would measure the constraint on changed images: "
+                "omit one of them",
+            )
         check_choice("--craft.merging", self.merging, Merging)
         check_choice("--craft.multiplier", self.multiplier, MultiplierRule)
         check_choice("--craft.surgery_scope", self.surgery_scope, SurgeryScope)

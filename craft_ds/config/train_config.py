@@ -181,7 +181,6 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             *((source, "root") for source in saved.datasets),
             (saved, "output_dir"),
             (saved.dataset, "root"),
-            (saved.craft, "anchor_cache_dir"),
             (saved.engine, "ds_config"),
             (saved.lora, "base_path"),
             (saved.policy, "pretrained_path"),
@@ -189,6 +188,10 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             value = getattr(owner, name)
             if value and (name == "output_dir" or Path(value).exists()):
                 setattr(owner, name, type(value)(Path(value).absolute()))
+        caches = [Path(path) for path in saved.craft.anchor_caches]
+        saved.craft.anchor_cache_dir = ",".join(
+            str(path.absolute() if path.exists() else path) for path in caches
+        )
         super(TrainConfig, saved)._save_pretrained(save_directory)
 
     def _check_rates(self) -> None:

@@ -34,7 +34,7 @@ def camera_keys(
     Raises:
         UserError: Two cameras of the data set get the same name.
     """
-    new_names = _rename_map(preprocessor)
+    new_names = rename_map(preprocessor)
     cameras = policy_cameras(config)
     if available is None:
         old_names = {new: old for old, new in new_names.items()}
@@ -52,7 +52,8 @@ def camera_keys(
     return found
 
 
-def _rename_map(preprocessor: PolicyProcessorPipeline) -> dict[str, str]:
+def rename_map(preprocessor: PolicyProcessorPipeline) -> dict[str, str]:
+    """Return the new names of the observations that a preprocessor renames, by name in the data set."""
     names: dict[str, str] = {}
     for step in preprocessor.steps:
         if isinstance(step, RenameObservationsProcessorStep):
@@ -134,7 +135,7 @@ def check_features(
             f"{', '.join(meta.camera_keys) or 'none'}): map the names by --rename_map, choose a matching "
             "data set, or mask what is missing by --allow_missing_cameras"
         )
-    renamed = _rename_map(preprocessor)
+    renamed = rename_map(preprocessor)
     check_vectors(named, meta.features, config, renamed)
     check_pictures(named, meta.features, config, renamed)
 

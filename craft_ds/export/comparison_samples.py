@@ -19,8 +19,9 @@ from lerobot.utils.constants import (
 )
 from transformers import AutoTokenizer
 
-from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.cache_list import open_caches
 from craft_ds.anchors.sampler import to_policy_batch
+from craft_ds.config.craft_config import split_directories
 from craft_ds.data.checked_samples import NamedSamples
 from craft_ds.data.lerobot_dataset import open_dataset
 from craft_ds.data.task_data import images_to_float
@@ -83,7 +84,7 @@ def _anchors(run: dict[str, Any], _: Path, config: PreTrainedConfig) -> _Source:
     path = run["craft"]["anchor_cache_dir"]
     if not path:
         raise UserError("the run had no anchors")
-    cache = AnchorCache.open(path, verify=False)
+    cache = open_caches(split_directories(path), verify=False)
     cache.check_policy(config)
     return _Source(f"anchors of {path}", len(cache), lambda rows: to_policy_batch(cache.read(rows), "cpu"))
 

@@ -123,9 +123,9 @@ def write_test_cache(
     anchors = {
         f"{OBS_IMAGES}.top": torch.randint(0, 256, (n, 3, 4, 6), generator=rng, dtype=torch.uint8),
         OBS_LANGUAGE_TOKENS: torch.randint(0, 99, (n, 5), generator=rng, dtype=torch.int32),
-        OBS_LANGUAGE_ATTENTION_MASK: torch.rand((n, 5), generator=rng) < 0.5,
+        OBS_LANGUAGE_ATTENTION_MASK: torch.arange(5) < torch.randint(1, 6, (n, 1), generator=rng),
         ACTION_TOKENS: torch.randint(0, 99, (n, 7), generator=rng, dtype=torch.int32),
-        ACTION_TOKEN_MASK: torch.rand((n, 7), generator=rng) < 0.5,
+        ACTION_TOKEN_MASK: torch.arange(7) < torch.randint(1, 8, (n, 1), generator=rng),
         "task": torch.tensor(task, dtype=torch.int32),
         "episode": torch.tensor(episode, dtype=torch.int32),
         "frame": torch.arange(n, dtype=torch.int32),

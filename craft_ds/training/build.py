@@ -11,7 +11,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 
-from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.cache_list import Anchors
 from craft_ds.anchors.coverage import coverage_warnings, trained_tasks
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.anchors.vision import check_frozen_tower
@@ -54,7 +54,7 @@ from craft_ds.training.evaluator import Evaluator
 from craft_ds.training.exclusive_run import exclusive_run
 from craft_ds.training.metrics import MetricsLogger
 from craft_ds.training.open_data import OpenedData, load_run_processors, open_data
-from craft_ds.training.preflight import check_inputs
+from craft_ds.training.preflight import check_inputs, open_augmentation
 from craft_ds.training.restore import build_state, read_saved, resolve_changed_flags, restore_scheduler
 from craft_ds.training.run import Run, TaskStream
 from craft_ds.training.start_report import (
@@ -271,13 +271,19 @@ def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedP
 
 @fail_together
 def _open_anchors(
-    config: TrainConfig, cache: AnchorCache | None, engine: Engine, progress: Progress
+    config: TrainConfig, cache: Anchors | None, engine: Engine, progress: Progress
 ) -> AnchorStream | None:
     if cache is None:
         return None
     partition = partition_step(progress.anchors_per_step, engine.world_size, config.batch_size, "anchors")
     return AnchorStream(
-        cache, config.craft, partition, device=engine.device, rank=engine.rank, seed=config.seed or 0
+        cache,
+        config.craft,
+        partition,
+        device=engine.device,
+        rank=engine.rank,
+        seed=config.seed or 0,
+        augment=open_augmentation(config),
     )
 
 

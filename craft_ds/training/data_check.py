@@ -8,6 +8,7 @@ from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.cache_list import Anchors
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.data_measure import measure_dataset
 from craft_ds.data.data_report import DataReport
@@ -20,7 +21,7 @@ def check_data(
     config: TrainConfig,
     dataset: LeRobotDataset,
     processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline],
-    cache: AnchorCache | None,
+    anchors: Anchors | None,
 ) -> list[str]:
     """Measure and judge the training data; return the lines that the run prints.
 
@@ -28,7 +29,7 @@ def check_data(
         config: A validated configuration.
         dataset: The training data set.
         processors: The policy's preprocessor, with the run's `rename_map`, and its postprocessor; on the CPU.
-        cache: The anchors; None for the baseline.
+        anchors: The anchors; None for the baseline.
 
     Raises:
         UserError: With `--data_check=error`, training on this data cannot be right.
@@ -38,7 +39,7 @@ def check_data(
     report = measure_dataset(dataset, config.dataset.repo_id, config.policy, *processors, config.data_report)
     skips = config.on_bad_sample == "skip"
     findings = judge(report, config.data_report, skips_bad_samples=skips)
-    if cache is not None:
+    for cache in anchors.parts if anchors else []:
         findings += _compare_with_anchors(report, cache)
     lines = enforce(findings, config.data_check)
     return [f"{'✓ ' if not findings else ''}{summary(report)}", *lines]

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.augmentation import AnchorAugmentation
+from craft_ds.anchors.cache_list import Anchors, open_caches
 from craft_ds.anchors.coverage import check_coverage, check_task_constraints
 from craft_ds.anchors.vision import check_vision_features
 from craft_ds.checkpoints import complete_checkpoints, read_manifest
@@ -27,7 +28,7 @@ class PreflightResult(NamedTuple):
         plan: The adapters to train; None: the policy's own weights train.
     """
 
-    cache: AnchorCache | None
+    cache: Anchors | None
     policy_dir: Path
     plan: AdapterPlan | None
 
@@ -63,7 +64,8 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
     inputs = PreflightResult(None, policy_dir, plan_adapters(config.lora, config.policy, policy_dir))
     if not config.craft.enabled:
         return inputs
-    cache = AnchorCache.open(config.craft.anchor_cache_dir, verify=is_local_rank0())
+    cache = open_caches(config.craft.anchor_caches, verify=is_local_rank0())
+    open_augmentation(config)
     cache.check_policy(config.policy)
     cache.loss_of(config.craft.retention_loss)
     check_coverage(cache, config.craft.constraint_split, launched_world_size())
@@ -76,6 +78,17 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
     if config.craft.vision_features and is_local_rank0():
         check_vision_features(cache, inputs.weights_dir, config.policy)
     return inputs._replace(cache=cache)
+
+
+def open_augmentation(config: TrainConfig) -> AnchorAugmentation | None:
+    """Return the augmentation of anchors that the flags describe; None: there is none.
+
+    Raises:
+        UserError: Its transforms cannot be used.
+    """
+    if config.craft.anchor_augmentation == "none":
+        return None
+    return AnchorAugmentation(config.dataset.image_transforms, config.seed or 0)
 
 
 def _check_resumable(config: TrainConfig) -> None:

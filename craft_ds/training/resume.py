@@ -18,6 +18,7 @@ from craft_ds.checkpoints.run_directory import (
     replace_best_copy,
     replace_last_copy,
 )
+from craft_ds.config.craft_config import split_directories
 from craft_ds.config.train_config import flat
 from craft_ds.distributed.collectives import init_process_group, rank0_only
 from craft_ds.distributed.env import RANK_TIMEOUT_S, launched_rank, launched_world_size
@@ -51,7 +52,8 @@ _NOT_LISTED = (
     "output_dir",
     "policy.pretrained_path",
 )
-_PATHS = ("dataset.root", "craft.anchor_cache_dir", "engine.ds_config", "lora.base_path")
+_PATHS = ("dataset.root", "engine.ds_config", "lora.base_path")
+_PATH_LISTS = ("craft.anchor_cache_dir",)
 
 
 class ResumeChoice(NamedTuple):
@@ -296,9 +298,12 @@ def check_same_policy(trained: dict[str, Any], stored: dict[str, Any]) -> None:
 
 
 def _same_path(name: str, old: Any, new: Any) -> bool:
-    """Return True for one path in two forms: checkpoints contain absolute paths."""
+    """Return True for one path, or list of paths, in two forms: checkpoints contain absolute paths."""
     if name == "datasets":
         return _absolute(old) == _absolute(new)
+    if name in _PATH_LISTS and old and new:
+        lists = [[Path(path).resolve() for path in split_directories(text)] for text in (old, new)]
+        return lists[0] == lists[1]
     return name in _PATHS and bool(old and new) and Path(old).resolve() == Path(new).resolve()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 import craft_ds
-from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.cache_list import Anchors
 from craft_ds.anchors.coverage import count_by_task
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.config.train_config import TrainConfig
@@ -86,7 +86,7 @@ def heldout_lines(asked: float, train: int, heldout: int) -> list[str]:
     ]
 
 
-def anchor_line(cache: AnchorCache, craft: CraftConfig) -> str:
+def anchor_line(cache: Anchors, craft: CraftConfig) -> str:
     """Return the number of anchors by task and split, and L0, the teacher's own loss, by task."""
     losses = cache.loss_of(craft.retention_loss)[craft.constraint_split]["by_task"]
     by_task = "; ".join(

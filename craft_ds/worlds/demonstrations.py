@@ -14,7 +14,7 @@ from craft_ds.errors import UserError
 from craft_ds.tensor_io.filesystem import atomic_directory
 from craft_ds.worlds import make_world
 from craft_ds.worlds.base import ACTION, CAMERA, IMAGE_SIZE, STATE, World, scene_seed
-from craft_ds.worlds.recording import Recipe, Recorder, recorder
+from craft_ds.worlds.recording import Episode, Recipe, Recorder, recorder
 
 _RECIPE_FILE = "world.json"
 
@@ -88,22 +88,32 @@ def _write_data_set(recipe: Recipe, split: str, root: Path, record: Recorder) ->
         for episode in range(recipe.episodes_per_task)
         for task in world.tasks(split)
     ]
+    data_set = create_data_set(world, f"craft-ds/{recipe.world}-{split}", root)
+    bar = tqdm(zip(jobs, record(jobs), strict=True), total=len(jobs), desc=f"{split} tasks", unit="episode")
+    for (task, _), episode in bar:
+        add_episode(data_set, episode, world.task_text(task))
+    data_set.finalize()
+
+
+def create_data_set(world: World, repo_id: str, root: Path) -> LeRobotDataset:
+    """Create an empty data set for a world's episodes; the caller finalizes it."""
+    datasets.disable_progress_bars()  # one bar per episode would hide ours
     # Naming the video backend keeps LeRobot from probing torchcodec, which logs pages without FFmpeg.
-    data_set = LeRobotDataset.create(
-        f"craft-ds/{recipe.world}-{split}",
+    return LeRobotDataset.create(
+        repo_id,
         fps=world.fps,
         features=_features(world),
         root=root,
         use_videos=False,
         video_backend="pyav",
     )
-    datasets.disable_progress_bars()  # one bar per episode would hide ours
-    bar = tqdm(zip(jobs, record(jobs), strict=True), total=len(jobs), desc=f"{split} tasks", unit="episode")
-    for (task, _), episode in bar:
-        for image, state, action in zip(*episode, strict=True):
-            data_set.add_frame({CAMERA: image, STATE: state, ACTION: action, "task": world.task_text(task)})
-        data_set.save_episode()
-    data_set.finalize()
+
+
+def add_episode(data_set: LeRobotDataset, episode: Episode, text: str) -> None:
+    """Append an episode with its instruction to a data set."""
+    for image, state, action in zip(*episode, strict=True):
+        data_set.add_frame({CAMERA: image, STATE: state, ACTION: action, "task": text})
+    data_set.save_episode()
 
 
 def _features(world: World) -> dict[str, dict[str, Any]]:

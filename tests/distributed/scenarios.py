@@ -6,13 +6,19 @@ Scenarios of `PARITY` run on the reference too and must give the same results.
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import torch
 from collectives import CollectiveCounter
 from lab import FSDP, Lab, Output, craft_config, gradients, masters, moments
+from lerobot.transforms import ImageTransformsConfig
 from torch import Tensor
 from toy import TiedPolicy, ToyPolicy, toy_loss_by_task
 
 import craft_ds.training.train_step
+from craft_ds.anchors.augmentation import AnchorAugmentation
+from craft_ds.anchors.cache_list import open_caches
+from craft_ds.anchors.stream import AnchorStream
 from craft_ds.checkpoints import load_optimizer, read_states, save_checkpoint, verify_checkpoint
+from craft_ds.data.batch_partition import partition_step
 from craft_ds.distributed.collectives import fail_together, rank0_only
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError
@@ -22,6 +28,7 @@ from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
 from craft_ds.policies.token_loss import Loss, token_loss
 from craft_ds.policies.weights import WeightReader
 from craft_ds.tensor_io.tensor_file import TensorFile
+from craft_ds.testing.datasets import write_test_cache
 from craft_ds.training.train_step import accumulate, measure, retention_step, task_step
 from craft_ds.training.trainer import train
 
@@ -152,6 +159,33 @@ def pi0(
         max_norm=1.0,
         anchor_loss=RETENTION_LOSSES[retention_loss].loss,
     )
+    output.add("parameters", masters(engine))
+    output.add("moments", moments(engine))
+    engine.close()
+    return output
+
+
+def anchor_stream(lab: Lab) -> Output:
+    """Retention steps on anchors of two caches as one, with augmented images, from an `AnchorStream`."""
+    root = lab.scratch / f"caches-{lab.kind}-{lab.world_size}-{lab.rank}"
+    write_test_cache(root / "one", [0, 1, 0, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2])
+    write_test_cache(root / "two", [0, 2, 2, 2, 2], [0, 1, 2, 3, 4], [3, 4])
+    partition = partition_step(7, lab.world_size, 2, "anchors")
+    stream = AnchorStream(
+        open_caches([str(root / "one"), str(root / "two")]),
+        craft_config(),
+        partition,
+        device=torch.device("cpu"),
+        rank=lab.rank,
+        seed=3,
+        augment=AnchorAugmentation(ImageTransformsConfig(), seed=3),
+    )
+    engine, output = lab.pi0_engine(lr=1e-3), Output()
+
+    def anchors(step: int) -> list:
+        return list(stream.gradient_batches(7 * step))
+
+    _steps(engine, lambda step: lab.pi0_batches(step, 1), anchors, output, "RRT", max_norm=1.0)
     output.add("parameters", masters(engine))
     output.add("moments", moments(engine))
     engine.close()

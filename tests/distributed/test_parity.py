@@ -132,6 +132,7 @@ def test_trajectory_moved_every_trainable_parameter(reference):
     "pi0-recompute",
     "pi0-teacher_kl",
     "pi0-hidden",
+    "anchor_stream",
     "five-retention-steps",
 )
 def test_pi0_fast(ranks, name, reference):
