@@ -53,6 +53,8 @@ class MetaWorld(World):
     horizon = 160
     fps = 80
 
+    _render_size = IMAGE_SIZE
+    _shows_goal = False  # whether the expert reads the goal's position, which no policy sees as a number
     _renderers: dict[str, mujoco.Renderer] = {}  # noqa: RUF012  (all episodes of a task share a GL context)
 
     def __init__(self) -> None:
@@ -75,7 +77,7 @@ class MetaWorld(World):
     @override
     def reset(self, task: str, seed: int) -> None:
         if task != self._task:
-            self._task, self._env = task, _build_environment(task)
+            self._task, self._env = task, _build_environment(task, self._shows_goal)
             self._policy = getattr(metaworld.policies, _lerobot_tables()["TASK_POLICY_MAPPING"][task])()
         self._env.seed(seed)
         self._raw, _ = self._env.reset()
@@ -85,17 +87,25 @@ class MetaWorld(World):
     def observe(self) -> Observation:
         model, data = self._env.model, self._env.data
         if self._task not in self._renderers:
-            self._renderers[self._task] = _build_renderer(model)
+            self._renderers[self._task] = _build_renderer(model, self._render_size)
         renderer = self._renderers[self._task]
         # Not Renderer.update_scene: it reads the goal from the model that the renderer was built for.
+        mujoco.mjv_updateScene(
+            model, data, mujoco.MjvOption(), None, self._camera(), mujoco.mjtCatBit.mjCAT_ALL, renderer.scene
+        )
+        state = self._raw[: len(self.state_names)].astype(np.float32)
+        return Observation(self._image(renderer.render()), state)
+
+    def _camera(self) -> mujoco.MjvCamera:
+        """Return the camera that renders the image."""
         camera = mujoco.MjvCamera()
         camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        camera.fixedcamid = model.camera(_CAMERA).id
-        mujoco.mjv_updateScene(
-            model, data, mujoco.MjvOption(), None, camera, mujoco.mjtCatBit.mjCAT_ALL, renderer.scene
-        )
-        image = np.ascontiguousarray(renderer.render()[::-1, ::-1])  # this camera is mounted upside down
-        return Observation(image, self._raw[: len(self.state_names)].astype(np.float32))
+        camera.fixedcamid = self._env.model.camera(_CAMERA).id
+        return camera
+
+    def _image(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the image of rendered pixels, uint8 (_render_size, _render_size, 3)."""
+        return np.ascontiguousarray(pixels[::-1, ::-1])  # this camera is mounted upside down
 
     @override
     def step(self, action: np.ndarray) -> None:
@@ -112,8 +122,11 @@ class MetaWorld(World):
         return self._success
 
 
-def _build_environment(task: str) -> Any:
+def _build_environment(task: str, shows_goal: bool) -> Any:
     env = ALL_V3_ENVIRONMENTS[task]()
+    if shows_goal:
+        env._partially_observable = False
+        del env.sawyer_observation_space  # cached with the goal's bounds at zero, to which steps are clipped
     # Not set_task, which would set one of 50 fixed goals: the seed determines the goal.
     env._set_task_called = True
     env._freeze_rand_vec = False
@@ -123,8 +136,8 @@ def _build_environment(task: str) -> Any:
     return env
 
 
-def _build_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
-    renderer = mujoco.Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
+def _build_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
+    renderer = mujoco.Renderer(model, size, size)
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     atexit.register(renderer.close)  # registered after MuJoCo's own EGL teardown, so it runs before it

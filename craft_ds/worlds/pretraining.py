@@ -39,11 +39,15 @@ class PretrainingPlan:
         episodes_per_task: Demonstrations of each task.
         steps: Optimizer steps, of 32 samples each.
         sizes: Fields of the policy's configuration that differ from its defaults.
+        drift: See `craft_ds.worlds.recording.Recipe`.
+        learning_rate: The peak learning rate.
     """
 
     episodes_per_task: int
     steps: int
     sizes: dict[str, int] = field(default_factory=dict)
+    drift: float = 0.0
+    learning_rate: float = 1e-3
 
 
 PLANS = {
