@@ -45,14 +45,27 @@ class ContinualWorld(MetaWorld):
         """
         for redraw in range(self._redraws.get((task, seed), 0), _MAX_REDRAWS):
             scene = seed + redraw * 1_000_000
-            super().reset(task, scene)
+            self._start(task, scene)
             if (task, seed) in self._redraws:
                 return
             if self._expert_solves():
                 self._redraws[task, seed] = redraw
-                super().reset(task, scene)
+                self._start(task, scene)
                 return
         raise RuntimeError(f"the expert solves no scene of {task} with seed {seed} in {self.horizon} steps")
+
+    @override
+    def positions(self) -> np.ndarray:
+        """Return the positions of two objects and of the goal; an absent object is NaN."""
+        # Raw observations hold hand, gripper, object, its quaternion, second object, its quaternion, …, goal.
+        things = np.stack([self._raw[4:7], self._raw[11:14], self._raw[-3:]])
+        things[~things.any(axis=1)] = np.nan
+        return (things - self._raw[:3]).astype(np.float32)
+
+    def _start(self, task: str, scene: int) -> None:
+        super().reset(task, scene)
+        # Else the first image shows the goal of the episode before: the environment moves it afterwards.
+        mujoco.mj_kinematics(self._env.model, self._env.data)
 
     def _expert_solves(self) -> bool:
         for _ in range(self.horizon):

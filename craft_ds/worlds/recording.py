@@ -83,14 +83,14 @@ def record_episode(world: World, task: str, seed: int, *, noise: float = 0.15, d
     """
     for attempt in range(_ATTEMPTS):
         rng = np.random.default_rng([seed, attempt] if attempt else seed)
-        disturbances = _disturbances(world, rng, noise, drift)
+        pushes = disturbances(world, rng, noise, drift)
         observations: list[Observation] = []
         actions: list[np.ndarray] = []
         world.reset(task, seed)
         while not world.success and len(actions) < world.horizon:
             observations.append(world.observe())
             actions.append(world.expert())
-            world.step(actions[-1] + next(disturbances))
+            world.step(actions[-1] + next(pushes))
         if world.success:
             return Episode(
                 np.stack([observation.image for observation in observations]),
@@ -100,7 +100,7 @@ def record_episode(world: World, task: str, seed: int, *, noise: float = 0.15, d
     raise RuntimeError(f"the expert does not solve {task} with seed {seed} in {world.horizon} steps")
 
 
-def _disturbances(world: World, rng: np.random.Generator, noise: float, drift: float) -> Iterator[np.ndarray]:
+def disturbances(world: World, rng: np.random.Generator, noise: float, drift: float) -> Iterator[np.ndarray]:
     """Yield what is added to the executed action of each step, (action dimensions,)."""
     low, high = np.array(world.action_range)
     half = (high - low) / 2

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from craft_ds.worlds import make_world
-from craft_ds.worlds.recording import _disturbances, record_episode
+from craft_ds.worlds.recording import disturbances, record_episode
 
 
 class Recorded:
@@ -55,7 +55,7 @@ def test_drifts_last_some_steps_and_spare_the_gripper():
     world = make_world("blocks")
     world.action_range = ((-2.0,) * 4, (2.0,) * 4)
     world.action_names = ("x", "y", "z", "gripper_effort")
-    stream = _disturbances(world, np.random.default_rng(0), noise=0.0, drift=1.5)
+    stream = disturbances(world, np.random.default_rng(0), noise=0.0, drift=1.5)
     offsets = np.array([next(stream) for _ in range(4000)])
     assert (offsets[:, 3] == 0).all()
     assert 2.9 < np.abs(offsets).max() <= 3.0  # 1.5 of half a range of 4
@@ -64,5 +64,5 @@ def test_drifts_last_some_steps_and_spare_the_gripper():
     starts = np.flatnonzero(np.abs(np.diff(offsets, axis=0)).any(axis=1)) + 1
     lengths = np.diff(starts)[drifting[starts[:-1]]]
     assert set(lengths) == set(range(3, 9))
-    quiet = _disturbances(world, np.random.default_rng(0), noise=0.0, drift=0.0)
+    quiet = disturbances(world, np.random.default_rng(0), noise=0.0, drift=0.0)
     assert not np.array([next(quiet) for _ in range(100)]).any()
