@@ -5,13 +5,12 @@ that a policy sees where things are relative to its gripper; an image is the mea
 scripted experts know the goal; and every scene is one that the expert solves.
 """
 
-from typing import override
+from typing import Any, override
 
-import mujoco
 import numpy as np
 
 from craft_ds.worlds.base import IMAGE_SIZE
-from craft_ds.worlds.metaworld import MetaWorld
+from craft_ds.worlds.metaworld import MetaWorld, free_camera
 from craft_ds.worlds.tasks import TASKS
 
 _SUPERSAMPLING = 2
@@ -33,7 +32,7 @@ class ContinualWorld(MetaWorld):
 
     _render_size = _SUPERSAMPLING * IMAGE_SIZE
     _shows_goal = True
-    _renderers: dict[str, mujoco.Renderer] = {}  # noqa: RUF012  (as in MetaWorld, at another size)
+    _renderers: dict[str, Any] = {}  # noqa: RUF012  (as in MetaWorld, at another size)
     _redraws: dict[tuple[str, int], int] = {}  # noqa: RUF012  (of the scenes that were tried so far)
 
     @override
@@ -45,12 +44,12 @@ class ContinualWorld(MetaWorld):
         """
         for redraw in range(self._redraws.get((task, seed), 0), _MAX_REDRAWS):
             scene = seed + redraw * 1_000_000
-            self._start(task, scene)
+            super().reset(task, scene)
             if (task, seed) in self._redraws:
                 return
             if self._expert_solves():
                 self._redraws[task, seed] = redraw
-                self._start(task, scene)
+                super().reset(task, scene)
                 return
         raise RuntimeError(f"the expert solves no scene of {task} with seed {seed} in {self.horizon} steps")
 
@@ -62,11 +61,6 @@ class ContinualWorld(MetaWorld):
         things[~things.any(axis=1)] = np.nan
         return (things - self._raw[:3]).astype(np.float32)
 
-    def _start(self, task: str, scene: int) -> None:
-        super().reset(task, scene)
-        # Else the first image shows the goal of the episode before: the environment moves it afterwards.
-        mujoco.mj_kinematics(self._env.model, self._env.data)
-
     def _expert_solves(self) -> bool:
         for _ in range(self.horizon):
             self.step(self.expert())
@@ -75,12 +69,8 @@ class ContinualWorld(MetaWorld):
         return False
 
     @override
-    def _camera(self) -> mujoco.MjvCamera:
-        camera = mujoco.MjvCamera()
-        camera.type = mujoco.mjtCamera.mjCAMERA_FREE
-        camera.lookat[:] = self._raw[:3]
-        camera.azimuth, camera.elevation, camera.distance = _AZIMUTH, _ELEVATION, _DISTANCE
-        return camera
+    def _camera(self) -> Any:
+        return free_camera(self._raw[:3], _AZIMUTH, _ELEVATION, _DISTANCE)
 
     @override
     def _image(self, pixels: np.ndarray) -> np.ndarray:

@@ -54,7 +54,9 @@ class MetaWorld(World):
     fps = 80
 
     _render_size = IMAGE_SIZE
-    _shows_goal = False  # whether the expert reads the goal's position, which no policy sees as a number
+    _shows_goal = False
+    """True if the expert reads the goal's position and the first image shows it; off in this class, whose
+    shipped teacher was trained without."""
     _renderers: dict[str, mujoco.Renderer] = {}  # noqa: RUF012  (all episodes of a task share a GL context)
 
     def __init__(self) -> None:
@@ -81,6 +83,9 @@ class MetaWorld(World):
             self._policy = getattr(metaworld.policies, _lerobot_tables()["TASK_POLICY_MAPPING"][task])()
         self._env.seed(seed)
         self._raw, _ = self._env.reset()
+        if self._shows_goal:
+            # The environment moves the goal's marker last: the first image would show the episode before.
+            mujoco.mj_kinematics(self._env.model, self._env.data)
         self._success = False
 
     @override
@@ -120,6 +125,15 @@ class MetaWorld(World):
     @property
     def success(self) -> bool:
         return self._success
+
+
+def free_camera(lookat: np.ndarray, azimuth: float, elevation: float, distance: float) -> mujoco.MjvCamera:
+    """Return a camera at a distance (m) from the point it looks at, in a direction in degrees."""
+    camera = mujoco.MjvCamera()
+    camera.type = mujoco.mjtCamera.mjCAMERA_FREE
+    camera.lookat[:] = lookat
+    camera.azimuth, camera.elevation, camera.distance = azimuth, elevation, distance
+    return camera
 
 
 def _build_environment(task: str, shows_goal: bool) -> Any:

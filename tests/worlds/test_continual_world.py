@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -21,6 +25,18 @@ def test_the_start_policy_knows_none_of_the_ten_tasks():
     assert TASKS["cw10"].new == CW10
     assert CW10[:5] == CW5
     assert not set(TASKS["cw10"].old) & set(CW10)
+
+
+def test_a_fresh_process_renders_it(metaworld):
+    program = """
+from craft_ds.worlds import make_world
+world = make_world("cw10")
+world.reset("reach-v3", 0)
+assert world.observe().image.std() > 10
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("task", ["push-v3", "push-back-v3"])
