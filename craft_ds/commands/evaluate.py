@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from craft_ds.errors import UserError
 from craft_ds.tensor_io.filesystem import atomic_file
-from craft_ds.worlds.tasks import TASKS, WORLDS
+from craft_ds.worlds.tasks import WORLDS, tasks_of
 
 if TYPE_CHECKING:
     from lerobot.policies.pretrained import PreTrainedPolicy
@@ -69,25 +69,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if args.world:
         args.tasks = tasks_of(args.world, args.tasks)
     return args
-
-
-def tasks_of(world: str, asked: Sequence[str]) -> list[str]:
-    """Return the tasks that `--tasks` names: those of a split, or single ones.
-
-    Raises:
-        UserError: The world has no such task.
-    """
-    known = TASKS[world]
-    splits = {"all": [*known.old, *known.new], "old": [*known.old], "new": [*known.new]}
-    if len(asked) == 1 and asked[0] in splits:
-        return splits[asked[0]]
-    for task in asked:
-        if task not in splits["all"]:
-            raise UserError(
-                f"--tasks {task}: {world} has no such task; choose all, old, new, or among "
-                f"{', '.join(splits['all'])}"
-            )
-    return list(dict.fromkeys(asked))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,6 +1,8 @@
 """Make the teacher of an embedded world from scratch: demonstrations, tokenizers, training, evaluation.
 
 craft-ds worlds pretrain --world metaworld --output_dir outputs/teacher
+craft-ds worlds pretrain --world cw10 --output_dir outputs/start
+craft-ds worlds pretrain --world cw10 --split new --steps 9000 --output_dir outputs/joint
 """
 
 import argparse
@@ -19,6 +21,7 @@ from craft_ds.worlds.recording import Recipe
 from craft_ds.worlds.tasks import WORLDS
 
 EVAL_SEED = 1000
+_SCENES_SEED = 77  # of other episodes than the demonstrations'
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -33,6 +36,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--data_dir", type=Path, help="demonstrations to record or reuse (default: outputs/world/WORLD)")
     add("--episodes_per_task", type=int, help="demonstrations of each task (default: by world)")
     add("--steps", type=int, help="optimizer steps (default: by world)")
+    add(
+        "--split",
+        choices=("old", "new"),
+        default="old",
+        help="tasks to learn; new: all new tasks at once, the upper bound of learning them in turn "
+        "(default: old)",
+    )
     add("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
     add("--eval_episodes", type=int, default=20, help="episodes per task of the evaluation (default: 20)")
     add("--processes", type=int, default=2, help="processes that simulate and render (default: 2)")
@@ -48,19 +58,29 @@ def main(arguments: Sequence[str]) -> None:
     # Late: torch and LeRobot take seconds to import; --help does not need them.
     from craft_ds.worlds.demonstrations import write_demonstrations
     from craft_ds.worlds.pretraining import PLANS, pretrain
+    from craft_ds.worlds.vision_pretraining import record_scenes
 
     world = make_world(args.world)
     data_dir = args.data_dir or Path("outputs") / "world" / args.world
     plan = PLANS[args.world]
     episodes, steps = args.episodes_per_task or plan.episodes_per_task, args.steps or plan.steps
-    old, _ = write_demonstrations(Recipe(args.world, episodes), data_dir, args.processes)
+    write_demonstrations(Recipe(args.world, episodes, drift=plan.drift), data_dir, args.processes)
+    scenes = []
+    if plan.scenes_per_task:
+        scenes = record_scenes(
+            args.world,
+            world.tasks("all"),
+            count=plan.scenes_per_task,
+            seed=_SCENES_SEED,
+            processes=args.processes,
+        )
 
     hidden = args.output_dir.with_name(f".{args.output_dir.name}.{os.getpid()}.tmp")
     with atomic_directory(args.output_dir, hidden) as temporary:
         started = time.perf_counter()
-        pretrain(world, old, temporary, steps=steps, seed=args.seed)
+        pretrain(world, data_dir / args.split, temporary, steps=steps, seed=args.seed, scenes=scenes)
         record = {
-            "command": f"craft-ds worlds pretrain --world {args.world} --steps {steps} "
+            "command": f"craft-ds worlds pretrain --world {args.world} --split {args.split} --steps {steps} "
             f"--seed {args.seed} --episodes_per_task {episodes}",
             "old_tasks": world.old_tasks,
             "new_tasks": world.new_tasks,

@@ -3,6 +3,9 @@
 craft-ds worlds record --world metaworld --output_dir outputs/world
     the scripted expert's demonstrations: OUTPUT_DIR/old and OUTPUT_DIR/new
 
+craft-ds worlds record --world cw10 --tasks hammer-v3 push-wall-v3 --drift 1.5 --output_dir outputs/cw10
+    a data set for each task: OUTPUT_DIR/TASK
+
 craft-ds worlds record --world metaworld --policy.path=path/to/teacher --output_dir outputs/rollouts
     the policy's own episodes of its tasks: OUTPUT_DIR, with which `craft-ds anchors` needs no old data
 """
@@ -14,7 +17,7 @@ from pathlib import Path
 
 from craft_ds.errors import UserError
 from craft_ds.worlds.recording import Recipe
-from craft_ds.worlds.tasks import WORLDS
+from craft_ds.worlds.tasks import WORLDS, tasks_of
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -38,20 +41,42 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default=Recipe.seed,
         help=f"seed of scenes and noise (default: {Recipe.seed})",
     )
-    add("--processes", type=int, help="processes that simulate and render the expert (default: 2)")
+    add(
+        "--tasks",
+        nargs="+",
+        help="names of tasks: one data set for each (default: one of the old and one of the new tasks); with "
+        "--policy.path all, old, new or names (default: old)",
+    )
+    expert = parser.add_argument_group("the expert's demonstrations")
+    add = expert.add_argument
+    add("--processes", type=int, help="processes that simulate and render (default: 2)")
+    add(
+        "--noise",
+        type=float,
+        help="standard deviation of the noise on executed actions, as a share of half the action range "
+        f"(default: {Recipe.noise})",
+    )
+    add(
+        "--drift",
+        type=float,
+        help="largest random push off the expert's path, in the same unit; shows how to recover "
+        f"(default: {Recipe.drift:g}: none)",
+    )
     policy = parser.add_argument_group("the policy's own episodes")
     add = policy.add_argument
     add("--policy.path", dest="policy_path", help="policy directory or hub id")
-    add("--tasks", choices=("old", "new", "all"), help="tasks to run (default: old)")
     add("--keep_failures", action="store_true", help="also record episodes that do not solve their scene")
     add("--device", help="device of the policy (default: cpu)")
     args = parser.parse_args(arguments)
+    for name in ("noise", "drift"):
+        if (value := getattr(args, name)) is not None and not 0 <= value < float("inf"):
+            raise UserError(f"--{name}={value} must be a number of at least 0")
     for name in ("episodes_per_task", "processes"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
-    unused = ("processes",) if args.policy_path else ("tasks", "keep_failures", "device")
+    unused = ("processes", "noise", "drift") if args.policy_path else ("keep_failures", "device")
     for name in unused:
-        if getattr(args, name):
+        if getattr(args, name) not in (None, False):
             fix = "with --policy.path: omit it" if args.policy_path else "without --policy.path: add that"
             raise UserError(f"--{name} has no effect {fix}")
     return args
@@ -65,7 +90,14 @@ def main(arguments: Sequence[str]) -> None:
 
     from craft_ds.worlds.demonstrations import write_demonstrations  # late: LeRobot takes seconds to import
 
-    recipe = Recipe(args.world, args.episodes_per_task, args.seed)
+    recipe = Recipe(
+        args.world,
+        args.episodes_per_task,
+        args.seed,
+        tasks=tuple(args.tasks or ()),
+        noise=Recipe.noise if args.noise is None else args.noise,
+        drift=Recipe.drift if args.drift is None else args.drift,
+    )
     for path in write_demonstrations(recipe, args.output_dir, args.processes or 2):
         print(path)
 
@@ -91,7 +123,7 @@ def record_policy(args: argparse.Namespace) -> None:
     solved = write_rollouts(
         ClosedLoopPolicy(partial(action_chunk, policy), *processors),
         world,
-        world.tasks(args.tasks or "old"),
+        tasks_of(args.world, args.tasks or ["old"]),
         args.output_dir,
         scenes=args.episodes_per_task,
         seed=args.seed,

@@ -180,7 +180,7 @@ class WorldEvalConfig:
     """Evaluation in an embedded world every `eval_freq` steps: the flags `--world.*`."""
 
     name: str = ""
-    """World to evaluate in, `metaworld` or `blocks`; empty: none."""
+    """World to evaluate in, `metaworld`, `blocks` or `cw10`; empty: none."""
     tasks: list[str] = field(default_factory=list)
     """Tasks to run, as a list; empty: all tasks of the world, old and new."""
     episodes: int = 10

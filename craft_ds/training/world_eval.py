@@ -11,6 +11,7 @@ from craft_ds.policies.loading import policy_cameras
 from craft_ds.worlds import gl_problem, make_world
 from craft_ds.worlds.base import ACTION, CAMERA, STATE
 from craft_ds.worlds.evaluation import Act, ClosedLoopPolicy, evaluate
+from craft_ds.worlds.tasks import RENDERED
 
 
 def check_world(config: WorldEvalConfig, policy: PreTrainedConfig) -> None:
@@ -48,8 +49,8 @@ def check_world(config: WorldEvalConfig, policy: PreTrainedConfig) -> None:
                 f"{list(features[key].shape)}: leave --world.name out"
             )
     # Rendering a test frame takes seconds: once per node.
-    if config.name == "metaworld" and is_local_rank0() and (problem := gl_problem()):
-        raise UserError(f"--world.name=metaworld: {problem}")
+    if config.name in RENDERED and is_local_rank0() and (problem := gl_problem()):
+        raise UserError(f"--world.name={config.name}: {problem}")
 
 
 def evaluate_in_world(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from craft_ds.errors import UserError
 from craft_ds.worlds.base import Observation, World
-from craft_ds.worlds.tasks import WORLDS
+from craft_ds.worlds.tasks import RENDERED, WITH_TEACHER, WORLDS
 
 _RENDER_PROBE = """
 from craft_ds.worlds.metaworld import MetaWorld
@@ -22,12 +22,13 @@ def make_world(name: str) -> World:
     Raises:
         UserError: There is no such world, or its packages are not installed.
     """
-    if name == "metaworld":
+    if name in RENDERED:
         try:
+            from craft_ds.worlds.continual_world import ContinualWorld
             from craft_ds.worlds.metaworld import MetaWorld
         except ImportError as error:
-            raise UserError(f"--world metaworld cannot be imported ({error}): {gl_problem()}") from error
-        return MetaWorld()
+            raise UserError(f"--world {name} cannot be imported ({error}): {gl_problem()}") from error
+        return ContinualWorld() if name == "cw10" else MetaWorld()
     if name == "blocks":
         from craft_ds.worlds.blocks import Blocks
 
@@ -36,7 +37,13 @@ def make_world(name: str) -> World:
 
 
 def teacher_directory(world: str) -> Path:
-    """Return the policy directory of a world's shipped teacher."""
+    """Return the policy directory of a world's shipped teacher.
+
+    Raises:
+        UserError: None is shipped for this world.
+    """
+    if world not in WITH_TEACHER:
+        raise UserError(f"no teacher of {world} is shipped: make one with `craft-ds worlds pretrain`")
     return Path(__file__).parent / "assets" / f"{world}_teacher"
 
 

@@ -95,6 +95,14 @@ class World(ABC):
     def expert(self) -> np.ndarray:
         """Return the scripted expert's action for the current state, float32 (action dimensions,)."""
 
+    def positions(self) -> np.ndarray:
+        """Return where the scene's things are relative to the hand, float32 (things, 3) in m, NaN if absent.
+
+        Only the simulator knows them: targets to pretrain a vision tower, no input of a policy. A world
+        without them has no things.
+        """
+        return np.empty((0, 3), dtype=np.float32)
+
     @property
     @abstractmethod
     def success(self) -> bool:

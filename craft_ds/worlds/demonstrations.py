@@ -15,47 +15,52 @@ from craft_ds.tensor_io.filesystem import atomic_directory
 from craft_ds.worlds import make_world
 from craft_ds.worlds.base import ACTION, CAMERA, IMAGE_SIZE, STATE, World, scene_seed
 from craft_ds.worlds.recording import Episode, Recipe, Recorder, recorder
+from craft_ds.worlds.tasks import TASKS
 
 _RECIPE_FILE = "world.json"
 
 
-def write_demonstrations(recipe: Recipe, output_dir: str | Path, processes: int = 2) -> tuple[Path, Path]:
+def write_demonstrations(recipe: Recipe, output_dir: str | Path, processes: int = 2) -> tuple[Path, ...]:
     """Write the old tasks' data set to `output_dir/old` and the new tasks' to `output_dir/new`.
+
+    A recipe that names tasks gives one data set for each of them, `output_dir/TASK`.
 
     The data depends only on `recipe`, not on `processes`. It is written under a temporary name and renamed
     when complete; an existing complete one with the same recipe is reused.
 
     Args:
-        recipe: World, number of episodes and seed.
+        recipe: World, tasks, number of episodes, disturbances and seed.
         output_dir: The directory to create.
         processes: Processes that simulate and render.
 
     Returns:
-        The directories of the two data sets.
+        The directories of the data sets.
 
     Raises:
-        UserError: `output_dir` exists and holds anything else.
+        UserError: The world has no such task, or `output_dir` exists and holds anything else.
     """
     output_dir = Path(output_dir)
+    sets = _data_sets(recipe)
     if output_dir.exists():
         if read_recipe(output_dir) != recipe:
             raise UserError(f"--output_dir {output_dir} exists and does not hold {recipe}: choose another")
-        return output_dir / "old", output_dir / "new"
+        return tuple(output_dir / name for name in sets)
     hidden = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     with atomic_directory(output_dir, hidden) as temporary:
         temporary.mkdir(parents=True)
-        with recorder(recipe.world, processes) as record:
-            for split in ("old", "new"):
-                _write_data_set(recipe, split, temporary / split, record)
+        with recorder(recipe, processes) as record:
+            for name, tasks in sets.items():
+                _write_data_set(recipe, tasks, temporary / name, record)
         (temporary / _RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
-    return output_dir / "old", output_dir / "new"
+    return tuple(output_dir / name for name in sets)
 
 
 def read_recipe(directory: str | Path) -> Recipe | None:
     """Return the recipe of the demonstrations in `directory`, or None if there are no complete ones."""
     try:
-        return Recipe(**json.loads((Path(directory) / _RECIPE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        fields = json.loads((Path(directory) / _RECIPE_FILE).read_text(encoding="utf-8"))
+        return Recipe(**{**fields, "tasks": tuple(fields.get("tasks", ()))})
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
@@ -80,16 +85,25 @@ def open_demonstrations(root: str | Path, chunk_size: int) -> LeRobotDataset:
     )
 
 
-def _write_data_set(recipe: Recipe, split: str, root: Path, record: Recorder) -> None:
+def _data_sets(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """Return the tasks of each data set, by the name of its directory."""
+    splits = TASKS[recipe.world]
+    if unknown := [task for task in recipe.tasks if task not in splits.old + splits.new]:
+        known = ", ".join(splits.old + splits.new)
+        raise UserError(f"--tasks: {recipe.world} has no task {unknown[0]}; choose among {known}")
+    return {task: (task,) for task in recipe.tasks} or splits._asdict()
+
+
+def _write_data_set(recipe: Recipe, tasks: tuple[str, ...], root: Path, record: Recorder) -> None:
     world = make_world(recipe.world)
     # Episodes of the tasks alternate, so that any range of consecutive episodes holds all tasks.
     jobs = [
         (task, scene_seed(recipe.seed, episode, evaluation=False))
         for episode in range(recipe.episodes_per_task)
-        for task in world.tasks(split)
+        for task in tasks
     ]
-    data_set = create_data_set(world, f"craft-ds/{recipe.world}-{split}", root)
-    bar = tqdm(zip(jobs, record(jobs), strict=True), total=len(jobs), desc=f"{split} tasks", unit="episode")
+    data_set = create_data_set(world, f"craft-ds/{recipe.world}-{root.name}", root)
+    bar = tqdm(zip(jobs, record(jobs), strict=True), total=len(jobs), desc=root.name, unit="episode")
     for (task, _), episode in bar:
         add_episode(data_set, episode, world.task_text(task))
     data_set.finalize()

@@ -53,6 +53,10 @@ class MetaWorld(World):
     horizon = 160
     fps = 80
 
+    _render_size = IMAGE_SIZE
+    _shows_goal = False
+    """True if the expert reads the goal's position and the first image shows it; off in this class, whose
+    shipped teacher was trained without."""
     _renderers: dict[str, mujoco.Renderer] = {}  # noqa: RUF012  (all episodes of a task share a GL context)
 
     def __init__(self) -> None:
@@ -75,27 +79,38 @@ class MetaWorld(World):
     @override
     def reset(self, task: str, seed: int) -> None:
         if task != self._task:
-            self._task, self._env = task, _build_environment(task)
+            self._task, self._env = task, _build_environment(task, self._shows_goal)
             self._policy = getattr(metaworld.policies, _lerobot_tables()["TASK_POLICY_MAPPING"][task])()
         self._env.seed(seed)
         self._raw, _ = self._env.reset()
+        if self._shows_goal:
+            # The environment moves the goal's marker last: the first image would show the episode before.
+            mujoco.mj_kinematics(self._env.model, self._env.data)
         self._success = False
 
     @override
     def observe(self) -> Observation:
         model, data = self._env.model, self._env.data
         if self._task not in self._renderers:
-            self._renderers[self._task] = _build_renderer(model)
+            self._renderers[self._task] = _build_renderer(model, self._render_size)
         renderer = self._renderers[self._task]
         # Not Renderer.update_scene: it reads the goal from the model that the renderer was built for.
+        mujoco.mjv_updateScene(
+            model, data, mujoco.MjvOption(), None, self._camera(), mujoco.mjtCatBit.mjCAT_ALL, renderer.scene
+        )
+        state = self._raw[: len(self.state_names)].astype(np.float32)
+        return Observation(self._image(renderer.render()), state)
+
+    def _camera(self) -> mujoco.MjvCamera:
+        """Return the camera that renders the image."""
         camera = mujoco.MjvCamera()
         camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        camera.fixedcamid = model.camera(_CAMERA).id
-        mujoco.mjv_updateScene(
-            model, data, mujoco.MjvOption(), None, camera, mujoco.mjtCatBit.mjCAT_ALL, renderer.scene
-        )
-        image = np.ascontiguousarray(renderer.render()[::-1, ::-1])  # this camera is mounted upside down
-        return Observation(image, self._raw[: len(self.state_names)].astype(np.float32))
+        camera.fixedcamid = self._env.model.camera(_CAMERA).id
+        return camera
+
+    def _image(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the image of rendered pixels, uint8 (_render_size, _render_size, 3)."""
+        return np.ascontiguousarray(pixels[::-1, ::-1])  # this camera is mounted upside down
 
     @override
     def step(self, action: np.ndarray) -> None:
@@ -112,8 +127,20 @@ class MetaWorld(World):
         return self._success
 
 
-def _build_environment(task: str) -> Any:
+def free_camera(lookat: np.ndarray, azimuth: float, elevation: float, distance: float) -> mujoco.MjvCamera:
+    """Return a camera at a distance (m) from the point it looks at, in a direction in degrees."""
+    camera = mujoco.MjvCamera()
+    camera.type = mujoco.mjtCamera.mjCAMERA_FREE
+    camera.lookat[:] = lookat
+    camera.azimuth, camera.elevation, camera.distance = azimuth, elevation, distance
+    return camera
+
+
+def _build_environment(task: str, shows_goal: bool) -> Any:
     env = ALL_V3_ENVIRONMENTS[task]()
+    if shows_goal:
+        env._partially_observable = False
+        del env.sawyer_observation_space  # cached with the goal's bounds at zero, to which steps are clipped
     # Not set_task, which would set one of 50 fixed goals: the seed determines the goal.
     env._set_task_called = True
     env._freeze_rand_vec = False
@@ -123,8 +150,8 @@ def _build_environment(task: str) -> Any:
     return env
 
 
-def _build_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
-    renderer = mujoco.Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
+def _build_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
+    renderer = mujoco.Renderer(model, size, size)
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     atexit.register(renderer.close)  # registered after MuJoCo's own EGL teardown, so it runs before it

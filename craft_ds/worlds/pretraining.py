@@ -1,6 +1,6 @@
 """Pretrain a teacher: the embedded policy, trained from scratch on demonstrations of the old tasks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from craft_ds.policies.tiny_pi0_fast.tokenizers import (
 from craft_ds.policies.token_loss import token_loss
 from craft_ds.worlds.base import ACTION, CAMERA, STATE, World
 from craft_ds.worlds.demonstrations import open_demonstrations
+from craft_ds.worlds.vision_pretraining import Scenes, pretrain_vision
 
 # Chunks of tasks that the action tokenizer was not fitted on take more tokens: with the policy's default of
 # 24, one in twelve chunks of Meta-World's new task would be truncated.
@@ -37,13 +38,23 @@ class PretrainingPlan:
 
     Attributes:
         episodes_per_task: Demonstrations of each task.
-        steps: Optimizer steps, of 32 samples each.
+        steps: Optimizer steps.
         sizes: Fields of the policy's configuration that differ from its defaults.
+        drift: See `craft_ds.worlds.recording.Recipe`.
+        batch_size: Samples per step.
+        learning_rate: The peak learning rate.
+        scenes_per_task: Images of each task, old and new, on which the vision tower is pretrained first.
+        vision_steps: Optimizer steps of that.
     """
 
     episodes_per_task: int
     steps: int
     sizes: dict[str, int] = field(default_factory=dict)
+    drift: float = 0.0
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    scenes_per_task: int = 0
+    vision_steps: int = 0
 
 
 PLANS = {
@@ -58,6 +69,15 @@ PLANS = {
             "vision_width": 64,
             "vision_mlp_dim": 128,
         },
+    ),
+    "cw10": PretrainingPlan(
+        episodes_per_task=40,
+        steps=4000,
+        drift=1.5,
+        batch_size=16,
+        learning_rate=2e-3,
+        scenes_per_task=1000,
+        vision_steps=3000,
     ),
 }
 
@@ -82,12 +102,12 @@ def pretrain(
     *,
     steps: int,
     seed: int,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
+    scenes: Sequence[Scenes] = (),
 ) -> None:
     """Train a teacher on one data set and write its policy directory, with the weights in fp16.
 
-    AdamW with 50 warm-up steps, then cosine decay to zero.
+    AdamW with 50 warm-up steps, then cosine decay to zero; sizes, batch size and learning rate are those of
+    the world's plan.
 
     Args:
         world: The world that the data set shows.
@@ -95,9 +115,9 @@ def pretrain(
         output_dir: The policy directory to write; it may exist.
         steps: Optimizer steps.
         seed: Seed of the initial weights and of the batches.
-        batch_size: Samples per step.
-        learning_rate: The peak learning rate.
+        scenes: Scenes of each task on which the vision tower is pretrained first; empty: it is not.
     """
+    plan = PLANS[world.name]
     data_set = open_demonstrations(data_root, world.chunk_size)
     samples = _read_into_memory(data_set)
     bounds = robot_bounds(world)
@@ -114,10 +134,12 @@ def pretrain(
         seed,
         max_action_tokens=_MAX_ACTION_TOKENS,
         max_decoding_steps=_MAX_ACTION_TOKENS,
-        **PLANS[world.name].sizes,
+        **plan.sizes,
     )
+    if scenes:
+        pretrain_vision(policy, scenes, steps=plan.vision_steps, seed=seed)
     inputs = _preprocess_once(samples, preprocessor)
-    _optimize(policy, inputs, steps, seed, batch_size, learning_rate)
+    _optimize(policy, inputs, steps, seed, plan.batch_size, plan.learning_rate)
     save_policy_directory(policy, preprocessor, postprocessor, output_dir)
     weights = load_file(output_dir / WEIGHTS)
     save_file({name: value.half() for name, value in weights.items()}, output_dir / WEIGHTS, {"format": "pt"})

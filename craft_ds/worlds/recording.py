@@ -16,8 +16,9 @@ import numpy as np
 from craft_ds.worlds import make_world
 from craft_ds.worlds.base import Observation, World
 
-NOISE = 0.15
-"""Standard deviation of the noise on the executed action, as a share of half the action range."""
+_ATTEMPTS = 20
+_DRIFT_STARTS = 0.04  # probability per step
+_DRIFT_STEPS = (3, 9)
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,19 @@ class Recipe:
         episodes_per_task: Episodes of each task.
         seed: Seed of scenes and noise.
         version: Raised when the same parameters give other demonstrations.
+        tasks: Tasks to write a data set each; empty: one data set of the old tasks and one of the new.
+        noise: Standard deviation of the noise on the executed action, as a share of half the action range.
+        drift: Largest push off the expert's path, as a share of half the action range: now and then, the
+            same random offset is added to all movements of 3 to 8 steps. 0: none.
     """
 
     world: str
     episodes_per_task: int = 40
     seed: int = 0
     version: int = 1
+    tasks: tuple[str, ...] = ()
+    noise: float = 0.15
+    drift: float = 0.0
 
 
 Job = tuple[str, int]
@@ -56,37 +64,63 @@ class Recorder(Protocol):
         """Record the jobs."""
 
 
-def record_episode(world: World, task: str, seed: int) -> Episode:
+def record_episode(world: World, task: str, seed: int, *, noise: float = 0.15, drift: float = 0.0) -> Episode:
     """Record the expert solving one scene of `task`.
 
     Noise is added to the executed actions but not to the recorded ones, so that the episode also shows how
-    to recover (DART, Laskey et al. 2017, arXiv:1703.09327).
+    to recover (DART, Laskey et al. 2017, arXiv:1703.09327). Where it keeps the expert from solving the scene,
+    other noise is drawn.
+
+    Args:
+        world: The world to record in.
+        task: One of its tasks.
+        seed: Seed of the scene and of the noise.
+        noise: See `Recipe`.
+        drift: See `Recipe`.
 
     Raises:
-        RuntimeError: The expert does not solve the scene within the world's horizon.
+        RuntimeError: The expert does not solve the scene within the world's horizon in 20 attempts.
     """
-    rng = np.random.default_rng(seed)
+    for attempt in range(_ATTEMPTS):
+        rng = np.random.default_rng([seed, attempt] if attempt else seed)
+        pushes = disturbances(world, rng, noise, drift)
+        observations: list[Observation] = []
+        actions: list[np.ndarray] = []
+        world.reset(task, seed)
+        while not world.success and len(actions) < world.horizon:
+            observations.append(world.observe())
+            actions.append(world.expert())
+            world.step(actions[-1] + next(pushes))
+        if world.success:
+            return Episode(
+                np.stack([observation.image for observation in observations]),
+                np.stack([observation.state for observation in observations]),
+                np.stack(actions),
+            )
+    raise RuntimeError(f"the expert does not solve {task} with seed {seed} in {world.horizon} steps")
+
+
+def disturbances(world: World, rng: np.random.Generator, noise: float, drift: float) -> Iterator[np.ndarray]:
+    """Yield what is added to the executed action of each step, (action dimensions,)."""
     low, high = np.array(world.action_range)
-    observations: list[Observation] = []
-    actions: list[np.ndarray] = []
-    world.reset(task, seed)
-    while not world.success:
-        if len(actions) == world.horizon:
-            raise RuntimeError(f"the expert does not solve {task} with seed {seed} in {world.horizon} steps")
-        observations.append(world.observe())
-        actions.append(world.expert())
-        world.step(actions[-1] + NOISE * rng.standard_normal(len(low)) * (high - low) / 2)
-    return Episode(
-        np.stack([observation.image for observation in observations]),
-        np.stack([observation.state for observation in observations]),
-        np.stack(actions),
-    )
+    half = (high - low) / 2
+    # An offset of the gripper would drop what it holds.
+    moves = np.array([not name.startswith("gripper") for name in world.action_names])
+    offset: np.ndarray = np.zeros(len(low))
+    steps = 0
+    while True:
+        if drift and steps == 0:
+            starts = rng.random() < _DRIFT_STARTS
+            offset = moves * drift * rng.uniform(-1, 1, len(low)) * starts
+            steps = int(rng.integers(*_DRIFT_STEPS)) if starts else 1
+        steps -= 1
+        yield (noise * rng.standard_normal(len(low)) + offset) * half
 
 
 @contextmanager
-def recorder(world: str, processes: int) -> Iterator[Recorder]:
-    """Yield a `Recorder` for a world; its episodes do not depend on `processes`."""
-    record = partial(_record_job, world)
+def recorder(recipe: Recipe, processes: int) -> Iterator[Recorder]:
+    """Yield a `Recorder` for a recipe; its episodes do not depend on `processes`."""
+    record = partial(_record_job, recipe)
     if processes == 1:
         yield partial(map, record)
         return
@@ -95,9 +129,10 @@ def recorder(world: str, processes: int) -> Iterator[Recorder]:
         yield partial(pool.map, record)
 
 
-def _record_job(world: str, job: Job) -> Episode:
+def _record_job(recipe: Recipe, job: Job) -> Episode:
     task, seed = job
-    return record_episode(_world_for_task(world, task), task, seed)
+    world = _world_for_task(recipe.world, task)
+    return record_episode(world, task, seed, noise=recipe.noise, drift=recipe.drift)
 
 
 @cache

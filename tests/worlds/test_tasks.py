@@ -1,6 +1,9 @@
+import pytest
+
 from craft_ds.cli import run_command
-from craft_ds.worlds import WORLDS, teacher_directory
-from craft_ds.worlds.tasks import TASKS
+from craft_ds.errors import UserError
+from craft_ds.worlds import teacher_directory
+from craft_ds.worlds.tasks import TASKS, WITH_TEACHER
 
 
 def test_worlds_lists_every_world_and_task(capsys):
@@ -11,5 +14,7 @@ def test_worlds_lists_every_world_and_task(capsys):
         assert all(task in printed for task in (*tasks.old, *tasks.new))
 
 
-def test_every_world_ships_a_teacher():
-    assert all((teacher_directory(world) / "config.json").is_file() for world in WORLDS)
+def test_teachers_are_shipped_where_they_are_said_to_be():
+    assert all((teacher_directory(world) / "config.json").is_file() for world in WITH_TEACHER)
+    with pytest.raises(UserError, match="worlds pretrain"):
+        teacher_directory("cw10")

@@ -10,13 +10,14 @@ from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
 import craft_ds.worlds
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.policies.pi0_fast.generation import action_chunk
-from craft_ds.worlds import WORLDS, make_world
+from craft_ds.worlds import make_world
 from craft_ds.worlds.base import ACTION, CAMERA, STATE
 from craft_ds.worlds.evaluation import ClosedLoopPolicy, evaluate
 from craft_ds.worlds.recording import record_episode
+from craft_ds.worlds.tasks import WITH_TEACHER
 
 ASSETS = Path(craft_ds.worlds.__file__).parent / "assets"
-TEACHERS = [ASSETS / f"{world}_teacher" for world in WORLDS]
+TEACHERS = [ASSETS / f"{world}_teacher" for world in WITH_TEACHER]
 
 
 def load(path):
@@ -36,7 +37,7 @@ def test_assets_are_small_and_have_no_absolute_paths():
         assert '"/' not in path.read_text(encoding="utf-8"), path
 
 
-@pytest.mark.parametrize("teacher", TEACHERS, ids=WORLDS)
+@pytest.mark.parametrize("teacher", TEACHERS, ids=WITH_TEACHER)
 def test_the_record_has_the_measured_success(teacher):
     record = json.loads((teacher / "teacher.json").read_text(encoding="utf-8"))
     success = record["success"]
