@@ -155,6 +155,10 @@ class DeepSpeedEngine:
         """Return the accumulated shards or copies of them, and clear the accumulator."""
         return self._layout.take_gradient()
 
+    def masters(self) -> Sequence[Tensor]:
+        """Return this rank's part of the fp32 master weights, flat or one tensor per parameter."""
+        return self._layout.aligned_masters()
+
     def step(self) -> None:
         """Take one optimizer step on the shards. Collective: call on all ranks."""
         self._layout.prepare_step()

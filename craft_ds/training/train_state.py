@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord, conflict_metrics, is_step
+from craft_ds.training.start_policy import StartPolicy
 from craft_ds.training.train_step import StepResult
 
 
@@ -121,6 +122,7 @@ class TrainState:
         dataset_samples: Number of training samples; a data set of another size is another run.
         tracker_run_ids: Identity of the run at each tracker, by the tracker's name.
         dataset_fingerprint: Hashes of the data set's files; empty in checkpoints of older versions.
+        start: The policy that training started from; None without a penalty.
     """
 
     progress: Progress
@@ -128,6 +130,7 @@ class TrainState:
     dataset_samples: int = 0
     tracker_run_ids: dict[str, str] = field(default_factory=dict)
     dataset_fingerprint: dict[str, str] = field(default_factory=dict)
+    start: StartPolicy | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain Python values, which `torch.load(weights_only=True)` accepts."""
@@ -137,6 +140,7 @@ class TrainState:
             "dataset_samples": self.dataset_samples,
             "tracker_run_ids": dict(self.tracker_run_ids),
             "dataset_fingerprint": dict(self.dataset_fingerprint),
+            "start": None if self.start is None else self.start.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], lambda_max: float = math.inf) -> None:
@@ -163,6 +167,8 @@ class TrainState:
             run_ids = {"wandb": state["wandb_run_id"]} if state.get("wandb_run_id") else {}
         self.tracker_run_ids = _texts("tracker_run_ids", run_ids)
         self.dataset_fingerprint = _texts("dataset_fingerprint", state.get("dataset_fingerprint", {}))
+        start = state.get("start")  # checkpoints of older versions do not have it
+        self.start = None if start is None else StartPolicy.from_state_dict(start)
 
 
 def _texts(name: str, value: Any) -> dict[str, str]:

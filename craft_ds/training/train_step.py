@@ -2,7 +2,7 @@
 
 Each reads like the algorithm over an engine. Losses and gradients are sums over tokens and ranks; the
 division by the global token count is a scalar that is applied with the merge. So a step communicates,
-besides what the engine moves, one all-reduce of at most ten numbers.
+besides what the engine moves, one all-reduce of at most ten numbers, and four more with a penalty.
 """
 
 import math
@@ -16,6 +16,7 @@ from craft_ds.algorithm.gradient_surgery import MergedGradient, clip_factor, mer
 from craft_ds.algorithm.gram import gram, merge_, scale_, squared_norm
 from craft_ds.algorithm.gram_triple import GramTriple
 from craft_ds.algorithm.multiplier import StepMultiplier
+from craft_ds.algorithm.penalty import PenaltySums, QuadraticPenalty
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.base import Batch, Engine, Loss
 from craft_ds.policies.token_loss import token_loss
@@ -37,15 +38,16 @@ class StepResult(NamedTuple):
     """Outcome of a step, the same on all ranks.
 
     Attributes:
-        loss: Mean task loss over all tokens of all ranks.
-        grad_norm: Norm of the (merged) gradient before clipping.
+        loss: Mean task loss over all tokens of all ranks, without the penalty.
+        grad_norm: Norm of the (merged) gradient before clipping, with the penalty's.
         applied: False if a loss or gradient was non-finite and nothing was changed.
         tokens: Supervised task tokens of all ranks.
         extra: Sums over ranks of the extra scalars that the caller passed in.
         retention_loss: L_ret, the mean loss on the anchors that measure the constraint; None in a task step.
-        triple: Gram triple of the two mean gradients; None in a task step.
+        triple: Gram triple of the two mean gradients; None in a task step. The penalty's is part of g_t.
         merged: Weights of the merged gradient; None in a task step.
         multiplier: λ as used in the step; None in a task step.
+        penalty_loss: The penalty at the start of the step; 0 without one.
     """
 
     loss: float
@@ -57,6 +59,7 @@ class StepResult(NamedTuple):
     triple: GramTriple | None = None
     merged: MergedGradient | None = None
     multiplier: float | None = None
+    penalty_loss: float = 0.0
 
 
 def accumulate(engine: Engine, batches: Iterable[Batch], loss: Loss = token_loss) -> TokenSums:
@@ -79,7 +82,11 @@ def measure(engine: Engine, batches: Iterable[Batch], loss: Loss = token_loss) -
 
 
 def task_step(
-    engine: Engine, batches: Iterable[Batch], max_norm: float, extra: Sequence[float] = ()
+    engine: Engine,
+    batches: Iterable[Batch],
+    max_norm: float,
+    extra: Sequence[float] = (),
+    penalty: QuadraticPenalty | None = None,
 ) -> StepResult:
     """Take a plain step on the task loss, clipped to `max_norm`. Collective: call on all ranks.
 
@@ -89,19 +96,27 @@ def task_step(
         max_norm: Maximum norm of the gradient; 0 or less: no clipping.
         extra: Scalars of the caller to sum over ranks in the step's all-reduce; not interpreted here, and
             read after the last batch of the task.
+        penalty: Is added to the task loss; None: no penalty.
     """
     task = accumulate(engine, batches)
+    g_t = engine.gradient()
     # Offloaded shards are on the CPU while the sums of a pass are on the engine's device.
-    product = squared_norm(engine.gradient()).to(engine.device) / engine.replicas
-    tt, loss_sum, tokens, *extra = engine.sum_scalars(_pack(engine, product, *task, extra=extra))
+    product = squared_norm(g_t).to(engine.device) / engine.replicas
+    local_penalty = _penalty_sums(engine, penalty, g_t)
+    (tt, loss_sum, tokens), added, extras = _sum(engine, product, *task, penalty=local_penalty, extra=extra)
 
     per_token = 1.0 / max(tokens, 1.0)
-    loss, norm = loss_sum * per_token, per_token * math.sqrt(max(tt, 0.0))
-    result = StepResult(loss, norm, math.isfinite(loss + norm), int(tokens), tuple(extra))
+    triple = added.scaled(per_token).added_to(GramTriple(tt, 0.0, 0.0).scaled(per_token, 0.0))
+    loss, norm = loss_sum * per_token, triple.norm(1.0, 0.0)
+    finite = math.isfinite(loss + norm)
+    result = StepResult(loss, norm, finite, int(tokens), extras, penalty_loss=added.loss)
     if not result.applied:
         engine.zero_grad()
         return result
-    scale_(engine.gradient(), per_token * clip_factor(norm, max_norm))
+    clip = clip_factor(norm, max_norm)
+    scale_(g_t, clip * per_token)
+    if penalty is not None:
+        penalty.add_gradient_(g_t, engine.masters(), clip)
     engine.step()
     return result
 
@@ -117,6 +132,7 @@ def retention_step(
     max_norm: float,
     anchor_loss: Loss = token_loss,
     extra: Sequence[float] = (),
+    penalty: QuadraticPenalty | None = None,
 ) -> StepResult:
     """Take a step with a second backward pass on anchors and gradient surgery. Collective.
 
@@ -130,6 +146,7 @@ def retention_step(
         max_norm: Maximum norm of the merged gradient; 0 or less: no clipping.
         anchor_loss: The retention loss.
         extra: As for `task_step`.
+        penalty: As for `task_step`: surgery sees its gradient as part of g_t.
     """
     task_sums = accumulate(engine, task)
     g_t = engine.take_gradient()
@@ -139,23 +156,37 @@ def retention_step(
 
     # All that surgery, logging and the dual step need from the other ranks: eight numbers and the extra ones.
     products = gram(g_t, g_r).to(engine.device) / engine.replicas
-    packed = _pack(engine, *products, *task_sums, anchor_sums.tokens, *constraint_sums, extra=extra)
-    tt, tr, rr, loss_sum, tokens, r_tokens, c_loss_sum, c_tokens, *extra = engine.sum_scalars(packed)
+    scalars = (*products, *task_sums, anchor_sums.tokens, *constraint_sums)
+    local_penalty = _penalty_sums(engine, penalty, g_t, g_r)
+    sums, added, extras = _sum(engine, *scalars, penalty=local_penalty, extra=extra)
+    tt, tr, rr, loss_sum, tokens, r_tokens, c_loss_sum, c_tokens = sums
 
     per_token, per_anchor_token = 1.0 / max(tokens, 1.0), 1.0 / max(r_tokens, 1.0)
     triple = GramTriple(tt, tr, rr).scaled(per_token, per_anchor_token)
+    triple = added.scaled(per_token, per_anchor_token).added_to(triple)
     loss, retention_loss = loss_sum * per_token, c_loss_sum / max(c_tokens, 1.0)
     used = multiplier(triple, retention_loss) if callable(multiplier) else multiplier
     merged = merge(triple, used, craft)
     finite = triple.is_finite and math.isfinite(loss + retention_loss)
     result = StepResult(
-        loss, merged.norm, finite, int(tokens), tuple(extra), retention_loss, triple, merged, used
+        loss,
+        merged.norm,
+        finite,
+        int(tokens),
+        extras,
+        retention_loss,
+        triple,
+        merged,
+        used,
+        added.loss,
     )
     if not result.applied:
         engine.zero_grad()
         return result
     clip = clip_factor(merged.norm, max_norm)
     merge_(g_r, g_t, clip * merged.a * per_token, clip * merged.b * per_anchor_token)
+    if penalty is not None:
+        penalty.add_gradient_(g_r, engine.masters(), clip * merged.a)
     engine.step()
     return result
 
@@ -164,9 +195,21 @@ def _no_tokens(engine: Engine) -> TokenSums:
     return TokenSums(*torch.zeros(2, dtype=torch.float64, device=engine.device))
 
 
-def _pack(engine: Engine, *scalars: Tensor, extra: Sequence[float]) -> Tensor:
+def _penalty_sums(engine: Engine, penalty: QuadraticPenalty | None, *gradients: Sequence[Tensor]) -> Tensor:
+    """Return this rank's part of the `PenaltySums`, fp64 on the device; empty without a penalty."""
+    if penalty is None:
+        return torch.zeros(0, dtype=torch.float64, device=engine.device)
+    return penalty.sums(engine.masters(), *gradients).to(engine.device) / engine.replicas
+
+
+def _sum(
+    engine: Engine, *scalars: Tensor, penalty: Tensor, extra: Sequence[float]
+) -> tuple[list[float], PenaltySums, tuple[float, ...]]:
+    """Sum all scalars of a step over the ranks, in one all-reduce. Collective."""
     more = torch.tensor(extra, dtype=torch.float64, device=engine.device)
-    return torch.cat([torch.stack(scalars), more])
+    summed = engine.sum_scalars(torch.cat([torch.stack(scalars), penalty, more]))
+    first, second = len(scalars), len(scalars) + len(penalty)
+    return summed[:first], PenaltySums(*summed[first:second]), tuple(summed[second:])
 
 
 def _mark_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

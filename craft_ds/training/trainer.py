@@ -57,7 +57,7 @@ def train(run: Run) -> None:
         record = None
 
         if anchors is None or step % craft.retention_freq:
-            result = task_step(run.engine, run.task_batches(votes), run.max_norm, extra=votes)
+            result = task_step(run.engine, run.task_batches(votes), run.max_norm, votes, run.penalty)
         else:
             epsilon = anchors.epsilon_unit * epsilon_at(step, config.steps, craft)
             result = retention_step(
@@ -70,6 +70,7 @@ def train(run: Run) -> None:
                 max_norm=run.max_norm,
                 anchor_loss=anchors.loss,
                 extra=votes,
+                penalty=run.penalty,
             )
             record = _record(step, epsilon, result)
             if result.applied:

@@ -6,6 +6,7 @@ import pytest
 
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord
 from craft_ds.config.craft_config import CraftConfig
+from craft_ds.training.start_policy import StartPolicy
 from craft_ds.training.train_state import Progress, TrainState
 from craft_ds.training.train_step import StepResult
 
@@ -68,6 +69,7 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
     progress.advance(applied(2.0), retention=True)
     hashes = {"meta": "0", "data": "1"}
     state = TrainState(progress, DualState(CraftConfig(initial_lambda=0.25)), 40, {"wandb": "run-1"}, hashes)
+    state.start = StartPolicy("/a/policy", "", "0f", 3)
     saved = state.state_dict()
     assert saved.keys() == {
         *(
@@ -78,6 +80,7 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
             "dataset_samples",
             "tracker_run_ids",
             "dataset_fingerprint",
+            "start",
         )
     }
 
@@ -87,6 +90,17 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
     assert restored.dual.multiplier == 0.25
     assert (restored.dataset_samples, restored.tracker_run_ids) == (40, {"wandb": "run-1"})
     assert restored.dataset_fingerprint == hashes
+    assert restored.start == state.start
+    del saved["start"]  # as in checkpoints of older versions
+    restored.load_state_dict(saved)
+    assert restored.start is None
+
+
+@pytest.mark.parametrize("change", [{"seed": "3"}, {"path": 1}, {"more": 1}])
+def test_a_malformed_start_is_refused(change):
+    state = StartPolicy("/a/policy", "", "0f", 3).state_dict()
+    with pytest.raises((TypeError, ValueError)):
+        StartPolicy.from_state_dict(state | change)
 
 
 def test_a_state_without_new_entries_is_of_an_older_version(progress):
