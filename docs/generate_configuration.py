@@ -8,6 +8,7 @@ from pathlib import Path
 
 from craft_ds.config.describe import FlagDescription, describe_flags
 from craft_ds.config.help import LEROBOT_FLAGS
+from craft_ds.config.presets import PRESETS
 from craft_ds.config.unsupported import UNSUPPORTED
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -21,7 +22,8 @@ not edit this page: change the documentation of the field, then run the command 
 The flags of `craft-ds train`, as `--flag=value` or `--flag value`; of a flag that is given twice, the last
 value counts. In a file for `--config_path`, each dot is one level of nesting. Short forms: `--engine=NAME` is
 `--engine.name=NAME`, `--ds_config FILE` is `--engine.ds_config=FILE`, and `--lora=PRESET` is
-`--lora.enabled=true --lora.preset=PRESET`. `--print_config` prints the complete configuration as a file for
+`--lora.enabled=true --lora.preset=PRESET`; `--craft.preset=NAME` stands for a
+[set of flags](#presets). `--print_config` prints the complete configuration as a file for
 `--config_path`, and exits.
 """
 
@@ -41,7 +43,18 @@ def _lines() -> Iterator[str]:
         for flag in group.flags:
             yield _row(f"`{flag.flag}`", _kind(flag), _code(flag.default), flag.line)
         yield ""
-    yield "## Flags of LeRobot\n"
+    yield "## Presets\n"
+    yield "`--craft.preset=NAME` stands for the flags of one row; your own flags replace them. In a file"
+    yield "for `--config_path`, `craft.preset` stands for the values that the file does not give. The run"
+    yield "prints the flags that were set; saved configurations have them instead of the name. The weights"
+    yield "of `l2` and `ewc` are starting points, not tuned values.\n"
+    names = list(next(iter(PRESETS.values())).flags)
+    yield _row("Preset", "Method", *(f"`--{name}`" for name in names))
+    yield "|---" * (2 + len(names)) + "|"
+    for name, preset in PRESETS.items():
+        values = (f"`{str(value).lower()}`" for value in preset.flags.values())
+        yield _row(f"`{name}`", preset.summary[0].upper() + preset.summary[1:], *values)
+    yield "\n## Flags of LeRobot\n"
     yield "The flags of `lerobot-train` that most runs use; `craft-ds train --help=all` lists them all.\n"
     yield "| Flag | Description |"
     yield "|---|---|"

@@ -18,19 +18,28 @@ CPU_BLOCK = 1 << 16
 DEVICE_BLOCK = 1 << 26
 
 
-def _blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+def blocks(*lists: Sequence[Tensor], cast: bool = True) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the elements of lists of tensors block by block, 1-D, so that temporaries stay small.
+
+    Args:
+        *lists: Tensors in the same order and sizes.
+        cast: Cast each block to fp32; otherwise the blocks are views of contiguous tensors.
+    """
     for run in flat_runs(*lists):
         size = CPU_BLOCK if run[0].device.type == "cpu" else DEVICE_BLOCK
-        # Block by block, so that bf16 shards need no complete fp32 copy.
-        yield from zip(*(map(Tensor.float, tensor.split(size)) for tensor in run), strict=True)
+        for block in zip(*(tensor.split(size) for tensor in run), strict=True):
+            # Here, so that bf16 shards need no complete fp32 copy.
+            yield tuple(map(Tensor.float, block)) if cast else block
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Return the dot product of two blocks."""
     # BLAS on the CPU sums sequentially: error 3e-5 on a block of equal signs. `sum` is pairwise.
     return (x * y).sum() if x.device.type == "cpu" else torch.dot(x, y)
 
 
-def _sum(products: list[Tensor], like: Sequence[Tensor]) -> Tensor:
+def sum_products(products: list[Tensor], like: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the blocks' products: fp64 scalar on the device of the tensors `like`."""
     if not products:
         device = like[0].device if like else None
         return torch.zeros((), dtype=torch.float64, device=device)
@@ -45,15 +54,15 @@ def gram(task: Sequence[Tensor], retention: Sequence[Tensor]) -> Tensor:
         retention: Shards of g_r, in the same order and shapes.
     """
     products: tuple[list[Tensor], ...] = ([], [], [])
-    for t, r in _blocks(task, retention):
+    for t, r in blocks(task, retention):
         for target, (x, y) in zip(products, ((t, t), (t, r), (r, r)), strict=True):
-            target.append(_dot(x, y))
-    return torch.stack([_sum(entries, task) for entries in products])
+            target.append(dot(x, y))
+    return torch.stack([sum_products(entries, task) for entries in products])
 
 
 def squared_norm(shards: Sequence[Tensor]) -> Tensor:
     """Return this rank's part of ‖g‖²: fp64 scalar tensor on the shards' device."""
-    return _sum([_dot(x, x) for (x,) in _blocks(shards)], shards)
+    return sum_products([dot(x, x) for (x,) in blocks(shards)], shards)
 
 
 def merge_(retention: Sequence[Tensor], task: Sequence[Tensor], a: float, b: float) -> None:

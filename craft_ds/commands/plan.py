@@ -46,6 +46,12 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         help="also plan LoRA of this rank; 0: full training only (default: 8)",
     )
     add("--lora_preset", choices=PRESETS, default=PRESETS[0], help="layers with adapters, as --lora.preset")
+    add(
+        "--penalty",
+        choices=("none", "l2", "ewc"),
+        default="none",
+        help="the run's --penalty.name (default: none)",
+    )
     add("--gpu_gb", default="24,48,80", help="sizes of GPUs to try, in GiB (default: 24,48,80)")
     add(
         "--headroom",
@@ -113,6 +119,7 @@ def plan_request(args: argparse.Namespace) -> Any:
         dtype=getattr(torch, args.dtype),
         lora=lora if args.lora_rank else None,
         reduce_bucket=args.reduce_bucket_size,
+        penalty=args.penalty,
         gpus=args.gpus,
         headroom=args.headroom,
     )

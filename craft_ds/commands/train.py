@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from craft_ds.config.arguments import TRAIN_CONFIG_NAME, normalise_arguments
 from craft_ds.config.help import train_help, without_refused
+from craft_ds.config.presets import preset_line
 from craft_ds.config.suggestions import refuse_misspelt_flags
 from craft_ds.config.versions import untested_versions
 from craft_ds.distributed.env import is_local_rank0, launched_rank
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str]) -> None:
         refuse_secrets(config.to_dict())  # before anything is printed
         if launched_rank() == 0:
             print(first_line(config), flush=True)
+            if preset := preset_line(chosen.arguments):
+                print(preset, flush=True)
         config.verified_checkpoint = chosen.checkpoint
         if chosen.checkpoint is not None and (reason := finished_line(chosen, config)):
             if launched_rank() == 0:

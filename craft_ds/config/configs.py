@@ -7,6 +7,7 @@ from craft_ds.config.checks import check_choice, require
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.config.data_report import DataReportConfig
 from craft_ds.config.datasets import DatasetSource
+from craft_ds.config.penalty import PenaltyConfig
 from craft_ds.distributed.env import RANK_TIMEOUT_S, launched_world_size
 from craft_ds.errors import UserError
 from craft_ds.worlds import WORLDS
@@ -219,6 +220,8 @@ class RunOptions:
 
     craft: CraftConfig = field(default_factory=CraftConfig)
     """The retention constraint, `--craft.*`."""
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    """Penalty on the distance from the start, `--penalty.*`."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Sharding of the model, `--engine.*`."""
     lora: LoraConfig = field(default_factory=LoraConfig)

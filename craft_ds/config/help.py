@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator
 
 from craft_ds.config.describe import describe_flags
+from craft_ds.config.presets import PRESETS
 from craft_ds.config.unsupported import UNSUPPORTED
 
 LEROBOT_FLAGS = {
@@ -60,6 +61,9 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "Short forms: --engine=NAME (--engine.name), --ds_config FILE (--engine.ds_config),"
     yield "--lora=PRESET (--lora.enabled=true --lora.preset=PRESET)."
+    yield "--craft.preset=NAME stands for the flags of a method, which your own flags replace:"
+    for name, preset in PRESETS.items():
+        yield f"  {name:<12}{preset.summary}"
     yield "--print_config prints the complete configuration as YAML that --config_path reads, and exits."
     yield "--help=all also lists the other flags of LeRobot, with --policy.type=NAME those of a policy."
     for group in describe_flags():

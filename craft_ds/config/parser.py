@@ -13,6 +13,7 @@ import yaml
 from lerobot.configs import parser
 
 from craft_ds.config.arguments import normalise_arguments, quote_paths
+from craft_ds.config.presets import expand_preset
 from craft_ds.config.secret_scan import redact
 from craft_ds.config.suggestions import suggestion
 from craft_ds.config.train_config import TrainConfig
@@ -32,7 +33,7 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         UserError: An unknown flag, a value that does not parse, or a configuration file that is missing or
             unreadable.
     """
-    normal = quote_paths(normalise_arguments(arguments))
+    normal = quote_paths(expand_preset(normalise_arguments(arguments)))
     # Values are read as YAML, which takes an unquoted off for false.
     sys.argv[1:] = [argument for argument in normal if argument != _OFF]
     config_path = parser.parse_arg("config_path")

@@ -6,6 +6,8 @@ from functools import cache
 
 from craft_ds.config.describe import FlagDescription, describe_flags
 from craft_ds.config.help import LEROBOT_FLAGS
+from craft_ds.config.presets import FLAG as PRESET_FLAG
+from craft_ds.config.presets import find_preset
 from craft_ds.config.shipped_files import resolve_shipped
 from craft_ds.errors import UserError
 from craft_ds.worlds.tasks import TASKS
@@ -69,7 +71,9 @@ def refuse_misspelt_flags(arguments: Iterable[str]) -> None:
             raise UserError(f"--engine={value}: no such engine; use {FOREIGN_ENGINES[value]}")
         if name == "--engine.ds_config":
             resolve_shipped(name, value)
-        if name in own:
+        if name == PRESET_FLAG:
+            find_preset(value)
+        elif name in own:
             _refuse_value(own[name], value)
         elif any(name.startswith(prefix) for prefix in prefixes) and name not in _groups(own):
             raise UserError(f"unrecognized arguments: {argument}{suggestion(name)} (see --help)")
@@ -79,7 +83,7 @@ def suggestion(name: str) -> str:
     """Return `; did you mean FLAG?` for the flag nearest to a name, or nothing."""
     if name in FOREIGN_FLAGS:
         return f"; did you mean {FOREIGN_FLAGS[name]}?"
-    nearest = get_close_matches(name, [*own_flags(), *LEROBOT_FLAGS], n=1, cutoff=0.7)
+    nearest = get_close_matches(name, [*own_flags(), PRESET_FLAG, *LEROBOT_FLAGS], n=1, cutoff=0.7)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 

@@ -31,6 +31,7 @@ from craft_ds.config.configs import (
     TrackerName,
 )
 from craft_ds.config.datasets import resolve_datasets
+from craft_ds.config.presets import expand_preset_in
 from craft_ds.config.secret_scan import refuse_secrets
 from craft_ds.config.selection_rules import check_selection
 from craft_ds.config.suggestions import RENAMED_FLAGS
@@ -60,7 +61,9 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Read a configuration file, or that of a checkpoint; fields renamed since may have their old names.
+        """Read a configuration file, or that of a checkpoint.
+
+        Fields renamed since may have their old names, and `craft.preset` stands for the preset's flags.
 
         Args:
             pretrained_name_or_path: The file, or its directory.
@@ -69,12 +72,12 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         path = Path(pretrained_name_or_path)
         path = path / TRAIN_CONFIG_NAME if path.is_dir() else path
         content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if not _rename_fields(content):
+        if not (_rename_fields(content) | expand_preset_in(content)):
             return super().from_pretrained(pretrained_name_or_path, **kwargs)
         with tempfile.TemporaryDirectory() as directory:
-            renamed = Path(directory) / "renamed.yaml"
-            renamed.write_text(yaml.safe_dump(content), encoding="utf-8")
-            return super().from_pretrained(renamed, **kwargs)
+            changed = Path(directory) / "changed.yaml"
+            changed.write_text(yaml.safe_dump(content), encoding="utf-8")
+            return super().from_pretrained(changed, **kwargs)
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML that `--config_path` reads."""
@@ -95,6 +98,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         """
         _refuse_nulls(self)
         self.craft.validate()
+        self.penalty.validate(self.craft)
         self.engine.resolve()
         if self.peft is not None:
             asked = from_lerobot(self.peft)
@@ -213,7 +217,8 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             name: value for name, value in flat(self.to_dict()).items() if not name.startswith("policy.")
         }
         refuse_unsupported(plain, defaults, given, from_file=not self.resume)
-        craft = sorted(name for name in given if name.startswith("craft."))
+        read_by_penalty = {"craft.anchor_cache_dir"} if self.penalty.name == "ewc" else set()
+        craft = sorted(name for name in given - read_by_penalty if name.startswith("craft."))
         if craft and not self.craft.enabled and "craft.enabled" not in given and not self.resume:
             raise UserError(
                 f"--{craft[0]} has no effect without --craft.enabled=true: add it, or set "

@@ -100,6 +100,13 @@ class Engine(Protocol):
         """
         ...
 
+    def masters(self) -> Sequence[Tensor]:
+        """Return views of the trained parameters' local fp32 shards, in the order and sizes of `gradient`.
+
+        Padding, which no parameter has elements in, is zero, as in the gradient.
+        """
+        ...
+
     def step(self) -> None:
         """Update the parameters from the current `gradient()`, then clear it. Collective."""
         ...

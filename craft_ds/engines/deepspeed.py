@@ -159,6 +159,10 @@ class DeepSpeedEngine:
         """Return this rank's parts of a gradient with the names of their parameters, without padding."""
         return self._layout.by_parameter(gradient)
 
+    def masters(self) -> Sequence[Tensor]:
+        """Return this rank's part of the fp32 master weights, flat or one tensor per parameter."""
+        return self._layout.aligned_masters()
+
     def step(self) -> None:
         """Take one optimizer step on the shards. Collective: call on all ranks."""
         self._layout.prepare_step()

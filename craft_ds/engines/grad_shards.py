@@ -21,7 +21,7 @@ class GradShards:
     _trainable: Sequence[torch.nn.Parameter]
 
     def _local(self, tensor: Tensor) -> Tensor:
-        """Return this rank's part of a gradient, without a copy."""
+        """Return this rank's part of a parameter or gradient, without a copy."""
         return tensor
 
     def gradient(self) -> Sequence[Tensor]:
@@ -45,6 +45,10 @@ class GradShards:
         named = self.module.policy.named_parameters()
         names = (name for name, parameter in named if parameter.requires_grad)
         return list(zip(names, gradient, strict=True))
+
+    def masters(self) -> Sequence[Tensor]:
+        """Return this rank's part of every trained parameter."""
+        return [self._local(parameter).detach() for parameter in self._trainable]
 
     def step(self) -> None:
         """Take one optimizer step; nothing is communicated."""

@@ -96,7 +96,22 @@ class Zero2Shards(ZeroShards):
         if self.offloaded:
             zero._wait_for_offload_copies()
             return [self._cpu_buffer(part) for part in self.partitions]
-        return [tensor for i in range(len(self._groups)) for tensor in zero.averaged_gradients[i]]
+        return [gradient for i in range(len(self._groups)) for gradient in self._without_padding(i)]
+
+    def _without_padding(self, group: int) -> Iterator[Tensor]:
+        """Yield the gradients of a group's partitions; DeepSpeed's list also has zeros as padding."""
+        starts = {part.offset for part in self.partitions if part.group == group}
+        offset = 0
+        for tensor in self._zero.averaged_gradients[group]:
+            if tensor.numel() and offset in starts:
+                yield tensor
+            offset += tensor.numel()
+
+    def aligned_masters(self) -> list[Tensor]:
+        """Return views of the master weights in the order and sizes of `gradient`."""
+        if self._compact:
+            return super().aligned_masters()
+        return [part.of(self.masters) for part in self.partitions]
 
     def _cpu_buffer(self, part: Partition) -> Tensor:
         parameter, buffers = self._parameters[part.name], self._zero.accumulated_grads_in_cpu

@@ -119,6 +119,10 @@ class ZeroShards(ABC):
     def gradient(self) -> list[Tensor]:
         """Return views of this rank's accumulated gradient; zero for parameters that the pass did not use."""
 
+    def aligned_masters(self) -> list[Tensor]:
+        """Return views of the master weights in the order and sizes of `gradient`."""
+        return [flat.detach() for flat in self.masters]
+
     @abstractmethod
     def take_gradient(self) -> list[Tensor]:
         """Return the gradient in tensors like those of `gradient`, and clear the accumulator."""
@@ -161,7 +165,12 @@ class ZeroShards(ABC):
         """Set this rank's parts of the frozen parameters."""
 
     def load_masters(self, read: ReadRange) -> None:
-        """Set this rank's master weights; `copy_masters_to_params` then updates the parameters."""
+        """Set this rank's master weights; `copy_masters_to_params` then updates the parameters.
+
+        The padding between them, which DeepSpeed does not initialise, becomes zero.
+        """
+        for flat in self.masters:
+            flat.zero_()
         for part in self.partitions:
             fill_(part.of(self.masters), read, part.name, part.start)
 

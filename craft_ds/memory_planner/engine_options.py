@@ -19,6 +19,8 @@ class EngineOptions:
         max_live: ZeRO-3: `stage3_max_live_parameters`; no prefetch beyond this number of elements.
         persistence: ZeRO-3: `stage3_param_persistence_threshold`; parameters up to it stay gathered.
         max_reuse: ZeRO-3: `stage3_max_reuse_distance`; parameters used again within it stay gathered.
+        penalty: What `--penalty.name` keeps beside the masters, in fp32 copies of the trained shard: 0
+            (`none`), 1 (`l2`: θ_0) or 2 (`ewc`: θ_0 and F).
         sub_group: ZeRO-3: `sub_group_size`; elements that the optimizer updates at once.
     """
 
@@ -31,6 +33,7 @@ class EngineOptions:
     max_live: int = 1_000_000_000
     persistence: int = 100_000
     max_reuse: int = 1_000_000_000
+    penalty: int = 0
     sub_group: int = SUB_GROUP
 
     @property

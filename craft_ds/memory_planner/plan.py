@@ -17,7 +17,8 @@ zero3_offload  c (T + F)/n   4 T/n on the host       on the host on the host    
 zero2          c (T + F)     4 T/n                   8 T/n       4 T/n              4 T/n, handed over
 =============  ============  ======================  ==========  =================  =====================
 
-`fsdp_offload` is `fsdp` with all of this on the host.
+`fsdp_offload` is `fsdp` with all of this on the host. A penalty keeps 4 T/n (`l2`) or 8 T/n (`ewc`) where the
+masters are.
 """
 
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ class Plan:
     Attributes:
         moment: Position of the peak: in the second `pass` or in the optimizer's `step`.
         parameters: As stored between steps.
-        optimizer: Masters and moments.
+        optimizer: Masters and moments, and what a penalty keeps.
         second_gradient: g_t.
         gradient: Accumulated gradient at the peak.
         buffers: Permanent communication buffers of the engine.
@@ -87,6 +88,14 @@ def plan_memory(trace: PassTrace, workload: Workload, options: EngineOptions) ->
 
 def _kept(trace: PassTrace, s: EngineOptions) -> Plan:
     """Return the memory that does not change during a step."""
+    plan = _kept_by_engine(trace, s)
+    penalty = 4 * s.penalty * -(-trace.trainable // s.ranks)
+    if s.offloads:
+        return replace(plan, host=plan.host + penalty)
+    return replace(plan, optimizer=plan.optimizer + penalty)
+
+
+def _kept_by_engine(trace: PassTrace, s: EngineOptions) -> Plan:
     trainable, frozen = trace.trainable, trace.frozen
     shard, frozen_shard = -(-trainable // s.ranks), -(-frozen // s.ranks)
     plan = Plan("", 0, 0, 0, 0, 0, 0, 0, 0, 0)

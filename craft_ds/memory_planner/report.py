@@ -10,12 +10,14 @@ import torch
 from lerobot.configs import PreTrainedConfig
 
 from craft_ds.config.configs import LoraConfig
+from craft_ds.config.penalty import PenaltyName
 from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import Plan, plan_memory
 from craft_ds.memory_planner.shapes import Workload
 from craft_ds.memory_planner.simulate import PassTrace, simulate_pass
 
 GIB = 1 << 30
+_COPIES: dict[PenaltyName, int] = {"none": 0, "l2": 1, "ewc": 2}
 _COLUMNS = {
     "parameters": "params",
     "optimizer": "optim",
@@ -40,6 +42,7 @@ class PlanRequest:
         dtype: Dtype of forward and backward.
         lora: Adapters to plan besides full training; None: full training only.
         reduce_bucket: ZeRO: `reduce_bucket_size`, in elements; None: as in the shipped configurations.
+        penalty: `--penalty.name`.
         gpus: GPU memory sizes to try, in GiB.
         headroom: Share of GPU memory kept free for context and fragmentation.
     """
@@ -51,6 +54,7 @@ class PlanRequest:
     dtype: torch.dtype
     lora: LoraConfig | None
     reduce_bucket: int | None
+    penalty: PenaltyName
     gpus: tuple[float, ...]
     headroom: float
 
@@ -95,7 +99,13 @@ def plan_all(config: PreTrainedConfig, request: PlanRequest) -> Iterator[Row]:
         if engine.startswith("fsdp"):
             ranks //= request.dp_replicate
         bucket = request.reduce_bucket or (50_000_000 if engine == "zero2" else 100_000_000)
-        options = EngineOptions(engine, ranks, compute=request.dtype.itemsize, reduce_bucket=bucket)
+        options = EngineOptions(
+            engine,
+            ranks,
+            compute=request.dtype.itemsize,
+            reduce_bucket=bucket,
+            penalty=_COPIES[request.penalty],
+        )
         # Without frozen weights every layer keeps its input in any case.
         linear = lora is not None and engine.startswith("zero3")
         traces = [trace(engine == "single", linear, full, lora is not None) for full in (False, True)]

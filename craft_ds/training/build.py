@@ -36,16 +36,16 @@ from craft_ds.distributed.preemption import Preemption, parse_duration
 from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines import build_engine, check_engine, init_engine_process_group
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
-from craft_ds.engines.base import Engine
+from craft_ds.engines.base import Batch, Engine
 from craft_ds.engines.batch_norm import batch_norm_warning
 from craft_ds.engines.fsdp_wrapping import gathered_dtype
 from craft_ds.errors import Preempted, UserError
-from craft_ds.lora.adapters import Adapters, add_adapters
-from craft_ds.lora.weights import open_weights
+from craft_ds.lora.adapters import AdapterPlan, Adapters, add_adapters
+from craft_ds.lora.weights import AdaptedWeights, open_weights
 from craft_ds.policies.changes import policy_edits
 from craft_ds.policies.loading import build_policy
 from craft_ds.policies.token_loss import PolicyWithLoss
-from craft_ds.policies.weights import weights_sha256
+from craft_ds.policies.weights import WeightReader, weights_sha256
 from craft_ds.policies.wrapping import wrapping_warning
 from craft_ds.tensor_io.move_aside import move_aside
 from craft_ds.training.bad_samples import BadSampleLog
@@ -54,9 +54,11 @@ from craft_ds.training.evaluator import Evaluator
 from craft_ds.training.exclusive_run import exclusive_run
 from craft_ds.training.metrics import MetricsLogger
 from craft_ds.training.open_data import OpenedData, load_run_processors, open_data
+from craft_ds.training.penalty import build_penalty, fisher_samples, penalty_line
 from craft_ds.training.preflight import check_inputs, open_augmentation
 from craft_ds.training.restore import build_state, read_saved, resolve_changed_flags, restore_scheduler
 from craft_ds.training.run import Run, TaskStream
+from craft_ds.training.start_policy import resolve_start
 from craft_ds.training.start_report import (
     anchor_line,
     dataset_lines,
@@ -129,13 +131,16 @@ def _build(
     inputs = check_inputs(config)
     data = open_data(config, inputs, world_size)
     messages += data.messages
-    old_tasks = trained_tasks(inputs.cache) if inputs.cache else []
+    old_tasks = trained_tasks(inputs.cache) if inputs.cache and config.craft.enabled else []
     state = build_state(config, saved, len(data.samples), data.fingerprint, world_size, old_tasks)
+    if config.penalty.name != "none":
+        state.start = rank0_only(resolve_start)(config, state.start, inputs.policy_dir)
 
     policy = fail_together(build_fp32_policy)(config.policy, inputs.weights_dir)
     base_sha256 = rank0_only(weights_sha256)(inputs.weights_dir) if inputs.plan else ""
     adapters = fail_together(add_adapters)(policy, inputs.plan.config, base_sha256) if inputs.plan else None
     weights = fail_together(open_weights)(policy, inputs.policy_dir, inputs.plan, adapters, config.seed or 0)
+    start = _open_start(config, state, policy, inputs.plan, adapters)
     if config.craft.enabled and config.craft.vision_features:
         fail_together(check_frozen_tower)(policy)
     description = _describe_policy(config, policy, adapters)
@@ -145,13 +150,20 @@ def _build(
         messages.append(f"warning: {warning}")
     if config.activation_checkpointing == "full":
         checkpoint_activations(policy)
-    with weights:
+    with weights, start as start_weights:
         engine = build_engine(
             config,
             PolicyWithLoss(policy),
             weights.read,
             lambda: config.optimizer.build(policy.get_optim_params()),
             ds_config,
+        )
+        penalty = build_penalty(
+            config.penalty,
+            engine,
+            _fisher_samples(config, inputs.cache, engine, watchdog),
+            start=start_weights.read if start_weights else None,
+            current=weights.read,
         )
 
     device = str(engine.device)
@@ -175,7 +187,9 @@ def _build(
         logger.say(line)
     logger.say(f"✓ policy: {description}, {_describe_engine(config, engine)}")
     teacher_loss = None
-    if inputs.cache is not None:
+    if penalty is not None:
+        logger.say(penalty_line(config.penalty, inputs.cache))
+    if inputs.cache is not None and config.craft.enabled:
         logger.say(anchor_line(inputs.cache, config.craft))
         losses = inputs.cache.loss_of(config.craft.retention_loss)
         teacher_loss = losses[config.craft.constraint_split]["overall"]
@@ -212,6 +226,7 @@ def _build(
         state=state,
         tasks=tasks,
         anchors=anchors,
+        penalty=penalty,
         scheduler=scheduler,
         logger=logger,
         evaluator=Evaluator(
@@ -270,10 +285,34 @@ def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedP
 
 
 @fail_together
+def _open_start(
+    config: TrainConfig,
+    state: TrainState,
+    policy: PreTrainedPolicy,
+    plan: AdapterPlan | None,
+    adapters: Adapters | None,
+) -> contextlib.AbstractContextManager[WeightReader | AdaptedWeights | None]:
+    """Open the weights that training started from where the engine will not hold them."""
+    if config.penalty.name == "none" or not config.resume:
+        return contextlib.nullcontext()
+    assert state.start is not None
+    return state.start.open(policy, plan, adapters)
+
+
+def _fisher_samples(
+    config: TrainConfig, cache: Anchors | None, engine: Engine, watchdog: RankWatchdog
+) -> Iterator[Batch]:
+    if cache is not None:
+        for sample in fisher_samples(cache, config.penalty.fisher_samples, engine.device):
+            watchdog.progress()
+            yield sample
+
+
+@fail_together
 def _open_anchors(
     config: TrainConfig, cache: Anchors | None, engine: Engine, progress: Progress
 ) -> AnchorStream | None:
-    if cache is None:
+    if cache is None or not config.craft.enabled:
         return None
     partition = partition_step(progress.anchors_per_step, engine.world_size, config.batch_size, "anchors")
     return AnchorStream(

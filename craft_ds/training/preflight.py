@@ -23,7 +23,7 @@ class PreflightResult(NamedTuple):
     """Inputs of a run.
 
     Attributes:
-        cache: The anchors; None for the baseline.
+        cache: The anchors; None for the baseline, unless a penalty reads them.
         policy_dir: Directory with the policy's configuration and processors, and its weights or adapters.
         plan: The adapters to train; None: the policy's own weights train.
     """
@@ -55,6 +55,8 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
     check_packages(config.policy)
     if config.craft.enabled:
         check_craft_policy(config.policy, "--craft.enabled=true")
+    elif config.penalty.name == "ewc":
+        check_craft_policy(config.policy, "--penalty.name=ewc")
     policy_dir = resolve_policy_path(config.policy.pretrained_path)
     check_world(config.world, config.policy)
     if launched_rank() == 0:  # which alone logs
@@ -62,11 +64,13 @@ def check_inputs(config: TrainConfig) -> PreflightResult:
     if config.resume:
         _check_resumable(config)
     inputs = PreflightResult(None, policy_dir, plan_adapters(config.lora, config.policy, policy_dir))
-    if not config.craft.enabled:
+    if not config.craft.enabled and config.penalty.name != "ewc":
         return inputs
     cache = open_caches(config.craft.anchor_caches, verify=is_local_rank0())
     open_augmentation(config)
     cache.check_policy(config.policy)
+    if not config.craft.enabled:
+        return inputs._replace(cache=cache)
     cache.loss_of(config.craft.retention_loss)
     check_coverage(cache, config.craft.constraint_split, launched_world_size())
     if config.save_best and not cache.splits["heldout"]:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from craft_ds.algorithm.model_selection import EvalRecord, describe_stall, is_stalled
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord
+from craft_ds.algorithm.penalty import QuadraticPenalty
 from craft_ds.algorithm.retention_schedule import RetentionSchedule
 from craft_ds.algorithm.task_multipliers import TaskDualState
 from craft_ds.anchors.stream import AnchorStream
@@ -103,6 +104,7 @@ class Run:
         state: Progress and λ, as saved in `craft_state.pt`.
         tasks: Samples of the new task.
         anchors: Anchors of the old tasks; None for the baseline.
+        penalty: Penalty on the distance from the start; None: none.
         scheduler: Learning-rate schedule; None: constant.
         logger: Metrics and log lines.
         evaluator: Evaluates every `eval_freq` steps, and with `save_best` before every save.
@@ -118,6 +120,7 @@ class Run:
     state: TrainState
     tasks: TaskStream
     anchors: AnchorStream | None
+    penalty: QuadraticPenalty | None
     scheduler: LRScheduler | None
     logger: MetricsLogger
     evaluator: Evaluator
@@ -218,6 +221,7 @@ class Run:
                     "train/bad_samples": progress.bad_samples,
                     "train/samples_seen": progress.samples_seen,
                     "train/tokens_seen": progress.tokens_seen,
+                    **({} if self.penalty is None else {"penalty/loss": result.penalty_loss}),
                     **progress.latest,
                     **progress.take_conflict_metrics(self.dual.history),
                     **self._times(),

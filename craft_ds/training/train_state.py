@@ -8,6 +8,7 @@ from typing import Any
 from craft_ds.algorithm.model_selection import EvalRecord
 from craft_ds.algorithm.multiplier import DualState, RetentionRecord, conflict_metrics, is_step
 from craft_ds.algorithm.retention_schedule import RetentionSchedule
+from craft_ds.training.start_policy import StartPolicy
 from craft_ds.training.train_step import StepResult
 
 
@@ -125,6 +126,7 @@ class TrainState:
         dataset_fingerprint: Hashes of the data set's files; empty in checkpoints of older versions.
         evaluations: All evaluations of the held-out task loss, in order.
         schedule: When retention steps are due.
+        start: The policy that training started from; None without a penalty.
     """
 
     progress: Progress
@@ -133,6 +135,7 @@ class TrainState:
     tracker_run_ids: dict[str, str] = field(default_factory=dict)
     dataset_fingerprint: dict[str, str] = field(default_factory=dict)
     evaluations: list[EvalRecord] = field(default_factory=list)
+    start: StartPolicy | None = None
     schedule: RetentionSchedule = field(init=False)
 
     def __post_init__(self) -> None:
@@ -148,6 +151,7 @@ class TrainState:
             "tracker_run_ids": dict(self.tracker_run_ids),
             "dataset_fingerprint": dict(self.dataset_fingerprint),
             "evaluations": [asdict(record) for record in self.evaluations],
+            "start": None if self.start is None else self.start.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], lambda_max: float = math.inf) -> None:
@@ -178,6 +182,8 @@ class TrainState:
         self.evaluations = read_evaluations(state)
         if self.evaluations and self.evaluations[-1].step > self.progress.step:
             raise ValueError(f"an evaluation after step {self.evaluations[-1].step} of {self.progress.step}")
+        start = state.get("start")  # checkpoints of older versions do not have it
+        self.start = None if start is None else StartPolicy.from_state_dict(start)
 
 
 def read_evaluations(state: dict[str, Any]) -> list[EvalRecord]:

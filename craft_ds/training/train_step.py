@@ -2,8 +2,8 @@
 
 Each reads like the algorithm over an engine. Losses and gradients are sums over tokens and ranks; the
 division by the global token count is a scalar that is applied with the merge. So a step communicates,
-besides what the engine moves, one all-reduce: ten numbers at most, or three more per layer and two more per
-task where surgery is by layer and λ by task.
+besides what the engine moves, one all-reduce: ten numbers at most, three more per layer and two more per task
+where surgery is by layer and λ by task, and four more with a penalty.
 """
 
 import math
@@ -19,6 +19,7 @@ from craft_ds.algorithm.gram import gram, merge_, scale_, squared_norm
 from craft_ds.algorithm.gram_triple import GramTriple
 from craft_ds.algorithm.layers import split_by_layer
 from craft_ds.algorithm.multiplier import StepMultiplier
+from craft_ds.algorithm.penalty import PenaltySums, QuadraticPenalty
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.base import Batch, Engine, Loss
 from craft_ds.policies.token_loss import token_loss
@@ -40,17 +41,18 @@ class StepResult(NamedTuple):
     """Outcome of a step, the same on all ranks.
 
     Attributes:
-        loss: Mean task loss over all tokens of all ranks.
-        grad_norm: Norm of the (merged) gradient before clipping.
+        loss: Mean task loss over all tokens of all ranks, without the penalty.
+        grad_norm: Norm of the (merged) gradient before clipping, with the penalty's.
         applied: False if a loss or gradient was non-finite and nothing was changed.
         tokens: Supervised task tokens of all ranks.
         extra: Sums over ranks of the extra scalars that the caller passed in.
         retention_loss: L_ret, the mean loss on the anchors that measure the constraint; None in a task step.
-        triple: Gram triple of the two mean gradients; None in a task step.
+        triple: Gram triple of the two mean gradients; None in a task step. The penalty's is part of g_t.
         merged: Weights of the merged gradient; None in a task step.
         multiplier: λ as used in the step, the mean of several; None in a task step.
         task_losses: With one λ per task: L_ret of each task, NaN for one without tokens in the step.
         task_multipliers: With one λ per task: λ of each.
+        penalty_loss: The penalty at the start of the step; 0 without one.
     """
 
     loss: float
@@ -64,6 +66,7 @@ class StepResult(NamedTuple):
     multiplier: float | None = None
     task_losses: tuple[float, ...] = ()
     task_multipliers: tuple[float, ...] = ()
+    penalty_loss: float = 0.0
 
 
 def accumulate(
@@ -96,7 +99,11 @@ def measure(engine: Engine, batches: Iterable[Batch], loss: Loss = token_loss) -
 
 
 def task_step(
-    engine: Engine, batches: Iterable[Batch], max_norm: float, extra: Sequence[float] = ()
+    engine: Engine,
+    batches: Iterable[Batch],
+    max_norm: float,
+    extra: Sequence[float] = (),
+    penalty: QuadraticPenalty | None = None,
 ) -> StepResult:
     """Take a plain step on the task loss, clipped to `max_norm`. Collective: call on all ranks.
 
@@ -106,21 +113,28 @@ def task_step(
         max_norm: Maximum norm of the gradient; 0 or less: no clipping.
         extra: Scalars of the caller to sum over ranks in the step's all-reduce; not interpreted here, and
             read after the last batch of the task.
+        penalty: Is added to the task loss; None: no penalty.
     """
     task = accumulate(engine, batches)
+    g_t = engine.gradient()
     # Offloaded shards are on the CPU while the sums of a pass are on the engine's device.
-    product = squared_norm(engine.gradient()).to(engine.device) / engine.replicas
-    (tt, loss_sum, tokens), summed_extra = _sum_together(
-        engine, torch.stack([product, *task]), _fp64(engine, extra)
+    product = squared_norm(g_t).to(engine.device) / engine.replicas
+    (tt, loss_sum, tokens), added, summed_extra = _sum_together(
+        engine, torch.stack([product, *task]), _penalty_sums(engine, penalty, g_t), _fp64(engine, extra)
     )
 
-    per_token = 1.0 / max(tokens, 1.0)
-    loss, norm = loss_sum * per_token, per_token * math.sqrt(max(tt, 0.0))
-    result = StepResult(loss, norm, math.isfinite(loss + norm), int(tokens), tuple(summed_extra))
+    per_token, penalty_sums = 1.0 / max(tokens, 1.0), PenaltySums(*added)
+    triple = penalty_sums.scaled(per_token).added_to(GramTriple(tt, 0.0, 0.0).scaled(per_token, 0.0))
+    loss, norm = loss_sum * per_token, triple.norm(1.0, 0.0)
+    finite = math.isfinite(loss + norm)
+    result = StepResult(loss, norm, finite, int(tokens), tuple(summed_extra), penalty_loss=penalty_sums.loss)
     if not result.applied:
         engine.zero_grad()
         return result
-    scale_(engine.gradient(), per_token * clip_factor(norm, max_norm))
+    clip = clip_factor(norm, max_norm)
+    scale_(g_t, clip * per_token)
+    if penalty is not None:
+        penalty.add_gradient_(g_t, engine.masters(), clip)
     engine.step()
     return result
 
@@ -137,6 +151,7 @@ def retention_step(
     anchor_loss: Loss = token_loss,
     retention_scale: float = 1.0,
     extra: Sequence[float] = (),
+    penalty: QuadraticPenalty | None = None,
 ) -> StepResult:
     """Take a step with a second backward pass on anchors and gradient surgery. Collective.
 
@@ -152,26 +167,33 @@ def retention_step(
         anchor_loss: The retention loss; with one λ per task, its sums by task.
         retention_scale: Factor of what λ adds to the gradient, which clipping does not cancel (`merge`).
         extra: As for `task_step`.
+        penalty: As for `task_step`: surgery sees its gradient as part of g_t.
     """
     weights = multiplier if isinstance(multiplier, tuple) else ()
     task_sums = accumulate(engine, task)
-    g_t = _layers(engine, engine.take_gradient(), craft)
+    g_t = engine.take_gradient()
     anchor_sums = accumulate(engine, anchors, anchor_loss, weights)
-    g_r = _layers(engine, engine.gradient(), craft)
+    g_r = engine.gradient()
+    t_layers, r_layers = (_layers(engine, gradient, craft) for gradient in (g_t, g_r))
     constraint_sums = anchor_sums if constraint is None else measure(engine, constraint, anchor_loss)
 
     # All that surgery, logging and the dual step need from the other ranks: eight numbers and the extra ones,
-    # and more with several layers or tasks.
-    products, (loss_sum, tokens, r_tokens), measured, summed_extra = _sum_together(
+    # and more with several layers or tasks, or a penalty.
+    products, (loss_sum, tokens, r_tokens), measured, added, summed_extra = _sum_together(
         engine,
-        torch.cat([gram(t, r).to(engine.device) for t, r in zip(g_t, g_r, strict=True)]) / engine.replicas,
+        torch.cat([gram(t, r).to(engine.device) for t, r in zip(t_layers, r_layers, strict=True)])
+        / engine.replicas,
         torch.stack([*task_sums, anchor_sums.tokens.sum()]),
         torch.stack(constraint_sums).flatten(),
+        _penalty_sums(engine, penalty, g_t, g_r),
         _fp64(engine, extra),
     )
 
     per_token, per_anchor_token = 1.0 / max(tokens, 1.0), 1.0 / max(r_tokens, 1.0)
     triples = [GramTriple(*row).scaled(per_token, per_anchor_token) for row in batched(products, 3)]
+    penalty_sums = PenaltySums(*added)
+    if penalty is not None:  # with which all layers are one
+        triples = [penalty_sums.scaled(per_token, per_anchor_token).added_to(triples[0])]
     triple = total_triple(triples)
     c_loss_sums, c_tokens = measured[: len(measured) // 2], measured[len(measured) // 2 :]
     task_losses = [total / n if n else math.nan for total, n in zip(c_loss_sums, c_tokens, strict=True)]
@@ -191,13 +213,16 @@ def retention_step(
         sum(used) / len(used) if isinstance(used, tuple) else used,
         task_multipliers=weights,
         task_losses=tuple(task_losses) if weights else (),
+        penalty_loss=penalty_sums.loss,
     )
     if not result.applied:
         engine.zero_grad()
         return result
     clip = clip_factor(merged.norm, max_norm)
-    for t, r, layer in zip(g_t, g_r, layers, strict=True):
+    for t, r, layer in zip(t_layers, r_layers, layers, strict=True):
         merge_(r, t, clip * layer.a * per_token, clip * layer.b * per_anchor_token)
+    if penalty is not None:
+        penalty.add_gradient_(g_r, engine.masters(), clip * merged.a)
     engine.step()
     return result
 
@@ -223,6 +248,13 @@ def _sum_together(engine: Engine, *parts: Tensor) -> list[list[float]]:
     """Sum several vectors over all ranks in one all-reduce. Collective."""
     summed = iter(engine.sum_scalars(torch.cat(parts)))
     return [[*islice(summed, part.numel())] for part in parts]
+
+
+def _penalty_sums(engine: Engine, penalty: QuadraticPenalty | None, *gradients: Sequence[Tensor]) -> Tensor:
+    """Return this rank's part of the `PenaltySums`, fp64 on the device; empty without a penalty."""
+    if penalty is None:
+        return torch.zeros(0, dtype=torch.float64, device=engine.device)
+    return penalty.sums(engine.masters(), *gradients).to(engine.device) / engine.replicas
 
 
 def _mark_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

@@ -59,7 +59,7 @@ def train(run: Run) -> None:
         record = None
 
         if anchors is None or not schedule.due(step):
-            result = task_step(run.engine, run.task_batches(votes), run.max_norm, extra=votes)
+            result = task_step(run.engine, run.task_batches(votes), run.max_norm, votes, run.penalty)
         else:
             epsilon = epsilon_at(step, config.steps, craft)  # in the units that `anchors` has
             result = retention_step(
@@ -73,6 +73,7 @@ def train(run: Run) -> None:
                 anchor_loss=anchors.step_loss,
                 retention_scale=schedule.retention_scale(step),
                 extra=votes,
+                penalty=run.penalty,
             )
             record = _record(step, epsilon, anchors, result)
             if result.applied:

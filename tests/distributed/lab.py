@@ -6,7 +6,7 @@ engine.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -220,6 +220,11 @@ class Lab:
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
             batch |= to_policy_batch(make_targets(teacher, batch), "cpu")
         return list(deal(batch, accumulation, self.rank, self.world_size))
+
+    def whole(self, batches, *args, **options) -> Batch:
+        """Return the global batch, the same on all ranks, that `batches` divides among them."""
+        (batch,) = batches.__func__(replace(self, rank=0, world_size=1), *args, 1, **options)
+        return batch
 
 
 def craft_config(mode: str = "weighted", threshold: float = 0.0, **changes) -> CraftConfig:

@@ -36,6 +36,7 @@ from scenarios_lora import (
     lora_trajectory,
 )
 from scenarios_non_finite import non_finite
+from scenarios_penalty import penalised, penalised_adapters, penalised_load_from, penalised_resume
 from scenarios_saving import holes, saving
 from scenarios_scopes import SOME, lora_scopes, scopes
 
@@ -65,6 +66,8 @@ CORE: Scenarios = {
     "save_and_resume": save_and_resume,
     "acting": acting,
     "non_finite": non_finite,
+    "penalty-ewc": partial(penalised, name="ewc"),
+    "penalty-bf16": partial(penalised, name="ewc", dtype="bfloat16"),
 }
 COMPLETE: Scenarios = {
     **{
@@ -80,6 +83,8 @@ COMPLETE: Scenarios = {
     "pi0-hidden": partial(pi0, accumulation=2, retention_loss="hidden"),
     "pi0-recompute": partial(pi0, accumulation=2, recompute=True),
     "five-retention-steps": partial(pi0, accumulation=1, kinds="RRRRR"),
+    "penalty-l2": partial(penalised, name="l2"),
+    "penalty-resume": penalised_resume,
 }
 LORA: Scenarios = {
     "lora-plain": partial(lora_trajectory, kind="plain", accumulation=2),
@@ -92,6 +97,7 @@ COMPLETE_LORA: Scenarios = {
     **LORA,
     **{f"lora-{kind}": partial(lora_trajectory, kind=kind) for kind in ("dora", "mixed", "vision")},
     "lora-recompute": partial(lora_trajectory, kind="plain", recompute=True),
+    "lora-penalty": penalised_adapters,
 }
 # Sharded engines only.
 COSTS: Scenarios = {"collectives": collectives, "loading": loading}
@@ -114,6 +120,10 @@ def _lora_from(*written_by: str) -> Scenarios:
     }
 
 
+def _penalised_from(written_by: str) -> Scenarios:
+    return {f"penalty-load_{written_by}": partial(penalised_load_from, written_by=written_by)}
+
+
 # In starting order: a spawn reads the checkpoints of earlier ones.
 SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
     Spawn("zero", 2): {
@@ -126,7 +136,7 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
         "zero3_offload": CORE | COSTS,
         "zero3_offload_torch": CORE | LORA | {"memory": memory},
         "zero3_bf16": {"bf16": CORE["bf16"]},
-        "zero2": CORE | LORA | COSTS,
+        "zero2": CORE | LORA | COSTS | {"penalty-resume": penalised_resume},
         "zero2_offload_torch": CORE,
     },
     Spawn("fsdp", 2): {
@@ -134,6 +144,7 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
         | COMPLETE_LORA
         | ALL_COSTS
         | _from("zero3_on2", "zero2_on2")
+        | _penalised_from("zero2_on2")
         | _lora_from("zero3_on2"),
         "fsdp_offload": CORE | LORA | COSTS,
         "fsdp_kept": {"trajectory-accumulate2-clipped": CORE["trajectory-accumulate2-clipped"]},
@@ -144,11 +155,12 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
         | ALL_COSTS
         | {"untouched-without-zeroing": partial(untouched, zeroing=False)}
         | _from("zero3_on2", "fsdp_on2")
+        | _penalised_from("fsdp_on2")
         | _lora_from("fsdp_on2"),
     },
     Spawn("zero_more", 3): {
         "zero3_offload": CORE | _from("zero3_on2"),
-        "zero2": CORE | _from("fsdp_on2"),
+        "zero2": CORE | _from("fsdp_on2") | _penalised_from("zero3_on2"),
         "zero2_offload_torch": CORE,
     },
     Spawn("fsdp", 3): {

@@ -14,6 +14,7 @@ from torch import Tensor
 from toy import TiedPolicy, ToyPolicy, toy_loss_by_task
 
 import craft_ds.training.train_step
+from craft_ds.algorithm.penalty import QuadraticPenalty
 from craft_ds.anchors.augmentation import AnchorAugmentation
 from craft_ds.anchors.cache_list import open_caches
 from craft_ds.anchors.stream import AnchorStream
@@ -80,11 +81,12 @@ def _steps(
     max_norm: float,
     first: int = 0,
     anchor_loss: Loss = token_loss,
+    penalty: QuadraticPenalty | None = None,
 ) -> None:
     """Run task and retention steps, `T` and `R`; every retention step uses another mode."""
     for step, kind in enumerate(kinds, first):
         if kind == "T":
-            result = task_step(engine, task(step), max_norm)
+            result = task_step(engine, task(step), max_norm, penalty=penalty)
         else:
             mode = list(FOLLOWED_BY)[step % 3]
             # Every other step measures the constraint on separate anchors.
@@ -99,10 +101,11 @@ def _steps(
                 craft=config,
                 max_norm=max_norm,
                 anchor_loss=anchor_loss,
+                penalty=penalty,
             )
             output.values[f"retention{step}"] = [result.retention_loss, *result.triple]
         assert result.applied
-        output.values[f"step{step}"] = [result.loss, result.grad_norm]
+        output.values[f"step{step}"] = [result.loss, result.grad_norm, result.penalty_loss]
 
 
 def trajectory(
@@ -270,6 +273,7 @@ def collectives(lab: Lab) -> Output:
             dual=None,
             schedule=None,
             anchors=None,
+            penalty=None,
             progress=SimpleNamespace(step=0),
             watchdog=SimpleNamespace(progress=lambda: None),
             votes=lambda: [0.0, 0.0],

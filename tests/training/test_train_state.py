@@ -12,6 +12,7 @@ from craft_ds.config.configs import EngineConfig
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.errors import UserError
 from craft_ds.training.restore import SavedRun, build_state
+from craft_ds.training.start_policy import StartPolicy
 from craft_ds.training.train_state import Progress, TrainState
 from craft_ds.training.train_step import StepResult
 
@@ -78,6 +79,7 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
         [EvalRecord(0, 0.5), EvalRecord(1, 0.4, 0.3, 0.2)],
     )
     state = TrainState(progress, dual, 40, {"wandb": "run-1"}, hashes, evaluations)
+    state.start = StartPolicy("/a/policy", "", "0f", 3)
     saved = state.state_dict()
     assert saved.keys() == {
         *(
@@ -90,6 +92,7 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
             "tracker_run_ids",
             "dataset_fingerprint",
             "evaluations",
+            "start",
         )
     }
 
@@ -100,6 +103,17 @@ def test_train_state_round_trip_with_the_keys_of_the_file(progress):
     assert (restored.dataset_samples, restored.tracker_run_ids) == (40, {"wandb": "run-1"})
     assert restored.dataset_fingerprint == hashes
     assert restored.evaluations == evaluations
+    assert restored.start == state.start
+    del saved["start"]  # as in checkpoints of older versions
+    restored.load_state_dict(saved)
+    assert restored.start is None
+
+
+@pytest.mark.parametrize("change", [{"seed": "3"}, {"path": 1}, {"more": 1}])
+def test_a_malformed_start_is_refused(change):
+    state = StartPolicy("/a/policy", "", "0f", 3).state_dict()
+    with pytest.raises((TypeError, ValueError)):
+        StartPolicy.from_state_dict(state | change)
 
 
 def test_the_retention_schedule_is_part_of_the_state():

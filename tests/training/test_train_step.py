@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from craft_ds.algorithm.multiplier import DualState
+from craft_ds.algorithm.penalty import QuadraticPenalty
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.single import SingleEngine
 from craft_ds.policies.pi0_fast.retention import LossTerms
@@ -399,3 +400,53 @@ def test_the_scale_is_applied_after_the_clip_factor():
     assert seen.grad_norm == pytest.approx(5.0)
     assert seen.merged.retention_weight == 3.0
     assert weights(one) == moved(0.6, 2.4)
+
+
+def penalty(weight=2.0, fisher=None):
+    """P = weight·F·(w − (0, 1)) at w = (1, 2): (weight, weight) with F = 1."""
+    return QuadraticPenalty(weight, [torch.tensor([0.0, 1.0])], fisher and [torch.tensor(fisher)])
+
+
+@pytest.mark.parametrize(
+    ("fisher", "p", "loss"), [(None, (2.0, 2.0), 2.0), ((0.5, 3.0), (1.0, 6.0), 3.5)], ids=["l2", "ewc"]
+)
+@pytest.mark.parametrize("max_norm", [0.0, 2.5])
+def test_a_penalty_is_added_to_the_mean_task_gradient(fisher, p, loss, max_norm):
+    """g_t = (1, 6) is a mean over four tokens; the penalty is not divided by their number."""
+    one = engine()
+    batches = [tokens((4.0, 0.0)), tokens(*[(0.0, 8.0)] * 3)]
+    result = task_step(one, batches, max_norm, penalty=penalty(fisher=fisher))
+    norm = math.hypot(1.0 + p[0], 6.0 + p[1])
+    assert result.penalty_loss == pytest.approx(loss)
+    assert result.loss == pytest.approx((4 * 1 + 3 * 8 * 2) / 4)  # without the penalty
+    assert result.grad_norm == pytest.approx(norm)
+    factor = max_norm / norm if max_norm else 1.0
+    assert weights(one) == moved(factor * (1.0 + p[0]), factor * (6.0 + p[1]))
+
+
+@pytest.mark.parametrize("mode", ["weighted", "equal"])
+def test_surgery_sees_the_penalty_as_part_of_the_task_gradient(mode):
+    """g_t = (-4, 1) + p = (-2, 3) loses its part along g_r = (2, 0), which is also a mean over two tokens."""
+    one = engine()
+    seen = retention_step(
+        one,
+        task=[tokens(*[(-4.0, 1.0)] * 3)],
+        anchors=[tokens((4.0, 0.0), (0.0, 0.0))],
+        constraint=None,
+        multiplier=3.0,
+        craft=craft(projection_mode=mode),
+        max_norm=0.0,
+        penalty=penalty(),
+    )
+    assert seen.triple == pytest.approx((13.0, -4.0, 4.0))
+    assert seen.merged.conflict
+    assert seen.penalty_loss == pytest.approx(2.0)
+    merged = (6.0, 3.0) if mode == "weighted" else (1.0, 1.5)
+    assert seen.grad_norm == pytest.approx(math.hypot(*merged))
+    assert weights(one) == moved(*merged)
+
+
+def test_a_penalty_that_is_not_finite_skips_the_step():
+    one = engine(torch.optim.Adam)
+    result = task_step(one, [tokens((1.0, 1.0))], 1.0, penalty=penalty(fisher=(math.inf, 1.0)))
+    assert_nothing_happened(one, result.applied)
