@@ -78,12 +78,13 @@ def main(arguments: Sequence[str]) -> None:
     from craft_ds.lora.weights import load_trained_policy
     from craft_ds.policies.loading import load_policy_config, load_processors
 
+    demonstrations = find_demonstrations(args) if args.data_root else []
     config = load_policy_config(args.policy_path)
     processors = load_processors(config, args.policy_path, args.device)
     policy = load_trained_policy(config, args.policy_path, device=args.device)
     result: dict[str, Any] = {"policy": str(args.policy_path)}
     if args.world:
-        result |= measure_in_world(args, policy, *processors)
+        result |= measure_in_world(args, demonstrations, policy, *processors)
     if args.repo_ids:
         result["datasets"] = measure_losses(args, policy, processors[0])
     if args.output:
@@ -92,8 +93,33 @@ def main(arguments: Sequence[str]) -> None:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+def find_demonstrations(args: argparse.Namespace) -> list[Path]:
+    """Return the data sets in `--data_root` that show one of the tasks.
+
+    Raises:
+        UserError: It holds no demonstrations of the world, or none of a task.
+    """
+    from craft_ds.worlds.demonstrations import data_sets_of, read_recipe
+
+    recipe = read_recipe(args.data_root)
+    if recipe is None or recipe.world != args.world:
+        raise UserError(
+            f"--data_root {args.data_root} holds no {args.world} demonstrations: "
+            f"record them with `craft-ds worlds record --world {args.world}`"
+        )
+    shown = data_sets_of(recipe)
+    for task in args.tasks:
+        if not any(task in tasks for tasks in shown.values()):
+            raise UserError(
+                f"--data_root {args.data_root} holds no demonstrations of {task}: "
+                f"record them with `craft-ds worlds record --world {args.world} --tasks {task}`"
+            )
+    return [args.data_root / name for name, tasks in shown.items() if not set(tasks).isdisjoint(args.tasks)]
+
+
 def measure_in_world(
     args: argparse.Namespace,
+    demonstrations: Sequence[Path],
     policy: "PreTrainedPolicy",
     preprocessor: "PolicyProcessorPipeline",
     postprocessor: "PolicyProcessorPipeline",
@@ -101,23 +127,14 @@ def measure_in_world(
     """Return success, and loss where demonstrations are given, by task; print both."""
     from craft_ds.policies.pi0_fast.generation import action_chunk
     from craft_ds.worlds import make_world
-    from craft_ds.worlds.demonstrations import read_recipe
     from craft_ds.worlds.evaluation import ClosedLoopPolicy, demonstration_loss, evaluate
 
     world = make_world(args.world)
-    recipe = read_recipe(args.data_root) if args.data_root else None
-    if args.data_root and (recipe is None or recipe.world != args.world):
-        raise UserError(
-            f"--data_root {args.data_root} holds no {args.world} demonstrations: "
-            f"record them with `craft-ds worlds record --world {args.world}`"
-        )
     closed_loop = ClosedLoopPolicy(partial(action_chunk, policy), preprocessor, postprocessor)
     success = evaluate(closed_loop, world, args.tasks, episodes=args.episodes, seed=args.seed)
     losses: dict[str, float] = {}
-    if args.data_root:
-        for split in ("old", "new"):
-            if not set(world.tasks(split)).isdisjoint(args.tasks):
-                losses |= demonstration_loss(policy, preprocessor, args.data_root / split)
+    for root in demonstrations:
+        losses |= demonstration_loss(policy, preprocessor, root)
     loss = {task: losses[world.task_text(task)] for task in args.tasks} if losses else {}
     print_table(world, success, loss)
     return {

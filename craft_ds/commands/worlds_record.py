@@ -76,7 +76,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--{name}={value} must be at least 1")
     unused = ("processes", "noise", "drift") if args.policy_path else ("keep_failures", "device")
     for name in unused:
-        if getattr(args, name) not in (None, False):
+        value = getattr(args, name)
+        if value is not None and value is not False:
             fix = "with --policy.path: omit it" if args.policy_path else "without --policy.path: add that"
             raise UserError(f"--{name} has no effect {fix}")
     return args

@@ -40,7 +40,7 @@ def write_demonstrations(recipe: Recipe, output_dir: str | Path, processes: int 
         UserError: The world has no such task, or `output_dir` exists and holds anything else.
     """
     output_dir = Path(output_dir)
-    sets = _data_sets(recipe)
+    sets = data_sets_of(recipe)
     if output_dir.exists():
         if read_recipe(output_dir) != recipe:
             raise UserError(f"--output_dir {output_dir} exists and does not hold {recipe}: choose another")
@@ -85,7 +85,7 @@ def open_demonstrations(root: str | Path, chunk_size: int) -> LeRobotDataset:
     )
 
 
-def _data_sets(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+def data_sets_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """Return the tasks of each data set, by the name of its directory."""
     splits = TASKS[recipe.world]
     if unknown := [task for task in recipe.tasks if task not in splits.old + splits.new]:

@@ -121,6 +121,11 @@ def test_options_without_effect_are_refused(fields, message):
         PenaltyConfig(**fields).validate(CraftConfig())
 
 
+def test_a_penalty_is_not_part_of_single_layers():
+    with pytest.raises(UserError, match=r"--craft\.surgery_scope=layer cannot see it"):
+        PenaltyConfig(name="l2", weight=1.0).validate(CraftConfig(surgery_scope="layer"))
+
+
 def test_other_craft_flags_still_need_craft(refuses, inputs, tmp_path):
     flags = [*penalty_flags(inputs, "ewc"), "--craft.retention_freq=2"]
     line = refuses(tmp_path / "run", *flags)

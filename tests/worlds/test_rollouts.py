@@ -117,9 +117,10 @@ def test_anchors_of_the_teachers_own_episodes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--tasks", "old"], "--tasks has no effect without --policy.path"),
         (["--keep_failures"], "--keep_failures has no effect without --policy.path"),
         (["--policy.path=a", "--processes", "3"], "--processes has no effect with --policy.path"),
+        (["--policy.path=a", "--noise", "0"], "--noise has no effect with --policy.path"),
+        (["--tasks", "reach-pink"], "blocks has no task reach-pink"),
     ],
 )
 def test_flags_without_an_effect_are_refused(flags, words, tmp_path, capsys):
