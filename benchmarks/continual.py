@@ -1,0 +1,198 @@
+"""Continual learning: does a policy keep its old tasks while it learns new ones, and better than by replay?
+
+    python benchmarks/continual.py --tier cw5               # run what is missing; stop and start again
+    python benchmarks/continual.py --tier cw5 --report      # print the tables of what has run
+
+Every cell (method, stored samples per task, order of tasks, seed) is a `craft-ds sequence`. Its result is a
+small JSON file in --results, with which it is not run again; --work keeps data, the start policy and
+unfinished runs. Tuning cells have seeds and scenes of their own: of the methods that differ in a setting
+only, the report shows the one that tuning chose.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from continual_parts.cells import (
+    HELDOUT_DEMONSTRATIONS,
+    HELDOUT_SEED,
+    TRAINING_SEED,
+    Cell,
+    Places,
+    cells,
+    plan_of,
+    recordings,
+)
+from continual_parts.methods import METHODS
+from continual_parts.report import report_lines
+from continual_parts.tiers import TIERS, Tier
+from harness import OUTPUTS, ROOT, argument_parser
+
+from craft_ds.cli import run_main
+from craft_ds.commands.subcommands import subcommand
+from craft_ds.errors import UserError
+from craft_ds.tensor_io.filesystem import atomic_file
+
+RESULTS = ROOT / "benchmarks" / "results" / "continual"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--tier", choices=TIERS, required=True)
+    add("--methods", choices=METHODS, nargs="+", help="only these (default: those of the tier)")
+    add("--purposes", choices=("tuning", "report"), nargs="+", default=["tuning", "report"])
+    add("--jobs", type=int, default=2, help="cells at once, one core each (default: 2)")
+    add("--minutes", type=float, help="start no cell after this time")
+    add("--list", action="store_true", help="list the cells and whether they are done")
+    add("--report", action="store_true", help="print the tables")
+    add("--work", type=Path, default=OUTPUTS / "continual", help="data and unfinished runs")
+    add("--results", type=Path, default=RESULTS, help="JSON files of the cells, in a directory per tier")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    results = args.results / args.tier
+    if args.report:
+        print("\n".join(report_lines(args.tier, read_results(results))))
+        return
+    chosen = [
+        cell
+        for cell in cells(args.tier)
+        if cell.purpose in args.purposes and (not args.methods or cell.method in args.methods)
+    ]
+    missing = [cell for cell in chosen if not result_file(results, cell).exists()]
+    print(f"{len(chosen) - len(missing)} of {len(chosen)} cells are done", flush=True)
+    if args.list:
+        print("\n".join(f"{'missing' if cell in missing else 'done':8s}{cell.name}" for cell in chosen))
+        return
+    tier = TIERS[args.tier]
+    places = Places.of(args.work, tier)
+    prepare(tier, places)
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
+    failed = run_cells(missing, places, results, args.jobs, deadline)
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}; see their logs in {places.runs}")
+
+
+def prepare(tier: Tier, places: Places) -> None:
+    """Record the demonstrations and make the start policy, unless they exist."""
+    tasks = ["--tasks", *recordings(tier)] if recordings(tier) else []
+    for directory, seed, episodes in (
+        (places.data, TRAINING_SEED, tier.demonstrations),
+        (places.heldout, HELDOUT_SEED, HELDOUT_DEMONSTRATIONS),
+    ):
+        record = ["worlds", "record", f"--world={tier.world}", f"--output_dir={directory}", f"--seed={seed}"]
+        call(*record, f"--episodes_per_task={episodes}", f"--drift={tier.drift}", *tasks)
+    if not places.start.exists():
+        data = places.start.with_name(f"{places.start.name}_data")
+        call(
+            "worlds",
+            "pretrain",
+            f"--world={tier.world}",
+            f"--output_dir={places.start}",
+            f"--data_dir={data}",
+        )
+
+
+def call(*arguments: str) -> None:
+    """Run a subcommand of craft-ds.
+
+    Raises:
+        UserError: It failed.
+    """
+    if subprocess.run(subcommand(*arguments), check=False).returncode:
+        raise UserError(f"craft-ds {' '.join(arguments)} failed (its message is above)")
+
+
+def run_cells(
+    missing: list[Cell], places: Places, results: Path, jobs: int, deadline: float | None
+) -> list[str]:
+    """Run cells, several at once; return the names of those that failed."""
+    failed: list[str] = []
+    printing = threading.Lock()
+
+    def run(cell: Cell) -> None:
+        if deadline is not None and time.monotonic() > deadline:
+            return
+        started = time.monotonic()
+        done = run_cell(cell, places, results)
+        with printing:
+            print(
+                f"{cell.name}: {'done' if done else 'failed'} in {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
+            if not done:
+                failed.append(cell.name)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, missing))
+    return failed
+
+
+def run_cell(cell: Cell, places: Places, results: Path) -> bool:
+    """Run a cell or continue it, and keep its result; return False if it failed."""
+    directory = places.runs / cell.tier / cell.name
+    directory.mkdir(parents=True, exist_ok=True)
+    plan, file = plan_of(cell, places, directory / "sequence"), directory / "plan.yaml"
+    file.write_text(json.dumps(plan, indent=1), encoding="utf-8")  # JSON is YAML
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with (directory / "log").open("a") as log:
+        ended = subprocess.run(
+            subcommand("sequence", file), env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+        )
+    if ended.returncode:
+        return False
+    success = json.loads((directory / "sequence" / "success.json").read_text(encoding="utf-8"))
+    loss = directory / "sequence" / "loss.json"
+    result = {
+        "cell": cell.__dict__,
+        "train": plan["train"],
+        "anchors": plan.get("anchors"),
+        "evaluation": plan["evaluation"],
+        "success": {name: success[name] for name in ("tasks", "rows", "R", "metrics")},
+        "loss": {n: json.loads(loss.read_text())[n] for n in ("tasks", "R", "metrics")}
+        if loss.exists()
+        else None,
+        "last_lambda": last_lambda(directory / "sequence"),
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": {name: version(name) for name in ("craft-ds", "torch", "lerobot")},
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    with atomic_file(result_file(results, cell)) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(directory / "sequence")  # a policy and its checkpoints for each stage
+    return True
+
+
+def last_lambda(sequence: Path) -> list[float]:
+    """Return λ at the end of each stage that had one."""
+    found = []
+    for metrics in sorted(sequence.glob("*/train/metrics.jsonl")):
+        rows = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+        found += [row["craft/lambda_final"] for row in rows if "craft/lambda_final" in row]
+    return found
+
+
+def result_file(results: Path, cell: Cell) -> Path:
+    return results / f"{cell.name}.json"
+
+
+def read_results(results: Path) -> list[dict[str, Any]]:
+    """Return all results of a tier."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

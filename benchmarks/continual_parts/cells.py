@@ -1,0 +1,151 @@
+"""Cells of the benchmark: one method on one order of tasks with one seed and budget, as a sequence to run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from continual_parts.methods import METHODS
+from continual_parts.tiers import TIERS, Tier
+from craft_ds.worlds import teacher_directory
+from craft_ds.worlds.tasks import TASKS
+
+TRAINING_SEED, HELDOUT_SEED = 0, 7
+"""Seeds of the demonstrations: those that are trained on, and those that losses are measured on."""
+SCENES = {"report": 2000, "tuning": 3000}
+"""Seeds of the evaluation scenes: settings are chosen on other scenes than those that are reported."""
+HELDOUT_DEMONSTRATIONS = 5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        tier: Name of the tier.
+        method: Name of the method.
+        budget: Stored samples per task; 0: the method stores none.
+        order: Number of the order of tasks.
+        seed: Training seed.
+        purpose: `report` or `tuning`.
+    """
+
+    tier: str
+    method: str
+    budget: int
+    order: int
+    seed: int
+    purpose: str
+
+    @property
+    def name(self) -> str:
+        """Name of the cell's files."""
+        stored = f"_{self.budget}" if self.budget else ""
+        return f"{self.purpose}_{self.method}{stored}_order{self.order}_seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Directories of a tier's work.
+
+    Attributes:
+        data: Demonstrations by task.
+        heldout: Held-out demonstrations by task.
+        start: The start policy.
+        runs: A directory for each cell.
+    """
+
+    data: Path
+    heldout: Path
+    start: Path
+    runs: Path
+
+    @classmethod
+    def of(cls, work: Path, tier: Tier) -> "Places":
+        """Return the places of a tier within a directory."""
+        start = teacher_directory(tier.world) if tier.ships_start else work / f"{tier.world}_start"
+        names = (f"{tier.world}_data", f"{tier.world}_heldout")
+        return cls(work / names[0], work / names[1], start, work / f"{tier.world}_runs")
+
+
+def cells(name: str, purposes: tuple[str, ...] = ("tuning", "report")) -> list[Cell]:
+    """Return the cells of a tier, in the order in which they run."""
+    tier = TIERS[name]
+    found = []
+    for purpose in purposes:
+        for seed in tier.tuning_seeds if purpose == "tuning" else tier.seeds:
+            for order in range(len(tier.orders) if purpose == "report" else 1):
+                for method in tier.methods or METHODS:
+                    if method == "joint" and order:
+                        continue
+                    budgets = tier.budgets if METHODS[method].stores else (0,)
+                    found += [Cell(name, method, budget, order, seed, purpose) for budget in budgets]
+    return found
+
+
+def plan_of(cell: Cell, places: Places, output: Path) -> dict[str, Any]:
+    """Return the plan of a cell for `craft-ds sequence`."""
+    tier, method = TIERS[cell.tier], METHODS[cell.method]
+    joint = cell.method == "joint"
+    start: dict[str, Any] = {"policy": str(places.start)}
+    if tier.keeps_old:
+        start["tasks"] = list(TASKS[tier.world].old)
+        if not joint:
+            start["heldout"] = _source(tier, places.heldout, "old")
+        if cell.budget:
+            start |= _source(tier, places.data, "old")
+    tasks = tier.orders[cell.order]
+    plan: dict[str, Any] = {
+        "output_dir": str(output),
+        "start": start,
+        "stages": [_all_at_once(tier, places, tasks)] if joint else [_stage(tier, places, t) for t in tasks],
+        "train": {
+            "steps": tier.steps * (len(tasks) if joint else 1),
+            "batch_size": tier.batch_size,
+            "seed": cell.seed,
+            "policy.optimizer_lr": tier.learning_rate,
+            "policy.scheduler_warmup_steps": 0,
+            "policy.device": "cpu",
+            "num_workers": 0,
+            "save_freq": 0,
+            "log_freq": 50,
+            **method.train,
+        },
+        "evaluation": {
+            "world": tier.world,
+            "episodes": tier.episodes,
+            "seed": SCENES[cell.purpose] + cell.seed,
+        },
+    }
+    if cell.budget:
+        # A cache has the samples of one task, and that of the start policy of all of its tasks.
+        samples = cell.budget * (len(start["tasks"]) if tier.keeps_old else 1)
+        plan["anchors"] = {"num_samples": samples, "seed": cell.seed, "num_workers": 0}
+        if method.targets:
+            plan["anchors"]["targets"] = list(method.targets)
+        if method.replays:
+            plan["train"]["craft.anchor_batch_size"] = tier.batch_size
+    return plan
+
+
+def recordings(tier: Tier) -> list[str]:
+    """Return the tasks to record a data set each of; none: one of the old and one of the new tasks."""
+    return [] if tier.keeps_old else list(tier.orders[0])
+
+
+def _stage(tier: Tier, places: Places, task: str) -> dict[str, Any]:
+    name = "new" if tier.keeps_old else task
+    heldout = _source(tier, places.heldout, name)
+    return {"name": task, "tasks": [task], **_source(tier, places.data, name), "heldout": heldout}
+
+
+def _all_at_once(tier: Tier, places: Places, tasks: tuple[str, ...]) -> dict[str, Any]:
+    names = ("old", "new") if tier.keeps_old else tasks
+    return {
+        "name": "all",
+        "tasks": list(tasks),
+        "datasets": [_source(tier, places.data, name) for name in names],
+    }
+
+
+def _source(tier: Tier, root: Path, name: str) -> dict[str, str]:
+    return {"repo_id": f"craft-ds/{tier.world}-{name}", "root": str(root / name)}

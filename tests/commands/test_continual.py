@@ -1,0 +1,97 @@
+"""`benchmarks/continual.py`: plans of all cells, tables of known results, and one tier for real."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import draccus
+import pytest
+
+from craft_ds.commands.sequence_plan import SequencePlan
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from continual_parts.cells import SCENES, Places, cells, plan_of  # noqa: E402
+from continual_parts.methods import METHODS  # noqa: E402
+from continual_parts.report import chosen_settings, mean_interval, report_lines  # noqa: E402
+from continual_parts.tiers import TIERS  # noqa: E402
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_cell_is_a_valid_sequence_of_its_own(tier, tmp_path):
+    found = cells(tier)
+    assert len({cell.name for cell in found}) == len(found)
+    for cell in found:
+        plan = plan_of(cell, Places.of(tmp_path, TIERS[tier]), tmp_path / "sequence")
+        draccus.decode(SequencePlan, plan).validate()
+
+
+def test_tuning_and_report_share_neither_seeds_nor_scenes():
+    for tier in TIERS.values():
+        assert not {*tier.seeds} & {*tier.tuning_seeds}
+        scenes = {
+            purpose: {SCENES[purpose] + seed for seed in seeds}
+            for purpose, seeds in (("report", tier.seeds), ("tuning", tier.tuning_seeds))
+        }
+        assert not scenes["report"] & scenes["tuning"]
+
+
+def test_methods_that_store_have_the_same_number_of_samples_and_steps(tmp_path):
+    tier = TIERS["cw5"]
+    plans = {
+        cell.method: plan_of(cell, Places.of(tmp_path, tier), tmp_path)
+        for cell in cells("cw5", ("report",))
+        if (cell.order, cell.seed) == (0, tier.seeds[0])
+    }
+    assert plans.keys() == METHODS.keys()
+    for name, plan in plans.items():
+        assert plan["train"]["steps"] == tier.steps * (len(tier.orders[0]) if name == "joint" else 1)
+        assert ("anchors" in plan) == METHODS[name].stores
+        if METHODS[name].stores:
+            assert plan["anchors"]["num_samples"] == tier.budgets[0]
+
+
+def result(method, *, purpose="report", seed=11, budget=100, last=(0.5, 0.5), nbt=0.2):
+    metrics = {"SR": sum(last) / len(last), "NBT": nbt, "FWT": 0.8}
+    cell = {"method": method, "purpose": purpose, "seed": seed, "budget": budget, "order": 0}
+    return {"cell": cell, "success": {"R": [[0.0, 0.0], list(last)], "metrics": metrics}}
+
+
+def test_intervals_are_students():
+    mean, half = mean_interval([0.1, 0.2, 0.3])
+    assert (mean, half) == pytest.approx((0.2, 4.302653 * 0.1 / math.sqrt(3)))
+    assert math.isnan(mean_interval([0.5])[1])
+
+
+def test_the_report_shows_the_setting_that_tuning_chose_and_pairs_it_with_replay():
+    results = [
+        result("replay_0.1", purpose="tuning", seed=1, last=(0.9, 0.1)),
+        result("replay_1", purpose="tuning", seed=1, last=(0.8, 0.6)),
+        *(result("replay_0.1", seed=seed, last=(1.0, 1.0)) for seed in (11, 12)),
+        result("replay_1", seed=11, last=(0.4, 0.6)),
+        result("replay_1", seed=12, last=(0.6, 0.8)),
+        result("kl_tasks", seed=11, last=(0.6, 0.8)),
+        result("kl_tasks", seed=12, last=(0.8, 1.0)),
+    ]
+    assert chosen_settings(results) == {("replay", 100): "replay_1"}
+    lines = report_lines("cw5", results)
+    rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+    assert "replay_0.1" not in rows
+    assert "0.60 ± 1.27" in rows["replay_1"]
+    assert rows["kl_tasks"].rstrip(" |").endswith("+0.20 ± 0.00")
+
+
+@pytest.mark.slow
+@pytest.mark.sample(0)
+@pytest.mark.parametrize("tier", ["smoke"])
+def test_a_tier_runs_and_is_not_run_again(tier, tmp_path):
+    command = [sys.executable, BENCHMARKS / "continual.py", "--tier", tier, "--purposes", "report"]
+    places = ["--work", tmp_path / "work", "--results", tmp_path / "results"]
+    subprocess.run([*command, *places], check=True)
+    results = [json.loads(path.read_text()) for path in (tmp_path / "results" / tier).iterdir()]
+    assert {found["cell"]["method"] for found in results} == {*TIERS[tier].methods}
+    again = subprocess.run([*command, *places, "--list"], check=True, capture_output=True, text=True)
+    assert "missing" not in again.stdout
