@@ -71,7 +71,7 @@ PLANS = {
         },
     ),
     "cw10": PretrainingPlan(
-        episodes_per_task=40,
+        episodes_per_task=200,
         steps=4000,
         drift=1.5,
         batch_size=16,
