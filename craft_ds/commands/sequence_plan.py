@@ -278,7 +278,7 @@ def read_plan(path: Path) -> SequencePlan:
         UserError: The file cannot be read, holds a key, or the plan is wrong; names the file and the key.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        content = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
         require(isinstance(content, dict), "must hold a mapping of keys to values")
         refuse_secrets(content)
         plan = draccus.decode(SequencePlan, _without_nulls(content))

@@ -146,7 +146,7 @@ class TrainState:
         return {
             **self.dual.state_dict(),
             "progress": self.progress.state_dict(),
-            "retention_schedule": self.schedule.state_dict(),
+            "retention_schedule": self.schedule.state_dict() if self.dual.config.enabled else None,
             "dataset_samples": self.dataset_samples,
             "tracker_run_ids": dict(self.tracker_run_ids),
             "dataset_fingerprint": dict(self.dataset_fingerprint),

@@ -117,7 +117,7 @@ def test_a_malformed_start_is_refused(change):
 
 
 def test_the_retention_schedule_is_part_of_the_state():
-    config = CraftConfig(retention_freq=2, retention_freq_max=16)
+    config = CraftConfig(enabled=True, anchor_cache_dir="a", retention_freq=2, retention_freq_max=16)
     state = TrainState(Progress(step=7), DualState(config), 40)
     state.schedule.advance(6, slack=True)
     restored = TrainState(Progress(), DualState(config))
