@@ -314,7 +314,7 @@ def blocks_plan(tmp_path_factory):
     stages[0]["train"] = {"steps": 30, "save_freq": 5}
     return {
         "output_dir": "out",
-        "start": {"policy": str(teacher_directory("blocks"))},
+        "start": {"policy": str(teacher_directory("blocks")), "repo_id": "craft-ds/blocks", "root": str(old)},
         "stages": stages,
         "train": {
             "steps": 4,
@@ -377,6 +377,9 @@ def test_a_killed_sequence_continues_to_the_same_result(tmp_path, blocks_plan, m
     assert "sequence: evaluation of all tasks after start: complete" in capfd.readouterr().out
     for stage in ("01_new", "02_old"):
         assert_same_bits(killed / stage / "train" / "final", unbroken / stage / "train" / "final")
+    config = json.loads((killed / "02_old" / "train" / "final" / "train_config.json").read_text())
+    caches = config["craft"]["anchor_cache_dir"].split(",")
+    assert [Path(cache).parent.name for cache in caches] == ["00_start", "01_new"]
     for measure in ("success", "loss"):
         report = json.loads((killed / f"{measure}.json").read_text())
         assert report == json.loads((unbroken / f"{measure}.json").read_text())
