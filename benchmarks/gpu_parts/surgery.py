@@ -21,29 +21,23 @@ _LIMIT = 1e-6
 def run(small: bool) -> dict[str, Any]:
     """Time triple and merge on one flat shard, on units of neighbouring tensors, and on separate tensors."""
     rows = []
+    parameters, units = (20, 4) if small else (PARAMETERS, UNITS)
     for size in [1 << 18] if small else [50_000_000, 500_000_000]:
         task, retention = (torch.randn(size, device=default_device()) for _ in range(2))
         bandwidth = 2 * task.nbytes / seconds(task.clone, repeats=10)
-        for layout, cut in (("one", _whole), ("units", _units), ("separate", _separate)):
-            gradients = cut(task), cut(retention)
+        layouts = {"one": (1, 1), "units": (parameters, units), "separate": (parameters, parameters)}
+        for layout, (tensors, storages) in layouts.items():
+            gradients = [_cut(gradient, tensors, storages) for gradient in (task, retention)]
             rows.append({"elements": size, "layout": layout, **_measure(*gradients, bandwidth)})
             del gradients
     return {"rows": rows, "ok": all(row["error"] <= _LIMIT for row in rows)}
 
 
-def _whole(gradient: Tensor) -> list[Tensor]:
-    return [gradient]
-
-
-def _units(gradient: Tensor) -> list[Tensor]:
-    """Return as many tensors as pi0_fast has parameters; those of a unit follow each other in one storage."""
-    units = [part.clone() for part in gradient.split(-(-gradient.numel() // UNITS))]
-    per_unit = -(-PARAMETERS // UNITS)
-    return [tensor for unit in units for tensor in unit.split(-(-unit.numel() // per_unit))]
-
-
-def _separate(gradient: Tensor) -> list[Tensor]:
-    return [part.clone() for part in gradient.split(-(-gradient.numel() // PARAMETERS))]
+def _cut(gradient: Tensor, tensors: int, storages: int) -> list[Tensor]:
+    """Return a gradient as tensors, about as many as asked; those of a storage follow each other there."""
+    parts = [part.clone() for part in gradient.split(-(-gradient.numel() // storages))]
+    per_part = -(-tensors // storages)
+    return [tensor for part in parts for tensor in part.split(-(-part.numel() // per_part))]
 
 
 def _measure(g_t: list[Tensor], g_r: list[Tensor], bandwidth: float) -> dict[str, Any]:
