@@ -107,6 +107,7 @@ def test_bad_input_is_refused_before_the_build(refuses, teaching, tmp_path, flag
     assert message in refuses(tmp_path / "run", *teaching, *WORLD, flag)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_measure_the_success_of_one_process(engine, teaching, one_process, inputs, tmp_path):

@@ -147,6 +147,7 @@ def test_a_sharded_engine_runs_without_a_launcher(inputs, tmp_path, flags):
     assert_trained(tmp_path / "run" / "final", inputs.policy)
 
 
+@pytest.mark.sample(1)
 def test_the_launcher_reports_bad_input(engine, inputs, tmp_path):
     """A damaged shard, which rank 0 alone reads in full."""
     anchors = tmp_path / "anchors"

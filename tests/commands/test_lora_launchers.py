@@ -84,6 +84,7 @@ def test_both_files_are_the_same_preset():
     assert read_ds_config(ROOT / "ds_configs" / "zero3_lora.json")["bf16"] == {"enabled": True}
 
 
+@pytest.mark.sample(0)
 def test_the_script_passes_the_users_flags_on(inputs, tmp_path):
     """One rank, so that it runs anywhere; the user's flags come last and win."""
     output: Path = tmp_path / "run"

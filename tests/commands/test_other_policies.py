@@ -117,6 +117,7 @@ def test_two_ranks_have_the_losses_of_one_process(single, two_ranks, name, engin
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.sample(0)
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", OTHER_POLICIES)
 def test_three_ranks_with_unequal_batches_resume_one_process(single, three_ranks, name):

@@ -88,6 +88,7 @@ def test_torchrun_restarts_and_resumes(inputs, uninterrupted, tmp_path):
     assert untimed(run) == untimed(uninterrupted)
 
 
+@pytest.mark.sample(0)
 def test_deepspeed_stops_with_a_killed_rank_and_resumes(inputs, uninterrupted, tmp_path):
     run, killed = tmp_path / "run", tmp_path / "killed"
     zero3 = ["--ds_config", ROOT / "ds_configs" / "zero3.json", "--engine=zero"]

@@ -329,6 +329,7 @@ def slurm_script(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.sample(0)
 def test_slurm_script_of_the_documents(pair, start, inputs, slurm, slurm_script, tmp_path):
     """The script is signalled before its time limit, queued again, and ends at the second start."""
     run = tmp_path / "outputs" / "craft_train"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lab import Lab, Result
-from registry import EVERY, SINGLE, SPAWNS, WITH_ALL, Ranks, Spawn
+from registry import EVERY, SINGLE, SPAWNS, Ranks, Spawn, by_default
 from scenarios_lora import KINDS, adapters_of
 
 from craft_ds.testing.adapters import make_test_adapters
@@ -88,7 +88,10 @@ class Spawner:
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), spawn.family]
         command += [str(directory), str(self.lab.policy_dir), str(self.lab.scratch)]
         command += [
-            kind for kind in SPAWNS[spawn] if self.everything or Ranks(kind, spawn.world_size) not in WITH_ALL
+            f"{kind}/{name}"
+            for kind, scenarios in SPAWNS[spawn].items()
+            for name in scenarios
+            if self.everything or by_default(Ranks(kind, spawn.world_size), name)
         ]
         ends = run_ranks(command, spawn.world_size, timeout=TIMEOUT_S)
         output = "\n".join(f"--- rank {rank}: {end.status}\n{end.output}" for rank, end in enumerate(ends))

@@ -192,6 +192,27 @@ WITH_ALL = {
     Ranks("zero2_offload_torch", 3),
 }
 """Run with --all only: offload by torch's optimizer, and on three ranks."""
+_ON_TWO_RANKS = (
+    *(name for name in COMPLETE if name.startswith("surgery-") and name not in CORE),
+    *(name for name in COMPLETE_LORA if name not in LORA),
+    "trajectory-accumulate1-clipped",
+    "trajectory-accumulate2-unclipped",
+    "pi0-accumulate1",
+    "pi0-hidden",
+    "pi0-recompute",
+    "layers-bf16",
+    "penalty-l2",
+    "penalty-bf16",
+    "lora-bf16",
+    "saving",
+    "holes",
+)
+"""Variants of what three ranks run too: with --all on three ranks as well."""
+
+
+def by_default(ranks: Ranks, name: str) -> bool:
+    """Return True for a scenario that runs without --all."""
+    return ranks not in WITH_ALL and (ranks.world_size < 3 or name not in _ON_TWO_RANKS)
 
 
 def every(*scenarios: str):
@@ -201,7 +222,7 @@ def every(*scenarios: str):
             ranks,
             name,
             id=f"{ranks.kind}-on{ranks.world_size}-{name}",
-            marks=[pytest.mark.sample(0)] * (ranks in WITH_ALL),
+            marks=[pytest.mark.sample(0)] * (not by_default(ranks, name)),
         )
         for ranks, spawn in EVERY.items()
         for name in scenarios

@@ -1,7 +1,7 @@
 """One rank of a spawn: runs the scenarios in order and writes their results.
 
 Arguments: the family of engines, the directory of results, the policy directory, the scratch directory, and
-names of scenarios (none: all).
+scenarios as KIND/NAME (none: all).
 """
 
 import faulthandler
@@ -35,7 +35,7 @@ def main() -> None:
     for kind, scenarios in SPAWNS[Spawn(family, world_size)].items():
         lab = Lab(kind, rank, world_size, policy_dir, scratch)
         for name, scenario in scenarios.items():
-            if sys.argv[5:] and name not in sys.argv[5:] and kind not in sys.argv[5:]:
+            if sys.argv[5:] and f"{kind}/{name}" not in sys.argv[5:]:
                 continue
             began = time.perf_counter()
             try:
