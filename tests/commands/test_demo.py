@@ -103,6 +103,7 @@ def test_a_failed_command_stops_the_demo_with_a_line(capsys):
     assert "failed with status 3" in capsys.readouterr().err
 
 
+@pytest.mark.sample(0)
 @pytest.mark.distributed
 def test_a_small_demo_runs_in_an_empty_directory(tmp_path):
     flags = [

@@ -75,6 +75,7 @@ def test_torchrun_that_is_signalled_saves_on_all_ranks(inputs, tmp_path, number)
     assert "exitcode" not in output or "-9" not in output  # no rank was killed
 
 
+@pytest.mark.sample(0)
 def test_torchrun_restarts_and_resumes(inputs, uninterrupted, tmp_path):
     run, killed = tmp_path / "run", tmp_path / "killed"
     flags = [*inputs.flags(run), *inputs.craft_flags(), *FLAGS, "--steps=6"]

@@ -283,6 +283,7 @@ def collectives(lab: Lab) -> Output:
             advance_scheduler=lambda: None,
             record=lambda *_, **__: None,
             after_step=lambda **_: None,
+            stopped_early=False,
         )
         train(run)  # type: ignore[arg-type]
 
