@@ -14,6 +14,7 @@ import torch
 
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
 from craft_ds.testing.datasets import make_test_dataset
+from craft_ds.testing.permissions import is_not_permitted
 from craft_ds.testing.policies import make_test_policy_dir
 from craft_ds.worlds import gl_problem
 
@@ -304,7 +305,8 @@ def mounts() -> Iterator[Callable[..., None]]:
     def run(path: Path, *arguments: str) -> None:
         ended = subprocess.run(["mount", *arguments, path], capture_output=True, text=True, check=False)
         if ended.returncode:
-            pytest.skip(f"nothing can be mounted here, which takes root: {ended.stderr.strip()}")
+            assert is_not_permitted(ended.stderr), ended.stderr
+            pytest.skip(f"this machine does not permit mounts: {ended.stderr.strip()}")
         if "remount" not in arguments[1]:
             mounted.append(path)
 

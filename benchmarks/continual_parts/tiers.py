@@ -1,6 +1,6 @@
 """Sizes of the benchmark: worlds, orders of tasks, steps, seeds and budgets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from craft_ds.worlds.tasks import CW5, CW10, TASKS
 
@@ -29,82 +29,45 @@ class Tier:
 
     world: str
     orders: tuple[tuple[str, ...], ...]
-    keeps_old: bool
-    ships_start: bool
     steps: int
-    batch_size: int
-    learning_rate: float
-    demonstrations: int
-    drift: float
-    episodes: int
     budgets: tuple[int, ...]
     seeds: tuple[int, ...]
-    tuning_seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...] = (1,)
+    keeps_old: bool = False
+    ships_start: bool = False
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    demonstrations: int = 40
+    drift: float = 0.0
+    episodes: int = 20
     methods: tuple[str, ...] = ()
 
 
+_CW = Tier(
+    "cw10", (CW5, CW5[::-1]), steps=1500, budgets=(100,), seeds=(11, 12, 13), demonstrations=60, drift=1.5
+)
+_WITH_TEACHER = {"keeps_old": True, "ships_start": True}
 TIERS = {
     # Minutes on two cores: the mechanism, not a result.
     "smoke": Tier(
-        world="blocks",
-        orders=(TASKS["blocks"].new,),
-        keeps_old=True,
-        ships_start=True,
+        "blocks",
+        (TASKS["blocks"].new,),
         steps=150,
-        batch_size=16,
-        learning_rate=5e-4,
-        demonstrations=40,
-        drift=0.0,
-        episodes=20,
         budgets=(30,),
         seeds=(11,),
-        tuning_seeds=(1,),
         methods=("sequential", "replay_1", "kl_1"),
+        **_WITH_TEACHER,
     ),
     "metaworld": Tier(
-        world="metaworld",
-        orders=(TASKS["metaworld"].new,),
-        keeps_old=True,
-        ships_start=True,
+        "metaworld",
+        (TASKS["metaworld"].new,),
         steps=400,
-        batch_size=16,
-        learning_rate=5e-4,
-        demonstrations=40,
-        drift=0.0,
-        episodes=40,
         budgets=(10, 100),
         seeds=(11, 12, 13),
         tuning_seeds=(1, 2),
+        episodes=40,
+        **_WITH_TEACHER,
     ),
-    "cw5": Tier(
-        world="cw10",
-        orders=(CW5, CW5[::-1]),
-        keeps_old=False,
-        ships_start=False,
-        steps=1500,
-        batch_size=16,
-        learning_rate=5e-4,
-        demonstrations=60,
-        drift=1.5,
-        episodes=20,
-        budgets=(100,),
-        seeds=(11, 12, 13),
-        tuning_seeds=(1,),
-    ),
-    "cw10": Tier(
-        world="cw10",
-        orders=(CW10,),
-        keeps_old=False,
-        ships_start=False,
-        steps=1500,
-        batch_size=16,
-        learning_rate=5e-4,
-        demonstrations=60,
-        drift=1.5,
-        episodes=20,
-        budgets=(100,),
-        seeds=(11, 12),
-        tuning_seeds=(1,),
-        methods=("sequential", "replay_1", "guide", "kl_1"),
-    ),
+    "cw5": _CW,
+    "cw10": replace(_CW, orders=(CW10,), seeds=(11, 12), methods=("sequential", "replay_1", "guide", "kl_1")),
 }

@@ -36,7 +36,7 @@ def fwt(curves: Curves) -> float:
     end of the stage as the only checkpoint, it is the mean result right after learning, 1/K Σ_k R[k, k].
 
     Raises:
-        ValueError: There is no task, or a task without a checkpoint.
+        ValueError: `curves` is empty, or a task has no checkpoint.
     """
     return fmean(_means(curves))
 

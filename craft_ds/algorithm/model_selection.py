@@ -59,7 +59,7 @@ def best_record(records: Iterable[EvalRecord]) -> EvalRecord | None:
 
 
 def evaluations_since_best(records: Sequence[EvalRecord]) -> int:
-    """Return the number of evaluations since the lowest task loss; a non-finite loss is no improvement."""
+    """Return the number of evaluations since the lowest task loss; non-finite losses count as infinite."""
     losses = [record.task_loss if math.isfinite(record.task_loss) else math.inf for record in records]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 

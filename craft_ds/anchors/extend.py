@@ -42,8 +42,8 @@ def extend_anchor_cache(options: BuildOptions, old: str | Path) -> bool:
         True if anything was built, False if the directory was complete already.
 
     Raises:
-        UserError: As `build_anchor_cache`; or there is no cache in `old`, the new one would not fit it, or
-            the output directory holds something else.
+        UserError: As `build_anchor_cache`; or `old` is not an anchor cache, the new cache does not fit it, or
+            the output directory holds other files.
     """
     output = Path(options.output_dir)
     existing = open_caches([str(old)], verify=False)

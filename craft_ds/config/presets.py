@@ -88,7 +88,7 @@ def expand_preset(arguments: Sequence[str]) -> list[str]:
         arguments: In the form of `normalise_arguments`.
 
     Raises:
-        UserError: There is no such preset.
+        UserError: The preset is unknown.
     """
     given = dict(argument.partition("=")[::2] for argument in arguments)
     if FLAG not in given:
@@ -105,7 +105,7 @@ def expand_preset_in(content: Any) -> bool:
         content: The file's content, changed in place; its own values win.
 
     Raises:
-        UserError: There is no such preset.
+        UserError: The preset is unknown.
     """
     name = _named_in(content)
     if name is None:
@@ -126,7 +126,7 @@ def preset_line(arguments: Sequence[str]) -> str | None:
         arguments: In the form of `normalise_arguments`; the file of `--config_path` is read too.
 
     Raises:
-        UserError: There is no such preset.
+        UserError: The preset is unknown.
     """
     given = dict(argument.partition("=")[::2] for argument in arguments)
     own, name = set(given), given.get(FLAG)
@@ -147,7 +147,7 @@ def find_preset(name: Any) -> Preset:
     """Return a preset by its name.
 
     Raises:
-        UserError: There is no such preset.
+        UserError: The preset is unknown.
     """
     if name not in PRESETS:
         nearest = get_close_matches(str(name), PRESETS, n=1)

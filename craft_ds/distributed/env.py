@@ -2,9 +2,8 @@
 
 `torchrun`, `deepspeed`, `accelerate` and job scripts describe a rank by RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR and MASTER_PORT. `read_launch` alone decides what they mean; an empty variable is an unset one.
-Without RANK there is no launch: the process is one rank, and a launcher's other variables are ignored. torch,
-DeepSpeed, accelerate and LeRobot read the same variables themselves, so `settle_environment` removes what is
-ignored.
+Without RANK the process runs as one rank, and a launcher's other variables are ignored. torch, DeepSpeed,
+accelerate and LeRobot read the same variables themselves, so `settle_environment` removes what is ignored.
 
 Imports nothing heavy.
 """

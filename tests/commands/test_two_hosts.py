@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import losses, metrics
-from two_hosts import Host, two_hosts
+from two_hosts import Host, NotPermittedError, two_hosts
 
 from craft_ds.checkpoints import read_manifest
 
@@ -37,8 +37,8 @@ def hosts(tmp_path_factory) -> Iterator[tuple[Host, Host]]:
     try:
         created = two_hosts(directory)
         pair = created.__enter__()
-    except RuntimeError as problem:
-        pytest.skip(f"this machine does not permit namespaces: {problem}")
+    except NotPermittedError as problem:
+        pytest.skip(f"this machine does not permit two hosts: {problem}")
     yield pair
     created.__exit__(None, None, None)
 

@@ -11,10 +11,16 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import NamedTuple
 
+from craft_ds.testing.permissions import is_not_permitted
+
 _TOOLS = ("ip", "unshare", "nsenter")
 # Without root, the first host creates a user namespace in which this user may set up networks.
 _NEW_USER = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
 _SAME_USER = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+
+
+class NotPermittedError(RuntimeError):
+    """This machine does not permit what two hosts need, or lacks a tool."""
 
 
 class Host(NamedTuple):
@@ -46,7 +52,7 @@ class Host(NamedTuple):
             self.command(*command), capture_output=True, text=True, timeout=30, check=False
         )
         if ended.returncode:
-            raise RuntimeError(f"{self.name}: {' '.join(map(str, command))}: {ended.stderr.strip()}")
+            raise _error(f"{self.name}: {' '.join(map(str, command))}: {ended.stderr.strip()}")
         return ended.stdout
 
     def cut_off(self) -> None:
@@ -82,6 +88,10 @@ class Host(NamedTuple):
             time.sleep(0.05)
 
 
+def _error(message: str) -> RuntimeError:
+    return (NotPermittedError if is_not_permitted(message) else RuntimeError)(message)
+
+
 @contextmanager
 def two_hosts(directory: Path) -> Iterator[tuple[Host, Host]]:
     """Create the hosts `node-a` and `node-b`; at the end, everything that runs on them is killed.
@@ -90,11 +100,12 @@ def two_hosts(directory: Path) -> Iterator[tuple[Host, Host]]:
         directory: Receives their `/etc/hosts`.
 
     Raises:
-        RuntimeError: This machine does not permit it, or lacks a tool; the message says which.
+        NotPermittedError: This machine does not permit it, or lacks a tool; the message says which.
+        RuntimeError: Anything else failed.
     """
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
-        raise RuntimeError(f"not installed: {', '.join(missing)}")
+        raise NotPermittedError(f"not installed: {', '.join(missing)}")
     table = directory / "hosts"
     table.write_text("127.0.0.1 localhost\n10.77.0.1 node-a\n10.77.0.2 node-b\n")
     holders: list[subprocess.Popen] = []
@@ -112,7 +123,7 @@ def two_hosts(directory: Path) -> Iterator[tuple[Host, Host]]:
             assert holders[-1].stdout is not None
             assert holders[-1].stderr is not None
             if holders[-1].stdout.readline() != "up\n":
-                raise RuntimeError(f"no namespaces: {holders[-1].stderr.read().strip()}")
+                raise _error(f"no namespaces: {holders[-1].stderr.read().strip()}")
             hosts.append(Host(name, f"10.77.0.{number}", holders[-1].pid))
         one, other = hosts
         one.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", other.holder)

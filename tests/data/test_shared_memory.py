@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from craft_ds.cli import run_main
 from craft_ds.data.checked_samples import _raising, sample_loader
 from craft_ds.errors import UserError
+from craft_ds.testing.permissions import is_not_permitted
 
 
 class Large(Dataset):
@@ -31,11 +32,14 @@ def read_all() -> None:
 
 def in_shared_memory_of(size: str) -> subprocess.CompletedProcess:
     if shutil.which("unshare") is None:
-        pytest.skip("needs unshare")
+        pytest.skip("unshare is not installed")
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
-    probe = subprocess.run(["unshare", "--mount", "sh", "-c", mount], capture_output=True, check=False)
+    probe = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mount], capture_output=True, text=True, check=False
+    )
     if probe.returncode:
-        pytest.skip("needs the right to mount")
+        assert is_not_permitted(probe.stderr), probe.stderr
+        pytest.skip(f"this machine does not permit mounts: {probe.stderr.strip()}")
     return subprocess.run(
         ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$0" "$1"', sys.executable, str(Path(__file__))],
         capture_output=True,
