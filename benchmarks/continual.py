@@ -4,9 +4,9 @@
     python benchmarks/continual.py --tier cw5 --report      # print the tables of what has run
 
 Every cell (method, stored samples per task, order of tasks, seed) is a `craft-ds sequence`. Its result is a
-small JSON file in --results, with which it is not run again; --work keeps data, the start policy and
-unfinished runs. Tuning cells have seeds and scenes of their own: of the methods that differ in a setting
-only, the report shows the one that tuning chose.
+small JSON file in --results, with which it is not run again until its settings change; --work keeps data,
+the start policy and unfinished runs. Tuning cells have seeds and scenes of their own: of the methods that
+differ in a setting only, the report shows the one that tuning chose.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from continual_parts.cells import (
     cells,
     plan_of,
     recordings,
+    settings_of,
 )
 from continual_parts.methods import METHODS
 from continual_parts.report import report_lines
@@ -65,20 +66,21 @@ def main() -> None:
     args = parse_arguments()
     results = args.results / args.tier
     if args.report:
-        print("\n".join(report_lines(args.tier, read_results(results))))
+        places = Places.of(args.work, args.tier)
+        done = [cell for cell in cells(args.tier) if is_done(results, cell, places)]
+        print("\n".join(report_lines(args.tier, [read_result(results, cell) for cell in done])))
         return
     chosen = [
         cell
         for cell in cells(args.tier)
         if cell.purpose in args.purposes and (not args.methods or cell.method in args.methods)
     ]
-    missing = [cell for cell in chosen if not result_file(results, cell).exists()]
+    tier, places = TIERS[args.tier], Places.of(args.work, args.tier)
+    missing = [cell for cell in chosen if not is_done(results, cell, places)]
     print(f"{len(chosen) - len(missing)} of {len(chosen)} cells are done", flush=True)
     if args.list:
         print("\n".join(f"{'missing' if cell in missing else 'done':8s}{cell.name}" for cell in chosen))
         return
-    tier = TIERS[args.tier]
-    places = Places.of(args.work, tier)
     prepare(tier, places)
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
     failed = run_cells(missing, places, results, args.jobs, deadline)
@@ -143,7 +145,7 @@ def run_cells(
 
 def run_cell(cell: Cell, places: Places, results: Path) -> bool:
     """Run a cell or continue it, and keep its result; return False if it failed."""
-    directory = places.runs / cell.tier / cell.name
+    directory = places.runs / cell.name
     directory.mkdir(parents=True, exist_ok=True)
     plan, file = plan_of(cell, places, directory / "sequence"), directory / "plan.yaml"
     file.write_text(json.dumps(plan, indent=1), encoding="utf-8")  # JSON is YAML
@@ -158,9 +160,7 @@ def run_cell(cell: Cell, places: Places, results: Path) -> bool:
     loss = directory / "sequence" / "loss.json"
     result = {
         "cell": cell.__dict__,
-        "train": plan["train"],
-        "anchors": plan.get("anchors"),
-        "evaluation": plan["evaluation"],
+        "settings": settings_of(cell, plan),
         "success": {name: success[name] for name in ("tasks", "rows", "R", "metrics")},
         "loss": {n: json.loads(loss.read_text())[n] for n in ("tasks", "R", "metrics")}
         if loss.exists()
@@ -185,13 +185,23 @@ def last_lambda(sequence: Path) -> list[float]:
     return found
 
 
+def is_done(results: Path, cell: Cell, places: Places) -> bool:
+    """Return True if the cell has a result with the present settings."""
+    file = result_file(results, cell)
+    if not file.exists():
+        return False
+    settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    return bool(settings == json.loads(json.dumps(settings_of(cell, plan_of(cell, places, Path("out"))))))
+
+
 def result_file(results: Path, cell: Cell) -> Path:
     return results / f"{cell.name}.json"
 
 
-def read_results(results: Path) -> list[dict[str, Any]]:
-    """Return all results of a tier."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+def read_result(results: Path, cell: Cell) -> dict[str, Any]:
+    """Return the result of a cell that is done."""
+    found: dict[str, Any] = json.loads(result_file(results, cell).read_text(encoding="utf-8"))
+    return found
 
 
 if __name__ == "__main__":

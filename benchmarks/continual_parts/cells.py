@@ -1,5 +1,6 @@
 """Cells of the benchmark: one method on one order of tasks with one seed and budget, as a sequence to run."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,21 +61,27 @@ class Places:
     runs: Path
 
     @classmethod
-    def of(cls, work: Path, tier: Tier) -> "Places":
-        """Return the places of a tier within a directory."""
-        start = teacher_directory(tier.world) if tier.ships_start else work / f"{tier.world}_start"
-        names = (f"{tier.world}_data", f"{tier.world}_heldout")
-        return cls(work / names[0], work / names[1], start, work / f"{tier.world}_runs")
+    def of(cls, work: Path, name: str) -> "Places":
+        """Return the places of a tier within a directory; tiers of one world share its start policy."""
+        world = TIERS[name].world
+        start = teacher_directory(world) if TIERS[name].ships_start else work / f"{world}_start"
+        return cls(work / f"{name}_data", work / f"{name}_heldout", start, work / f"{name}_runs")
 
 
 def cells(name: str, purposes: tuple[str, ...] = ("tuning", "report")) -> list[Cell]:
-    """Return the cells of a tier, in the order in which they run."""
+    """Return the cells of a tier, in the order in which they run.
+
+    Only methods of which tuning chooses a setting have tuning cells.
+    """
     tier = TIERS[name]
+    compared = tier.methods or tuple(METHODS)
+    families = Counter(METHODS[method].family for method in compared)
+    tuned = [method for method in compared if METHODS[method].family and families[METHODS[method].family] > 1]
     found = []
     for purpose in purposes:
         for seed in tier.tuning_seeds if purpose == "tuning" else tier.seeds:
             for order in range(len(tier.orders) if purpose == "report" else 1):
-                for method in tier.methods or METHODS:
+                for method in tuned if purpose == "tuning" else compared:
                     if method == "joint" and order:
                         continue
                     budgets = tier.budgets if METHODS[method].stores else (0,)
@@ -116,6 +123,8 @@ def plan_of(cell: Cell, places: Places, output: Path) -> dict[str, Any]:
             "seed": SCENES[cell.purpose] + cell.seed,
         },
     }
+    if method.train["craft.preset"] == "l2" and not tier.keeps_old:
+        plan["stages"][0]["train"] = {"craft.preset": "sequential"}  # nothing is to be kept yet
     if cell.budget:
         # A cache has the samples of one task, and that of the start policy of all of its tasks.
         samples = cell.budget * (len(start["tasks"]) if tier.keeps_old else 1)
@@ -125,6 +134,21 @@ def plan_of(cell: Cell, places: Places, output: Path) -> dict[str, Any]:
         if method.replays:
             plan["train"]["craft.anchor_batch_size"] = tier.batch_size
     return plan
+
+
+def settings_of(cell: Cell, plan: dict[str, Any]) -> dict[str, Any]:
+    """Return all that a result depends on besides the code: flags, tasks, data and start policy."""
+    tier = TIERS[cell.tier]
+    return {
+        "stages": [{"tasks": stage["tasks"], "train": stage.get("train", {})} for stage in plan["stages"]],
+        "keeps": plan["start"].get("tasks", []),
+        "train": plan["train"],
+        "anchors": plan.get("anchors"),
+        "evaluation": plan["evaluation"],
+        "demonstrations": tier.demonstrations,
+        "drift": tier.drift,
+        "start": f"{'shipped' if tier.ships_start else 'pretrained'} policy of {tier.world}",
+    }
 
 
 def recordings(tier: Tier) -> list[str]:

@@ -4,7 +4,7 @@ All take the same number of optimizer steps with the same batches, see the same 
 backward pass on the task and one on anchors in every step, but for those that are named otherwise.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Flags = dict[str, Any]
@@ -86,6 +86,6 @@ METHODS = {
         ("teacher_kl",),
     ),
     # A fifth of the backward passes on anchors.
-    "kl_every_5": _kl(1.0, retention_freq=5, retention_scale="freq"),
+    "kl_every_5": replace(_kl(1.0, retention_freq=5, retention_scale="freq"), family=""),
 }
 """The methods by name. `joint` is one stage that learns all tasks at once: the upper bound."""

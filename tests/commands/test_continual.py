@@ -4,17 +4,21 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import draccus
 import pytest
 
 from craft_ds.commands.sequence_plan import SequencePlan
+from craft_ds.config.parser import parse_arguments
+from craft_ds.worlds import teacher_directory
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from continual_parts.cells import SCENES, Places, cells, plan_of  # noqa: E402
+import continual  # noqa: E402
+from continual_parts.cells import SCENES, Places, cells, plan_of, settings_of  # noqa: E402
 from continual_parts.methods import METHODS  # noqa: E402
 from continual_parts.report import chosen_settings, mean_interval, report_lines  # noqa: E402
 from continual_parts.tiers import TIERS  # noqa: E402
@@ -25,7 +29,7 @@ def test_every_cell_is_a_valid_sequence_of_its_own(tier, tmp_path):
     found = cells(tier)
     assert len({cell.name for cell in found}) == len(found)
     for cell in found:
-        plan = plan_of(cell, Places.of(tmp_path, TIERS[tier]), tmp_path / "sequence")
+        plan = plan_of(cell, Places.of(tmp_path, tier), tmp_path / "sequence")
         draccus.decode(SequencePlan, plan).validate()
 
 
@@ -42,7 +46,7 @@ def test_tuning_and_report_share_neither_seeds_nor_scenes():
 def test_methods_that_store_have_the_same_number_of_samples_and_steps(tmp_path):
     tier = TIERS["cw5"]
     plans = {
-        cell.method: plan_of(cell, Places.of(tmp_path, tier), tmp_path)
+        cell.method: plan_of(cell, Places.of(tmp_path, "cw5"), tmp_path)
         for cell in cells("cw5", ("report",))
         if (cell.order, cell.seed) == (0, tier.seeds[0])
     }
@@ -54,9 +58,39 @@ def test_methods_that_store_have_the_same_number_of_samples_and_steps(tmp_path):
             assert plan["anchors"]["num_samples"] == tier.budgets[0]
 
 
-def result(method, *, purpose="report", seed=11, budget=100, last=(0.5, 0.5), nbt=0.2):
+@pytest.mark.parametrize("name", METHODS)
+def test_the_flags_of_a_method_are_accepted(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["craft-ds"])
+    method = METHODS[name]
+    cache = ["--craft.anchor_cache_dir=cache"] * method.stores
+    flags = [f"--{flag}={json.dumps(value).strip(chr(34))}" for flag, value in method.train.items()]
+    teacher = [f"--policy.path={teacher_directory('blocks')}", "--dataset.repo_id=a/b"]
+    config = parse_arguments([*teacher, *cache, *flags])
+    config.craft.validate()
+    config.penalty.validate(config.craft)
+    assert config.craft.enabled == (method.stores and method.replays)
+    assert (config.craft.retention_loss == "teacher_kl") == ("teacher_kl" in method.targets)
+
+
+def test_tiers_of_one_world_have_data_of_their_own_and_one_start_policy(tmp_path):
+    five, ten = Places.of(tmp_path, "cw5"), Places.of(tmp_path, "cw10")
+    assert (five.data != ten.data, five.heldout != ten.heldout) == (True, True)
+    assert five.start == ten.start
+
+
+def test_a_result_of_other_settings_counts_as_missing(tmp_path, monkeypatch):
+    [cell, *_] = cells("smoke")
+    places = Places.of(tmp_path, "smoke")
+    settings = settings_of(cell, plan_of(cell, places, tmp_path))
+    (tmp_path / f"{cell.name}.json").write_text(json.dumps({"settings": settings}))
+    assert continual.is_done(tmp_path, cell, places)
+    monkeypatch.setitem(TIERS, "smoke", replace(TIERS["smoke"], demonstrations=41))
+    assert not continual.is_done(tmp_path, cell, places)
+
+
+def result(method, *, purpose="report", seed=11, order=0, budget=100, last=(0.5, 0.5), nbt=0.2):
     metrics = {"SR": sum(last) / len(last), "NBT": nbt, "FWT": 0.8}
-    cell = {"method": method, "purpose": purpose, "seed": seed, "budget": budget, "order": 0}
+    cell = {"method": method, "purpose": purpose, "seed": seed, "budget": budget, "order": order}
     return {"cell": cell, "success": {"R": [[0.0, 0.0], list(last)], "metrics": metrics}}
 
 
@@ -66,22 +100,40 @@ def test_intervals_are_students():
     assert math.isnan(mean_interval([0.5])[1])
 
 
-def test_the_report_shows_the_setting_that_tuning_chose_and_pairs_it_with_replay():
-    results = [
-        result("replay_0.1", purpose="tuning", seed=1, last=(0.9, 0.1)),
-        result("replay_1", purpose="tuning", seed=1, last=(0.8, 0.6)),
-        *(result("replay_0.1", seed=seed, last=(1.0, 1.0)) for seed in (11, 12)),
-        result("replay_1", seed=11, last=(0.4, 0.6)),
-        result("replay_1", seed=12, last=(0.6, 0.8)),
-        result("kl_tasks", seed=11, last=(0.6, 0.8)),
-        result("kl_tasks", seed=12, last=(0.8, 1.0)),
-    ]
-    assert chosen_settings(results) == {("replay", 100): "replay_1"}
+REPLAY_TUNING = [
+    result("replay_0.1", purpose="tuning", seed=1, last=(0.9, 0.1)),
+    result("replay_0.3", purpose="tuning", seed=1, last=(0.2, 0.1)),
+    result("replay_1", purpose="tuning", seed=1, last=(0.8, 0.6)),
+]
+REPORTED = [
+    *(result("replay_0.1", seed=seed, last=(1.0, 1.0)) for seed in (11, 12)),
+    # Two orders of one seed are one value, 0.5.
+    result("replay_1", seed=11, last=(0.3, 0.5)),
+    result("replay_1", seed=11, order=1, last=(0.5, 0.7)),
+    result("replay_1", seed=12, last=(0.6, 0.8)),
+    result("kl_tasks", seed=11, last=(0.6, 0.8)),
+    result("kl_tasks", seed=12, last=(0.8, 1.0)),
+]
+
+
+def rows(results):
     lines = report_lines("cw5", results)
-    rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
-    assert "replay_0.1" not in rows
-    assert "0.60 ± 1.27" in rows["replay_1"]
-    assert rows["kl_tasks"].rstrip(" |").endswith("+0.20 ± 0.00")
+    return lines, {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+
+
+def test_the_report_shows_the_setting_that_tuning_chose_and_pairs_it_with_replay():
+    assert chosen_settings("cw5", [*REPLAY_TUNING, *REPORTED]) == {("replay", 100): "replay_1"}
+    _, shown = rows([*REPLAY_TUNING, *REPORTED])
+    assert "replay_0.1" not in shown
+    assert "| 3 | 0.60 ± 1.27 |" in shown["replay_1"]
+    assert shown["kl_tasks"].rstrip(" |").endswith("+0.20 ± 0.00")
+
+
+def test_without_complete_tuning_all_settings_are_shown_and_none_is_the_reference():
+    lines, shown = rows([*REPLAY_TUNING[1:], *REPORTED])
+    assert {"replay_0.1", "replay_1"} <= shown.keys()
+    assert "+0.20" not in shown["kl_tasks"]
+    assert any("Tuning of replay with 100 stored samples per task is incomplete" in line for line in lines)
 
 
 @pytest.mark.slow
