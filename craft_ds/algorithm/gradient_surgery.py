@@ -62,7 +62,7 @@ def merge(
         triple: Gram triple of the two gradients.
         multiplier: The Lagrange multiplier λ ≥ 0.
         config: `merging` is read, with `conflict_threshold` and what the rule needs.
-        retention_scale: Steps for which this one stands (`--craft.retention_scale=freq`).
+        retention_scale: Steps since the last retention step (`--craft.retention_scale=freq`); else 1.
 
     Warning:
         The weights of a non-finite triple are meaningless: check `triple.is_finite` and skip the step.

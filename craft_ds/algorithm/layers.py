@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-# Names below an adapted or fully trained module in PEFT's layout: its adapters are of the module's layer.
+# Name parts that PEFT adds below a module: what follows belongs to the module's layer.
 _OF_ADAPTERS = ("lora_", "base_layer", "modules_to_save")
 
 

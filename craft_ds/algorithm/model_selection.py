@@ -44,7 +44,11 @@ class EvalRecord:
             return shown
         sign = ">" if self.violation else "≤"
         shown += f", L_ret {self.retention_loss:.4g} {sign} ε {self.epsilon:.4g}"
-        return f"{shown}: none satisfies the constraint, this is the nearest" if self.violation else shown
+        return (
+            f"{shown}: no checkpoint satisfies the constraint, this one is nearest to it"
+            if self.violation
+            else shown
+        )
 
 
 def best_record(records: Iterable[EvalRecord]) -> EvalRecord | None:
@@ -52,7 +56,7 @@ def best_record(records: Iterable[EvalRecord]) -> EvalRecord | None:
 
     The best has the lowest task loss among those with L_ret ≤ ε at their step. If there is none, it is the
     one with the smallest L_ret − ε. Ties go to the lower task loss, then to the earlier step. The order is
-    total: the best of a run is the best of its best so far and the newest, so that others may be deleted.
+    total, so that only the best so far must be kept to compare with a new one.
     """
     finite = (record for record in records if record.is_finite)
     return min(finite, key=lambda record: (record.violation, record.task_loss, record.step), default=None)

@@ -23,7 +23,7 @@ def next_interval(interval: int, slack: bool, config: CraftConfig) -> int:
 
 
 class RetentionSchedule:
-    """Retention steps of a run: the first step, then after an interval that each retention step decides.
+    """Retention steps of a run: the first step, and each sets the interval to the next.
 
     What it depends on is the same on all ranks, so that all ranks take the same steps.
 
@@ -45,7 +45,7 @@ class RetentionSchedule:
         """Return the factor of the retention part in a retention step (`--craft.retention_scale`).
 
         With `freq`, the number of steps since the last retention step, this one included: the factors of a
-        run add up to its steps. The first step stands for itself alone.
+        run add up to its steps. The first step has factor 1.
         """
         if self.config.retention_scale == "none":
             return 1.0

@@ -46,7 +46,13 @@ class TaskDualState(DualState):
                     task.retention_loss - task.epsilon,
                     self.config,
                 )
-        self.multiplier = sum(self.multipliers) / len(self.multipliers)
+        self._average()
+
+    def _average(self) -> None:
+        """Set what a state with a single λ has to the means over tasks."""
+        # A mean is rounded: it may exceed the largest by one unit in the last place.
+        self.multiplier = min(sum(self.multipliers) / len(self.multipliers), max(self.multipliers))
+        self.smoothed_violation = sum(self.smoothed_violations) / len(self.smoothed_violations)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain Python values, readable by `torch.load(weights_only=True)`."""
@@ -64,6 +70,7 @@ class TaskDualState(DualState):
         super().load_state_dict(state, lambda_max)
         if "tasks" not in state:
             self.multipliers = [self.multiplier] * len(self.tasks)
+            self.smoothed_violations = [self.smoothed_violation] * len(self.tasks)
             return
         tasks = state["tasks"]
         if not isinstance(tasks, dict) or not tasks or not all(isinstance(task, str) for task in tasks):
@@ -83,6 +90,7 @@ class TaskDualState(DualState):
             min(value, self.config.lambda_max) if fixed is None else fixed for value, _ in tasks.values()
         ]
         self.smoothed_violations = [smoothed for _, smoothed in tasks.values()]
+        self._average()
 
     def _task_columns(self) -> list[str]:
         return [f"{name}/{task}" for task in self.tasks for name in _COLUMNS]

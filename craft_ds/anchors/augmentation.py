@@ -21,7 +21,7 @@ class AnchorAugmentation:
         seed: Seed of the draws.
 
     Raises:
-        UserError: The transforms cannot be built, or there is none.
+        UserError: The transforms cannot be built, or their list is empty.
     """
 
     def __init__(self, config: ImageTransformsConfig, seed: int) -> None:

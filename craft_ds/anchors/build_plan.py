@@ -25,7 +25,7 @@ from craft_ds.anchors.preprocessing import (
 )
 from craft_ds.anchors.schema import DTYPES, TARGETS
 from craft_ds.anchors.selection import AnchorSelection
-from craft_ds.errors import UserError
+from craft_ds.errors import UserError, one_line
 from craft_ds.lora.adapters import ADAPTER_WEIGHTS, weights_directory
 from craft_ds.policies.directory import CONFIG
 from craft_ds.policies.loading import policy_cameras, tokenizer_fingerprint
@@ -241,9 +241,22 @@ def check_plan_matches(plan: dict[str, Any], existing: dict[str, Any], complaint
 
 
 def _rollouts(root: Path) -> dict[str, Any]:
-    """Return which policy made a data set, if `craft-ds worlds record` wrote one of rollouts."""
+    """Return which policy made a data set, if `craft-ds worlds record` wrote one of rollouts.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     file = root / ROLLOUTS_FILE
-    return {"rollouts": read_object(file)} if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        record = read_object(file)
+        known = {name: record[name] for name in ("policy", "world", "seed", "scenes", "failures")}
+        if not all(isinstance(value, str | int) and len(str(value)) < 1000 for value in known.values()):
+            raise ValueError("an entry is neither a short text nor a number")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error)}): restore it, or remove it") from error
+    return {"rollouts": known}
 
 
 def _weights_sha256(teacher: Path) -> str:

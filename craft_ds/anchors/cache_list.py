@@ -135,7 +135,7 @@ def part_name(number: int) -> str:
 
 
 def cache_directories(path: Path) -> list[Path]:
-    """Return the caches of an extended cache (`craft_ds.anchors.extend`); another directory is one by itself.
+    """Return the caches of an extended cache (`craft_ds.anchors.extend`); any other directory is one cache.
 
     Raises:
         UserError: The list of an extended cache is damaged, or a cache is not the listed one.

@@ -46,6 +46,13 @@ def choose_frames(
     if options.selection == "phases":
         key = _data_key(preprocessor, dataset, OBS_STATE)
         tabular = read_tabular(dataset, [key, ACTION])
+        for name in (key, ACTION):
+            if tabular.non_finite(name)[0]:
+                raise UserError(
+                    f"--selection=phases: {name} of data set {options.dataset_repo_id} has NaN or Inf: "
+                    "remove their episodes (`craft-ds data-report` names them), or use "
+                    "--selection=uniform"
+                )
         names = _action_names(dataset)
         gripper = find_grippers(options.gripper, names)
         phase = motion_phases(tabular.fields[key], tabular.fields[ACTION], episode, task, gripper)

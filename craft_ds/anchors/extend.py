@@ -32,7 +32,7 @@ from craft_ds.tensor_io.output_lock import locked_output
 
 
 def extend_anchor_cache(options: BuildOptions, old: str | Path) -> bool:
-    """Build a cache and put it into one directory with the caches of another one, which stays as it is.
+    """Build a cache and put it into one directory with the caches of another one, which is not changed.
 
     Args:
         options: Options of the new cache; `output_dir` is the directory of all.
@@ -48,6 +48,7 @@ def extend_anchor_cache(options: BuildOptions, old: str | Path) -> bool:
     output = Path(options.output_dir)
     existing = open_caches([str(old)], verify=False)
     sources = [part.path for part in existing.parts]
+    added = output.with_name(f".{output.name}.new")
     with locked_output(output):
         if output.exists():
             *copies, newest = cache_directories(output)
@@ -55,9 +56,9 @@ def extend_anchor_cache(options: BuildOptions, old: str | Path) -> bool:
                 raise UserError(
                     f"--output_dir={output} exists and does not extend {old}: choose another directory"
                 )
+            shutil.rmtree(added, ignore_errors=True)  # of a run that was killed at its end
             return build_anchor_cache(replace(options, output_dir=str(newest)))
         _check_teacher(options, existing)
-        added = output.with_name(f".{output.name}.new")
         build_anchor_cache(replace(options, output_dir=str(added)))
         AnchorCaches([*existing.parts, AnchorCache.open(added, verify=False)])  # checks that they fit
         with atomic_directory(output) as temporary:
@@ -84,6 +85,6 @@ def _fingerprints(directories: list[Path]) -> list[str]:
 def _link(source: str, target: str) -> None:
     """Link a file, or copy it where the file system cannot."""
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # not a link to a link, as in a hub's snapshot
     except OSError:
         shutil.copyfile(source, target)

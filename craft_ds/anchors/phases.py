@@ -23,8 +23,8 @@ def motion_phases(
 ) -> np.ndarray:
     """Number the motion phases of each episode, from 0.
 
-    The n-th phases of all episodes of a task count as one phase of the task. Episodes with more phases than
-    the task's median episode give the further ones the number of its last: few episodes would fill them.
+    The n-th phases of all episodes of a task count as one phase of the task. Further phases
+    than the task's median episode has get the number of its last, since few episodes have them.
 
     Args:
         state: States (F, S), episode after episode, in any units.
@@ -63,7 +63,7 @@ def episode_phases(speed: np.ndarray, gripper: np.ndarray) -> np.ndarray:
         gripper: Position of each gripper as a share of its range (T, G).
 
     Returns:
-        int64 (T,), which never falls.
+        int64 (T,), non-decreasing.
     """
     changes = np.flatnonzero(np.diff(_closed(gripper), axis=0).any(axis=1)) + 1
     bounds = [0, *changes.tolist(), len(speed)]

@@ -75,6 +75,7 @@ def check_metadata(metadata: dict[str, Any]) -> None:
             _check(overall is None or _is_loss(overall), f"{name}.{split}")
             _check(is_count(losses[split]["tokens"], overall is not None), f"{name}.{split}")
             _check(all(map(_is_loss, losses[split]["by_task"].values())), f"{name}.{split}")
+            _check({*losses[split]["by_task"]} <= {*tasks}, f"{name}.{split}")
 
 
 def target_fields(target: str, action_length: int, width: int) -> dict[str, tuple[str, list[int]]]:

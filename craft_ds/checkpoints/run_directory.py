@@ -122,7 +122,7 @@ def replace_last_copy(output_dir: Path, verified: Path) -> tuple[Path, str | Non
 def replace_best_copy(output_dir: Path) -> str | None:
     """Make `best` a link again if it is a directory.
 
-    The only copy of its step gets its step's name.
+    If no other checkpoint has its step, it is renamed to `step_<step>`.
 
     Returns:
         A message about what was done, if anything.
@@ -170,7 +170,7 @@ def prune(output_dir: Path, save_total_limit: int, keep_period: int, keep: Path 
         output_dir: The run's directory.
         save_total_limit: Number of newest periodic checkpoints to keep; 0: all.
         keep_period: Also keep checkpoints whose step is a multiple of it; 0: none.
-        keep: Also keep this one. So is the one that the link `best` names.
+        keep: Also keep this checkpoint. The target of the link `best` is always kept.
 
     Returns:
         The deleted directories.

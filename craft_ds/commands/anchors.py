@@ -127,7 +127,7 @@ def main(arguments: Sequence[str]) -> None:
     flags = vars(args) | texts | {"rename_map": rename_map}
     old = flags.pop("extend", None)
     options = BuildOptions(**flags)
-    built = extend_anchor_cache(options, old) if old else build_anchor_cache(options)
+    built = extend_anchor_cache(options, old) if old is not None else build_anchor_cache(options)
     cache = open_caches([args.output_dir], verify=not built)
     counts = " and ".join(f"{len(cache.splits[split])} {split}" for split in cache.splits)
     loss = cache.teacher_loss["all"]["overall"]

@@ -18,6 +18,8 @@ from craft_ds.tensor_io.filesystem import atomic_file
 from craft_ds.worlds.tasks import WORLDS, tasks_of
 
 if TYPE_CHECKING:
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from lerobot.policies.pretrained import PreTrainedPolicy
     from lerobot.processor import PolicyProcessorPipeline
 
@@ -82,11 +84,12 @@ def main(arguments: Sequence[str]) -> None:
     config = load_policy_config(args.policy_path)
     processors = load_processors(config, args.policy_path, args.device)
     policy = load_trained_policy(config, args.policy_path, device=args.device)
+    data_sets = open_data_sets(args, config, processors[0])
     result: dict[str, Any] = {"policy": str(args.policy_path)}
     if args.world:
         result |= measure_in_world(args, demonstrations, policy, *processors)
     if args.repo_ids:
-        result["datasets"] = measure_losses(args, policy, processors[0])
+        result["datasets"] = measure_losses(args, data_sets, policy, processors[0])
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(args.output) as temporary:
@@ -146,19 +149,33 @@ def measure_in_world(
     }
 
 
-def measure_losses(
-    args: argparse.Namespace, policy: "PreTrainedPolicy", preprocessor: "PolicyProcessorPipeline"
-) -> list[dict[str, Any]]:
-    """Return the mean loss per token on each data set, overall and by task; print it."""
+def open_data_sets(
+    args: argparse.Namespace, config: "PreTrainedConfig", preprocessor: "PolicyProcessorPipeline"
+) -> list["LeRobotDataset"]:
+    """Open the data sets of `--dataset.repo_id`, all of them before anything is measured.
+
+    Raises:
+        UserError: One cannot be opened or does not fit the policy.
+    """
     from craft_ds.data.lerobot_dataset import open_dataset
-    from craft_ds.worlds.evaluation import dataset_loss
 
     roots = args.roots or [None] * len(args.repo_ids)
-    data_sets = [
-        open_dataset(repo_id, root, policy.config, preprocessor)
+    return [
+        open_dataset(repo_id, root, config, preprocessor)
         for repo_id, root in zip(args.repo_ids, roots, strict=True)
-    ]  # all of them before the first is measured
-    measured = []
+    ]
+
+
+def measure_losses(
+    args: argparse.Namespace,
+    data_sets: Sequence["LeRobotDataset"],
+    policy: "PreTrainedPolicy",
+    preprocessor: "PolicyProcessorPipeline",
+) -> list[dict[str, Any]]:
+    """Return the mean loss per token on each data set, overall and by task; print it."""
+    from craft_ds.worlds.evaluation import dataset_loss
+
+    roots, measured = args.roots or [None] * len(args.repo_ids), []
     for repo_id, root, data_set in zip(args.repo_ids, roots, data_sets, strict=True):
         losses = dataset_loss(policy, preprocessor, data_set)
         totals, counts = zip(*losses.values(), strict=True)

@@ -101,7 +101,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _share_or_auto(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number, or auto") from None
 
 
 def _check_search(alpha: float | str | None, search: dict[str, Any]) -> None:

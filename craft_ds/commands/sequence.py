@@ -24,7 +24,7 @@ from craft_ds.commands.sequence_steps import (
     training_flags,
 )
 from craft_ds.commands.subcommands import call, fail
-from craft_ds.errors import UserError
+from craft_ds.errors import Preempted, UserError
 from craft_ds.tensor_io.filesystem import atomic_file
 from craft_ds.tensor_io.output_lock import locked_output
 
@@ -46,7 +46,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     with locked_output(Path(plan.output_dir), flag="output_dir"):
         keep_plan(plan)
-        run_sequence(plan)
+        try:
+            run_sequence(plan)
+        except Preempted as notice:
+            raise Preempted(f"{notice}: start the same command again to continue") from None
 
 
 def run_sequence(plan: SequencePlan) -> None:

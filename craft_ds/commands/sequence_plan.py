@@ -1,6 +1,7 @@
 """The plan of a sequence of tasks: a YAML file, read into dataclasses."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import yaml
 
 from craft_ds.config.checks import require
 from craft_ds.config.datasets import DatasetSource, check_datasets
+from craft_ds.config.presets import find_preset
 from craft_ds.config.secret_scan import redact, refuse_secrets
 from craft_ds.config.shipped_files import resolve_shipped
 from craft_ds.errors import UserError, one_line
@@ -36,6 +38,7 @@ _OWN_TRAIN_FLAGS = {
     "engine.ds_config": "launcher.engine",
     "ds_config": "launcher.engine",
     "resume": "",
+    "save_checkpoint": "",
     "config_path": "",
 }
 _OWN_ANCHOR_FLAGS = ("dataset_repo_id", "dataset_root", "policy_repo_id", "policy_path", "output_dir")
@@ -131,7 +134,10 @@ class SequencePlan:
 
     def flags_of(self, stage: Stage) -> Flags:
         """Return the flags of a stage's training run, without those that the sequence sets."""
-        return flat_flags(self.train) | flat_flags(stage.train)
+        flags = flat_flags(self.train) | flat_flags(stage.train)
+        if "craft.preset" in flags:
+            return dict(find_preset(str(flags.pop("craft.preset"))).flags) | flags
+        return flags
 
     def directory(self, number: int) -> Path:
         """Return the output directory of a stage, counted from 1; 0 is the start policy's."""
@@ -180,18 +186,17 @@ class SequencePlan:
         if self.anchors is None:
             require(
                 self.start.repo_id is None,
-                "start.repo_id has no effect without anchors: add anchors, or leave it out",
+                "start.repo_id has no effect without anchors: add anchors, or omit it",
             )
 
     def _check_flags(self) -> None:
         places = {"train": self.train} | {
             f"stages.{number}.train": stage.train for number, stage in enumerate(self.stages)
         }
-        used = []
         for place, nested in places.items():
             flags = flat_flags(nested, place)
             for name, key in _OWN_TRAIN_FLAGS.items():
-                advice = f"set {key} instead" if key else "leave it out"
+                advice = f"set {key} instead" if key else "omit it"
                 require(name not in flags, f"{place}.{name}: the sequence sets this flag: {advice}")
             for name in flags:
                 require(
@@ -202,7 +207,6 @@ class SequencePlan:
                 not self.evaluation.every or {"eval_freq", "eval_steps"}.isdisjoint(flags),
                 f"{place}.eval_freq: evaluation.every sets this flag: leave one of them out",
             )
-            used += [name for name in flags if name.startswith("craft.")]
             if self.anchors is None:
                 require(
                     flags.get("craft.enabled") is not True,
@@ -211,11 +215,19 @@ class SequencePlan:
                 )
         if self.anchors is not None:
             for name in _OWN_ANCHOR_FLAGS:
-                require(name not in flat_flags(self.anchors, "anchors"), f"anchors.{name}: leave it out")
+                require(name not in flat_flags(self.anchors, "anchors"), f"anchors.{name}: omit it")
             require(
-                bool(used),
-                "anchors: have no effect without craft.*: add train.craft.enabled: true, or leave them out",
+                any(uses_anchors(self.flags_of(stage)) for stage in self.stages),
+                "anchors: have no effect without CRaFT or EWC: add train.craft.enabled: true, or omit them",
             )
+            for number, stage in enumerate(self.stages):
+                place = f"stages.{number}.datasets" if stage.datasets else f"stages.{number}.train"
+                chosen = "dataset.episodes" in self.flags_of(stage) or any(s.episodes for s in stage.datasets)
+                require(
+                    not chosen,
+                    f"{place}: episodes cannot be chosen with anchors, which are drawn from all of them: "
+                    "give data sets of these episodes alone, or omit anchors",
+                )
             require(
                 len(self.stages) > 1 or self.start.repo_id is not None,
                 "anchors: have no effect in a sequence of one stage from a policy without data: add "
@@ -281,7 +293,7 @@ def read_plan(path: Path) -> SequencePlan:
         content = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
         require(isinstance(content, dict), "must hold a mapping of keys to values")
         refuse_secrets(content)
-        plan = draccus.decode(SequencePlan, _without_nulls(content))
+        plan = _with_home(draccus.decode(SequencePlan, _without_nulls(content)))
         plan.validate()
     except yaml.YAMLError as error:  # its text quotes the file, which may hold a secret
         mark = getattr(error, "problem_mark", None)
@@ -299,6 +311,23 @@ def read_plan(path: Path) -> SequencePlan:
     return plan
 
 
+def _with_home(plan: SequencePlan) -> SequencePlan:
+    """Expand a leading `~` in the plan's paths, as the commands do in their arguments."""
+    home = os.path.expanduser
+    plan.output_dir, plan.start.policy = home(plan.output_dir), home(plan.start.policy)
+    plan.evaluation.references = [home(path) for path in plan.evaluation.references]
+    for part in plan.parts().values():
+        for place in (part, part.heldout, *getattr(part, "datasets", ())):
+            if place is not None and place.root is not None:
+                place.root = home(place.root)
+    return plan
+
+
+def uses_anchors(flags: Flags) -> bool:
+    """Return True if a training run with these flags reads anchors."""
+    return flags.get("craft.enabled") is True or flags.get("penalty.name") == "ewc"
+
+
 def flat_flags(flags: Mapping[str, Any], place: str = "train", prefix: str = "") -> Flags:
     """Return flags without nesting: names joined by dots.
 
@@ -310,7 +339,7 @@ def flat_flags(flags: Mapping[str, Any], place: str = "train", prefix: str = "")
         nested = isinstance(value, dict) and name != "rename_map"
         below = flat_flags(value, place, f"{prefix}{name}.") if nested else {}
         for key, leaf in (below or {f"{prefix}{name}": value}).items():
-            require(leaf is not None, f"{place}.{key}: has no value: give it one, or leave it out")
+            require(leaf is not None, f"{place}.{key}: has no value: give it one, or omit it")
             require(key not in found, f"{place}.{key}: is given twice: remove one")
             found[key] = leaf
     return found

@@ -5,7 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from craft_ds.commands.sequence_plan import START, SequencePlan, Stage, Start, flag_text, flat_flags
+from craft_ds.commands.sequence_plan import (
+    START,
+    SequencePlan,
+    Stage,
+    Start,
+    flag_text,
+    flat_flags,
+    uses_anchors,
+)
 from craft_ds.commands.subcommands import subcommand, training_command
 from craft_ds.config.datasets import DatasetSource
 
@@ -77,7 +85,8 @@ def training_flags(plan: SequencePlan, number: int, caches: Sequence[Path]) -> l
     stage, evaluation = plan.stages[number - 1], plan.evaluation
     flags = plan.flags_of(stage)
     if plan.anchors is not None and not caches:
-        flags = {name: value for name, value in flags.items() if not name.startswith("craft.")}
+        reads = ("craft.", "penalty.") if flags.get("penalty.name") == "ewc" else ("craft.",)
+        flags = {name: value for name, value in flags.items() if not name.startswith(reads)}
     set_here: dict[str, Any] = {"dataset.repo_id": stage.repo_id}
     if stage.datasets:
         entries = [asdict(source) for source in stage.datasets]
@@ -85,7 +94,7 @@ def training_flags(plan: SequencePlan, number: int, caches: Sequence[Path]) -> l
         set_here = {"datasets": given}
     elif stage.root is not None:
         set_here["dataset.root"] = stage.root
-    if caches:
+    if caches and uses_anchors(flags):
         set_here["craft.anchor_cache_dir"] = ",".join(map(str, caches))
     if evaluation.every:
         set_here |= {

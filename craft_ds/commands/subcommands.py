@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from craft_ds.distributed.preemption import SIGNALS
 from craft_ds.errors import PREEMPTED_STATUS, Preempted
 
 _PR_SET_PDEATHSIG = 1
@@ -52,8 +53,9 @@ def training_command(engine: str, ranks: int) -> list[str]:
 def call(command: Sequence[str]) -> None:
     """Run a command to its end.
 
-    SIGTERM and SIGINT are forwarded to it, so that a training run saves and exits. If this process is killed,
-    the command receives SIGTERM.
+    Signals that ask a training run to stop are forwarded to it, so that it saves and exits: SIGINT as itself,
+    the others as SIGTERM, which every launcher passes on. If this process is killed, the command receives
+    SIGTERM.
 
     Raises:
         Preempted: This process or the command was asked to stop.
@@ -63,7 +65,7 @@ def call(command: Sequence[str]) -> None:
     with _forwarded_signals(process) as received:
         status = process.wait()
     if received or status == PREEMPTED_STATUS:
-        raise Preempted("stopped: start the same command again to continue")
+        raise Preempted("stopped")
     if status:
         fail(f"a command failed with status {status} (its message is above): {shlex.join(command)}")
 
@@ -76,14 +78,14 @@ def fail(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def _forwarded_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Forward SIGTERM and SIGINT to a process; yield a list of those received."""
+    """Forward the signals that ask to stop to a process; yield a list of those received."""
     received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    former = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    former = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         yield received
     finally:

@@ -47,6 +47,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--eval_episodes", type=int, default=20, help="episodes per task of the evaluation (default: 20)")
     add("--processes", type=int, default=2, help="processes that simulate and render (default: 2)")
     args = parser.parse_args(arguments)
+    for name in ("episodes_per_task", "steps", "eval_episodes", "processes"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
     if args.output_dir.exists():
         raise UserError(f"--output_dir {args.output_dir} exists: choose another, or remove it")
     return args

@@ -105,6 +105,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def record_policy(args: argparse.Namespace) -> None:
     """Record the policy's own episodes, and print how many scenes it solved."""
+    tasks = tasks_of(args.world, args.tasks or ["old"])
     if args.output_dir.exists():
         raise UserError(f"--output_dir={args.output_dir} exists already: choose another or move it away")
 
@@ -124,7 +125,7 @@ def record_policy(args: argparse.Namespace) -> None:
     solved = write_rollouts(
         ClosedLoopPolicy(partial(action_chunk, policy), *processors),
         world,
-        tasks_of(args.world, args.tasks or ["old"]),
+        tasks,
         args.output_dir,
         scenes=args.episodes_per_task,
         seed=args.seed,

@@ -31,13 +31,17 @@ def check_rules(craft: "CraftConfig") -> None:
     for name, reason in _without_effect(craft).items():
         value = getattr(craft, name)
         if value != defaults[name]:
-            raise UserError(f"--craft.{name}={value} has no effect with {reason}: omit one of them")
+            shown = str(value).lower() if isinstance(value, bool) else value
+            raise UserError(
+                f"--craft.{name}={shown} has no effect with {reason}: omit one of them; a preset's value is "
+                f"replaced by --craft.{name}={str(defaults[name]).lower()}"
+            )
 
     plain = craft.merging == "guide" and craft.projection_mode == "weighted" and not craft.use_grad_projection
     if craft.multiplier == "dynamic_barrier" and not plain:
         raise UserError(
             "--craft.multiplier=dynamic_barrier computes λ for g_t + λ·g_r without projection: add "
-            "--craft.use_grad_projection=false, and leave out --craft.merging and --craft.projection_mode"
+            "--craft.use_grad_projection=false, and omit --craft.merging and --craft.projection_mode"
         )
     _check_linear(craft)
 

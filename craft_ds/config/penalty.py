@@ -53,8 +53,8 @@ class PenaltyConfig:
         )
         require(
             craft.surgery_scope == "global",
-            f"--penalty.name={self.name} is added to the complete task gradient, so that "
-            f"--craft.surgery_scope={craft.surgery_scope} cannot see it: omit one of them",
+            f"--craft.surgery_scope={craft.surgery_scope} does not include the penalty of "
+            f"--penalty.name={self.name}: omit one of them",
         )
         if self.name == "l2":
             require(

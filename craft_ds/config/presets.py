@@ -45,6 +45,12 @@ _DEFAULTS: dict[str, Any] = {
             "use_grad_projection",
             "multiplier",
             "initial_lambda",
+            "projection_mode",
+            "conflict_threshold",
+            "surgery_scope",
+            "multiplier_scope",
+            "retention_scale",
+            "retention_freq_max",
         )
     },
     **{f"penalty.{name}": getattr(PenaltyConfig(), name) for name in ("name", "weight")},

@@ -34,6 +34,11 @@ def check_selection(config: "TrainConfig") -> None:
         f"--steps={config.steps}, which save only final: set --save_freq below --steps",
     )
     require(
+        not config.craft.enabled or config.craft.multiplier_scope == "global",
+        "--save_best=true compares one L_ret with one ε, and --craft.multiplier_scope=task has them for each "
+        "task: omit one of them",
+    )
+    require(
         config.dataset.eval_split > 0,
         "--save_best=true compares losses on held-out episodes of the task: hold some out with "
         "--dataset.eval_split=0.05, or with --eval_freq",

@@ -10,6 +10,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import StepPartition
+from craft_ds.data.checked_samples import image_shape
 from craft_ds.data.task_data import StepSampler
 from craft_ds.errors import UserError
 
@@ -98,11 +99,12 @@ def check_same_features(datasets: Sequence[LeRobotDataset]) -> None:
 
 
 def _shapes(dataset: LeRobotDataset) -> dict[str, tuple[str, tuple[int, ...]]]:
-    def kind(feature: dict[str, Any]) -> str:
-        return "picture" if feature["dtype"] in ("image", "video") else str(feature["dtype"])
+    def described(feature: dict[str, Any]) -> tuple[str, tuple[int, ...]]:
+        if feature["dtype"] in ("image", "video"):
+            return "picture", image_shape(feature)
+        return str(feature["dtype"]), tuple(feature["shape"])
 
-    features = dataset.meta.features
-    return {name: (kind(feature), tuple(feature["shape"])) for name, feature in features.items()}
+    return {name: described(feature) for name, feature in dataset.meta.features.items()}
 
 
 def _described(feature: tuple[str, tuple[int, ...]]) -> str:

@@ -126,7 +126,7 @@ def _watch(processes: list[_Process]) -> None:
 
 
 def drop_unread_output() -> None:
-    """Send output whose reader has ended to nowhere: an error in printing must not prevent saving."""
+    """Redirect output whose reader has ended to /dev/null: an error in printing must not prevent saving."""
     for descriptor in (1, 2):
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)

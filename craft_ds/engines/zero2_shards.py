@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -128,18 +127,10 @@ class Zero2Shards(ZeroShards):
         return taken
 
     def by_parameter(self, gradient: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-        """Return the parts with their names; DeepSpeed's own list may have padding between them."""
+        """Return the parts with their names: `gradient` has one tensor per partition, or flat ones."""
         if self._compact:
             return super().by_parameter(gradient)
-        if self.offloaded:
-            return [(part.name, shard) for part, shard in zip(self.partitions, gradient, strict=True)]
-        sizes = (flat.numel() for flat in self.masters)
-        groups = list(accumulate(sizes, initial=0))
-        names = {groups[part.group] + part.offset: part.name for part in self.partitions}
-        starts = accumulate((shard.numel() for shard in gradient), initial=0)
-        return [
-            (names[start], shard) for start, shard in zip(starts, gradient, strict=False) if start in names
-        ]
+        return [(part.name, shard) for part, shard in zip(self.partitions, gradient, strict=True)]
 
     def _into_masters(self) -> list[Tensor]:
         flats = self._master_gradients

@@ -13,8 +13,9 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from torch import Tensor, nn
 
-from craft_ds.anchors.cache import AnchorCache
+from craft_ds.anchors.cache_list import Anchors, open_caches
 from craft_ds.anchors.sampler import iter_split, to_policy_batch
+from craft_ds.config.craft_config import split_directories
 from craft_ds.errors import UserError
 from craft_ds.export.alpha_choice import TABLE_HEAD, AlphaLosses, choose_alpha, table_line
 from craft_ds.export.comparison_samples import MICRO_BATCH
@@ -153,13 +154,12 @@ def _as_json(row: AlphaLosses) -> dict[str, float | None]:
     return {name: value if value is None or math.isfinite(value) else None for name, value in values}
 
 
-def _open_anchors(search: AlphaSearch, checkpoint: Path, config: PreTrainedConfig) -> AnchorCache:
+def _open_anchors(search: AlphaSearch, checkpoint: Path, config: PreTrainedConfig) -> Anchors:
     """Open the anchors, and check that the checkpoint's policy reads them as the teacher did."""
     check_craft_policy(config, "--alpha=auto measures anchors")
-    cache = AnchorCache.open(search.anchor_cache_dir)
+    cache = open_caches(split_directories(search.anchor_cache_dir))
     cache.check_policy(config)
     cache.check_preprocessor(load_processors(config, checkpoint)[0], checkpoint)
-    cache.loss_of(search.retention_loss)
     if not cache.splits["heldout"]:
         raise UserError(
             f"anchor cache {cache.path} has no held-out anchors: build one of tasks with at least two "
@@ -217,6 +217,6 @@ def mean_loss(policy: nn.Module, batches: Iterable[Batch], loss: Loss = token_lo
     return total / count if count else math.nan
 
 
-def _anchor_batches(cache: AnchorCache, search: AlphaSearch, device: str) -> Iterator[Batch]:
+def _anchor_batches(cache: Anchors, search: AlphaSearch, device: str) -> Iterator[Batch]:
     for rows, _ in iter_split(cache, "heldout", MICRO_BATCH, 0, 1, search.max_eval_samples or None):
         yield to_policy_batch(cache.read(rows, retention_loss=search.retention_loss), device)

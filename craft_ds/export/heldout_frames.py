@@ -41,11 +41,12 @@ def heldout_frames(
     columns = samples.dataset.hf_dataset.data
     episode = columns.column("episode_index").to_pylist()
     rows = list(range(len(episode)))
-    if _trained_on(checkpoint, run, samples.dataset):
+    trained = _trained_on(checkpoint, run, samples.dataset)
+    if trained is not None:
         task_of: dict[int, int] = {}
         for number, task in zip(episode, columns.column("task_index").to_pylist(), strict=True):
             task_of.setdefault(number, task)
-        used = run["dataset"]["episodes"] or list(task_of)
+        used = trained["episodes"] or list(task_of)
         kept = heldout_episodes({number: task_of[number] for number in used}, run["dataset"]["eval_split"])
         if not kept:
             raise UserError(
@@ -62,13 +63,19 @@ def heldout_frames(
     return batches
 
 
-def _trained_on(checkpoint: Path, run: dict[str, Any], dataset: LeRobotDataset) -> bool:
-    """Return True if the run was trained on this data set, wherever it lies."""
+def _trained_on(checkpoint: Path, run: dict[str, Any], dataset: LeRobotDataset) -> dict[str, Any] | None:
+    """Return the run's entry of this data set, wherever it lies; None if it was not trained on it."""
     _, state = read_states(checkpoint)
     recorded = state.get("dataset_fingerprint")
+    sources = run.get("datasets") or [run["dataset"]]
     if not recorded:  # in checkpoints of older versions
-        return dataset.repo_id == run["dataset"]["repo_id"]
-    return recorded["meta"] == dataset_fingerprint(dataset)["meta"]
+        return next((source for source in sources if source["repo_id"] == dataset.repo_id), None)
+    found = dataset_fingerprint(dataset)["meta"]
+    for source in sources:
+        name = f"{source['repo_id']}/meta" if run.get("datasets") else "meta"
+        if recorded.get(name) == found:
+            return dict(source)
+    return None
 
 
 def heldout_episodes(task_of: Mapping[int, int], share: float) -> set[int]:

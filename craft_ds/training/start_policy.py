@@ -130,7 +130,7 @@ def resolve_start(config: TrainConfig, saved: StartPolicy | None, directory: Pat
     if saved is None:
         raise UserError(
             f"--penalty.name={config.penalty.name}, but the run of {config.checkpoint_path} started without "
-            "a penalty: leave the flag out, or start a new run with --policy.path instead of --resume"
+            "a penalty: omit the flag, or start a new run with --policy.path instead of --resume"
         )
     saved.verify(config)
     return saved

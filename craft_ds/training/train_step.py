@@ -81,9 +81,10 @@ def accumulate(
         weights: Weight of each task's loss in the gradient, where `loss` returns sums by task.
     """
     sums = _no_tokens(engine)
+    by_task = torch.tensor(weights, dtype=torch.float32, device=engine.device)
     for batch, last in _mark_last(batches):
         found = engine.forward(batch, loss)
-        weighted = (found.total * found.total.new_tensor(weights)).sum() if weights else found.total
+        weighted = (found.total * by_task).sum() if weights else found.total
         engine.backward(weighted, last=last)
         sums = TokenSums(sums.loss + found.total.detach().double(), sums.tokens + found.count.double())
     return sums
@@ -192,14 +193,14 @@ def retention_step(
     per_token, per_anchor_token = 1.0 / max(tokens, 1.0), 1.0 / max(r_tokens, 1.0)
     triples = [GramTriple(*row).scaled(per_token, per_anchor_token) for row in batched(products, 3)]
     penalty_sums = PenaltySums(*added)
-    if penalty is not None:  # with which all layers are one
+    if penalty is not None:  # which requires surgery_scope=global: one triple
         triples = [penalty_sums.scaled(per_token, per_anchor_token).added_to(triples[0])]
     triple = total_triple(triples)
     c_loss_sums, c_tokens = measured[: len(measured) // 2], measured[len(measured) // 2 :]
     task_losses = [total / n if n else math.nan for total, n in zip(c_loss_sums, c_tokens, strict=True)]
     loss, retention_loss = loss_sum * per_token, sum(c_loss_sums) / max(sum(c_tokens), 1.0)
     used = multiplier(triple, retention_loss) if callable(multiplier) else multiplier
-    # With one λ per task, g_r has them inside.
+    # With one λ per task, g_r is already weighted by them.
     merged, layers = merge_layers(triples, 1.0 if isinstance(used, tuple) else used, craft, retention_scale)
     result = StepResult(
         loss,

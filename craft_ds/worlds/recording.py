@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from craft_ds.errors import UserError
 from craft_ds.worlds import make_world
 from craft_ds.worlds.base import Observation, World
 
@@ -79,7 +80,7 @@ def record_episode(world: World, task: str, seed: int, *, noise: float = 0.15, d
         drift: See `Recipe`.
 
     Raises:
-        RuntimeError: The expert does not solve the scene within the world's horizon in 20 attempts.
+        UserError: The expert does not solve the scene within the world's horizon in 20 attempts.
     """
     for attempt in range(_ATTEMPTS):
         rng = np.random.default_rng([seed, attempt] if attempt else seed)
@@ -97,7 +98,10 @@ def record_episode(world: World, task: str, seed: int, *, noise: float = 0.15, d
                 np.stack([observation.state for observation in observations]),
                 np.stack(actions),
             )
-    raise RuntimeError(f"the expert does not solve {task} with seed {seed} in {world.horizon} steps")
+    raise UserError(
+        f"the expert does not solve {task} with seed {seed} in {world.horizon} steps, {_ATTEMPTS} attempts: "
+        "lower --noise and --drift"
+    )
 
 
 def disturbances(world: World, rng: np.random.Generator, noise: float, drift: float) -> Iterator[np.ndarray]:

@@ -84,7 +84,7 @@ def test_chosen_steps(records, step):
 def test_descriptions_say_whether_the_constraint_holds():
     assert EvalRecord(1, 0.5).describe() == "task loss 0.5"
     assert EvalRecord(1, 0.5, 0.3, 0.35).describe() == "task loss 0.5, L_ret 0.3 ≤ ε 0.35"
-    assert "L_ret 0.4 > ε 0.35: none satisfies" in EvalRecord(1, 0.5, 0.4, 0.35).describe()
+    assert "L_ret 0.4 > ε 0.35: no checkpoint satisfies" in EvalRecord(1, 0.5, 0.4, 0.35).describe()
 
 
 @given(st.lists(numbers, max_size=12), st.integers(0, 5))

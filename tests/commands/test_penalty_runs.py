@@ -122,7 +122,7 @@ def test_options_without_effect_are_refused(fields, message):
 
 
 def test_a_penalty_is_not_part_of_single_layers():
-    with pytest.raises(UserError, match=r"--craft\.surgery_scope=layer cannot see it"):
+    with pytest.raises(UserError, match=r"--craft\.surgery_scope=layer does not include"):
         PenaltyConfig(name="l2", weight=1.0).validate(CraftConfig(surgery_scope="layer"))
 
 
