@@ -38,9 +38,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="policy directory, with or without LoRA adapters, or hub id",
     )
     add("--world", choices=WORLDS, help="world to run the policy in")
-    add("--tasks", nargs="+", default=["all"], help="all, old, new, or names of tasks (default: all)")
-    add("--episodes", type=int, default=20, help="episodes per task (default: 20)")
-    add("--seed", type=int, default=1000, help="seed of the scenes (default: 1000)")
+    add("--tasks", nargs="+", help="all, old, new, or names of tasks (default: all)")
+    add("--episodes", type=int, help="episodes per task (default: 20)")
+    add("--seed", type=int, help="seed of the scenes (default: 1000)")
     add("--data_root", type=Path, help="held-out demonstrations: a directory of `craft-ds worlds record`")
     add(
         "--dataset.repo_id",
@@ -59,17 +59,20 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--device", default="cpu", help="device of the policy, such as cuda (default: cpu)")
     add("--output", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)
-    if args.episodes < 1:
-        raise UserError(f"--episodes={args.episodes} must be at least 1")
     if not args.world and not args.repo_ids:
         raise UserError("nothing to measure: give --world, or --dataset.repo_id")
     if args.roots and len(args.roots) != len(args.repo_ids):
         raise UserError("--dataset.root: give one directory for each --dataset.repo_id, or none")
-    if not args.world and (args.data_root or args.tasks != ["all"]):
-        flag = "--data_root" if args.data_root else "--tasks"
-        raise UserError(f"{flag} has no effect without --world: add it, or measure with --dataset.repo_id")
-    if args.world:
-        args.tasks = tasks_of(args.world, args.tasks)
+    if not args.world:
+        for name in ("data_root", "tasks", "episodes", "seed"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} has no effect without --world: add it, or omit --{name}")
+        return args
+    args.tasks = tasks_of(args.world, args.tasks or ["all"])
+    args.episodes = 20 if args.episodes is None else args.episodes
+    args.seed = 1000 if args.seed is None else args.seed
+    if args.episodes < 1:
+        raise UserError(f"--episodes={args.episodes} must be at least 1")
     return args
 
 

@@ -1,6 +1,7 @@
 """`--datasets`: one run on several data sets."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -86,6 +87,24 @@ def test_held_out_episodes_come_from_every_data_set(mix, tmp_path):
     ended = mix(tmp_path / "run", "--eval_freq=4", "--dataset.eval_split=0.3", weights=(None, None))
     assert ended.status != 0  # a task of `b` has one episode, which would be held out
     assert "--dataset.repo_id=me/b" in ended.errors
+
+
+def test_episodes_are_held_out_of_every_data_set(train, inputs, tmp_path):
+    entries = json.dumps(
+        [{"repo_id": f"me/{root.name}", "root": str(root)} for root in (inputs.new, inputs.old)]
+    )
+    flags = [
+        *inputs.flags(tmp_path / "run"),
+        f"--datasets={entries}",
+        "--eval_freq=4",
+        "--dataset.eval_split=0.3",
+    ]
+    flags = [flag for flag in flags if not flag.startswith(("--dataset.repo_id", "--dataset.root"))]
+    ended = train(None, *flags)
+    assert ended.status == 0, ended.errors
+    for line in (r"me/new .*: 2 episodes, .* \(episodes 2, 3", r"me/old .*: 4 episodes, .* \(episodes 4, 5"):
+        assert re.search(line, ended.output)
+    assert "eval/task_loss" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_a_file_of_flags_may_hold_a_mixture(train, inputs, pair, tmp_path):

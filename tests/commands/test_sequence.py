@@ -102,6 +102,24 @@ def test_steps_follow_the_plan(tmp_path):
     assert tasks == ["reach-red", "reach-green", "reach-blue", "reach-yellow"]
 
 
+def test_a_preset_decides_whether_anchors_are_used(tmp_path):
+    for train in ({"craft.preset": "l2"}, {"craft": {"preset": "sequential"}}):
+        with pytest.raises(UserError, match="anchors: have no effect without CRaFT or EWC"):
+            read(tmp_path, changed("train", train))
+    plan = changed("start", {"policy": "teacher"}) | {"train": {"craft.preset": "ewc", "penalty.weight": 3.0}}
+    first, second = (flags(s.command) for s in sequence_steps(read(tmp_path, plan)) if "train" in s.command)
+    assert not any(name.startswith(("--craft", "--penalty")) for name in first)
+    assert (second["--penalty.name"], second["--penalty.weight"]) == ("ewc", "3.0")
+    assert second["--craft.anchor_cache_dir"] == "out/01_a/anchors"
+
+
+def test_a_home_directory_is_expanded_as_in_arguments(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    plan = read(tmp_path, changed("output_dir", "~/out") | {"start": {"policy": "~/teacher"}})
+    assert (plan.output_dir, plan.start.policy) == ("/home/me/out", "/home/me/teacher")
+    assert read(tmp_path, changed("stages/0/root", "~/a")).stages[0].root == "/home/me/a"
+
+
 def test_the_first_stage_without_anything_learned_is_plain(tmp_path):
     plan = changed("start", {"policy": "teacher"})
     plan["evaluation"]["every"] = 2
@@ -160,7 +178,7 @@ def test_a_stage_may_learn_a_mixture(tmp_path):
         ("train/craft.enabled", True, "train.craft.enabled: is given twice"),
         ("anchors/output_dir", "x", "anchors.output_dir: omit it"),
         ("anchors", ..., "train.craft.enabled: needs anchors"),
-        ("train", {"steps": 5}, "anchors: have no effect without craft.*"),
+        ("train", {"steps": 5}, "anchors: have no effect without CRaFT or EWC"),
         ("launcher", {"ranks": 2}, "launcher.ranks: 2 needs an engine that shards"),
         ("launcher/engine", "zero9", "--ds_config=zero9: no such file"),
         ("start/repo_id", ..., "start.root: give start.repo_id too"),

@@ -39,14 +39,16 @@ def test_one_process_needs_no_launcher():
 
 
 def test_a_preempted_command_preempts_its_caller():
-    with pytest.raises(Preempted, match="start the same command again"):
+    with pytest.raises(Preempted, match="stopped"):
         call(python(f"raise SystemExit({PREEMPTED_STATUS})"))
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     call(python(""))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL], ids=["terminated", "scheduler", "killed"]
+)
 def test_a_command_ends_in_order_with_its_caller(number):
     program = (
         "from craft_ds.cli import run_main\nfrom craft_ds.commands.subcommands import call\n"
@@ -58,7 +60,7 @@ def test_a_command_ends_in_order_with_its_caller(number):
     os.kill(caller.pid, number)
     output, errors = caller.communicate(timeout=30)
     assert output == "saved\n"
-    if number == signal.SIGTERM:
+    if number != signal.SIGKILL:
         assert (caller.returncode, errors.count("\n")) == (PREEMPTED_STATUS, 1)
 
 
@@ -70,6 +72,7 @@ def test_a_command_ends_in_order_with_its_caller(number):
         (["--dataset.repo_id", "a", "b", "--dataset.root", "x"], "one directory for each"),
         (["--dataset.repo_id", "a", "--tasks", "old"], "--tasks has no effect without --world"),
         (["--dataset.repo_id", "a", "--data_root", "x"], "--data_root has no effect without --world"),
+        (["--dataset.repo_id", "a", "--episodes", "3"], "--episodes has no effect without --world"),
     ],
 )
 def test_a_measurement_without_a_meaning_is_refused(arguments, message):

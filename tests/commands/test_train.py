@@ -107,18 +107,22 @@ def test_the_same_command_gives_the_same_run(train, inputs, tmp_path):
     assert losses(tmp_path / "three") != losses(tmp_path / "one")
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_tf32_is_used_as_asked(train, tmp_path, asked):
+@pytest.fixture
+def tf32_backends():
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
+    yield backends
+    for backend, value in zip(backends, before, strict=True):
+        backend.allow_tf32 = value
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_tf32_is_used_as_asked(train, tmp_path, asked, tf32_backends):
+    for backend in tf32_backends:
         backend.allow_tf32 = not asked
     ended = train(tmp_path / "run", "--steps=1", f"--engine.tf32={str(asked).lower()}")
     assert ended.status == 0, ended.errors
-    found = [backend.allow_tf32 for backend in backends]
-    for backend, value in zip(backends, before, strict=True):
-        backend.allow_tf32 = value
-    assert found == [asked, asked]
+    assert [backend.allow_tf32 for backend in tf32_backends] == [asked, asked]
 
 
 def resume_after_2_steps(train, whole, run):

@@ -25,7 +25,7 @@ def test_penalised_steps(ranks, name, reference):
 
 @pytest.mark.parametrize("name", ["penalty-ewc", "penalty-l2"])
 def test_the_penalty_has_an_effect(reference, name):
-    """Parameters that anchors do not use are free under EWC, and are drawn back by L2."""
+    """A parameter that both losses use moves otherwise than without a penalty."""
     found, plain = of(reference[name], "parameters"), reference["trajectory-accumulate2-clipped"]
     moved = {
         key.removeprefix("parameters/"): relative_error(tensor, plain.tensors[key])

@@ -13,6 +13,7 @@ from craft_ds.engines.single import SingleEngine
 from craft_ds.policies.pi0_fast.retention import LossTerms
 from craft_ds.policies.token_loss import PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.testing.policies import read_from
+from craft_ds.training.penalty import diagonal_fisher
 from craft_ds.training.train_step import retention_step, task_step
 
 START = (1.0, 2.0)
@@ -450,3 +451,12 @@ def test_a_penalty_that_is_not_finite_skips_the_step():
     one = engine(torch.optim.Adam)
     result = task_step(one, [tokens((1.0, 1.0))], 1.0, penalty=penalty(fisher=(math.inf, 1.0)))
     assert_nothing_happened(one, result.applied)
+
+
+def test_fisher_information_is_the_mean_square_of_the_gradients_of_single_samples():
+    """The gradients of the two samples, summed over their tokens, are (3, 2) and (0, -4)."""
+    one = engine()
+    [fisher] = diagonal_fisher(one, [tokens((1.0, 2.0), (2.0, 0.0)), tokens((0.0, -4.0))])
+    assert fisher.tolist() == [4.5, 10.0]
+    assert weights(one) == list(START)
+    assert not any(shard.any() for shard in one.gradient())
