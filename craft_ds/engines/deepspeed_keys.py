@@ -118,7 +118,7 @@ _SECTIONS = {
         "initial_scale_power": _SIZE,
         "loss_scale_window": _POSITIVE,
         "hysteresis": _POSITIVE,
-        "min_loss_scale": _NUMBER,
+        "min_loss_scale": _SIZE,
     },
     "data_types": {"grad_accum_dtype": _words("fp32", "bf16", "fp16")},
     "zero_optimization.offload_optimizer": {
