@@ -48,11 +48,14 @@ def _lines() -> Iterator[str]:
     yield "for `--config_path`, `craft.preset` stands for the values that the file does not give. The run"
     yield "prints the flags that were set; saved configurations have them instead of the name. The weights"
     yield "of `l2` and `ewc` are starting points, not tuned values.\n"
-    names = list(next(iter(PRESETS.values())).flags)
+    first = next(iter(PRESETS.values())).flags
+    names = [name for name in first if any(p.flags[name] != first[name] for p in PRESETS.values())]
+    same = ", ".join(f"`--{name}`" for name in first if name not in names)
+    yield f"All presets set {same} to their defaults.\n"
     yield _row("Preset", "Method", *(f"`--{name}`" for name in names))
     yield "|---" * (2 + len(names)) + "|"
     for name, preset in PRESETS.items():
-        values = (f"`{str(value).lower()}`" for value in preset.flags.values())
+        values = (f"`{str(preset.flags[flag]).lower()}`" for flag in names)
         yield _row(f"`{name}`", preset.summary[0].upper() + preset.summary[1:], *values)
     yield "\n## Flags of LeRobot\n"
     yield "The flags of `lerobot-train` that most runs use; `craft-ds train --help=all` lists them all.\n"

@@ -252,11 +252,18 @@ def _rollouts(root: Path) -> dict[str, Any]:
     try:
         record = read_object(file)
         known = {name: record[name] for name in ("policy", "world", "seed", "scenes", "failures")}
-        if not all(isinstance(value, str | int) and len(str(value)) < 1000 for value in known.values()):
+        solved = {task: record["solved"][task] for task in record["solved"]}
+        if len(solved) > 1000 or not all(
+            _is_short(value) for value in (*known.values(), *solved, *solved.values())
+        ):
             raise ValueError("an entry is neither a short text nor a number")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({one_line(error)}): restore it, or remove it") from error
-    return {"rollouts": known}
+    return {"rollouts": {**known, "solved": solved}}
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, str | int) and len(str(value)) < 1000
 
 
 def _weights_sha256(teacher: Path) -> str:

@@ -194,7 +194,7 @@ def test_constrained_nearest_and_baseline(train, inputs, tmp_path, scripted, ret
     assert (run / "best").readlink() == Path(best)
     said = [line for line in ended.output.splitlines() if line.startswith("best checkpoint: ")]
     assert said[-1].startswith(f"best checkpoint: {run / best} (task loss {1 if best == 'final' else 2}")
-    assert ("this is the nearest" in said[-1]) == (retention == [1.6, 1.2, 1.5])
+    assert ("no checkpoint satisfies" in said[-1]) == (retention == [1.6, 1.2, 1.5])
 
 
 def test_a_failed_save_is_no_candidate(train, tmp_path, scripted, monkeypatch):

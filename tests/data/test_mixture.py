@@ -104,7 +104,7 @@ def test_data_sets_with_the_same_features_are_accepted():
         ({"extra": (2,)}, "--datasets: other has extra, which one lacks"),
         ({"action": None}, "--datasets: one has action, which other lacks"),
         ({"action": (5,)}, r"action is float32 of shape \[5\] in other, but float32 of shape \[4\] in one"),
-        ({"observation.images.top": (32, 64, 3)}, r"picture of shape \[32, 64, 3\] in other"),
+        ({"observation.images.top": (32, 64, 3)}, r"picture of shape \[3, 32, 64\] in other"),
     ],
 )
 def test_other_features_are_named(features, message):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from craft_ds.errors import UserError
 from craft_ds.worlds import make_world
 from craft_ds.worlds.recording import disturbances, record_episode
 
@@ -47,7 +48,7 @@ def test_other_noise_is_drawn_where_the_expert_fails():
     record_episode(world, "reach-red", 3)
     assert world.resets == 3
     assert not np.array_equal(world.executed[0][0], world.executed[1][0])
-    with pytest.raises(RuntimeError, match="reach-red"):
+    with pytest.raises(UserError, match="reach-red"):
         record_episode(Recorded(unlucky=100), "reach-red", 3)
 
 

@@ -10,6 +10,7 @@ from test_evaluation import FindsColours, FindsUpperHalf
 
 import craft_ds.worlds
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
+from craft_ds.anchors.build_plan import _rollouts
 from craft_ds.anchors.cache import AnchorCache
 from craft_ds.cli import run_command
 from craft_ds.errors import UserError
@@ -17,7 +18,7 @@ from craft_ds.worlds import make_world
 from craft_ds.worlds.base import ACTION, CAMERA, STATE, scene_seed
 from craft_ds.worlds.demonstrations import open_demonstrations
 from craft_ds.worlds.evaluation import ClosedLoopPolicy
-from craft_ds.worlds.rollouts import run_episodes, write_rollouts
+from craft_ds.worlds.rollouts import ROLLOUTS_FILE, run_episodes, write_rollouts
 
 TEACHER = Path(craft_ds.worlds.__file__).parent / "assets" / "blocks_teacher"
 
@@ -112,6 +113,16 @@ def test_anchors_of_the_teachers_own_episodes(tmp_path, capsys):
     world = make_world("blocks")
     assert cache.tasks == [world.task_text(task) for task in world.old_tasks]
     assert cache.metadata["dataset"]["rollouts"] == record
+
+    for content in (
+        "{",
+        "[]",
+        json.dumps(record | {"policy": "x" * 5000}),
+        json.dumps(record | {"solved": 3}),
+    ):
+        (output / ROLLOUTS_FILE).write_text(content)
+        with pytest.raises(UserError, match="is damaged"):
+            _rollouts(output)
 
 
 @pytest.mark.parametrize(
