@@ -5,11 +5,12 @@
 
 Every cell (method, stored samples per task, order of tasks, seed) is a `craft-ds sequence`. Its result is a
 small JSON file in --results, with which it is not run again until its settings change; --work keeps data,
-the start policy and unfinished runs. Tuning cells have seeds and scenes of their own: of the methods that
-differ in a setting only, the report shows the one that tuning chose.
+the start policy and unfinished runs. Tuning cells have seeds and scenes of their own and run first: of the
+methods that differ in a setting only, the one that tuning chose is run again and reported.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -35,7 +36,7 @@ from continual_parts.cells import (
     settings_of,
 )
 from continual_parts.methods import METHODS
-from continual_parts.report import report_lines
+from continual_parts.report import chosen_settings, report_lines
 from continual_parts.tiers import TIERS, Tier
 from harness import OUTPUTS, ROOT, argument_parser
 
@@ -55,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--purposes", choices=("tuning", "report"), nargs="+", default=["tuning", "report"])
     add("--jobs", type=int, default=2, help="cells at once, one core each (default: 2)")
     add("--minutes", type=float, help="start no cell after this time")
+    add("--all_settings", action="store_true", help="report every setting, not only what tuning chose")
     add("--list", action="store_true", help="list the cells and whether they are done")
     add("--report", action="store_true", help="print the tables")
     add("--work", type=Path, default=OUTPUTS / "continual", help="data and unfinished runs")
@@ -70,22 +72,37 @@ def main() -> None:
         done = [cell for cell in cells(args.tier) if is_done(results, cell, places)]
         print("\n".join(report_lines(args.tier, [read_result(results, cell) for cell in done])))
         return
-    chosen = [
-        cell
-        for cell in cells(args.tier)
-        if cell.purpose in args.purposes and (not args.methods or cell.method in args.methods)
-    ]
     tier, places = TIERS[args.tier], Places.of(args.work, args.tier)
-    missing = [cell for cell in chosen if not is_done(results, cell, places)]
-    print(f"{len(chosen) - len(missing)} of {len(chosen)} cells are done", flush=True)
-    if args.list:
-        print("\n".join(f"{'missing' if cell in missing else 'done':8s}{cell.name}" for cell in chosen))
-        return
-    prepare(tier, places)
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
-    failed = run_cells(missing, places, results, args.jobs, deadline)
+    failed: list[str] = []
+    for purpose in args.purposes:
+        wanted = wanted_cells(args, purpose, results, places)
+        missing = [cell for cell in wanted if not is_done(results, cell, places)]
+        print(f"{purpose}: {len(wanted) - len(missing)} of {len(wanted)} cells are done", flush=True)
+        if args.list:
+            print("\n".join(f"{'missing' if cell in missing else 'done':8s}{cell.name}" for cell in wanted))
+        elif missing:
+            prepare(tier, places)
+            failed += run_cells(missing, places, results, args.jobs, deadline)
     if failed:
         raise UserError(f"failed: {', '.join(failed)}; see their logs in {places.runs}")
+
+
+def wanted_cells(args: argparse.Namespace, purpose: str, results: Path, places: Places) -> list[Cell]:
+    """Return the cells to run for a purpose: of methods that differ in a setting, what tuning chose.
+
+    Until the tuning of a family is complete, all its settings are reported; with --all_settings always.
+    """
+    wanted = [one for one in cells(args.tier, (purpose,)) if not args.methods or one.method in args.methods]
+    if purpose == "tuning" or args.all_settings:
+        return wanted
+    tuned = [cell for cell in cells(args.tier, ("tuning",)) if is_done(results, cell, places)]
+    chosen = chosen_settings(args.tier, [read_result(results, cell) for cell in tuned])
+    return [
+        one
+        for one in wanted
+        if chosen.get((METHODS[one.method].family, one.budget), one.method) == one.method
+    ]
 
 
 def prepare(tier: Tier, places: Places) -> None:
@@ -149,6 +166,10 @@ def run_cell(cell: Cell, places: Places, results: Path) -> bool:
     directory.mkdir(parents=True, exist_ok=True)
     plan, file = plan_of(cell, places, directory / "sequence"), directory / "plan.yaml"
     file.write_text(json.dumps(plan, indent=1), encoding="utf-8")  # JSON is YAML
+    start, shared = directory / "sequence" / "00_start" / "eval.json", places.runs / start_evaluation(plan)
+    if shared.exists() and not start.exists():
+        start.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(shared, start)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (directory / "log").open("a") as log:
         ended = subprocess.run(
@@ -156,6 +177,8 @@ def run_cell(cell: Cell, places: Places, results: Path) -> bool:
         )
     if ended.returncode:
         return False
+    with atomic_file(shared) as temporary:
+        shutil.copyfile(start, temporary)
     success = json.loads((directory / "sequence" / "success.json").read_text(encoding="utf-8"))
     loss = directory / "sequence" / "loss.json"
     result = {
@@ -174,6 +197,18 @@ def run_cell(cell: Cell, places: Places, results: Path) -> bool:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(directory / "sequence")  # a policy and its checkpoints for each stage
     return True
+
+
+def start_evaluation(plan: dict[str, Any]) -> str:
+    """Return the name of the file that keeps the start policy's evaluation.
+
+    Cells that run the same policy in the same scenes and on the same held-out data share it, whatever their
+    methods.
+    """
+    stages = [{name: stage.get(name) for name in ("tasks", "heldout")} for stage in plan["stages"]]
+    start = {name: plan["start"].get(name) for name in ("policy", "tasks", "heldout")}
+    text = json.dumps([start, stages, plan["evaluation"]])
+    return f"start_{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
 def last_lambda(sequence: Path) -> list[float]:

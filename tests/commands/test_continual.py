@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import continual  # noqa: E402
-from continual_parts.cells import SCENES, Places, cells, plan_of, settings_of  # noqa: E402
+from continual_parts.cells import SCENES, Cell, Places, cells, plan_of, settings_of  # noqa: E402
 from continual_parts.methods import METHODS  # noqa: E402
 from continual_parts.report import chosen_settings, mean_interval, report_lines  # noqa: E402
 from continual_parts.tiers import TIERS  # noqa: E402
@@ -134,6 +134,44 @@ def test_without_complete_tuning_all_settings_are_shown_and_none_is_the_referenc
     assert {"replay_0.1", "replay_1"} <= shown.keys()
     assert "+0.20" not in shown["kl_tasks"]
     assert any("Tuning of replay with 100 stored samples per task is incomplete" in line for line in lines)
+
+
+def test_the_evaluation_of_the_start_is_shared_by_methods_but_not_by_scenes(tmp_path):
+    files = {}
+    for cell in cells("metaworld"):
+        name = continual.start_evaluation(plan_of(cell, Places.of(tmp_path, "metaworld"), tmp_path))
+        files.setdefault((cell.purpose, cell.seed, cell.method == "joint"), set()).add(name)
+    assert all(len(names) == 1 for names in files.values())
+    assert len(set.union(*files.values())) == len(files)
+
+
+@pytest.mark.parametrize("known", [REPLAY_TUNING, REPLAY_TUNING[1:]])
+def test_only_what_tuning_chose_is_run_for_the_report(known, tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(continual, "prepare", lambda tier, places: None)
+    monkeypatch.setattr(continual, "run_cells", lambda missing, *_: ran.extend(missing) or [])
+    for found in known:
+        cell = Cell(
+            "cw5", **{name: found["cell"][name] for name in ("method", "budget", "order", "seed", "purpose")}
+        )
+        settings = settings_of(cell, plan_of(cell, Places.of(tmp_path, "cw5"), tmp_path))
+        (tmp_path / "cw5").mkdir(exist_ok=True)
+        (tmp_path / "cw5" / f"{cell.name}.json").write_text(json.dumps({**found, "settings": settings}))
+
+    def run(*flags):
+        ran.clear()
+        places = [f"--work={tmp_path}", f"--results={tmp_path}"]
+        monkeypatch.setattr(sys, "argv", ["continual.py", "--tier=cw5", *places, *flags])
+        continual.main()
+        return {
+            cell.method
+            for cell in ran
+            if cell.purpose == "report" and METHODS[cell.method].family == "replay"
+        }
+
+    every = {"replay_0.1", "replay_0.3", "replay_1"}
+    assert run() == ({"replay_1"} if known is REPLAY_TUNING else every)
+    assert run("--all_settings") == every
 
 
 @pytest.mark.slow
