@@ -41,7 +41,7 @@ def check_task_constraints(cache: Anchors, craft: CraftConfig) -> None:
             f"{named_tasks(unmeasured)}, so that L_ret of each task cannot be measured: build anchors of at "
             "least two episodes per task, or set --craft.constraint_split=train"
         )
-    losses = cache.loss_of(craft.retention_loss)[split].get("by_task") or {}
+    losses = cache.loss_of(craft.retention_loss)[split]["by_task"]
     if craft.epsilon_relative and (without := [task for task in tasks if task not in losses]):
         raise UserError(
             f"--craft.multiplier_scope=task with --craft.epsilon_relative=true: anchor cache {cache.path} "

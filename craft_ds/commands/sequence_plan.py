@@ -366,11 +366,14 @@ def _without_nulls(content: Any) -> Any:
 class _UniqueKeys(yaml.SafeLoader):
     """Safe loader that refuses a key given twice: YAML would use the last one."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key, entry in reversed([*zip(keys, node.value, strict=True)]):
-            if keys.count(key) > 1:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            if name in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} is given twice", problem_mark=entry[0].start_mark
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
                 )
-        return super().construct_mapping(node, deep=deep)
+            seen.add(name)
+        return node

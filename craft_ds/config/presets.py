@@ -94,12 +94,20 @@ def expand_preset(arguments: Sequence[str]) -> list[str]:
         arguments: In the form of `normalise_arguments`.
 
     Raises:
-        UserError: The preset is unknown.
+        UserError: The preset is unknown, or trains without CRaFT and a flag of CRaFT is given.
     """
     given = dict(argument.partition("=")[::2] for argument in arguments)
     if FLAG not in given:
         return list(arguments)
     flags = find_preset(given[FLAG]).flags
+    if not flags["craft.enabled"] and "--craft.enabled" not in given:
+        # Commands that differ in the preset alone may all name the anchors.
+        for name in sorted(given.keys() - {FLAG, "--craft.anchor_cache_dir"}):
+            if name.startswith("--craft."):
+                raise UserError(
+                    f"{name} has no effect with {FLAG}={given[FLAG]}, which trains without CRaFT: omit "
+                    "it, or add --craft.enabled=true"
+                )
     added = [f"--{name}={_shown(value)}" for name, value in flags.items() if f"--{name}" not in given]
     return added + [argument for argument in arguments if argument.partition("=")[0] != FLAG]
 

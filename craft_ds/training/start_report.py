@@ -38,23 +38,23 @@ def dataset_lines(
         config: The configuration of the run.
         parts: For each data set, the episodes that train and those held out, as for `dataset_line`.
     """
-    lines = [dataset_line(*part) for part in parts]
     if not config.datasets:
-        return lines
+        return [dataset_line(*part) for part in parts]
     weights = mixture_weights(config) or [len(train) for train, _ in parts]
     shares = [weight / sum(weights) for weight in weights]
     return [
-        line.replace("data set:", f"data set {source.repo_id} ({share:.1%} of the samples):", 1)
-        for line, source, share in zip(lines, config.datasets, shares, strict=True)
+        dataset_line(*part, name=f"data set {source.repo_id} ({share:.1%} of the samples)")
+        for part, source, share in zip(parts, config.datasets, shares, strict=True)
     ]
 
 
-def dataset_line(train: LeRobotDataset, heldout: LeRobotDataset | None) -> str:
+def dataset_line(train: LeRobotDataset, heldout: LeRobotDataset | None, name: str = "data set") -> str:
     """Return the data set's size, its held-out episodes and its tasks.
 
     Args:
         train: The episodes that train.
         heldout: The episodes held out for `--eval_freq`; None: none.
+        name: Words that the line begins with.
     """
     held_out = ""
     if heldout is not None:
@@ -64,7 +64,7 @@ def dataset_line(train: LeRobotDataset, heldout: LeRobotDataset | None) -> str:
             f"{count / total:.0%})"
         )
     tasks = [] if train.meta.tasks is None else [text for text in train.meta.tasks.index if text != UNUSED]
-    return f"✓ data set: {train.num_episodes} episodes, {len(train)} samples{held_out}; {_texts(tasks)}"
+    return f"✓ {name}: {train.num_episodes} episodes, {len(train)} samples{held_out}; {_texts(tasks)}"
 
 
 def heldout_lines(asked: float, train: int, heldout: int) -> list[str]:

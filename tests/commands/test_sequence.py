@@ -206,6 +206,23 @@ def test_an_unreadable_plan_is_one_line(tmp_path, text, message):
         read(tmp_path, text)
 
 
+def test_merges_of_yaml_fill_in_what_a_stage_leaves_out(tmp_path):
+    plan = read(
+        tmp_path,
+        """
+output_dir: out
+start: {policy: teacher}
+train: &all {steps: 5, save_freq: 1}
+stages:
+- {name: a, repo_id: me/a, tasks: [reach-red], train: &long {<<: *all, steps: 7}}
+- {name: b, repo_id: me/b, tasks: [reach-blue], train: {<<: *long, save_freq: 2}}
+evaluation: {world: blocks}
+""",
+    )
+    flags = [plan.flags_of(stage) for stage in plan.stages]
+    assert flags == [{"steps": 7, "save_freq": 1}, {"steps": 7, "save_freq": 2}]
+
+
 def test_a_missing_plan_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"none.yaml: not readable"):
         read_plan(tmp_path / "none.yaml")

@@ -98,6 +98,17 @@ def test_an_unknown_name_is_refused(tmp_path, name, says):
         assert f"--craft.preset={name}: {says}" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["sequential", "l2", "ewc"])
+def test_a_flag_of_craft_is_refused_by_presets_without_craft(name):
+    for flag in ("merging=cagrad", "anchor_batch_size=4"):
+        with pytest.raises(
+            UserError, match=f"--craft.{flag.split('=')[0]} has no effect with --craft.preset={name}"
+        ):
+            expand_preset([f"--craft.preset={name}", *OWN, f"--craft.{flag}"])
+        given = [f"--craft.preset={name}", *OWN, f"--craft.{flag}"]
+        assert expand_preset([*given, "--craft.enabled=true"])[-1] == "--craft.enabled=true"
+
+
 def test_the_line_names_the_flags_that_were_set(tmp_path):
     line = preset_line(["--craft.preset=replay", "--craft.retention_freq=5"])
     assert line.startswith("preset replay: --craft.enabled=true --craft.retention_loss=token_ce")
