@@ -366,7 +366,7 @@ def _without_nulls(content: Any) -> Any:
 class _UniqueKeys(yaml.SafeLoader):
     """Safe loader that refuses a key given twice: YAML would use the last one."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
