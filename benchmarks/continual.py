@@ -41,6 +41,8 @@ from continual_parts.tiers import TIERS, Tier
 from harness import OUTPUTS, ROOT, argument_parser
 
 from craft_ds.cli import run_main
+from craft_ds.commands.sequence import keep_plan
+from craft_ds.commands.sequence_plan import read_plan
 from craft_ds.commands.subcommands import subcommand
 from craft_ds.errors import UserError
 from craft_ds.tensor_io.filesystem import atomic_file
@@ -166,6 +168,7 @@ def run_cell(cell: Cell, places: Places, results: Path) -> bool:
     directory.mkdir(parents=True, exist_ok=True)
     plan, file = plan_of(cell, places, directory / "sequence"), directory / "plan.yaml"
     file.write_text(json.dumps(plan, indent=1), encoding="utf-8")  # JSON is YAML
+    keep_plan(read_plan(file))  # what follows is a part of the sequence
     start, shared = directory / "sequence" / "00_start" / "eval.json", places.runs / start_evaluation(plan)
     if shared.exists() and not start.exists():
         start.parent.mkdir(parents=True, exist_ok=True)

@@ -145,6 +145,22 @@ def test_the_evaluation_of_the_start_is_shared_by_methods_but_not_by_scenes(tmp_
     assert len(set.union(*files.values())) == len(files)
 
 
+@pytest.mark.slow
+def test_a_later_cell_takes_over_the_evaluation_of_the_start(tmp_path, monkeypatch):
+    sizes = {"steps": 1, "demonstrations": 2, "episodes": 1, "batch_size": 2, "budgets": (2,)}
+    monkeypatch.setitem(TIERS, "smoke", replace(TIERS["smoke"], methods=("sequential", "agem"), **sizes))
+    places, results = Places.of(tmp_path, "smoke"), tmp_path / "results"
+    continual.prepare(TIERS["smoke"], places)
+    first, second = cells("smoke")
+    assert continual.run_cell(first, places, results)
+    assert len([*places.runs.glob("start_*.json")]) == 1
+    assert continual.run_cell(second, places, results)
+    log = (places.runs / second.name / "log").read_text()
+    assert "evaluation of all tasks after start: complete" in log
+    rows = [continual.read_result(results, cell)["success"]["R"][0] for cell in (first, second)]
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.parametrize("known", [REPLAY_TUNING, REPLAY_TUNING[1:]])
 def test_only_what_tuning_chose_is_run_for_the_report(known, tmp_path, monkeypatch, capsys):
     ran = []
