@@ -151,6 +151,11 @@ def _guide_weights(removed: float, multiplier: float, config: CraftConfig) -> tu
             raise ValueError(f"unknown projection_mode {mode!r}")
 
 
+def weights_without_projection(multiplier: float, config: CraftConfig) -> tuple[float, float]:
+    """Return (a, b) of the guide's rule where nothing is projected: they do not depend on the gradients."""
+    return _guide_weights(0.0, multiplier, config)
+
+
 def clip_factor(norm: float, max_norm: float) -> float:
     """Return the factor that scales a gradient of this norm to at most `max_norm`.
 

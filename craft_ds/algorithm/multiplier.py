@@ -107,6 +107,7 @@ class RetentionRecord:
 
     `lambda_` is λ as used in the step, before the dual step (the CSV's column is `lambda`);
     `retention_weight` is b/a, the weight of g_r relative to g_t in the merged gradient; `dot` is <g_t, g_r>;
+    `cos` and `dot` are NaN where both losses accumulate in one gradient.
     `removed` is the share of ‖g_t‖² that the projection removed, `conflict_share` that of the layers in
     conflict. With one λ per task, `lambda_` is their mean and `tasks` has a record for each.
     """
@@ -151,8 +152,10 @@ def conflict_metrics(records: Sequence[RetentionRecord]) -> dict[str, float]:
     """Return the means over retention steps that the log shows; none without a step.
 
     `craft/conflict_rate` is the share of steps with a conflict, `craft/mean_grad_cos` the mean cosine and
-    `craft/removed_energy` the mean share of ‖g_t‖² that the projection removed.
+    `craft/removed_energy` the mean share of ‖g_t‖² that the projection removed. Steps without a cosine are
+    left out.
     """
+    records = [record for record in records if not math.isnan(record.cos)]
     if not records:
         return {}
     return {

@@ -272,6 +272,13 @@ class AnchorCache:
             batch[name] = out
         return batch
 
+    def term_counts(self, retention_loss: str) -> Tensor:
+        """Return the number of terms of each anchor in a retention loss: int64 (len(self),)."""
+        mask = RETENTION_LOSSES[retention_loss].mask
+        if mask is None:
+            return torch.ones(len(self), dtype=torch.int64)
+        return self._column(mask)[:, 1:].sum(dim=1)
+
     def _column(self, name: str) -> Tensor:
         return torch.cat([slices[name][:] for slices in self._slices])
 

@@ -125,6 +125,10 @@ class AnchorCaches:
         batch["task"] = self.task[wanted]
         return batch
 
+    def term_counts(self, retention_loss: str) -> Tensor:
+        """Return the number of terms of each anchor, as `AnchorCache.term_counts`."""
+        return torch.cat([part.term_counts(retention_loss) for part in self.parts])
+
 
 Anchors = AnchorCache | AnchorCaches
 

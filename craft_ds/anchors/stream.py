@@ -80,6 +80,7 @@ class AnchorStream:
                         len(cache.splits[split]),
                     )
         losses, relative = cache.loss_of(craft.retention_loss), craft.epsilon_relative
+        self._terms = cache.term_counts(craft.retention_loss)
         teacher_loss = losses[craft.constraint_split]
         self.epsilon_unit: float = teacher_loss["overall"] if relative else 1.0
         self.heldout_epsilon_unit: float = (losses["heldout"]["overall"] or math.nan) if relative else 1.0
@@ -102,6 +103,13 @@ class AnchorStream:
             if self._augment is not None:
                 self._augment(batch, self._cache.cameras, positions)
             yield batch
+
+    def tokens(self, first: int) -> int:
+        """Return the number of terms of this rank's `gradient_batches`, by which the loss is divided."""
+        ranges = [
+            self.share.positions(first, self._rank, number) for number in range(self.share.micro_batches)
+        ]
+        return int(self._terms[[index for part in ranges for index in self._gradient.draw(part)]].sum())
 
     def constraint_batches(self, first: int) -> Iterator[Batch] | None:
         """Return the anchors that measure L_ret in that step; None where those of the gradient do."""

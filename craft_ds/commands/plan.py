@@ -52,6 +52,14 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         default="none",
         help="the run's --penalty.name (default: none)",
     )
+    add(
+        "--craft.use_grad_projection",
+        dest="projection",
+        choices=("true", "false"),
+        default="true",
+        help="that of the run; false, as in the presets replay and kl, needs one gradient in place of two "
+        "(default: true)",
+    )
     add("--gpu_gb", default="24,48,80", help="sizes of GPUs to try, in GiB (default: 24,48,80)")
     add(
         "--headroom",
@@ -120,6 +128,7 @@ def plan_request(args: argparse.Namespace) -> Any:
         lora=lora if args.lora_rank else None,
         reduce_bucket=args.reduce_bucket_size,
         penalty=args.penalty,
+        one_gradient=args.projection == "false" and args.penalty == "none",
         gpus=args.gpus,
         headroom=args.headroom,
     )

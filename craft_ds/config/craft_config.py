@@ -112,6 +112,15 @@ class CraftConfig:
         """Directories of the anchor caches."""
         return split_directories(self.anchor_cache_dir)
 
+    @property
+    def adds_losses(self) -> bool:
+        """True if the weights of g_t and g_r are known before a retention step.
+
+        Both losses then accumulate in one gradient. `retention_scale` needs the norms of both.
+        """
+        known = self.merging == "guide" and not self.use_grad_projection
+        return known and self.multiplier != "dynamic_barrier" and self.retention_scale == "none"
+
     def validate(self) -> None:
         """Check every field that CRaFT would use.
 

@@ -89,6 +89,9 @@ def plan_memory(trace: PassTrace, workload: Workload, options: EngineOptions) ->
 def _kept(trace: PassTrace, s: EngineOptions) -> Plan:
     """Return the memory that does not change during a step."""
     plan = _kept_by_engine(trace, s)
+    if s.one_gradient:
+        g_t = 4 * -(-trace.trainable // s.ranks) * (s.engine == "fsdp_offload")  # that of ZeRO-3 is unused
+        plan = replace(plan, second_gradient=0, host=plan.host - g_t)
     penalty = 4 * s.penalty * -(-trace.trainable // s.ranks)
     if s.offloads:
         return replace(plan, host=plan.host + penalty)
@@ -144,6 +147,8 @@ def _kept_by_engine(trace: PassTrace, s: EngineOptions) -> Plan:
 def _in_pass(trace: PassTrace, workload: Workload, s: EngineOptions, kept: Plan) -> Plan:
     """Return the peak of the second pass."""
     model = make_memory_model(trace, s)
+    # With one gradient the second pass adds to that of the first. ZeRO-3's buffer is among what it keeps.
+    before = 4 * -(-trace.trainable // s.ranks) * (s.one_gradient and not s.engine.startswith("zero3"))
     # lm_head's output, its fp32 copy where that is another tensor, and its log-softmax.
     logits = workload.supervised * trace.vocabulary * (8 if s.compute == 4 else 10)
     peak, alive = kept, False
@@ -156,8 +161,8 @@ def _in_pass(trace: PassTrace, workload: Workload, s: EngineOptions, kept: Plan)
             now = replace(
                 kept,
                 moment="pass",
-                gradient=kept.gradient + model.gradient * (not s.offloads),
-                host=kept.host + model.gradient * s.offloads,
+                gradient=kept.gradient + max(model.gradient, before) * (not s.offloads),
+                host=kept.host + max(model.gradient, before) * s.offloads,
                 gathered=working,
                 activations=own - in_logits,
                 logits=in_logits,

@@ -50,6 +50,9 @@ def console_line(step: int, total_steps: int, metrics: Mapping[str, float]) -> s
             f"L_ret={metrics['craft/retention_loss']:.3f}",
             f"λ={metrics['craft/lambda']:.2f}",
             f"ε={metrics['craft/epsilon']:.2f}",
+        ]
+    if "craft/grad_cos" in metrics:
+        fields += [
             f"conflict={'✓' if metrics['craft/grad_conflict'] else '✗'}",
             f"cos={metrics['craft/grad_cos']:.2f}",
         ]

@@ -138,6 +138,8 @@ def _draw_cosine(panel: Axes, history: dict[str, np.ndarray]) -> None:
     panel.set_title("Cosine of task and retention gradient", pad=24)
     panel.set_ylabel("cosine")
     steps, cosine, conflict = history["step"], history["cos"], history["conflict"] > 0
+    measured = ~np.isnan(cosine)  # NaN where both losses accumulate in one gradient
+    steps, cosine, conflict = steps[measured], cosine[measured], conflict[measured]
     if len(steps):
         panel.axhline(0, color=GREY, linewidth=1)
         panel.plot(steps[~conflict], cosine[~conflict], ".", color=BLUE, alpha=0.5, label="no conflict")

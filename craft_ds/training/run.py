@@ -199,9 +199,6 @@ class Run:
                 "craft/retention_loss": retention.retention_loss,
                 "craft/lambda": retention.lambda_,
                 "craft/epsilon": retention.epsilon,
-                "craft/grad_conflict": float(retention.conflict),
-                "craft/grad_dot": retention.dot,
-                "craft/grad_cos": retention.cos,
                 "craft/retention_weight": retention.retention_weight,
                 **self._scoped(retention),
             }
@@ -230,8 +227,14 @@ class Run:
             )
 
     def _scoped(self, retention: RetentionRecord) -> dict[str, float]:
-        """Return what a retention step adds by layer, by task and with an adaptive interval."""
+        """Return what only some retention steps have: two gradients, layers, tasks, an adaptive interval."""
         craft, metrics = self.config.craft, dict[str, float]()
+        if not math.isnan(retention.cos):
+            metrics |= {
+                "craft/grad_conflict": float(retention.conflict),
+                "craft/grad_dot": retention.dot,
+                "craft/grad_cos": retention.cos,
+            }
         if craft.surgery_scope == "layer":
             metrics["craft/layer_conflict"] = retention.conflict_share
         if craft.retention_freq_max:

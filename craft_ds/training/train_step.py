@@ -47,7 +47,8 @@ class StepResult(NamedTuple):
         tokens: Supervised task tokens of all ranks.
         extra: Sums over ranks of the extra scalars that the caller passed in.
         retention_loss: L_ret, the mean loss on the anchors that measure the constraint; None in a task step.
-        triple: Gram triple of the two mean gradients; None in a task step. The penalty's is part of g_t.
+        triple: Gram triple of the two mean gradients; None in a task step, and where both losses accumulate
+            in one gradient. The penalty's is part of g_t.
         merged: Weights of the merged gradient; None in a task step.
         multiplier: λ as used in the step, the mean of several; None in a task step.
         task_losses: With one λ per task: L_ret of each task, NaN for one without tokens in the step.
@@ -70,7 +71,13 @@ class StepResult(NamedTuple):
 
 
 def accumulate(
-    engine: Engine, batches: Iterable[Batch], loss: Loss = token_loss, weights: Sequence[float] = ()
+    engine: Engine,
+    batches: Iterable[Batch],
+    loss: Loss = token_loss,
+    weights: Sequence[float] = (),
+    *,
+    factor: float = 1.0,
+    ends: bool = True,
 ) -> TokenSums:
     """Run one complete pass: forward and backward over all micro-batches. Collective.
 
@@ -79,13 +86,14 @@ def accumulate(
         batches: This rank's micro-batches.
         loss: The loss.
         weights: Weight of each task's loss in the gradient, where `loss` returns sums by task.
+        factor: Weight of the loss in the gradient; the returned sums are without it.
+        ends: The gradient is complete after these micro-batches; False: another pass adds to it.
     """
     sums = _no_tokens(engine)
-    by_task = torch.tensor(weights, dtype=torch.float32, device=engine.device)
+    by_task = factor * torch.tensor(weights or 1.0, dtype=torch.float32, device=engine.device)
     for batch, last in _mark_last(batches):
         found = engine.forward(batch, loss)
-        weighted = (found.total * by_task).sum() if weights else found.total
-        engine.backward(weighted, last=last)
+        engine.backward((found.total * by_task).sum(), last=last and ends)
         sums = TokenSums(sums.loss + found.total.detach().double(), sums.tokens + found.count.double())
     return sums
 
@@ -120,8 +128,8 @@ def task_step(
     g_t = engine.gradient()
     # Offloaded shards are on the CPU while the sums of a pass are on the engine's device.
     product = squared_norm(g_t).to(engine.device) / engine.replicas
-    (tt, loss_sum, tokens), added, summed_extra = _sum_together(
-        engine, torch.stack([product, *task]), _penalty_sums(engine, penalty, g_t), _fp64(engine, extra)
+    (tt, loss_sum, tokens), added, summed_extra = sum_together(
+        engine, torch.stack([product, *task]), _penalty_sums(engine, penalty, g_t), fp64(engine, extra)
     )
 
     per_token, penalty_sums = 1.0 / max(tokens, 1.0), PenaltySums(*added)
@@ -180,14 +188,14 @@ def retention_step(
 
     # All that surgery, logging and the dual step need from the other ranks: eight numbers and the extra ones,
     # and more with several layers or tasks, or a penalty.
-    products, (loss_sum, tokens, r_tokens), measured, added, summed_extra = _sum_together(
+    products, (loss_sum, tokens, r_tokens), measured, added, summed_extra = sum_together(
         engine,
         torch.cat([gram(t, r).to(engine.device) for t, r in zip(t_layers, r_layers, strict=True)])
         / engine.replicas,
         torch.stack([*task_sums, anchor_sums.tokens.sum()]),
         torch.stack(constraint_sums).flatten(),
         _penalty_sums(engine, penalty, g_t, g_r),
-        _fp64(engine, extra),
+        fp64(engine, extra),
     )
 
     per_token, per_anchor_token = 1.0 / max(tokens, 1.0), 1.0 / max(r_tokens, 1.0)
@@ -196,9 +204,8 @@ def retention_step(
     if penalty is not None:  # which requires surgery_scope=global: one triple
         triples = [penalty_sums.scaled(per_token, per_anchor_token).added_to(triples[0])]
     triple = total_triple(triples)
-    c_loss_sums, c_tokens = measured[: len(measured) // 2], measured[len(measured) // 2 :]
-    task_losses = [total / n if n else math.nan for total, n in zip(c_loss_sums, c_tokens, strict=True)]
-    loss, retention_loss = loss_sum * per_token, sum(c_loss_sums) / max(sum(c_tokens), 1.0)
+    task_losses, retention_loss = mean_retention_losses(measured)
+    loss = loss_sum * per_token
     used = multiplier(triple, retention_loss) if callable(multiplier) else multiplier
     # With one λ per task, g_r is already weighted by them.
     merged, layers = merge_layers(triples, 1.0 if isinstance(used, tuple) else used, craft, retention_scale)
@@ -237,15 +244,30 @@ def _layers(engine: Engine, gradient: Sequence[Tensor], craft: CraftConfig) -> l
     return split_by_layer(names, engine.by_parameter(gradient))
 
 
+def mean_retention_losses(sums: Sequence[float]) -> tuple[list[float], float]:
+    """Return L_ret of each task and of all tokens together.
+
+    Args:
+        sums: Sums of the loss of each task, then their numbers of tokens; one entry each without tasks.
+
+    Returns:
+        A list with NaN for a task without tokens, and the mean.
+    """
+    losses, tokens = sums[: len(sums) // 2], sums[len(sums) // 2 :]
+    by_task = [total / count if count else math.nan for total, count in zip(losses, tokens, strict=True)]
+    return by_task, sum(losses) / max(sum(tokens), 1.0)
+
+
 def _no_tokens(engine: Engine) -> TokenSums:
     return TokenSums(*torch.zeros(2, dtype=torch.float64, device=engine.device))
 
 
-def _fp64(engine: Engine, values: Sequence[float]) -> Tensor:
+def fp64(engine: Engine, values: Sequence[float]) -> Tensor:
+    """Return values as a fp64 tensor on the engine's device."""
     return torch.tensor(values, dtype=torch.float64, device=engine.device)
 
 
-def _sum_together(engine: Engine, *parts: Tensor) -> list[list[float]]:
+def sum_together(engine: Engine, *parts: Tensor) -> list[list[float]]:
     """Sum several vectors over all ranks in one all-reduce. Collective."""
     summed = iter(engine.sum_scalars(torch.cat(parts)))
     return [[*islice(summed, part.numel())] for part in parts]

@@ -1,6 +1,8 @@
 """The training loop. It reads like the algorithm; `craft_ds.training.build` sets up what it needs."""
 
+import math
 import time
+from functools import partial
 from pathlib import Path
 
 from craft_ds.algorithm.multiplier import RetentionRecord, TaskRecord, epsilon_at
@@ -8,6 +10,7 @@ from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.training.build import open_run
+from craft_ds.training.joint_step import joint_step
 from craft_ds.training.run import Run, seed_step
 from craft_ds.training.train_step import StepResult, retention_step, task_step
 
@@ -62,18 +65,22 @@ def train(run: Run) -> None:
             result = task_step(run.engine, run.task_batches(votes), run.max_norm, votes, run.penalty)
         else:
             epsilon = epsilon_at(step, config.steps, craft)  # in the units that `anchors` has
-            result = retention_step(
+            seen = run.progress.anchors_seen
+            if craft.adds_losses and run.penalty is None:
+                take_step = partial(joint_step, anchor_tokens=anchors.tokens(seen))
+            else:
+                scale = schedule.retention_scale(step)
+                take_step = partial(retention_step, retention_scale=scale, penalty=run.penalty)
+            result = take_step(
                 run.engine,
                 task=run.task_batches(votes),
-                anchors=anchors.gradient_batches(run.progress.anchors_seen),
-                constraint=anchors.constraint_batches(run.progress.anchors_seen),
+                anchors=anchors.gradient_batches(seen),
+                constraint=anchors.constraint_batches(seen),
                 multiplier=dual.in_step(anchors.epsilon_unit * epsilon),
                 craft=craft,
                 max_norm=run.max_norm,
                 anchor_loss=anchors.step_loss,
-                retention_scale=schedule.retention_scale(step),
                 extra=votes,
-                penalty=run.penalty,
             )
             record = _record(step, epsilon, anchors, result)
             if result.applied:
@@ -93,7 +100,6 @@ def train(run: Run) -> None:
 def _record(step: int, epsilon: float, anchors: AnchorStream, result: StepResult) -> RetentionRecord:
     assert result.retention_loss is not None
     assert result.merged is not None
-    assert result.triple is not None
     assert result.multiplier is not None
     return RetentionRecord(
         step=step + 1,
@@ -103,7 +109,7 @@ def _record(step: int, epsilon: float, anchors: AnchorStream, result: StepResult
         conflict=result.merged.conflict,
         cos=result.merged.cosine,
         retention_weight=result.merged.retention_weight,
-        dot=result.triple.tr,
+        dot=math.nan if result.triple is None else result.triple.tr,
         removed=result.merged.removed,
         conflict_share=result.merged.conflict_share,
         tasks=tuple(

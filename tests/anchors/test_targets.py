@@ -47,6 +47,15 @@ def test_targets_are_those_of_the_teacher(with_targets, teacher, name):
     assert set(found["by_task"]) == set(cache.teacher_loss["all"]["by_task"])
 
 
+@pytest.mark.parametrize("name", RETENTION_LOSSES)
+def test_numbers_of_terms_are_known_without_a_pass(with_targets, teacher, name):
+    cache = AnchorCache.open(with_targets)
+    policy, loss = load_policy(load_policy_config(teacher), teacher), RETENTION_LOSSES[name].loss
+    for indices in ([0], [3, 1, 7], range(len(cache))):
+        anchors = to_policy_batch(cache.read(indices, retention_loss=name), "cpu")
+        assert cache.term_counts(name)[list(indices)].sum() == loss(policy, anchors).count
+
+
 def test_the_rest_of_the_cache_is_as_without_targets(built, with_targets):
     without, has = (json.loads((path / "metadata.json").read_text()) for path in (built, with_targets))
     assert "targets" not in without

@@ -1,11 +1,15 @@
 """`--craft.retention_loss` from the command that builds the anchors to the evaluation of the run."""
 
 import math
+import shutil
 
 import pytest
-from runs import metrics
+import torch
+from runs import assert_same_bits, metrics
+from safetensors.torch import load_file
 
 from craft_ds.anchors.schema import TARGETS
+from craft_ds.config.craft_config import CraftConfig
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +39,31 @@ def test_a_run_is_constrained_by_the_loss_it_asks_for(train, craft_flags, tmp_pa
         assert f"the teacher's own {name} is 0" in ended.output
     assert any(row.get("eval/anchor_loss", 0) > 0.1 for row in rows)
     assert (tmp_path / "run" / "final" / "lambda_analysis.png").is_file()
+
+
+def test_one_gradient_gives_the_run_of_two(train, craft_flags, tmp_path, monkeypatch):
+    flags = [*craft_flags, "--craft.preset=kl", "--gradient_accumulation_steps=2", "--save_freq=2"]
+    one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
+    ended = train(one, *flags)
+    assert ended.status == 0, ended.errors
+    assert "both losses in one gradient: no cosine is measured" in ended.output
+    with monkeypatch.context() as patched:
+        patched.setattr(CraftConfig, "adds_losses", False)
+        assert train(two, *flags).status == 0
+    weights, others = (load_file(run / "final" / "model.safetensors") for run in (one, two))
+    for name, values in weights.items():
+        torch.testing.assert_close(values, others[name], rtol=1e-4, atol=2e-5)  # Adam amplifies rounding
+    rows = [[row for row in metrics(run) if "craft/lambda" in row] for run in (one, two)]
+    for key in ("train/loss", "train/grad_norm", "craft/retention_loss"):
+        assert [row[key] for row in rows[0]] == pytest.approx([row[key] for row in rows[1]], rel=1e-4)
+    apart = {"craft/grad_cos", "craft/grad_dot", "craft/grad_conflict", "craft/conflict_rate"}
+    assert rows[1][0].keys() - rows[0][0].keys() == apart | {"craft/mean_grad_cos", "craft/removed_energy"}
+
+    shutil.copytree(one, again, symlinks=True)
+    shutil.rmtree(again / "final")
+    ended = train(None, f"--config_path={again}/step_000002", "--resume=true")
+    assert ended.status == 0, ended.errors
+    assert_same_bits(again / "final", one / "final")
 
 
 def test_a_cache_without_the_targets_is_refused_before_anything_is_written(train, inputs, tmp_path):

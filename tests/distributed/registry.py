@@ -38,7 +38,7 @@ from scenarios_lora import (
 from scenarios_non_finite import non_finite
 from scenarios_penalty import penalised, penalised_adapters, penalised_load_from, penalised_resume
 from scenarios_saving import holes, saving
-from scenarios_scopes import SOME, lora_scopes, scopes
+from scenarios_scopes import SOME, joint, lora_scopes, scopes
 
 Scenarios = dict[str, Callable[[Lab], Output]]
 
@@ -59,6 +59,8 @@ CORE: Scenarios = {
     "layers": partial(surgery, mode="weighted", threshold=SOME, surgery_scope="layer"),
     "layers-bf16": partial(surgery, mode="weighted", threshold=SOME, surgery_scope="layer", dtype="bfloat16"),
     "scopes": scopes,
+    "joint": joint,
+    "joint-bf16": partial(joint, dtype="bfloat16"),
     "pi0-accumulate2": partial(pi0, accumulation=2),
     "pi0-teacher_kl": partial(pi0, accumulation=2, retention_loss="teacher_kl"),
     "bf16": partial(trajectory, accumulation=2, max_norm=0.05, dtype="bfloat16"),
@@ -201,6 +203,7 @@ _ON_TWO_RANKS = (
     "pi0-hidden",
     "pi0-recompute",
     "layers-bf16",
+    "joint-bf16",
     "penalty-l2",
     "penalty-bf16",
     "lora-bf16",

@@ -10,6 +10,7 @@ import torch
 from collectives import CollectiveCounter
 from lab import FSDP, Lab, Output, craft_config, gradients, masters, moments
 from lerobot.transforms import ImageTransformsConfig
+from lerobot.utils.constants import ACTION_TOKEN_MASK
 from torch import Tensor
 from toy import TiedPolicy, ToyPolicy, toy_loss_by_task
 
@@ -186,7 +187,10 @@ def anchor_stream(lab: Lab) -> Output:
     engine, output = lab.pi0_engine(lr=1e-3), Output()
 
     def anchors(step: int) -> list:
-        return list(stream.gradient_batches(7 * step))
+        batches = list(stream.gradient_batches(7 * step))
+        supervised = sum(int(batch[ACTION_TOKEN_MASK][:, 1:].sum()) for batch in batches)
+        assert stream.tokens(7 * step) == supervised > 0
+        return batches
 
     _steps(engine, lambda step: lab.pi0_batches(step, 1), anchors, output, "RRT", max_norm=1.0)
     output.add("parameters", masters(engine))

@@ -66,6 +66,22 @@ def test_steps_by_layer_and_task(ranks, name, reference):
     assert_values_close(found, expected)
 
 
+@every("joint")
+def test_both_losses_in_one_gradient(ranks, name, reference):
+    """Against the reference's steps with two gradients."""
+    found, expected = ranks[name], reference[name]
+    assert_close(of(found, "parameters"), of(expected, "parameters"))
+    assert_close(
+        of(found, "moments"), of(expected, "moments"), 5e-5 if ranks.kind == "zero3_offload" else 1e-5
+    )
+    assert_values_close(found, expected)
+
+
+@every("joint-bf16")
+def test_both_losses_in_one_gradient_in_bf16(ranks, name, reference):
+    assert_close_overall(of(ranks[name], "parameters"), of(reference["joint"], "parameters"), 0.03)
+
+
 @every("lora-scopes")
 def test_adapters_by_layer_and_task(ranks, name, reference):
     found, expected = ranks[name], reference[name]

@@ -1,5 +1,7 @@
 """Plans add up, scale with sharding, and match a measured step."""
 
+from functools import partial
+
 import pytest
 import torch
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
@@ -17,6 +19,7 @@ from craft_ds.memory_planner.shapes import Workload, meta_policy_without_tokeniz
 from craft_ds.memory_planner.simulate import simulate_pass
 from craft_ds.memory_planner.tensor_memory import MemoryCounter
 from craft_ds.policies.token_loss import PolicyWithLoss
+from craft_ds.training.joint_step import joint_step
 from craft_ds.training.train_step import retention_step
 
 BUCKET = 10_000
@@ -33,8 +36,8 @@ def options_of(engine, ranks, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lora", [None, LORA])
-def test_the_plan_matches_a_measured_retention_step(lora, dtype):
+@pytest.mark.parametrize(("lora", "one_gradient"), [(None, False), (LORA, False), (None, True)])
+def test_the_plan_matches_a_measured_retention_step(lora, one_gradient, dtype):
     config = small_config()
     policy = meta_policy_without_tokenizers(config)
     if lora:
@@ -50,17 +53,18 @@ def test_the_plan_matches_a_measured_retention_step(lora, dtype):
         )
         for _ in range(2):
             counter.peak = 0
-            retention_step(
+            step = partial(joint_step, anchor_tokens=100) if one_gradient else retention_step
+            step(
                 engine,
                 task=[task],
                 anchors=[anchors],
                 constraint=None,
                 multiplier=1.0,
-                craft=CraftConfig(enabled=True),
+                craft=CraftConfig(enabled=True, use_grad_projection=not one_gradient),
                 max_norm=1.0,
             )
     trace = simulate_pass(config, WORKLOAD, dtype=dtype, autocast=True, lora=lora)
-    options = {"compute": dtype.itemsize}
+    options = {"compute": dtype.itemsize, "one_gradient": one_gradient}
     planned = plan_memory(trace, WORKLOAD, options_of("single", 1, **options))
     assert planned.total == pytest.approx(counter.peak, rel=0.02)
 
@@ -96,6 +100,22 @@ def test_the_second_gradient_takes_one_shard(trace):
     assert plan_memory(trace, WORKLOAD, options_of("fsdp", 4)).second_gradient == 4 * shard
     assert plan_memory(trace, WORKLOAD, options_of("zero3", 4)).second_gradient == 4 * shard
     assert plan_memory(trace, WORKLOAD, options_of("zero3_offload", 4)).second_gradient == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_gradient_saves_up_to_a_shard(engine):
+    """A complete shard where the optimizer's step has the peak, none where a pass has it."""
+    ranks, workload = 1 if engine == "single" else 4, Workload(1, 1, 2)
+    trace = simulate_pass(small_config(), workload, checkpointing=True)
+    two, one = (
+        plan_memory(trace, workload, options_of(engine, ranks, one_gradient=given)) for given in (False, True)
+    )
+    shard = 4 * -(-trace.trainable // ranks)
+    assert two.host - one.host == shard * (engine == "fsdp_offload")
+    saved = two.total - one.total
+    assert saved == 0 if engine.endswith("_offload") else 0 < saved <= shard
+    assert saved == shard or engine != "zero3"
+    assert one.second_gradient == 0
 
 
 def test_the_second_gradient_of_adapters_is_under_one_percent():

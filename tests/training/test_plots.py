@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -134,6 +135,14 @@ def test_short_runs(tmp_path, count):
     history = write_history(tmp_path / "h.csv", [history_row(0)] * count)
     plot_lambda_analysis(history, tmp_path / "h.png", metrics_jsonl=tmp_path / "missing")
     assert (tmp_path / "h.png").stat().st_size > 0
+
+
+def test_a_run_without_a_cosine(tmp_path, figures):
+    rows = [history_row(step) for step in range(3)]
+    for row in rows:
+        row[COLUMNS.index("cos")] = math.nan
+    plot_lambda_analysis(write_history(tmp_path / "h.csv", rows), tmp_path / "h.png")
+    assert [text.get_text() for text in figures[0].axes[2].texts] == ["nothing logged"]
 
 
 def test_it_reads_what_the_dual_state_writes(tmp_path, figures):

@@ -80,6 +80,7 @@ class RetentionLoss(NamedTuple):
         terms: The same loss before it is summed.
         targets: The teacher's targets for a batch of anchors, by field; None: the loss needs none.
         fields: Names of the targets' fields.
+        mask: The field whose true entries after the first are supervised; None: there is one term per sample.
         zero_for_teacher: The teacher's own loss is zero, so that ε has no natural unit.
     """
 
@@ -87,6 +88,7 @@ class RetentionLoss(NamedTuple):
     terms: Callable[[PI0FastPolicy, Batch], LossTerms]
     targets: Callable[[PI0FastPolicy, Batch], dict[str, Tensor]] | None = None
     fields: tuple[str, ...] = ()
+    mask: str | None = ACTION_TOKEN_MASK
     zero_for_teacher: bool = False
 
 
@@ -202,7 +204,11 @@ def teacher_hidden(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
 RETENTION_LOSSES: dict[str, RetentionLoss] = {
     "token_ce": RetentionLoss(token_loss, token_terms),
     "teacher_tokens": RetentionLoss(
-        teacher_tokens_loss, teacher_tokens_terms, teacher_tokens, (TEACHER_TOKENS, TEACHER_TOKEN_MASK)
+        teacher_tokens_loss,
+        teacher_tokens_terms,
+        teacher_tokens,
+        (TEACHER_TOKENS, TEACHER_TOKEN_MASK),
+        TEACHER_TOKEN_MASK,
     ),
     "teacher_kl": RetentionLoss(
         teacher_kl_loss,
@@ -212,7 +218,7 @@ RETENTION_LOSSES: dict[str, RetentionLoss] = {
         zero_for_teacher=True,
     ),
     "hidden": RetentionLoss(
-        hidden_loss, hidden_terms, teacher_hidden, (TEACHER_HIDDEN,), zero_for_teacher=True
+        hidden_loss, hidden_terms, teacher_hidden, (TEACHER_HIDDEN,), None, zero_for_teacher=True
     ),
 }
 
