@@ -107,9 +107,10 @@ class RetentionRecord:
 
     `lambda_` is λ as used in the step, before the dual step (the CSV's column is `lambda`);
     `retention_weight` is b/a, the weight of g_r relative to g_t in the merged gradient; `dot` is <g_t, g_r>;
-    `cos` and `dot` are NaN where both losses accumulate in one gradient.
     `removed` is the share of ‖g_t‖² that the projection removed, `conflict_share` that of the layers in
-    conflict. With one λ per task, `lambda_` is their mean and `tasks` has a record for each.
+    conflict. With one λ per task, `lambda_` is their mean and `tasks` has a record for each. What was not
+    measured is NaN: `retention_loss` between the steps of `constraint_freq`, `cos` and `dot` where both
+    losses accumulate in one gradient.
     """
 
     step: int
@@ -140,8 +141,10 @@ class RetentionRecord:
         return record
 
     @property
-    def slack(self) -> bool:
-        """True if L_ret ≤ ε; with one λ per task, for every task that was measured."""
+    def slack(self) -> bool | None:
+        """True if L_ret ≤ ε; with one λ per task, for every task that was measured. None: nothing was."""
+        if math.isnan(self.retention_loss):
+            return None
         measured = [task for task in self.tasks if not math.isnan(task.retention_loss)]
         if measured:
             return all(task.retention_loss <= task.epsilon for task in measured)
@@ -191,8 +194,10 @@ class DualState:
         return lambda triple, retention_loss: dynamic_barrier(triple, retention_loss - epsilon, self.config)
 
     def ascend(self, record: RetentionRecord) -> None:
-        """Append the record of a retention step and update λ by `config.multiplier`."""
+        """Append the record of a retention step; if L_ret was measured, update λ by `config.multiplier`."""
         self.history.append(record)
+        if math.isnan(record.retention_loss):
+            return
         self.multiplier, self.smoothed_violation = next_multiplier(
             record.lambda_ if self.config.multiplier == "dynamic_barrier" else self.multiplier,
             self.smoothed_violation,

@@ -6,7 +6,7 @@ from craft_ds.algorithm.multiplier import is_step
 from craft_ds.config.craft_config import CraftConfig
 
 
-def next_interval(interval: int, slack: bool, config: CraftConfig) -> int:
+def next_interval(interval: int, slack: bool | None, config: CraftConfig) -> int:
     """Return the number of steps from a retention step to the next.
 
     With `retention_freq_max`, the interval doubles up to it while the constraint is slack (L_ret ≤ ε), and is
@@ -14,9 +14,11 @@ def next_interval(interval: int, slack: bool, config: CraftConfig) -> int:
 
     Args:
         interval: Steps from the last retention step to this one.
-        slack: The constraint holds in this step.
+        slack: The constraint holds in this step; None: it was not measured, and an adaptive interval stays.
         config: `retention_freq` and `retention_freq_max` are read.
     """
+    if slack is None and config.retention_freq_max:
+        return interval
     if not (slack and config.retention_freq_max):
         return config.retention_freq
     return min(2 * interval, config.retention_freq_max)
@@ -51,12 +53,12 @@ class RetentionSchedule:
             return 1.0
         return float(min(step - (self.next_step - self.interval), step + 1))
 
-    def advance(self, step: int, *, slack: bool) -> None:
+    def advance(self, step: int, *, slack: bool | None) -> None:
         """Set the next retention step after a retention step, skipped ones included.
 
         Args:
             step: The retention step.
-            slack: The step was applied and its constraint holds.
+            slack: The step was applied and its constraint holds; None: it was not measured.
         """
         self.interval = next_interval(self.interval, slack, self.config)
         self.next_step = step + self.interval

@@ -69,6 +69,9 @@ class CraftConfig:
     constraint_split: ConstraintSplit = "heldout"
     """Anchors that measure L_ret: `heldout` (episodes that are never trained on; one more forward pass per
     retention step) or `train` (the anchors just drawn)."""
+    constraint_freq: int = 1
+    """m: L_ret is measured in every m-th retention step, and λ and an adaptive interval change in these steps
+    alone. With `constraint_split=heldout` the measurement is one more forward pass."""
     merging: Merging = "guide"
     """Rule that merges g_t and g_r: `guide` (`projection_mode` and `use_grad_projection`), or as published
     `pcgrad`, `agem`, `cagrad`, `mgda` or `upgrad`. `agem` and `mgda` have no λ."""
@@ -133,7 +136,7 @@ class CraftConfig:
             bool(self.anchor_caches),
             "--craft.enabled=true needs --craft.anchor_cache_dir (`craft-ds anchors` builds one)",
         )
-        for name in ("anchor_batch_size", "retention_freq"):
+        for name in ("anchor_batch_size", "retention_freq", "constraint_freq"):
             value = getattr(self, name)
             require(value >= 1, f"--craft.{name}={value} must be at least 1")
         for name in ("initial_lambda", "lambda_lr", "lambda_max", "epsilon_end", "epsilon_decay_steps"):

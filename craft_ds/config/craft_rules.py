@@ -43,11 +43,11 @@ def check_rules(craft: "CraftConfig") -> None:
             "--craft.multiplier=dynamic_barrier computes λ for g_t + λ·g_r without projection: add "
             "--craft.use_grad_projection=false, and omit --craft.merging and --craft.projection_mode"
         )
-    _check_linear(craft)
+    _check_combinations(craft)
 
 
-def _check_linear(craft: "CraftConfig") -> None:
-    """Check that λ can enter the retention gradient, or that its part can be multiplied, where that is asked.
+def _check_combinations(craft: "CraftConfig") -> None:
+    """Check that a rule for merging or for λ can do what the other flags ask of it.
 
     Raises:
         UserError: Names the flags and what to use instead.
@@ -66,6 +66,11 @@ def _check_linear(craft: "CraftConfig") -> None:
                 f"--craft.{flag} needs a rule that adds λ·g_r, which --craft.{rule}={value} is not: use "
                 f"{' or '.join(choices)}"
             )
+    if craft.constraint_freq > 1 and craft.multiplier == "dynamic_barrier":
+        raise UserError(
+            "--craft.multiplier=dynamic_barrier computes λ from L_ret in every retention step: use "
+            "--craft.constraint_freq=1, or another --craft.multiplier"
+        )
     if craft.multiplier_scope == "task" and craft.multiplier == "dynamic_barrier":
         raise UserError(
             "--craft.multiplier=dynamic_barrier computes one λ from the gradients of all tasks together: use "
@@ -94,6 +99,8 @@ def _without_effect(craft: "CraftConfig") -> dict[str, str]:
         unused |= dict.fromkeys(("multiplier", "initial_lambda", "lambda_lr", "lambda_max"), no_multiplier)
     if craft.merging == "guide" and not craft.use_grad_projection:
         unused["surgery_scope"] = "--craft.use_grad_projection=false, which merges all layers alike"
+    if craft.constraint_split == "train":
+        unused["constraint_freq"] = "--craft.constraint_split=train, which needs no pass to measure L_ret"
     if craft.retention_freq == 1 and craft.retention_freq_max == 0:
         unused["retention_scale"] = "--craft.retention_freq=1"
     return unused

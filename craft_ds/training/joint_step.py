@@ -82,19 +82,19 @@ def joint_step(
         fp64(engine, extra),
     )
 
-    task_losses, retention_loss = mean_retention_losses(measured)
+    task_losses, retention_loss = mean_retention_losses(measured, len(weights))
     loss, norm = loss_sum * per_token, a * per_token * math.sqrt(max(product[0], 0.0))
     result = StepResult(
         loss,
         norm,
-        math.isfinite(loss + retention_loss + norm),
+        math.isfinite(loss + (retention_loss or 0.0) + norm),
         int(tokens),
         tuple(summed_extra),
         retention_loss,
         merged=MergedGradient(a, b, conflict=False, cosine=math.nan, norm=norm),
         multiplier=used,
         task_multipliers=weights,
-        task_losses=tuple(task_losses) if weights else (),
+        task_losses=task_losses,
     )
     if not result.applied:
         engine.zero_grad()

@@ -104,7 +104,8 @@ def _draw_losses(
     panel.set_ylabel("loss (nats per action token)")
     retention, epsilon = history["retention_loss"], history["epsilon"]
     _draw_curve(panel, logged["step"], logged["train/loss"], ORANGE, "new task")
-    _draw_curve(panel, history["step"], retention, BLUE, "old tasks")
+    measured = ~np.isnan(retention)
+    _draw_curve(panel, history["step"][measured], retention[measured], BLUE, "old tasks")
     if len(epsilon):
         panel.plot(history["step"], epsilon, color=RED, linewidth=1.8, linestyle="--", label="ε")
         if teacher_loss is not None:

@@ -196,7 +196,6 @@ class Run:
         self._seconds.append(seconds)
         if retention is not None:
             progress.latest |= {
-                "craft/retention_loss": retention.retention_loss,
                 "craft/lambda": retention.lambda_,
                 "craft/epsilon": retention.epsilon,
                 "craft/retention_weight": retention.retention_weight,
@@ -227,8 +226,10 @@ class Run:
             )
 
     def _scoped(self, retention: RetentionRecord) -> dict[str, float]:
-        """Return what only some retention steps have: two gradients, layers, tasks, an adaptive interval."""
+        """Return what only some retention steps have: L_ret, two gradients, layers, tasks, an interval."""
         craft, metrics = self.config.craft, dict[str, float]()
+        if not math.isnan(retention.retention_loss):  # else the last measured one stays
+            metrics["craft/retention_loss"] = retention.retention_loss
         if not math.isnan(retention.cos):
             metrics |= {
                 "craft/grad_conflict": float(retention.conflict),

@@ -46,7 +46,8 @@ class StepResult(NamedTuple):
         applied: False if a loss or gradient was non-finite and nothing was changed.
         tokens: Supervised task tokens of all ranks.
         extra: Sums over ranks of the extra scalars that the caller passed in.
-        retention_loss: L_ret, the mean loss on the anchors that measure the constraint; None in a task step.
+        retention_loss: L_ret, the mean loss on the anchors that measure the constraint; None in a task step,
+            and where no token was measured.
         triple: Gram triple of the two mean gradients; None in a task step, and where both losses accumulate
             in one gradient. The penalty's is part of g_t.
         merged: Weights of the merged gradient; None in a task step.
@@ -168,7 +169,8 @@ def retention_step(
         engine: Holds the model and the optimizer.
         task: This rank's micro-batches of the task.
         anchors: This rank's micro-batches of the anchors that give the retention gradient.
-        constraint: This rank's micro-batches of the anchors that measure L_ret; None: `anchors` measure it.
+        constraint: This rank's micro-batches of the anchors that measure L_ret; None: `anchors` measure it;
+            empty: it is not measured.
         multiplier: λ; or λ of each task, which then weights the task's loss within the retention gradient; or
             how to compute it from the step's Gram triple and L_ret.
         craft: How to project and merge.
@@ -204,15 +206,15 @@ def retention_step(
     if penalty is not None:  # which requires surgery_scope=global: one triple
         triples = [penalty_sums.scaled(per_token, per_anchor_token).added_to(triples[0])]
     triple = total_triple(triples)
-    task_losses, retention_loss = mean_retention_losses(measured)
+    task_losses, retention_loss = mean_retention_losses(measured, len(weights))
     loss = loss_sum * per_token
-    used = multiplier(triple, retention_loss) if callable(multiplier) else multiplier
+    used = multiplier(triple, retention_loss or 0.0) if callable(multiplier) else multiplier
     # With one λ per task, g_r is already weighted by them.
     merged, layers = merge_layers(triples, 1.0 if isinstance(used, tuple) else used, craft, retention_scale)
     result = StepResult(
         loss,
         merged.norm,
-        triple.is_finite and math.isfinite(loss + retention_loss),
+        triple.is_finite and math.isfinite(loss + (retention_loss or 0.0)),
         int(tokens),
         tuple(summed_extra),
         retention_loss,
@@ -220,7 +222,7 @@ def retention_step(
         merged,
         sum(used) / len(used) if isinstance(used, tuple) else used,
         task_multipliers=weights,
-        task_losses=tuple(task_losses) if weights else (),
+        task_losses=task_losses,
         penalty_loss=penalty_sums.loss,
     )
     if not result.applied:
@@ -244,18 +246,22 @@ def _layers(engine: Engine, gradient: Sequence[Tensor], craft: CraftConfig) -> l
     return split_by_layer(names, engine.by_parameter(gradient))
 
 
-def mean_retention_losses(sums: Sequence[float]) -> tuple[list[float], float]:
+def mean_retention_losses(sums: Sequence[float], tasks: int) -> tuple[tuple[float, ...], float | None]:
     """Return L_ret of each task and of all tokens together.
 
     Args:
-        sums: Sums of the loss of each task, then their numbers of tokens; one entry each without tasks.
+        sums: Sums of the loss of each task, then their numbers of tokens; one entry each without tasks, or
+            if nothing was measured.
+        tasks: Number of tasks; 0: the loss is not by task.
 
     Returns:
-        A list with NaN for a task without tokens, and the mean.
+        NaN for each task without tokens; and None without any.
     """
     losses, tokens = sums[: len(sums) // 2], sums[len(sums) // 2 :]
-    by_task = [total / count if count else math.nan for total, count in zip(losses, tokens, strict=True)]
-    return by_task, sum(losses) / max(sum(tokens), 1.0)
+    if not sum(tokens):
+        return (math.nan,) * tasks, None
+    means = [total / count if count else math.nan for total, count in zip(losses, tokens, strict=True)]
+    return tuple(means) if tasks else (), sum(losses) / sum(tokens)
 
 
 def _no_tokens(engine: Engine) -> TokenSums:

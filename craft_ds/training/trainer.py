@@ -66,6 +66,7 @@ def train(run: Run) -> None:
         else:
             epsilon = epsilon_at(step, config.steps, craft)  # in the units that `anchors` has
             seen = run.progress.anchors_seen
+            measures = len(dual.history) % craft.constraint_freq == 0
             if craft.adds_losses and run.penalty is None:
                 take_step = partial(joint_step, anchor_tokens=anchors.tokens(seen))
             else:
@@ -75,7 +76,7 @@ def train(run: Run) -> None:
                 run.engine,
                 task=run.task_batches(votes),
                 anchors=anchors.gradient_batches(seen),
-                constraint=anchors.constraint_batches(seen),
+                constraint=anchors.constraint_batches(seen) if measures else (),
                 multiplier=dual.in_step(anchors.epsilon_unit * epsilon),
                 craft=craft,
                 max_norm=run.max_norm,
@@ -85,7 +86,7 @@ def train(run: Run) -> None:
             record = _record(step, epsilon, anchors, result)
             if result.applied:
                 dual.ascend(record)  # by default λ ← clip(λ + lambda_lr · (L_ret − ε), 0, lambda_max)
-            schedule.advance(step, slack=result.applied and record.slack)
+            schedule.advance(step, slack=record.slack if result.applied else False)
 
         stop, replaced = result.extra
         run.count_bad_samples(replaced)
@@ -98,14 +99,13 @@ def train(run: Run) -> None:
 
 
 def _record(step: int, epsilon: float, anchors: AnchorStream, result: StepResult) -> RetentionRecord:
-    assert result.retention_loss is not None
     assert result.merged is not None
     assert result.multiplier is not None
     return RetentionRecord(
         step=step + 1,
         lambda_=result.multiplier,
         epsilon=anchors.epsilon_unit * epsilon,
-        retention_loss=result.retention_loss,
+        retention_loss=math.nan if result.retention_loss is None else result.retention_loss,
         conflict=result.merged.conflict,
         cos=result.merged.cosine,
         retention_weight=result.merged.retention_weight,

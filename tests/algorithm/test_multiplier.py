@@ -113,6 +113,23 @@ def test_state_moves_the_multiplier_and_keeps_the_history():
     assert state.history == records
 
 
+@pytest.mark.parametrize("rule", ["ascent", "nupi", "fixed"])
+def test_an_unmeasured_step_moves_nothing(rule):
+    fields = {"initial_lambda": 2.0, "lambda_lr": 0.5, "multiplier": rule, "nupi_nu": 0.5}
+    every, some = DualState(config(**fields)), DualState(config(**fields))
+    for step, loss in enumerate([1.0, math.nan, math.nan, 0.3, math.nan]):
+        one = record(step, loss, 0.6)
+        assert one.slack == (None if math.isnan(loss) else loss <= 0.6)
+        some.ascend(one)
+        if not math.isnan(loss):
+            every.ascend(one)
+    assert (some.multiplier, some.smoothed_violation) == (every.multiplier, every.smoothed_violation)
+    assert len(some.history) == 5
+    again = DualState(config(**fields))
+    again.load_state_dict(some.state_dict())
+    assert repr(again.state_dict()) == repr(some.state_dict())
+
+
 def test_state_survives_a_checkpoint(tmp_path):
     state = DualState(config())
     for step in range(4):

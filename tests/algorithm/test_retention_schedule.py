@@ -47,6 +47,14 @@ def test_the_interval_doubles_while_slack_and_returns_after_a_violation():
     assert [scale for _, scale in taken] == [1, 6, 12, 3, 6, 12, 20]
 
 
+def test_an_unmeasured_step_leaves_the_interval():
+    assert [next_interval(interval, None, config(3, 20)) for interval in (3, 6, 20)] == [3, 6, 20]
+    assert next_interval(3, None, config(3, 0)) == 3
+    slack = {0: True, 6: None, 12: True, 24: None, 36: False}
+    taken = run(RetentionSchedule(config(3, 20)), range(40), slack.get)
+    assert [step for step, _ in taken] == [0, 6, 12, 24, 36, 39]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 6), st.integers(0, 20), st.sets(st.integers(0, 100)), st.integers(0, 99))
 def test_the_factors_add_up_to_the_steps_and_resuming_is_exact(freq, more, violated, stop):

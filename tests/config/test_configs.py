@@ -71,6 +71,15 @@ def test_rules_are_valid_with_the_options_that_they_read(changes):
         ({"multiplier": "nupi", "nupi_nu": 1.0}, ["--craft.nupi_nu=1.0", "(-1, 1)"]),
         ({"multiplier": "nupi", "nupi_kp": 0.0, "nupi_ki": 0.0}, ["--craft.multiplier=fixed"]),
         ({"multiplier": "nupi", "nupi_kp": -1.0}, ["--craft.nupi_kp=-1.0"]),
+        ({"constraint_freq": 0}, ["--craft.constraint_freq=0", "at least 1"]),
+        (
+            {"constraint_freq": 2, "constraint_split": "train"},
+            ["--craft.constraint_freq=2", "--craft.constraint_split=train"],
+        ),
+        (
+            {"constraint_freq": 2, "multiplier": "dynamic_barrier", "use_grad_projection": False},
+            ["--craft.multiplier=dynamic_barrier", "--craft.constraint_freq=1"],
+        ),
         ({"surgery_scope": "block"}, ["--craft.surgery_scope=block", "layer"]),
         ({"multiplier_scope": "layer"}, ["--craft.multiplier_scope=layer", "task"]),
         ({"retention_scale": "k"}, ["--craft.retention_scale=k", "freq"]),

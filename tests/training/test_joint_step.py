@@ -77,6 +77,28 @@ def test_one_multiplier_for_each_task():
     assert (found.task_multipliers, found.multiplier) == ((0.4, 3.0), pytest.approx(1.7))
 
 
+@pytest.mark.parametrize("step", [joint, apart])
+@pytest.mark.parametrize("by_tasks", [False, True])
+def test_without_a_measurement_the_step_is_the_same(step, by_tasks):
+    batches = {}
+    if by_tasks:
+        batches = {
+            "anchors": [
+                {**tokens((-2.0, 1.0), (0.0, 1.0), (1.5, 5.0)), "task_index": torch.tensor([0, 1, 0])}
+            ],
+            "multiplier": (0.4, 3.0),
+            "anchor_loss": by_two_tasks,
+            "craft": plain(multiplier_scope="task"),
+        }
+    one, other = engine(), engine()
+    found, expected = step(one, **batches, constraint=()), step(other, **batches)
+    assert weights(one) == weights(other)
+    assert (found.applied, found.retention_loss) == (True, None)
+    assert expected.retention_loss is not None
+    assert len(found.task_losses) == len(expected.task_losses)
+    assert all(map(math.isnan, found.task_losses))
+
+
 @pytest.mark.parametrize("where", ["task", "anchors", "constraint"])
 def test_a_non_finite_loss_changes_nothing(where):
     one = engine()
