@@ -148,7 +148,11 @@ def run_cells(
         if deadline is not None and time.monotonic() > deadline:
             return
         started = time.monotonic()
-        done = run_cell(cell, places, results)
+        try:
+            done = run_cell(cell, places, results)
+        except UserError as error:
+            print(f"{cell.name}: {error}", file=sys.stderr)
+            done = False
         with printing:
             print(
                 f"{cell.name}: {'done' if done else 'failed'} in {time.monotonic() - started:.0f} s",
