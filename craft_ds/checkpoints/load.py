@@ -1,6 +1,7 @@
 """Load training state from a checkpoint; each rank reads its own ranges, whichever engine wrote them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from craft_ds.checkpoints.manifest import read_manifest
 from craft_ds.checkpoints.save import CRAFT_STATE, OPTIMIZER, SCHEDULER
+from craft_ds.checkpoints.shard_plan import EMA
 from craft_ds.engines.base import Engine
 from craft_ds.errors import UserError, one_line
 from craft_ds.lora.adapters import Adapters
@@ -35,7 +37,7 @@ def load_optimizer(directory: Path, engine: Engine, adapters: Adapters | None = 
             integers = [name for name, _, dtype in moments.specs() if not dtype.is_floating_point]
             if integers:
                 raise ValueError(f"{integers[0]} holds integers")
-            keys = sorted({name.rsplit(".", 1)[1] for name, *_ in moments.specs()})
+            keys = sorted({name.rsplit(".", 1)[1] for name, *_ in moments.specs()} - {EMA})
             if keys:  # else no step was applied yet; the optimizer creates its state in the first one
                 stored = adapters.keys if adapters is not None else {}
                 _check_shapes(engine, keys, {name: shape for name, shape, _ in moments.specs()}, stored)
@@ -48,6 +50,44 @@ def load_optimizer(directory: Path, engine: Engine, adapters: Adapters | None = 
         raise UserError(
             f"{path} does not hold the optimizer state of this policy ({one_line(error)}): resume from an "
             "older checkpoint"
+        ) from error
+
+
+@contextmanager
+def open_average(
+    directory: Path, engine: Engine, weights: ReadRange, adapters: Adapters | None = None
+) -> Iterator[ReadRange]:
+    """Open the moving average of the weights in a verified checkpoint.
+
+    Args:
+        directory: The checkpoint.
+        engine: Holds the parameters.
+        weights: Reads what has no average: frozen parameters, or all where the checkpoint has none.
+        adapters: The trained adapters; None for full training.
+
+    Yields:
+        A reader by the parameter's name in the policy.
+
+    Raises:
+        UserError: The file does not hold an average of what this engine trains.
+    """
+    path, stored = directory / OPTIMIZER, adapters.keys if adapters is not None else {}
+    try:
+        with open_tensors(path) as file:
+            shapes = {name: shape for name, shape, _ in file.specs() if name.endswith(f".{EMA}")}
+            if shapes:
+                _check_shapes(engine, [EMA], shapes, stored)
+            checked = _by_parameter_name(_checked(file.read), stored)
+
+            def read(name: str, start: int, stop: int) -> Tensor:
+                has_average = f"{stored.get(name, name)}.{EMA}" in shapes
+                return checked(f"{name}.{EMA}", start, stop) if has_average else weights(name, start, stop)
+
+            yield read
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(
+            f"{path} does not hold the moving average of this policy ({one_line(error)}): resume from an "
+            "older checkpoint, or with --ema_decay=0"
         ) from error
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -264,6 +264,7 @@ def prepare_checkpoint(
     extra: Callable[[Path], None] | None = None,
     progress: Callable[[], None] = lambda: None,
     evaluations: Sequence[EvalRecord] = (),
+    average: Mapping[str, Tensor] | None = None,
 ) -> PendingCheckpoint:
     """Collect the contents of a checkpoint as views of the engine's tensors. Collective: call on all ranks.
 
@@ -280,10 +281,11 @@ def prepare_checkpoint(
         extra: Writes further files into the directory it is given (rank 0 only).
         progress: Called after each piece of work, in the thread that does it.
         evaluations: Evaluations by which the link `best` is chosen; empty: it is left alone.
+        average: As for `plan_shards`; None: there is none.
     """
     return PendingCheckpoint(
         directory=directory,
-        contents=plan_shards(engine, adapters),
+        contents=plan_shards(engine, adapters, average or {}),
         config=config,
         policy_dir=policy_dir,
         edits=edits,

@@ -1,7 +1,7 @@
 """Plan of a checkpoint's tensors: their names in the files, their shapes and the parts each rank holds."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,6 +13,9 @@ from craft_ds.engines.base import Engine, Shard
 from craft_ds.lora.adapters import Adapters
 from craft_ds.policies.weights import unique_tensors
 from craft_ds.tensor_io.tensor_file import TensorSpec
+
+EMA = "ema"
+"""Name of the moving average of the weights (`--ema_decay`) among a parameter's optimizer state."""
 
 
 class StoredParameter(NamedTuple):
@@ -75,19 +78,24 @@ class ShardPlan:
         return replace(self, shards=lambda: copies, buffers=buffers)
 
 
-def plan_shards(engine: Engine, adapters: Adapters | None) -> ShardPlan:
+def plan_shards(engine: Engine, adapters: Adapters | None, average: Mapping[str, Tensor]) -> ShardPlan:
     """Plan which tensors each rank writes, as views of the engine's. Collective: call on all ranks.
 
     Args:
         engine: Holds parameters and optimizer state.
         adapters: The trained adapters; None for full training.
+        average: This rank's parts of the weights' average, flat, by parameter; empty: there is none.
 
     Raises:
         RuntimeError: The ranks do not hold every element exactly once, so the file would have gaps.
     """
 
-    def shards() -> Iterable[Shard]:
-        return engine.shards(frozen=adapters is None)
+    def shards() -> Iterator[Shard]:
+        for shard in engine.shards(frozen=adapters is None):
+            if shard.name in average:
+                yield replace(shard, state={**shard.state, EMA: average[shard.name]})
+            else:
+                yield shard
 
     mine = {
         shard.name: (

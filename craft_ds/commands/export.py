@@ -35,6 +35,11 @@ def main(arguments: Sequence[str]) -> None:
         help="dtype of the weights in the file (default: float32, as trained)",
     )
     parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="write the moving average of the weights, of a run with --ema_decay",
+    )
+    parser.add_argument(
         "--merge_lora",
         action="store_true",
         help="merge LoRA adapters into their base, and compare the merged policy with them",

@@ -52,6 +52,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         default="none",
         help="the run's --penalty.name (default: none)",
     )
+    add("--ema_decay", type=float, default=0.0, help="that of the run; 0: none (default: 0)")
     add(
         "--craft.use_grad_projection",
         dest="projection",
@@ -128,6 +129,7 @@ def plan_request(args: argparse.Namespace) -> Any:
         lora=lora if args.lora_rank else None,
         reduce_bucket=args.reduce_bucket_size,
         penalty=args.penalty,
+        ema=args.ema_decay > 0,
         one_gradient=args.projection == "false" and args.penalty == "none",
         gpus=args.gpus,
         headroom=args.headroom,

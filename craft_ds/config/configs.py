@@ -264,6 +264,10 @@ class RunOptions:
     one is complete and verified. `final` is always kept."""
     keep_period: int = 0
     """Keep every periodic checkpoint whose step is a multiple of this; 0: none."""
+    ema_decay: float = 0.0
+    """Decay per step of an exponential moving average of the trained weights, such as 0.99; 0: none.
+    Checkpoints hold it beside the weights, and `craft-ds export --ema` writes it. It takes 4 bytes per
+    trained parameter, sharded."""
     save_best: bool = False
     """Point the link `best` at the checkpoint with the lowest held-out task loss among those whose loss on
     held-out anchors is at most ε at their step, or nearest to it if there is none. Evaluates before every

@@ -20,7 +20,7 @@ from lerobot.configs.default import DatasetConfig, PeftConfig
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
-from craft_ds.config.checks import check_choice
+from craft_ds.config.checks import check_choice, require
 from craft_ds.config.configs import (
     ActivationCheckpointing,
     DataCheck,
@@ -99,6 +99,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         _refuse_nulls(self)
         self.craft.validate()
         self.penalty.validate(self.craft)
+        require(0.0 <= self.ema_decay < 1.0, f"--ema_decay={self.ema_decay} must lie in [0, 1)")
         self.engine.resolve()
         if self.peft is not None:
             asked = from_lerobot(self.peft)

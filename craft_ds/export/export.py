@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from craft_ds.checkpoints import verify_checkpoint
+from craft_ds.checkpoints.save import OPTIMIZER
+from craft_ds.checkpoints.shard_plan import EMA
 from craft_ds.errors import UserError, one_line
 from craft_ds.export.alpha_search import AlphaSearch, search_alpha
 from craft_ds.export.interpolate import interpolated
@@ -49,6 +51,7 @@ def export_checkpoint(
     device: str = "cpu",
     merge_with: str = "",
     alpha: float | AlphaSearch | None = None,
+    ema: bool = False,
 ) -> str:
     """Write a checkpoint's policy to a new directory.
 
@@ -66,6 +69,7 @@ def export_checkpoint(
         merge_with: A policy, such as the teacher, with whose weights to interpolate; empty: none.
         alpha: Share of `merge_with` in the weights, in [0, 1]; None: a half. A search chooses it by losses on
             held-out data, and writes them to `report_path(output)`.
+        ema: Write the moving average of the weights (`--ema_decay`) in their place.
 
     Returns:
         A description of the export, for the log.
@@ -83,6 +87,9 @@ def export_checkpoint(
             "--merge_with does not apply with --merge_lora: export with --merge_lora first, and interpolate "
             "the export"
         )
+    if ema and (merge_lora or merge_with):
+        flag = "--merge_lora" if merge_lora else "--merge_with"
+        raise UserError(f"{flag} does not apply with --ema: export with --ema first, and use the export")
     if alpha is not None and not merge_with:
         given = "auto" if isinstance(alpha, AlphaSearch) else alpha
         raise UserError(f"--alpha={given} applies only with --merge_with: remove the flag")
@@ -107,13 +114,20 @@ def export_checkpoint(
                     device=device,
                 )
             if has_adapters(checkpoint) and not merge_with:
-                return _export_adapters(checkpoint, temporary, dtype, base_path)
-            with _weights(checkpoint, merge_with, alpha) as read:
+                return _export_adapters(checkpoint, temporary, dtype, base_path, ema)
+            with (
+                _weights(checkpoint, merge_with, alpha) as weights,
+                _averaged(checkpoint, weights, ema) as read,
+            ):
                 _write(checkpoint / WEIGHTS, temporary / WEIGHTS, DTYPES[dtype], read)
             if merge_with:
                 shares = f"{1 - alpha:g} of its weights and {alpha:g} of those of {merge_with}"
                 return f"{shares}; {found}" if found else shares
-            return "the complete policy"
+            return (
+                "the complete policy, with the moving average of its weights"
+                if ema
+                else "the complete policy"
+            )
     except OSError as error:
         raise UserError(f"--output={output} cannot be written: {error}") from error
 
@@ -157,7 +171,7 @@ def _merge(checkpoint: Path, target: Path, dtype: str, base_path: str) -> None:
     remove_adapter_config(target)
 
 
-def _export_adapters(checkpoint: Path, target: Path, dtype: str, base_path: str) -> str:
+def _export_adapters(checkpoint: Path, target: Path, dtype: str, base_path: str, ema: bool) -> str:
     config = read_adapter_config(checkpoint)
     if base_path:
         plan = _plan(checkpoint, base_path)
@@ -172,10 +186,12 @@ def _export_adapters(checkpoint: Path, target: Path, dtype: str, base_path: str)
         def read(name: str, start: int, stop: int) -> torch.Tensor:
             return finite(reader.read(name, start, stop), name, checkpoint)
 
-        _write(checkpoint / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS, DTYPES[dtype], read)
+        with _averaged(checkpoint, read, ema) as values:
+            _write(checkpoint / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS, DTYPES[dtype], values)
+    what = "the moving average of the LoRA adapters" if ema else "the LoRA adapters"
     return (
-        f"only the LoRA adapters, which PEFT and LeRobot load on {config.base_model_name_or_path}; "
-        "--merge_lora exports a complete policy"
+        f"only {what}, which PEFT and LeRobot load on {config.base_model_name_or_path}; --merge_lora exports "
+        "a complete policy"
     )
 
 
@@ -192,6 +208,26 @@ def _weights(checkpoint: Path, merge_with: str, alpha: float) -> Iterator[ReadRa
         return
     with WeightReader(checkpoint, build_policy(load_policy_config(checkpoint), checkpoint)) as weights:
         yield weights.read
+
+
+@contextmanager
+def _averaged(checkpoint: Path, weights: ReadRange, ema: bool) -> Iterator[ReadRange]:
+    """Yield a reader of the weights' moving average; weights that did not train are as they are."""
+    if not ema:
+        yield weights
+        return
+    with open_tensors(checkpoint / OPTIMIZER) as state:
+        names = {spec.name for spec in state.specs() if spec.name.endswith(f".{EMA}")}
+        if not names:
+            raise UserError(f"--ema: {checkpoint} is of a run without --ema_decay: remove the flag")
+
+        def read(name: str, start: int, stop: int) -> torch.Tensor:
+            average = f"{name}.{EMA}"
+            if average not in names:
+                return weights(name, start, stop)
+            return finite(state.read(average, start, stop), average, checkpoint)
+
+        yield read
 
 
 def _write(source: Path, target: Path, dtype: torch.dtype, read: ReadRange) -> None:

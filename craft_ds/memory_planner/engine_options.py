@@ -19,8 +19,8 @@ class EngineOptions:
         max_live: ZeRO-3: `stage3_max_live_parameters`; no prefetch beyond this number of elements.
         persistence: ZeRO-3: `stage3_param_persistence_threshold`; parameters up to it stay gathered.
         max_reuse: ZeRO-3: `stage3_max_reuse_distance`; parameters used again within it stay gathered.
-        penalty: What `--penalty.name` keeps beside the masters, in fp32 copies of the trained shard: 0
-            (`none`), 1 (`l2`: θ_0) or 2 (`ewc`: θ_0 and F).
+        copies: fp32 copies of the trained shard that are kept beside the masters: 1 for `--penalty.name=l2`
+            (θ_0), 2 for `ewc` (θ_0 and F), and 1 for `--ema_decay`.
         one_gradient: Both losses of a retention step accumulate in one gradient
             (`craft_ds.training.joint_step`).
         sub_group: ZeRO-3: `sub_group_size`; elements that the optimizer updates at once.
@@ -35,7 +35,7 @@ class EngineOptions:
     max_live: int = 1_000_000_000
     persistence: int = 100_000
     max_reuse: int = 1_000_000_000
-    penalty: int = 0
+    copies: int = 0
     one_gradient: bool = False
     sub_group: int = SUB_GROUP
 

@@ -36,7 +36,7 @@ class Plan:
     Attributes:
         moment: Position of the peak: in the second `pass` or in the optimizer's `step`.
         parameters: As stored between steps.
-        optimizer: Masters and moments, and what a penalty keeps.
+        optimizer: Masters and moments, and what a penalty and a moving average keep.
         second_gradient: g_t.
         gradient: Accumulated gradient at the peak.
         buffers: Permanent communication buffers of the engine.
@@ -92,10 +92,10 @@ def _kept(trace: PassTrace, s: EngineOptions) -> Plan:
     if s.one_gradient:
         g_t = 4 * -(-trace.trainable // s.ranks) * (s.engine == "fsdp_offload")  # that of ZeRO-3 is unused
         plan = replace(plan, second_gradient=0, host=plan.host - g_t)
-    penalty = 4 * s.penalty * -(-trace.trainable // s.ranks)
+    copies = 4 * s.copies * -(-trace.trainable // s.ranks)
     if s.offloads:
-        return replace(plan, host=plan.host + penalty)
-    return replace(plan, optimizer=plan.optimizer + penalty)
+        return replace(plan, host=plan.host + copies)
+    return replace(plan, optimizer=plan.optimizer + copies)
 
 
 def _kept_by_engine(trace: PassTrace, s: EngineOptions) -> Plan:

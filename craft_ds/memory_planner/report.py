@@ -43,6 +43,7 @@ class PlanRequest:
         lora: Adapters to plan besides full training; None: full training only.
         reduce_bucket: ZeRO: `reduce_bucket_size`, in elements; None: as in the shipped configurations.
         penalty: `--penalty.name`.
+        ema: The run keeps a moving average of the weights.
         one_gradient: As in `EngineOptions`.
         gpus: GPU memory sizes to try, in GiB.
         headroom: Share of GPU memory kept free for context and fragmentation.
@@ -56,6 +57,7 @@ class PlanRequest:
     lora: LoraConfig | None
     reduce_bucket: int | None
     penalty: PenaltyName
+    ema: bool
     one_gradient: bool
     gpus: tuple[float, ...]
     headroom: float
@@ -106,7 +108,7 @@ def plan_all(config: PreTrainedConfig, request: PlanRequest) -> Iterator[Row]:
             ranks,
             compute=request.dtype.itemsize,
             reduce_bucket=bucket,
-            penalty=_COPIES[request.penalty],
+            copies=_COPIES[request.penalty] + request.ema,
             one_gradient=request.one_gradient,
         )
         # Without frozen weights every layer keeps its input in any case.

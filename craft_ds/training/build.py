@@ -69,6 +69,7 @@ from craft_ds.training.start_report import (
 )
 from craft_ds.training.trackers import open_trackers
 from craft_ds.training.train_state import Progress, TrainState
+from craft_ds.training.weight_average import build_average
 
 
 @contextlib.contextmanager
@@ -165,6 +166,8 @@ def _build(
             start=start_weights.read if start_weights else None,
             current=weights.read,
         )
+        resumed = config.checkpoint_path if saved is not None else None
+        average = build_average(config.ema_decay, engine, weights.read, resumed, adapters)
 
     device = str(engine.device)
     preprocessor, postprocessor = load_run_processors(config, inputs.policy_dir, data.changes, device)
@@ -208,6 +211,7 @@ def _build(
         state=state,
         scheduler=scheduler,
         adapters=adapters,
+        average=average,
         policy_dir=inputs.policy_dir,
         edits=policy_edits(data.changes, preprocessor, postprocessor),
         logger=logger,
@@ -227,6 +231,7 @@ def _build(
         tasks=tasks,
         anchors=anchors,
         penalty=penalty,
+        average=average,
         scheduler=scheduler,
         logger=logger,
         evaluator=Evaluator(

@@ -20,6 +20,7 @@ from craft_ds.policies.directory import PolicyEdits
 from craft_ds.training.metrics import METRICS_FILE, MetricsLogger
 from craft_ds.training.plots import plot_lambda_analysis
 from craft_ds.training.train_state import TrainState
+from craft_ds.training.weight_average import WeightAverage
 
 HISTORY_CSV = "lambda_history.csv"
 HISTORY_PLOT = "lambda_analysis.png"
@@ -35,6 +36,7 @@ class Checkpointer:
         state: Content of `craft_state.pt`.
         scheduler: Learning-rate schedule; None: constant.
         adapters: The adapters that train; None: the policy's own weights train.
+        average: Moving average of the weights; None: there is none.
         policy_dir: Directory with the policy's configuration and processors.
         edits: What the run changes in them.
         logger: Receives a line per save.
@@ -48,6 +50,7 @@ class Checkpointer:
     state: TrainState
     scheduler: LRScheduler | None
     adapters: Adapters | None
+    average: WeightAverage | None
     policy_dir: Path
     edits: PolicyEdits
     logger: MetricsLogger
@@ -149,6 +152,7 @@ class Checkpointer:
             adapters=self.adapters,
             extra=self._write_history if final and self.config.craft.enabled else None,
             progress=self.watchdog.progress,
+            average=self.average.by_name() if self.average else None,
             evaluations=tuple(self.state.evaluations) if self.config.save_best else (),
         )
 

@@ -35,6 +35,7 @@ from craft_ds.training.metrics import MetricsLogger, peak_memory_bytes
 from craft_ds.training.resume import resume_command
 from craft_ds.training.train_state import Progress, TrainState
 from craft_ds.training.train_step import StepResult
+from craft_ds.training.weight_average import WeightAverage
 
 DUMP = "diverged.json"
 
@@ -105,6 +106,7 @@ class Run:
         tasks: Samples of the new task.
         anchors: Anchors of the old tasks; None for the baseline.
         penalty: Penalty on the distance from the start; None: none.
+        average: Moving average of the weights; None: none.
         scheduler: Learning-rate schedule; None: constant.
         logger: Metrics and log lines.
         evaluator: Evaluates every `eval_freq` steps, and with `save_best` before every save.
@@ -121,6 +123,7 @@ class Run:
     tasks: TaskStream
     anchors: AnchorStream | None
     penalty: QuadraticPenalty | None
+    average: WeightAverage | None
     scheduler: LRScheduler | None
     logger: MetricsLogger
     evaluator: Evaluator
@@ -302,6 +305,11 @@ class Run:
         """Advance the learning-rate schedule by one step."""
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def update_average(self) -> None:
+        """Move the average of the weights, if there is one, towards the present weights."""
+        if self.average is not None:
+            self.average.update()
 
     def after_step(self, *, stop: bool) -> None:
         """Evaluate and save if due after this step. Collective: call on all ranks.

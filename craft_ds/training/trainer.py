@@ -92,6 +92,7 @@ def train(run: Run) -> None:
         run.count_bad_samples(replaced)
         if result.applied:
             run.advance_scheduler()
+            run.update_average()
         run.record(result, record, seconds=time.perf_counter() - started)
         run.after_step(stop=stop > 0)
         if run.stopped_early:

@@ -169,7 +169,13 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
         "fsdp": COMPLETE | COMPLETE_LORA | ALL_COSTS | _from("fsdp_on2") | _lora_from("zero3_on2"),
         "fsdp_offload": CORE,
     },
-    Spawn("fsdp", 4): {"hsdp": CORE | COSTS | _from("fsdp_on3") | {"lora-plain": LORA["lora-plain"]}},
+    Spawn("fsdp", 4): {
+        "hsdp": CORE
+        | COSTS
+        | {"penalty-resume": penalised_resume}
+        | _from("fsdp_on3")
+        | {"lora-plain": LORA["lora-plain"]}
+    },
 }
 # Checkpoints from which others resume.
 LOADED = ("zero3_on2", "zero3_on3", "zero2_on2", "fsdp_on2", "fsdp_on3", "hsdp_on4")

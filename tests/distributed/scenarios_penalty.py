@@ -1,4 +1,4 @@
-"""Penalties on the distance from the start: the same steps on every number of ranks, also when resumed."""
+"""Penalties and the moving average of the weights: the same on every number of ranks, also when resumed."""
 
 from lab import Lab, Output, masters, moments
 from scenarios import _steps, _train_config, load_checkpoint
@@ -11,7 +11,9 @@ from craft_ds.engines.base import Batch, Engine, ReadRange
 from craft_ds.policies.loading import build_policy, load_policy_config
 from craft_ds.policies.weights import WeightReader
 from craft_ds.training.penalty import build_penalty
+from craft_ds.training.weight_average import WeightAverage, build_average
 
+DECAY = 0.7
 WEIGHTS = {"l2": 3.0, "ewc": 0.3}
 
 
@@ -48,11 +50,14 @@ def penalised_adapters(lab: Lab) -> Output:
 
 
 def penalised_resume(lab: Lab) -> Output:
-    """Three steps, a checkpoint, two more; and the same two again from the checkpoint."""
+    """Three steps, a checkpoint, two more; and the same two again from the checkpoint. With an average."""
     output, directory = Output(), lab.scratch / f"penalised_{lab.kind}_on{lab.world_size}"
     engine = lab.pi0_engine()
     penalty = _penalty(engine, "ewc", [lab.whole(lab.pi0_batches, 200)])
-    _run(lab, engine, output, penalty, "TRT")
+    average = WeightAverage(DECAY, engine)
+    for step, kind in enumerate("TRT"):
+        _run(lab, engine, output, penalty, kind, first=step)
+        average.update()
     save_checkpoint(
         directory,
         engine=engine,
@@ -61,9 +66,9 @@ def penalised_resume(lab: Lab) -> Output:
         scheduler_state=None,
         craft_state={"multiplier": 1.5},
         step=3,
+        average=average.by_name(),
     )
-    _run(lab, engine, output, penalty, "RT", first=3)
-    output.add("unbroken", masters(engine))
+    _finish(lab, engine, output, penalty, average, "unbroken")
     engine.close()
     _resume(lab, directory, output)
     return output
@@ -80,11 +85,30 @@ def _resume(lab: Lab, directory, output: Output) -> None:
     policy = build_policy(load_policy_config(lab.policy_dir), lab.policy_dir)
     with WeightReader(lab.policy_dir, policy) as start, WeightReader(directory, policy) as current:
         engine = lab.pi0_engine(directory)
+        average = build_average(DECAY, engine, current.read, directory, None)
+        assert average is not None
         samples = [lab.whole(lab.pi0_batches, 200)]
         penalty = _penalty(engine, "ewc", samples, start=start.read, current=current.read)
     load_checkpoint(directory, engine)
-    _run(lab, engine, output, penalty, "RT", first=3)
-    output.add("resumed", masters(engine))
+    _finish(lab, engine, output, penalty, average, "resumed")
+
+
+def _finish(
+    lab: Lab,
+    engine: Engine,
+    output: Output,
+    penalty: QuadraticPenalty,
+    average: WeightAverage,
+    name: str,
+) -> None:
+    """Take the last two steps, and keep weights and average."""
+    for step, kind in enumerate("RT", 3):
+        _run(lab, engine, output, penalty, kind, first=step)
+        average.update()
+    output.add(name, masters(engine))
+    parts = average.by_name()
+    shards = engine.shards(frozen=False)
+    output.add(name, ((f"{shard.name}.ema", shard.start, parts[shard.name]) for shard in shards))
     engine.close()
 
 

@@ -1,6 +1,7 @@
 """Penalties in every engine: the numbers of one process, and a resumed run that continues exactly."""
 
 import pytest
+import torch
 from registry import Ranks, every
 from test_checkpoint_of_ranks import assert_same, renamed
 from test_parity import (
@@ -61,7 +62,12 @@ def test_one_process_resumes_with_its_penalty(reference):
 
 @every("penalty-resume")
 def test_a_resumed_penalty_is_exact(ranks, name, reference):
+    """And so is the moving average of the weights."""
     result = ranks[name]
+    averages = [key for key in of(result, "unbroken") if key.endswith(".ema")]
+    assert averages
+    for key in averages:  # neither the start nor the end
+        assert not torch.equal(result.tensors[key], result.tensors[key.removesuffix(".ema")])
     assert_same(renamed(result, "resumed"), renamed(result, "unbroken"))
     expected = reference[name]
     assert_close_overall(of(result, "unbroken"), of(expected, "unbroken"))

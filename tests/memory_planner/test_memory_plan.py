@@ -152,7 +152,7 @@ def test_offload_moves_stored_tensors_to_the_host(trace):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_penalty_keeps_one_or_two_shards_where_the_masters_are(trace, engine):
     ranks = 1 if engine == "single" else 2
-    plain, l2, ewc = (plan_memory(trace, WORKLOAD, options_of(engine, ranks, penalty=n)) for n in range(3))
+    plain, l2, ewc = (plan_memory(trace, WORKLOAD, options_of(engine, ranks, copies=n)) for n in range(3))
     shard = 4 * -(-trace.trainable // ranks)
     offloaded = engine.endswith("_offload")
     assert l2.total - plain.total == (0 if offloaded else shard)
