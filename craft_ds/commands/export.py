@@ -67,8 +67,9 @@ def main(arguments: Sequence[str]) -> None:
         "--alpha",
         type=_share_or_auto,
         metavar="SHARE",
-        help="share of --merge_with in the weights (default: 0.5); auto: of those whose loss on held-out "
-        "anchors is at most --epsilon, the one with the lowest task loss, or else the smallest",
+        help="share of --merge_with in the weights (default: 0.5); auto: the share with the lowest task loss "
+        "among those whose loss on held-out anchors is at most --epsilon; without episodes, the "
+        "smallest of them",
     )
     add = parser.add_argument_group("choice of --alpha=auto", argument_default=argparse.SUPPRESS).add_argument
     add("--alphas", type=float, nargs="+", metavar="SHARE", help="shares to try (default: 0 0.1 … 1)")

@@ -18,9 +18,9 @@ from craft_ds.errors import UserError
 class MixtureSampler(StepSampler):
     """Endless micro-batches from several data sets with given shares: a function of (seed, position, rank).
 
-    At every position of the stream a data set is drawn with the probability of its share. The sample is that
-    of the data set's own stream at this position, so that no sample of n comes twice within n positions of an
-    epoch of its data set. Indices are those of the data sets one after the other.
+    At each position one data set is drawn, with the probability of its share. The sample is the one that this
+    data set's own shuffled stream has at the position, so that none repeats within an epoch of the data set.
+    Indices count through the data sets one after the other.
 
     Args:
         sizes: Samples in each data set.

@@ -297,7 +297,7 @@ def _open_start(
     plan: AdapterPlan | None,
     adapters: Adapters | None,
 ) -> contextlib.AbstractContextManager[WeightReader | AdaptedWeights | None]:
-    """Open the weights that training started from where the engine will not hold them."""
+    """Open the weights that training started from, which the engine of a resumed run does not hold."""
     if config.penalty.name == "none" or not config.resume:
         return contextlib.nullcontext()
     assert state.start is not None

@@ -96,10 +96,10 @@ class World(ABC):
         """Return the scripted expert's action for the current state, float32 (action dimensions,)."""
 
     def positions(self) -> np.ndarray:
-        """Return where the scene's things are relative to the hand, float32 (things, 3) in m, NaN if absent.
+        """Return the positions of the scene's objects relative to the hand, float32 (objects, 3) in m.
 
-        Only the simulator knows them: targets to pretrain a vision tower, no input of a policy. A world
-        without them has no things.
+        An absent object is NaN; a world that does not know positions has no objects. They are targets for
+        pretraining a vision tower, and no input of a policy.
         """
         return np.empty((0, 3), dtype=np.float32)
 

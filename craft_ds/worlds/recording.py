@@ -69,8 +69,8 @@ def record_episode(world: World, task: str, seed: int, *, noise: float = 0.15, d
     """Record the expert solving one scene of `task`.
 
     Noise is added to the executed actions but not to the recorded ones, so that the episode also shows how
-    to recover (DART, Laskey et al. 2017, arXiv:1703.09327). Where it keeps the expert from solving the scene,
-    other noise is drawn.
+    to recover (DART, Laskey et al. 2017, arXiv:1703.09327). If the noise prevents the expert from solving the
+    scene, new noise is drawn.
 
     Args:
         world: The world to record in.

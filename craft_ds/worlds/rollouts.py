@@ -1,4 +1,4 @@
-"""A policy's own episodes in a world as a LeRobot data set: data of tasks of which no other is left."""
+"""Record a policy's own episodes as a LeRobot data set, for tasks whose original data is gone."""
 
 import json
 import os

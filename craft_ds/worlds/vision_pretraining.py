@@ -1,7 +1,7 @@
-"""Teach a vision tower where things are before the policy learns to act.
+"""Pretrain a vision tower to locate objects, before the policy learns to act.
 
-A tower from scratch learns positions slowly from action tokens. Here it regresses the positions that the
-simulator knows from the image, in minutes. They are targets of this stage only: no policy reads them.
+A tower that starts from scratch learns positions slowly from action tokens. Here it regresses them
+from the image: the simulator knows them. That takes minutes, and no policy reads the positions.
 """
 
 from collections.abc import Sequence
