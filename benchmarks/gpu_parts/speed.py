@@ -244,7 +244,7 @@ def plan(small: bool, layers: int | None = None) -> dict[str, Any]:
                 prepare=lambda policy: cut_layers(policy, layers),
             )
             options = EngineOptions(engine, 1, compute=dtype.itemsize)
-            planned[system][name] = plan_memory(trace, workload, options).total
+            planned[system][name] = plan_memory(trace, options).total
     return planned
 
 

@@ -37,11 +37,6 @@ class Workload:
     action_length: int = 100
     cameras: int | None = None
 
-    @property
-    def supervised(self) -> int:
-        """Number of tokens that `lm_head` predicts."""
-        return self.batch_size * max(self.action_length - 1, 0)
-
 
 @dataclass(frozen=True)
 class Unit:

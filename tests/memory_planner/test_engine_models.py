@@ -28,7 +28,7 @@ def trace():
         ("gradient", ROOT, 10),
         ("end", -1, 0),
     ]
-    return PassTrace(units, tuple(Event(kind, unit, numel, 0, 0) for kind, unit, numel in kinds), 0, 0)
+    return PassTrace(units, tuple(Event(kind, unit, numel, 0, 0) for kind, unit, numel in kinds), 0)
 
 
 def held(trace, **options):
