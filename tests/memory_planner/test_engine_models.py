@@ -57,6 +57,14 @@ def test_fsdp_without_reshard_keeps_units_until_backward(trace):
     assert steady[:6] == [10, 110, 110, 410, 410, 410]
 
 
+def test_fsdp_gathers_head_and_embedding_once(trace):
+    embedding, head, root = trace.units
+    units = (replace(embedding, only_looks_up=True), replace(head, ends_forward=True), root)
+    steady, _, _ = held(replace(trace, units=units), engine="fsdp", ranks=2)
+    # As above, but the head stays from forward to backward, and the embedding is not gathered again.
+    assert steady == [10, 110, 10, 310, 310, 310, 10 + 300, 310, 10 + 100, 10, 0]
+
+
 def test_zero3_keeps_parameters_that_are_reused_soon(trace):
     options = {"engine": "zero3", "ranks": 2, "persistence": 0, "prefetch": 0}
     assert held(trace, **options)[0][:6] == [0, 100, 100, 400, 400, 400]
