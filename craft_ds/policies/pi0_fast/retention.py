@@ -168,8 +168,9 @@ def teacher_top(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
         int32 and fp32, (B, A - 1, `TOP`); zeros where no token is supervised.
     """
     found = supervised_hidden(policy, batch)
-    logits = action_logits(policy, found)
-    top, ids = logits.topk(TOP, dim=1)
+    ids = action_logits(policy, found).topk(TOP, dim=1).indices
+    # As the loss computes them, so that the teacher's own loss is zero and not negative by rounding.
+    top = action_log_probs(policy, found, ids)
     size, length = batch[ACTION_TOKENS].shape
     stored = {
         TEACHER_TOP_IDS: torch.zeros(size, length - 1, TOP, dtype=torch.int32),
@@ -178,7 +179,7 @@ def teacher_top(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
     samples = found.samples
     where = samples.cpu(), (found.positions - samples * found.columns).cpu()
     stored[TEACHER_TOP_IDS][where] = ids.int().cpu()
-    stored[TEACHER_TOP_LOG_PROBS][where] = (top - logits.logsumexp(dim=1, keepdim=True)).cpu()
+    stored[TEACHER_TOP_LOG_PROBS][where] = top.cpu()
     return stored
 
 
