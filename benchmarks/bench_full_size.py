@@ -180,7 +180,7 @@ def plan(case: dict[str, Any]) -> tuple[PassTrace, Plan]:
         max_reuse=DS_OPTIONS["stage3_max_reuse_distance"],
         sub_group=DS_OPTIONS["sub_group_size"],
     )
-    return trace, plan_memory(trace, workload, setting)
+    return trace, plan_memory(trace, setting)
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def plan(case: dict[str, Any]) -> Plan:
         dtype.itemsize,
         reduce_bucket=case["reduce_bucket"],
     )
-    return plan_memory(trace, workload, options)
+    return plan_memory(trace, options)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
+from transformers.models.gemma.modeling_gemma import GemmaMLP
 
 from craft_ds.cli import exit_without_teardown
 from craft_ds.config.configs import FsdpConfig
@@ -31,6 +32,7 @@ from craft_ds.engines.deepspeed_config import read_ds_config, resolve_ds_config
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
 from craft_ds.policies.directory import WEIGHTS
+from craft_ds.policies.feed_forward import LeanGemmaMLP
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.meta_init import build_on_meta
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastConfig
@@ -134,6 +136,13 @@ def mid_size_config() -> TinyPI0FastConfig:
         vision_patch=14,
         max_action_tokens=48,
     )
+
+
+def as_in_lerobot_(policy: PreTrainedPolicy) -> None:
+    """Undo what `build_on_meta` changes beside the parameters' device."""
+    for module in policy.modules():
+        if isinstance(module, LeanGemmaMLP):
+            module.__class__ = GemmaMLP
 
 
 def random_values(name: str, start: int, stop: int) -> Tensor:

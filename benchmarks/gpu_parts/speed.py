@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from harness import CRAFT, default_device, init_ranks, make_engine
+from harness import CRAFT, as_in_lerobot_, default_device, init_ranks, make_engine
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -181,6 +181,7 @@ def _lerobot_steps(policy: PreTrainedPolicy) -> dict[str, Callable[[Batch, Batch
     from accelerate import Accelerator
     from lerobot.scripts.lerobot_train import update_policy
 
+    as_in_lerobot_(policy)
     materialize_(policy, default_device())
     with torch.no_grad():
         for name, tensor in unique_tensors(policy).items():
@@ -244,7 +245,7 @@ def plan(small: bool, layers: int | None = None) -> dict[str, Any]:
                 prepare=lambda policy: cut_layers(policy, layers),
             )
             options = EngineOptions(engine, 1, compute=dtype.itemsize)
-            planned[system][name] = plan_memory(trace, workload, options).total
+            planned[system][name] = plan_memory(trace, options).total
     return planned
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from craft_ds.config.configs import FsdpConfig
 from craft_ds.errors import UserError
 from craft_ds.policies.token_loss import PolicyWithLoss
-from craft_ds.policies.wrapping import shard_units
+from craft_ds.policies.wrapping import ends_forward, only_looks_up, shard_units
 
 
 def mesh_shape(options: FsdpConfig, world_size: int) -> tuple[int, int]:
@@ -91,10 +91,14 @@ def shard_(module: PolicyWithLoss, mesh: DeviceMesh, options: FsdpConfig, param_
 
     units = shard_units(module.policy)
     for unit in units:
-        shard(unit, cast_inputs=True, reshard_after_forward=options.reshard_after_forward)
+        free = options.reshard_after_forward and not ends_forward(module.policy, unit)
+        shard(unit, cast_inputs=True, reshard_after_forward=free)
         gather_for_parts_(unit)
-    # The root's own parameters are needed first in backward: freeing them after forward would gather them
-    # twice. The batch is not cast: policies do that after their own preprocessing.
+        if only_looks_up(unit):
+            assert isinstance(unit, FSDPModule)
+            unit.set_unshard_in_backward(False)
+    # What is needed first in backward, as the root's own parameters are, is not freed after forward: it would
+    # be gathered twice. The batch is not cast: policies do that after their own preprocessing.
     shard(module, cast_inputs=False, reshard_after_forward=False)
 
 

@@ -72,15 +72,15 @@ class FsdpMemoryModel:
             momentary = self._gather(len(self._units) - 1)  # the root's own parameters
         elif event.kind == "forward" and unit not in self._backward:
             momentary = self._gather(unit)
-        elif event.kind == "forward_end" and unit not in self._backward and self._s.reshard_after_forward:
+        elif event.kind == "forward_end" and unit not in self._backward and self._is_freed(unit):
             self._gathered.discard(unit)
         elif event.kind == "backward":
             # A frozen unit has no gradient event: it ends when the next unit starts.
             self._gathered -= {done for done in self._backward if not self._units[done].trainable}
             self._backward.add(unit)
-            momentary = self._gather(unit)
+            momentary = self._gather(unit) if not self._units[unit].only_looks_up else 0
             before = self._before.get(unit)
-            if before is not None and before not in self._gathered:
+            if before is not None and not self._units[before].only_looks_up and before not in self._gathered:
                 self._ahead.add(before)
         elif event.kind == "gradient":
             self._pending[unit] += event.numel
@@ -90,6 +90,10 @@ class FsdpMemoryModel:
             self._reducing = 0
         steady = self._held()
         return max(momentary, steady), steady
+
+    def _is_freed(self, unit: int) -> bool:
+        """Return True if a unit is freed after its forward pass."""
+        return self._s.reshard_after_forward and not self._units[unit].ends_forward
 
     def _gather(self, unit: int) -> int:
         if unit in self._gathered:

@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 
 from craft_ds.memory_planner.engine_models import make_memory_model
 from craft_ds.memory_planner.engine_options import EngineOptions
-from craft_ds.memory_planner.shapes import Workload
 from craft_ds.memory_planner.simulate import PassTrace
 
 
@@ -41,8 +40,7 @@ class Plan:
         gradient: Accumulated gradient at the peak.
         buffers: Permanent communication buffers of the engine.
         gathered: Parameters and gradients of the units in use, and the buffers that move them.
-        activations: Activations of the pass without logits.
-        logits: Logits of the supervised tokens, if alive at the peak.
+        activations: Activations of the pass.
         host: The same rank's bytes in the host's memory.
     """
 
@@ -54,7 +52,6 @@ class Plan:
     buffers: int
     gathered: int
     activations: int
-    logits: int
     host: int
 
     @property
@@ -68,20 +65,18 @@ class Plan:
             + self.buffers
             + self.gathered
             + self.activations
-            + self.logits
         )
 
 
-def plan_memory(trace: PassTrace, workload: Workload, options: EngineOptions) -> Plan:
+def plan_memory(trace: PassTrace, options: EngineOptions) -> Plan:
     """Return the memory of a retention step on one rank.
 
     Args:
         trace: A pass simulated with the engine's own dtypes.
-        workload: The simulated micro-batch.
         options: The engine.
     """
     kept = _kept(trace, options)
-    in_pass, in_step = _in_pass(trace, workload, options, kept), _in_step(trace, options, kept)
+    in_pass, in_step = _in_pass(trace, options, kept), _in_step(trace, options, kept)
     # The device determines the peak moment; the host must hold both.
     return replace(max(in_pass, in_step, key=lambda plan: plan.total), host=max(in_pass.host, in_step.host))
 
@@ -101,7 +96,7 @@ def _kept(trace: PassTrace, s: EngineOptions) -> Plan:
 def _kept_by_engine(trace: PassTrace, s: EngineOptions) -> Plan:
     trainable, frozen = trace.trainable, trace.frozen
     shard, frozen_shard = -(-trainable // s.ranks), -(-frozen // s.ranks)
-    plan = Plan("", 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    plan = Plan("", 0, 0, 0, 0, 0, 0, 0, 0)
     if s.engine == "single":
         return replace(
             plan,
@@ -144,31 +139,24 @@ def _kept_by_engine(trace: PassTrace, s: EngineOptions) -> Plan:
     )
 
 
-def _in_pass(trace: PassTrace, workload: Workload, s: EngineOptions, kept: Plan) -> Plan:
+def _in_pass(trace: PassTrace, s: EngineOptions, kept: Plan) -> Plan:
     """Return the peak of the second pass."""
     model = make_memory_model(trace, s)
     # With one gradient the second pass adds to that of the first. ZeRO-3's buffer is among what it keeps.
     before = 4 * -(-trace.trainable // s.ranks) * (s.one_gradient and not s.engine.startswith("zero3"))
-    # lm_head's output, its fp32 copy where that is another tensor, and its log-softmax.
-    logits = workload.supervised * trace.vocabulary * (8 if s.compute == 4 else 10)
-    peak, alive = kept, False
+    peak = kept
     for event in trace.events:
-        head = event.unit >= 0 and trace.units[event.unit].name.endswith("lm_head")
-        alive = alive or (head and event.kind == "forward")
         momentary, steady = model.on(event)
         for own, working in ((event.live, momentary), (event.peak, steady)):
-            in_logits = min(logits, own) if alive else 0
             now = replace(
                 kept,
                 moment="pass",
                 gradient=kept.gradient + max(model.gradient, before) * (not s.offloads),
                 host=kept.host + max(model.gradient, before) * s.offloads,
                 gathered=working,
-                activations=own - in_logits,
-                logits=in_logits,
+                activations=own,
             )
             peak = max(peak, now, key=lambda plan: plan.total)
-        alive = alive and not (head and event.kind == "backward")
     return peak
 
 

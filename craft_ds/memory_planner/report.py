@@ -26,7 +26,6 @@ _COLUMNS = {
     "buffers": "buffers",
     "gathered": "gathered",
     "activations": "activ",
-    "logits": "logits",
 }
 
 
@@ -114,7 +113,7 @@ def plan_all(config: PreTrainedConfig, request: PlanRequest) -> Iterator[Row]:
         # Without frozen weights every layer keeps its input in any case.
         linear = lora is not None and engine.startswith("zero3")
         traces = [trace(engine == "single", linear, full, lora is not None) for full in (False, True)]
-        plain, checkpointed = (plan_memory(each, request.workload, options) for each in traces)
+        plain, checkpointed = (plan_memory(each, options) for each in traces)
         yield Row(engine, lora, traces[0].trainable, traces[0].frozen, plain, checkpointed)
 
 

@@ -19,6 +19,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from craft_ds.errors import UserError
 from craft_ds.policies.meta_init import build_on_meta
 from craft_ds.policies.replace_attribute import replace_attribute
+from craft_ds.policies.wrapping import ends_forward, only_looks_up
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,6 @@ class Workload:
     action_length: int = 100
     cameras: int | None = None
 
-    @property
-    def supervised(self) -> int:
-        """Number of tokens that `lm_head` predicts."""
-        return self.batch_size * max(self.action_length - 1, 0)
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -51,11 +47,15 @@ class Unit:
         name: Name of the module; empty for parameters that belong to no unit.
         trainable_sizes: Number of elements of each trainable parameter.
         frozen_sizes: Number of elements of each frozen parameter.
+        ends_forward: The backward pass needs it next.
+        only_looks_up: The backward pass does not read its parameters.
     """
 
     name: str
     trainable_sizes: tuple[int, ...]
     frozen_sizes: tuple[int, ...] = ()
+    ends_forward: bool = False
+    only_looks_up: bool = False
 
     @property
     def trainable(self) -> int:
@@ -116,7 +116,7 @@ def describe(policy: nn.Module, units: list[nn.Module]) -> tuple[Unit, ...]:
         trainable, frozen = (
             tuple(p.numel() for p in parameters if p.requires_grad == trains) for trains in (True, False)
         )
-        return Unit(name, trainable, frozen)
+        return Unit(name, trainable, frozen, ends_forward(policy, module), only_looks_up(module))
 
     described = [unit(names[id(module)], module) for module in units]
     return (*described, unit("", policy))

@@ -70,13 +70,11 @@ class PassTrace:
         units: Parameters by unit; the last entry holds those that belong to no unit.
         events: Events in order of time.
         kept: Bytes alive at the end of the forward pass.
-        vocabulary: Width of the logits; 0 if the policy has none.
     """
 
     units: tuple[Unit, ...]
     events: tuple[Event, ...]
     kept: int
-    vocabulary: int
 
     @property
     def trainable(self) -> int:
@@ -146,8 +144,7 @@ def simulate_pass(
         kept = recorder.counter.live
         loss.total.backward()
         recorder.note("end", -1)
-    vocabulary = policy.model.paligemma_with_expert.paligemma.lm_head.weight.shape[0]
-    return PassTrace(described, tuple(recorder.events), kept, vocabulary)
+    return PassTrace(described, tuple(recorder.events), kept)
 
 
 class _Recorder:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 from transformers.initialization import no_init_weights
 
+from craft_ds.policies.feed_forward import keep_gate_and_up_
 from craft_ds.policies.replace_attribute import replace_attribute
 
 # Fields of policies' configurations that make a constructor download weights, and their value for none.
@@ -26,6 +27,8 @@ _INITIAL_WEIGHTS = {"load_vlm_weights": False, "pretrained_backbone_weights": No
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
     """Build a policy whose parameters take no memory, in evaluation mode.
+
+    Its feed-forward layers keep less for the backward pass (`craft_ds.policies.feed_forward`).
 
     Args:
         config: From `load_policy_config`; not changed.
@@ -40,6 +43,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
         policy = get_policy_class(config.type)(config)
     for name, value in given.items():
         setattr(policy.config, name, value)
+    keep_gate_and_up_(policy)
     return policy.eval()
 
 

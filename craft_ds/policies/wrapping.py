@@ -51,6 +51,16 @@ def _pi0_fast_units(policy: PI0FastPolicy) -> list[nn.Module]:
     return without_tied(policy, [*_pi0_fast_layers(policy), embedding, paligemma.lm_head])
 
 
+def ends_forward(policy: nn.Module, unit: nn.Module) -> bool:
+    """Return True if a unit is known to run last, so that the backward pass needs it next."""
+    return isinstance(policy, PI0FastPolicy) and unit is policy.model.paligemma_with_expert.paligemma.lm_head
+
+
+def only_looks_up(unit: nn.Module) -> bool:
+    """Return True if a unit's backward pass does not read its parameters: that of an embedding."""
+    return isinstance(unit, nn.Embedding)
+
+
 @shard_units.register(PI0Policy)
 @shard_units.register(PI05Policy)
 def _pi0_units(policy: PI0Policy | PI05Policy) -> list[nn.Module]:

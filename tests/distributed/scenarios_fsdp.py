@@ -31,6 +31,7 @@ from craft_ds.engines.fsdp import FsdpEngine  # noqa: E402
 from craft_ds.engines.single import SingleEngine  # noqa: E402
 from craft_ds.errors import UserError  # noqa: E402
 from craft_ds.policies.token_loss import PolicyWithLoss  # noqa: E402
+from craft_ds.policies.wrapping import shard_units  # noqa: E402
 from craft_ds.testing.policies import read_from  # noqa: E402
 from craft_ds.training.train_step import accumulate, measure, retention_step, task_step  # noqa: E402
 
@@ -152,6 +153,37 @@ def gradients_of_a_unit_are_one_run(lab: Lab) -> None:
     assert units <= len(runs) <= 2 * units < len(gradients)
 
 
+def head_and_embedding_are_gathered_once(lab: Lab) -> None:
+    """Like the root; the layers are gathered again for the backward pass."""
+    engine = lab.pi0_engine()
+    policy = engine.module.policy
+    *layers, embedding, head = shard_units(policy)
+    assert isinstance(embedding, nn.Embedding)
+    assert head is policy.model.paligemma_with_expert.paligemma.lm_head
+
+    def size(modules: list[nn.Module]) -> int:
+        """Bytes of the shards that are sent and of the tensors that are received, all of whole rows."""
+        padded = 0
+        for parameter in (p for module in modules for p in module.parameters()):
+            rows = -(-parameter.shape[0] // lab.world_size)
+            padded += rows * (lab.world_size + 1) * parameter[0].numel()
+        return 4 * padded
+
+    def gathered(counter: CollectiveCounter) -> int:
+        return sum(size * count for (name, size), count in counter.seen.items() if "allgather" in name)
+
+    (batch,) = lab.pi0_batches(0, 1)
+    with CollectiveCounter() as forward:
+        loss = engine.forward(batch).total
+    assert not isinstance(head.weight, DTensor)
+    assert isinstance(embedding.weight, DTensor)
+    with CollectiveCounter() as backward:
+        engine.backward(loss, last=True)
+    assert isinstance(head.weight, DTensor)
+    assert gathered(forward) == size([policy])
+    assert gathered(backward) == size(layers)
+
+
 def nothing_stays_gathered(lab: Lab) -> None:
     """Nothing stays gathered after a pass, nor after an evaluation without a backward pass."""
     for kind in ("fsdp", "fsdp_kept"):
@@ -227,6 +259,7 @@ CHECKS: dict[str, Callable[[Lab], None]] = {
         the_step_sends_nothing,
         gradients_are_handed_over_without_a_copy,
         gradients_of_a_unit_are_one_run,
+        head_and_embedding_are_gathered_once,
         nothing_stays_gathered,
         evaluation_sees_the_last_step,
         frozen_parameters_are_kept_as_they_are_gathered,

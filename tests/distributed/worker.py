@@ -23,6 +23,9 @@ def main() -> None:
     from lab import Lab
     from registry import SPAWNS, Spawn
 
+    from craft_ds.policies.pi0_fast import vocabulary_blocks
+
+    vocabulary_blocks._LARGEST = 4096  # several blocks of this vocabulary; one in the reference
     family = sys.argv[1]
     if family.startswith("zero"):
         from craft_ds.engines.deepspeed import init_distributed

@@ -28,7 +28,7 @@ def trace():
         ("gradient", ROOT, 10),
         ("end", -1, 0),
     ]
-    return PassTrace(units, tuple(Event(kind, unit, numel, 0, 0) for kind, unit, numel in kinds), 0, 0)
+    return PassTrace(units, tuple(Event(kind, unit, numel, 0, 0) for kind, unit, numel in kinds), 0)
 
 
 def held(trace, **options):
@@ -55,6 +55,14 @@ def test_fsdp_holds_the_root_the_current_and_the_next_unit(trace):
 def test_fsdp_without_reshard_keeps_units_until_backward(trace):
     steady, _, _ = held(trace, engine="fsdp", ranks=2, reshard_after_forward=False)
     assert steady[:6] == [10, 110, 110, 410, 410, 410]
+
+
+def test_fsdp_gathers_head_and_embedding_once(trace):
+    embedding, head, root = trace.units
+    units = (replace(embedding, only_looks_up=True), replace(head, ends_forward=True), root)
+    steady, _, _ = held(replace(trace, units=units), engine="fsdp", ranks=2)
+    # As above, but the head stays from forward to backward, and the embedding is not gathered again.
+    assert steady == [10, 110, 10, 310, 310, 310, 10 + 300, 310, 10 + 100, 10, 0]
 
 
 def test_zero3_keeps_parameters_that_are_reused_soon(trace):

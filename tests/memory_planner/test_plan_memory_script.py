@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "plan_memory.py"
 SMALL = (
     "--policy.type=tiny_pi0_fast",
     "--policy.text_width=32",
-    "--policy.text_depth=1",
+    "--policy.text_depth=2",
     "--batch_size=1",
     "--world_size=2",
 )

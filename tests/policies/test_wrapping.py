@@ -186,8 +186,9 @@ def test_units_of_other_policies_are_called_themselves(name, tmp_path, other_bat
                         lambda *_, label=label: None if label in running else outside.append(label)
                     )
         loss = token_loss(policy, other_batches(policy.config, tmp_path))
+        assert outside == []
+        # A recomputation in the backward pass may call parts alone: the unit is gathered for that pass then.
         loss.total.backward()
-    assert outside == []
     used = {
         label
         for unit, label in zip(units, names(policy, units), strict=True)

@@ -5,7 +5,8 @@ does not affect it:
 
 - prompt and action padding is cut to the longest sample of the batch;
 - the last action token is a target but not an input: nothing is predicted after it;
-- `lm_head`, 257,152 wide on the real model, runs only where a token is supervised;
+- `lm_head`, 257,152 wide on the real model, runs only where a token is supervised, and in blocks of the
+  vocabulary (`craft_ds.policies.pi0_fast.vocabulary_blocks`);
 - all cameras pass the vision tower in one call, so that a sharded tower is gathered once; they skip the
   tower where the batch holds its features already (`craft_ds.policies.pi0_fast.vision`).
 """
@@ -13,7 +14,6 @@ does not affect it:
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
 from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from lerobot.utils.constants import (
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from craft_ds.policies.lerobot_internals import apply_checkpoint, attention_mask
 from craft_ds.policies.pi0_fast.vision import image_tokens
+from craft_ds.policies.pi0_fast.vocabulary_blocks import token_log_probs
 from craft_ds.policies.token_loss import Batch, TokenLoss, token_loss
 
 
@@ -47,9 +48,8 @@ def pi0_fast_token_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
     Returns:
         The sum over supervised tokens in fp32, and their count.
     """
-    logits, targets = supervised_logits(policy, batch)
-    total = F.cross_entropy(logits, targets, reduction="sum")
-    return TokenLoss(total, torch.full((), float(targets.numel()), device=logits.device))
+    values = token_losses(policy, supervised_hidden(policy, batch))
+    return TokenLoss(values.sum(), torch.full((), float(len(values)), device=values.device))
 
 
 class SupervisedHidden(NamedTuple):
@@ -75,6 +75,25 @@ class SupervisedHidden(NamedTuple):
     def select(self, values: Tensor) -> Tensor:
         """Return the entries (N, …) of values (B, A - 1, …) at these positions."""
         return values[:, : self.columns].flatten(0, 1).index_select(0, self.positions)
+
+
+def token_losses(policy: PI0FastPolicy, found: SupervisedHidden) -> Tensor:
+    """Compute the cross-entropy of each supervised token, (N,) in fp32 at least."""
+    return -action_log_probs(policy, found, found.targets[:, None]).squeeze(1)
+
+
+def action_log_probs(policy: PI0FastPolicy, found: SupervisedHidden, ids: Tensor) -> Tensor:
+    """Compute the log-probabilities of K tokens at each supervised position, without all logits at once.
+
+    Args:
+        policy: A pi0_fast of any size.
+        found: From `supervised_hidden`.
+        ids: The tokens, int64 (N, K).
+
+    Returns:
+        (N, K), in fp32 at least.
+    """
+    return token_log_probs(policy.model.paligemma_with_expert.paligemma.lm_head, found.hidden, ids)
 
 
 def supervised_logits(policy: PI0FastPolicy, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -20,14 +20,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
 from torch import Tensor
 
 from craft_ds.policies.lerobot_internals import text_tokenizer
 from craft_ds.policies.pi0_fast.generation import END_OF_ACTION, greedy_action_tokens
-from craft_ds.policies.pi0_fast.loss import SupervisedHidden, action_logits, supervised_hidden
+from craft_ds.policies.pi0_fast.loss import (
+    SupervisedHidden,
+    action_log_probs,
+    action_logits,
+    supervised_hidden,
+    token_losses,
+)
 from craft_ds.policies.token_loss import Batch, Loss, TokenLoss, token_loss
 
 TEACHER_TOKENS = "teacher.tokens"
@@ -110,8 +115,7 @@ def by_task(name: str, tasks: int) -> Loss:
 def token_terms(policy: PI0FastPolicy, batch: Batch) -> LossTerms:
     """Return the cross-entropy of every recorded action token."""
     found = supervised_hidden(policy, batch)
-    values = F.cross_entropy(action_logits(policy, found), found.targets, reduction="none")
-    return LossTerms(values, found.samples)
+    return LossTerms(token_losses(policy, found), found.samples)
 
 
 def _with_teacher_tokens(batch: Batch) -> Batch:
@@ -148,8 +152,8 @@ def teacher_kl_terms(policy: PI0FastPolicy, batch: Batch) -> LossTerms:
     """Return the KL divergence in nats of each stored distribution from the policy's."""
     found = supervised_hidden(policy, batch)
     ids, log_p = (found.select(batch[name]) for name in (TEACHER_TOP_IDS, TEACHER_TOP_LOG_PROBS))
-    log_q = _log_shares(action_logits(policy, found), ids)
-    log_p = torch.cat([log_p, _log_rest(log_p)], dim=1)
+    log_q = _with_rest(action_log_probs(policy, found, ids))
+    log_p = _with_rest(log_p)
     return LossTerms((log_p.exp() * (log_p - log_q)).sum(dim=1), found.samples)
 
 
@@ -166,8 +170,9 @@ def teacher_top(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
         int32 and fp32, (B, A - 1, `TOP`); zeros where no token is supervised.
     """
     found = supervised_hidden(policy, batch)
-    logits = action_logits(policy, found)
-    top, ids = logits.topk(TOP, dim=1)
+    ids = action_logits(policy, found).topk(TOP, dim=1).indices
+    # As the loss computes them, so that the teacher's own loss is zero and not negative by rounding.
+    top = action_log_probs(policy, found, ids)
     size, length = batch[ACTION_TOKENS].shape
     stored = {
         TEACHER_TOP_IDS: torch.zeros(size, length - 1, TOP, dtype=torch.int32),
@@ -176,7 +181,7 @@ def teacher_top(policy: PI0FastPolicy, batch: Batch) -> dict[str, Tensor]:
     samples = found.samples
     where = samples.cpu(), (found.positions - samples * found.columns).cpu()
     stored[TEACHER_TOP_IDS][where] = ids.int().cpu()
-    stored[TEACHER_TOP_LOG_PROBS][where] = (top - logits.logsumexp(dim=1, keepdim=True)).cpu()
+    stored[TEACHER_TOP_LOG_PROBS][where] = top.cpu()
     return stored
 
 
@@ -223,16 +228,10 @@ RETENTION_LOSSES: dict[str, RetentionLoss] = {
 }
 
 
-def _log_shares(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the log-probabilities of tokens and of all others together: (N, `TOP` + 1)."""
-    log_q = logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True)
-    return torch.cat([log_q, _log_rest(log_q)], dim=1)
-
-
-def _log_rest(log_shares: Tensor) -> Tensor:
-    """Return log(1 - Σ p) of log-probabilities (N, `TOP`): (N, 1)."""
+def _with_rest(log_shares: Tensor) -> Tensor:
+    """Add log(1 - Σ p), of all other tokens together, to log-probabilities (N, `TOP`): (N, `TOP` + 1)."""
     log_sum = log_shares.logsumexp(dim=1, keepdim=True).clamp(max=_LOG_OF_ALMOST_ALL)
-    return torch.log(-torch.expm1(log_sum))
+    return torch.cat([log_shares, torch.log(-torch.expm1(log_sum))], dim=1)
 
 
 def _pooled(found: SupervisedHidden, size: int) -> Tensor:
