@@ -28,7 +28,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS, OBS_IMAGES, OBS_STATE
 
 from craft_ds.cli import run_main
-from craft_ds.data.task_data import images_to_float
+from craft_ds.data.policy_input import images_to_float
 from craft_ds.policies.directory import save_policy_directory
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastPolicy, build_tiny_policy
 from craft_ds.policies.tiny_pi0_fast.tokenizers import (

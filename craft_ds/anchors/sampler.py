@@ -17,6 +17,7 @@ from craft_ds.anchors.coverage import check_enough
 from craft_ds.anchors.schema import ORIGIN_FIELDS
 from craft_ds.anchors.selection import allocate_evenly
 from craft_ds.data.batch_partition import StepPartition
+from craft_ds.data.policy_input import images_to_float, to_device
 
 
 class AnchorSampler:
@@ -118,17 +119,9 @@ def to_policy_batch(anchors: dict[str, Tensor], device: torch.device | str) -> d
         float32 images (B, C, H, W) in [0, 1], or vision features as they are stored, int64 tokens and bool
         masks (B, length), under the policy's own names, and the teacher's targets.
     """
-    batch = {}
-    for name, tensor in anchors.items():
-        if name in ORIGIN_FIELDS:
-            continue
-        value = tensor.to(device, non_blocking=True)
-        if value.dtype == torch.uint8:
-            value = value.to(torch.float32) / 255.0
-        elif value.dtype == torch.int32:
-            value = value.to(torch.int64)
-        batch[name] = value
-    return batch
+    used = {name: tensor for name, tensor in anchors.items() if name not in ORIGIN_FIELDS}
+    batch = images_to_float(to_device(used, device))
+    return {name: value.long() if value.dtype == torch.int32 else value for name, value in batch.items()}
 
 
 def _strata(cache: Anchors, members: list[int]) -> list[list[int]]:

@@ -230,13 +230,16 @@ class _Caught(Dataset[Any]):
 
 @dataclass(frozen=True)
 class _Collate:
-    """Collates samples, or returns the first error among them."""
+    """Collates samples, or returns the first error among them or that of collating."""
 
     collate: Callable[[list[Any]], Any]
 
     def __call__(self, samples: list[Any]) -> Any:
         bad = next((sample for sample in samples if isinstance(sample, BadSample)), None)
-        return self.collate(samples) if bad is None else bad
+        try:
+            return self.collate(samples) if bad is None else bad
+        except UserError as error:
+            return error
 
 
 def sample_loader(
@@ -256,7 +259,7 @@ def sample_loader(
 
     Raises:
         BadSample: In this process, when the batch with the first bad sample is due.
-        UserError: The workers' shared memory is full.
+        UserError: As `collate_fn` does, when its batch is due; or the workers' shared memory is full.
     """
     loader = DataLoader(
         _Caught(dataset), batch_sampler=batch_sampler, collate_fn=_Collate(collate_fn), **options
@@ -273,7 +276,7 @@ _NO_SHARED_MEMORY = re.compile(
 def _raising(batches: Iterator[Any]) -> Iterator[Any]:
     try:
         for batch in batches:
-            if isinstance(batch, BadSample):
+            if isinstance(batch, UserError):
                 raise batch
             yield batch
     except RuntimeError as error:
@@ -283,6 +286,9 @@ def _raising(batches: Iterator[Any]) -> Iterator[Any]:
             f"/dev/shm, by which data-loader workers pass samples on, is full ({_size_of('/dev/shm')}): "
             "start the container with --ipc=host or --shm-size=8g, or use --num_workers=0"
         ) from None
+    finally:
+        # Ends the workers. A traceback would keep them, and Python would wait for them at exit.
+        del batches
 
 
 def _size_of(directory: str) -> str:

@@ -2,22 +2,26 @@
 
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset, default_collate
 
 from craft_ds.data.checked_samples import BadSample, Samples
+from craft_ds.data.inline_tensors import with_inline_tensors
+from craft_ds.data.seeded import seeded
 
 PROBES = 100
 """Samples tried instead of a bad one; if all of them are bad, the data set is not usable."""
 
 
 class RawBatch(NamedTuple):
-    """A collated micro-batch before the policy's processors.
+    """A collated micro-batch, as a worker returns it.
 
     Attributes:
-        samples: Collated values by feature.
+        samples: Collated values by feature, through the processors that the loader was given. A worker passes
+            on small tensors inline (`craft_ds.data.inline_tensors`).
         replaced: Number of samples among them that stand for bad ones.
         bad: Errors of the samples that are not there.
     """
@@ -28,9 +32,10 @@ class RawBatch(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A good sample, and the bad ones that were drawn before it."""
+    """A good sample, its position in the stream, and the bad ones that were drawn before it."""
 
     sample: dict[str, Any]
+    position: int
     bad: tuple[BadSample, ...] = ()
 
 
@@ -57,11 +62,9 @@ class ReplacingSamples(Dataset[Drawn]):
         """
         bad: list[BadSample] = []
         for index in self.candidates(position):
-            with torch.random.fork_rng(devices=[]):
-                # A CPU generator uses 32 bits of its seed.
-                torch.manual_seed(zlib.crc32(f"{self._seed} {position}".encode()))
+            with seeded(f"{self._seed} {position}"):
                 try:
-                    return Drawn(self._samples[index], tuple(bad))
+                    return Drawn(self._samples[index], position, tuple(bad))
                 except BadSample as error:
                     bad.append(error)
         first = bad[0]
@@ -76,10 +79,25 @@ class ReplacingSamples(Dataset[Drawn]):
             yield int(torch.randint(len(self._samples), (), generator=generator))
 
 
-def collate_drawn(drawn: list[Drawn]) -> RawBatch:
-    """Collate samples, and list what they replace."""
-    return RawBatch(
-        default_collate([one.sample for one in drawn]),
-        sum(bool(one.bad) for one in drawn),
-        [error for one in drawn for error in one.bad],
-    )
+@dataclass(frozen=True)
+class CollateDrawn:
+    """Collates drawn samples, lists what they replace, and applies the policy's processors.
+
+    The random numbers of the processors depend on the seed and the first position alone.
+
+    Attributes:
+        process: From collated samples to the policy's input.
+        seed: Seed of the run.
+    """
+
+    process: Callable[[dict[str, Any]], dict[str, Any]]
+    seed: int
+
+    def __call__(self, drawn: list[Drawn]) -> RawBatch:
+        """Return the micro-batch of these samples."""
+        collated = default_collate([one.sample for one in drawn])
+        with seeded(f"process {self.seed} {drawn[0].position}"):
+            samples = with_inline_tensors(self.process(collated))
+        return RawBatch(
+            samples, sum(bool(one.bad) for one in drawn), [error for one in drawn for error in one.bad]
+        )

@@ -1,7 +1,8 @@
 """Task data: LeRobot data sets, sampled so that any world size sees the same samples in the same steps."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,15 +10,21 @@ from lerobot.datasets.factory import make_train_eval_datasets
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_STATE
-from torch import Tensor
 from torch.utils.data import Sampler, default_collate
 
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import StepPartition
 from craft_ds.data.checked_samples import BadSample, NamedSamples, Samples, sample_loader
 from craft_ds.data.dataset_files import check_dataset_root, check_finished
+from craft_ds.data.inline_tensors import with_tensors
 from craft_ds.data.lerobot_dataset import opening_failed
-from craft_ds.data.replacement import RawBatch, ReplacingSamples, collate_drawn
+from craft_ds.data.policy_input import (
+    PolicyInput,
+    check_picklable,
+    keep_images_uint8,
+    open_policy_input,
+)
+from craft_ds.data.replacement import CollateDrawn, RawBatch, ReplacingSamples
 from craft_ds.data.task_texts import order_task_texts
 from craft_ds.data.value_limits import value_limits
 from craft_ds.distributed.preemption import ignore_signals_in_worker
@@ -89,6 +96,7 @@ def load_datasets(config: TrainConfig, world_size: int = 1) -> tuple[LeRobotData
         raise UserError(opening_failed(name, error, config.dataset.root, "--dataset.root")) from error
     for part in (train, heldout) if heldout is not None else (train,):
         order_task_texts(part)
+        keep_images_uint8(part)
     if len(train) < world_size:
         raise UserError(
             f"--dataset.repo_id={config.dataset.repo_id} has {len(train)} training samples for "
@@ -155,8 +163,13 @@ def advise(error: BadSample, others: str = "") -> str:
 
 def check_processors(
     config: TrainConfig, samples: NamedSamples, preprocessor: PolicyProcessorPipeline
-) -> None:
-    """Check that the policy's processors accept a sample of the data set.
+) -> PolicyInput:
+    """Check that the policy's processors accept a sample of the data set, where they will run.
+
+    Args:
+        config: A validated configuration.
+        samples: Samples of the data set.
+        preprocessor: The policy's preprocessor, on the CPU.
 
     Raises:
         UserError: They do not, or the sample is bad and bad samples are errors.
@@ -168,8 +181,10 @@ def check_processors(
             sample = ReplacingSamples(samples, config.seed or 0)[0].sample
     except BadSample as error:
         raise UserError(advise(error)) from error
+    if config.num_workers > 0 and config.dataloader_multiprocessing_context != "fork":
+        check_picklable(preprocessor)
     try:
-        preprocessor(images_to_float(default_collate([sample])))
+        return open_policy_input(preprocessor, default_collate([sample]))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -178,20 +193,40 @@ def check_processors(
         ) from error
 
 
-def training_batches(config: TrainConfig, samples: Samples, sampler: StepSampler) -> Iterator[RawBatch]:
-    """Return an endless iterator of raw micro-batches in a sampler's order."""
-    return _loader(config, ReplacingSamples(samples, config.seed or 0, sampler.index_at), sampler.positions())
+Process = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def training_batches(
+    config: TrainConfig, samples: Samples, sampler: StepSampler, process: Process = dict
+) -> Iterator[RawBatch]:
+    """Return an endless iterator of micro-batches in a sampler's order.
+
+    Args:
+        config: A validated configuration.
+        samples: The data set.
+        sampler: Order of the samples.
+        process: Applied to collated samples in the workers, such as `PolicyInput.process`.
+    """
+    drawn = ReplacingSamples(samples, config.seed or 0, sampler.index_at)
+    return _loader(config, drawn, sampler.positions(), process)
 
 
 def heldout_batches(
-    config: TrainConfig, samples: Samples, rank: int, world_size: int
+    config: TrainConfig, samples: Samples, rank: int, world_size: int, process: Process = dict
 ) -> Iterator[tuple[RawBatch, bool]]:
     """Iterate once over the held-out samples of all ranks, in the same number of batches per rank.
 
     With `max_eval_samples`, evenly spaced samples represent the data set.
 
+    Args:
+        config: A validated configuration.
+        samples: The held-out samples.
+        rank: This rank.
+        world_size: Number of ranks.
+        process: As for `training_batches`.
+
     Yields:
-        A raw batch, and True if it counts. Where fewer samples than ranks remain, a rank without one gets a
+        A batch, and True if it counts. Where fewer samples than ranks remain, a rank without one gets a
         sample that does not count, so that sharded forward passes stay in step.
     """
     stride = -(-len(samples) // config.max_eval_samples) if config.max_eval_samples > 0 else 1
@@ -201,30 +236,32 @@ def heldout_batches(
         mine = order[first : first + config.batch_size * world_size][rank::world_size]
         batches.append(mine or order[:1])
         counts.append(bool(mine))
-    yield from zip(_loader(config, ReplacingSamples(samples, config.seed or 0), batches), counts, strict=True)
+    drawn = ReplacingSamples(samples, config.seed or 0)
+    yield from zip(_loader(config, drawn, batches, process), counts, strict=True)
 
 
-def _loader(config: TrainConfig, samples: ReplacingSamples, batches: Any) -> Iterator[RawBatch]:
+def _loader(
+    config: TrainConfig, samples: ReplacingSamples, batches: Any, process: Process
+) -> Iterator[RawBatch]:
     workers: dict[str, Any] = {}
     if config.num_workers > 0:
         workers = {
-            "worker_init_fn": ignore_signals_in_worker,
+            "worker_init_fn": _start_worker,
             "prefetch_factor": config.prefetch_factor,
             "multiprocessing_context": config.dataloader_multiprocessing_context,
         }
-    return sample_loader(
+    loader = sample_loader(
         samples,
         batches,
-        collate_fn=collate_drawn,
+        collate_fn=CollateDrawn(process, config.seed or 0),
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
         **workers,
     )
+    return (batch._replace(samples=with_tensors(batch.samples)) for batch in loader)
 
 
-def images_to_float(batch: dict[str, Any]) -> dict[str, Any]:
-    """Turn uint8 images into float32 in [0, 1], as LeRobot's training loop does before its processors."""
-    return {
-        key: value.float() / 255.0 if isinstance(value, Tensor) and value.dtype == torch.uint8 else value
-        for key, value in batch.items()
-    }
+def _start_worker(worker: int) -> None:
+    ignore_signals_in_worker(worker)
+    # The workers are the parallelism: threads of the tokenizers in each of them would compete for the cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -24,7 +24,7 @@ from craft_ds.anchors.sampler import to_policy_batch
 from craft_ds.config.craft_config import split_directories
 from craft_ds.data.checked_samples import NamedSamples
 from craft_ds.data.lerobot_dataset import open_dataset
-from craft_ds.data.task_data import images_to_float
+from craft_ds.data.policy_input import images_to_float
 from craft_ds.errors import UserError, one_line
 from craft_ds.policies.changes import policy_changes
 from craft_ds.policies.loading import load_processors, policy_cameras

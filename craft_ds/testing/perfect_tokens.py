@@ -9,7 +9,7 @@ from lerobot.utils.constants import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from craft_ds.data.task_data import images_to_float
+from craft_ds.data.policy_input import images_to_float
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 
 

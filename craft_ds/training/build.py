@@ -2,14 +2,13 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.processor import PolicyProcessorPipeline
 
 from craft_ds.anchors.cache_list import Anchors
 from craft_ds.anchors.coverage import coverage_warnings, trained_tasks
@@ -24,6 +23,9 @@ from craft_ds.checkpoints.run_directory import complete_checkpoints
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import partition_step
 from craft_ds.data.mixture import MixtureSampler, mixture_weights
+from craft_ds.data.policy_input import PolicyInput
+from craft_ds.data.read_ahead import read_ahead
+from craft_ds.data.replacement import RawBatch
 from craft_ds.data.task_data import (
     StepSampler,
     check_processors,
@@ -111,7 +113,7 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
             raise
         except BaseException:
             # The other ranks may be in the middle of a step: a collective here could wait forever.
-            run.logger.close()
+            run.close_alone()
             raise
         run.close()
 
@@ -171,15 +173,16 @@ def _build(
 
     device = str(engine.device)
     preprocessor, postprocessor = load_run_processors(config, inputs.policy_dir, data.changes, device)
-    for part in data.parts:
-        fail_together(check_processors)(part.config, part.samples, preprocessor)
+    task_input, *_ = [
+        fail_together(check_processors)(part.config, part.samples, data.preprocessor) for part in data.parts
+    ]
     anchors = _open_anchors(config, inputs.cache, engine, state.progress)
     scheduler = config.scheduler.build(engine.optimizer, config.steps) if config.scheduler else None
     if saved is not None:
         fail_together(load_optimizer)(config.checkpoint_path, engine, adapters)
         applied = state.progress.step - state.progress.skipped
         restore_scheduler(config.checkpoint_path, saved.scheduler, scheduler, applied)
-    tasks = _open_tasks(config, data, preprocessor, engine, state.progress)
+    tasks = _open_tasks(config, data, task_input, engine, state.progress)
     background = BackgroundSaver() if config.checkpoint.background and config.save_checkpoint else None
 
     engine.barrier()  # no rank creates the output directory before all have found it free
@@ -235,7 +238,15 @@ def _build(
         scheduler=scheduler,
         logger=logger,
         evaluator=Evaluator(
-            config, engine, watchdog, preprocessor, postprocessor, data.heldout_samples, anchors, bad_samples
+            config,
+            engine,
+            watchdog,
+            task_input,
+            preprocessor,
+            postprocessor,
+            data.heldout_samples,
+            anchors,
+            bad_samples,
         ),
         checkpointer=checkpointer,
         preemption=preemption,
@@ -260,7 +271,7 @@ def _move_incomplete_aside(config: TrainConfig) -> list[str]:
 def _open_tasks(
     config: TrainConfig,
     data: OpenedData,
-    preprocessor: PolicyProcessorPipeline,
+    task_input: PolicyInput,
     engine: Engine,
     progress: Progress,
 ) -> TaskStream:
@@ -271,7 +282,13 @@ def _open_tasks(
     place = (partition, engine.rank, config.seed or 0, progress.samples_seen)
     weights = mixture_weights(config)
     sampler = MixtureSampler(sizes, weights, *place) if weights else StepSampler(sum(sizes), *place)
-    return TaskStream(training_batches(config, data.samples, sampler), preprocessor, partition, sampler)
+    batches: Generator[RawBatch] = (
+        batch._replace(samples=task_input.to_device(batch.samples, engine.device))
+        for batch in training_batches(config, data.samples, sampler, task_input.process)
+    )
+    if config.num_workers > 0:  # else reading seeds torch's generator, which the training thread uses
+        batches = read_ahead(batches, engine.device)
+    return TaskStream(batches, partition, sampler)
 
 
 def build_fp32_policy(config: PreTrainedConfig, policy_dir: Path) -> PreTrainedPolicy:

@@ -12,8 +12,8 @@ from craft_ds.algorithm.multiplier import epsilon_at
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.checked_samples import BadSample, Samples
-from craft_ds.data.replacement import RawBatch
-from craft_ds.data.task_data import heldout_batches, images_to_float
+from craft_ds.data.policy_input import PolicyInput
+from craft_ds.data.task_data import heldout_batches
 from craft_ds.distributed.watchdog import RankWatchdog
 from craft_ds.engines.base import Batch, Engine, Loss
 from craft_ds.policies.token_loss import token_loss
@@ -30,7 +30,8 @@ class Evaluator:
         config: The validated configuration.
         engine: Model and ranks.
         watchdog: Told of progress after every batch.
-        preprocessor: From samples or observations to the policy's input.
+        task_input: From held-out samples to the policy's input.
+        preprocessor: From observations to the policy's input.
         postprocessor: From the policy's output to actions.
         heldout: Held-out episodes of the task; None: no task loss is measured.
         anchors: Anchors of the old tasks; None for the baseline.
@@ -40,6 +41,7 @@ class Evaluator:
     config: TrainConfig
     engine: Engine
     watchdog: RankWatchdog
+    task_input: PolicyInput
     preprocessor: PolicyProcessorPipeline
     postprocessor: PolicyProcessorPipeline
     heldout: Samples | None
@@ -86,16 +88,15 @@ class Evaluator:
         found: list[BadSample] = []
         replaced = 0
 
-        def read(raw: Iterator[tuple[RawBatch, bool]]) -> Iterator[tuple[Batch, bool]]:
+        def read() -> Iterator[tuple[Batch, bool]]:
             nonlocal replaced
-            for batch, counts in raw:
+            ranks = (self.engine.rank, self.engine.world_size)
+            for batch, counts in heldout_batches(self.config, heldout, *ranks, self.task_input.process):
                 found.extend(batch.bad)
                 replaced += batch.replaced
-                yield self.preprocessor(images_to_float(batch.samples)), counts
+                yield self.task_input.to_device(batch.samples, self.engine.device), counts
 
-        loss = self._mean_loss(
-            read(heldout_batches(self.config, heldout, self.engine.rank, self.engine.world_size))
-        )
+        loss = self._mean_loss(read())
         (all_replaced,) = self.engine.sum_scalars(
             torch.tensor([replaced], dtype=torch.float64, device=self.engine.device)
         )

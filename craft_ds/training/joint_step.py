@@ -17,6 +17,7 @@ from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.base import Batch, Engine, Loss
 from craft_ds.policies.token_loss import token_loss
 from craft_ds.training.train_step import (
+    Batches,
     StepResult,
     accumulate,
     fp64,
@@ -29,8 +30,8 @@ from craft_ds.training.train_step import (
 def joint_step(
     engine: Engine,
     *,
-    task: Iterable[Batch],
-    anchors: Iterable[Batch],
+    task: Batches,
+    anchors: Batches,
     anchor_tokens: int,
     constraint: Iterable[Batch] | None,
     multiplier: float | tuple[float, ...] | StepMultiplier,

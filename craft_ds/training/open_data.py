@@ -45,12 +45,14 @@ class OpenedData(NamedTuple):
 
     Attributes:
         parts: The data sets: one, or those of a mixture.
+        preprocessor: From samples to the policy's input, on the CPU.
         fingerprint: Hashes of their files.
         changes: What the flags change in the policy and its processors.
         messages: Lines for the log.
     """
 
     parts: list[DataPart]
+    preprocessor: PolicyProcessorPipeline
     fingerprint: dict[str, str]
     changes: PolicyChanges
     messages: list[str]
@@ -103,7 +105,7 @@ def open_data(config: TrainConfig, inputs: PreflightResult, world_size: int) -> 
         own = f"{view.dataset.repo_id}/" if config.datasets else ""
         fingerprint |= {own + name: value for name, value in hashes.items()}
     reports += rank0_only(compare_datasets)(config, [part.train for part in parts])
-    return OpenedData(parts, fingerprint, changes, [*messages, *reports])
+    return OpenedData(parts, processors[0], fingerprint, changes, [*messages, *reports])
 
 
 def _policy_changes(config: TrainConfig, policy_dir: Path, datasets: list[LeRobotDataset]) -> PolicyChanges:

@@ -3,13 +3,12 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from lerobot.processor import PolicyProcessorPipeline
 from torch.optim.lr_scheduler import LRScheduler
 
 from craft_ds.algorithm.model_selection import EvalRecord, describe_stall, is_stalled
@@ -21,8 +20,9 @@ from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import StepPartition
 from craft_ds.data.checked_samples import BadSample
+from craft_ds.data.read_ahead import Counted
 from craft_ds.data.replacement import RawBatch
-from craft_ds.data.task_data import StepSampler, images_to_float
+from craft_ds.data.task_data import StepSampler
 from craft_ds.distributed.collectives import destroy_process_group, gather_objects
 from craft_ds.distributed.preemption import Preemption
 from craft_ds.distributed.watchdog import RankWatchdog
@@ -50,35 +50,35 @@ class TaskStream:
     """This rank's task samples, micro-batch by micro-batch.
 
     Attributes:
-        batches: Raw micro-batches in training order.
-        preprocessor: From samples to the policy's input.
+        batches: Micro-batches in training order, on the engine's device.
         partition: This rank's part of every step.
         sampler: Order of the samples.
-        seconds: Time spent waiting for samples and in the preprocessor, since the last `take_seconds`.
+        seconds: Time spent waiting for micro-batches, since the last `take_seconds`.
         bad: Bad samples met since the last `take_bad`.
     """
 
-    batches: Iterator[RawBatch]
-    preprocessor: PolicyProcessorPipeline
+    batches: Generator[RawBatch]
     partition: StepPartition
     sampler: StepSampler
     seconds: float = 0.0
     bad: list[BadSample] = field(default_factory=list)
 
-    def next_step(self, votes: list[float]) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of the next step.
+    def next_step(self, votes: list[float]) -> Counted[Batch]:
+        """Return this rank's micro-batches of the next step.
 
         Args:
-            votes: Its last entry is increased by the number of replaced samples.
+            votes: Its last entry is increased by the number of replaced samples, as they are read.
         """
+        return Counted(self.partition.micro_batches, self._read_step(votes))
+
+    def _read_step(self, votes: list[float]) -> Iterator[Batch]:
         for _ in range(self.partition.micro_batches):
             started = time.perf_counter()
-            raw = next(self.batches)
-            self.bad += raw.bad
-            votes[-1] += raw.replaced
-            batch = self.preprocessor(images_to_float(raw.samples))
+            read = next(self.batches)
             self.seconds += time.perf_counter() - started
-            yield batch
+            self.bad += read.bad
+            votes[-1] += read.replaced
+            yield read.samples
 
     def take_bad(self) -> list[BadSample]:
         """Return `bad` and clear it."""
@@ -89,6 +89,10 @@ class TaskStream:
         """Return `seconds` and reset it."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
+
+    def close(self) -> None:
+        """End the workers and the thread that read ahead."""
+        self.batches.close()
 
     def indices(self, samples_seen: int) -> list[int]:
         """Return the indices of the samples of all ranks in the step that starts after `samples_seen`."""
@@ -166,8 +170,8 @@ class Run:
         """Return what is summed over ranks with a step: asked to stop, and the number of replaced samples."""
         return [float(self.preemption.requested), 0.0]
 
-    def task_batches(self, votes: list[float]) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of the next step, through the policy's processors.
+    def task_batches(self, votes: list[float]) -> Counted[Batch]:
+        """Return this rank's micro-batches of the next step.
 
         Args:
             votes: From `votes`; the replaced samples are added while batches are read.
@@ -253,6 +257,8 @@ class Run:
     def _times(self) -> dict[str, float]:
         """Return the mean times since the last logged step, in LeRobot's terms, and the wall-clock time."""
         steps, seconds, data_s = len(self._seconds), sum(self._seconds), self.tasks.take_seconds()
+        if self.anchors is not None:
+            data_s += self.anchors.take_seconds()
         self._seconds.clear()
         return {
             "time/step_s": seconds / steps,
@@ -378,9 +384,19 @@ class Run:
             return self.output_dir
         return self.checkpointer.save_final()
 
-    def close(self) -> None:
-        """Close the log, the watchdog, the engine and the process group. Collective: call on all ranks."""
+    def close_alone(self) -> None:
+        """Close what needs no other rank: the streams of samples and anchors, and the log."""
+        self.tasks.close()
+        if self.anchors is not None:
+            self.anchors.close()
         self.logger.close()
+
+    def close(self) -> None:
+        """Close the streams, the log, the watchdog, the engine and the process group.
+
+        Collective: call on all ranks.
+        """
+        self.close_alone()
         self.watchdog.close()
         self.engine.close()
         if self.owns_process_group:

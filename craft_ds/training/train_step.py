@@ -9,7 +9,7 @@ where surgery is by layer and λ by task, and four more with a penalty.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import batched, islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,14 @@ from craft_ds.algorithm.penalty import PenaltySums, QuadraticPenalty
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.base import Batch, Engine, Loss
 from craft_ds.policies.token_loss import token_loss
+
+
+class Batches(Protocol):
+    """This rank's micro-batches of a pass: their number is known before they are read."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 class TokenSums(NamedTuple):
@@ -73,7 +81,7 @@ class StepResult(NamedTuple):
 
 def accumulate(
     engine: Engine,
-    batches: Iterable[Batch],
+    batches: Batches,
     loss: Loss = token_loss,
     weights: Sequence[float] = (),
     *,
@@ -92,9 +100,9 @@ def accumulate(
     """
     sums = _no_tokens(engine)
     by_task = factor * torch.tensor(weights or 1.0, dtype=torch.float32, device=engine.device)
-    for batch, last in _mark_last(batches):
+    for number, batch in enumerate(batches, 1):
         found = engine.forward(batch, loss)
-        engine.backward((found.total * by_task).sum(), last=last and ends)
+        engine.backward((found.total * by_task).sum(), last=ends and number == len(batches))
         sums = TokenSums(sums.loss + found.total.detach().double(), sums.tokens + found.count.double())
     return sums
 
@@ -110,7 +118,7 @@ def measure(engine: Engine, batches: Iterable[Batch], loss: Loss = token_loss) -
 
 def task_step(
     engine: Engine,
-    batches: Iterable[Batch],
+    batches: Batches,
     max_norm: float,
     extra: Sequence[float] = (),
     penalty: QuadraticPenalty | None = None,
@@ -152,8 +160,8 @@ def task_step(
 def retention_step(
     engine: Engine,
     *,
-    task: Iterable[Batch],
-    anchors: Iterable[Batch],
+    task: Batches,
+    anchors: Batches,
     constraint: Iterable[Batch] | None,
     multiplier: float | tuple[float, ...] | StepMultiplier,
     craft: CraftConfig,
@@ -284,13 +292,3 @@ def _penalty_sums(engine: Engine, penalty: QuadraticPenalty | None, *gradients: 
     if penalty is None:
         return torch.zeros(0, dtype=torch.float64, device=engine.device)
     return penalty.sums(engine.masters(), *gradients).to(engine.device) / engine.replicas
-
-
-def _mark_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Yield each batch with whether it is the last, reading one batch ahead."""
-    iterator = iter(batches)
-    current = next(iterator, None)
-    while current is not None:
-        following = next(iterator, None)
-        yield current, following is None
-        current = following

@@ -66,7 +66,6 @@ def train(run: Run) -> None:
         else:
             epsilon = epsilon_at(step, config.steps, craft)  # in the units that `anchors` has
             seen = run.progress.anchors_seen
-            measures = len(dual.history) % craft.constraint_freq == 0
             if craft.adds_losses and run.penalty is None:
                 take_step = partial(joint_step, anchor_tokens=anchors.tokens(seen))
             else:
@@ -76,7 +75,7 @@ def train(run: Run) -> None:
                 run.engine,
                 task=run.task_batches(votes),
                 anchors=anchors.gradient_batches(seen),
-                constraint=anchors.constraint_batches(seen) if measures else (),
+                constraint=anchors.constraint_batches(seen),
                 multiplier=dual.in_step(anchors.epsilon_unit * epsilon),
                 craft=craft,
                 max_norm=run.max_norm,

@@ -179,7 +179,7 @@ def test_the_stream_gives_each_anchor_its_task_and_each_task_its_unit(tmp_path):
     assert streams["global"].step_loss is streams["global"].loss
     for batches in (streams["task"].gradient_batches(0), streams["task"].constraint_batches(4)):
         assert [batch["task_index"].tolist() for batch in batches] == [[0, 1], [0, 1]]
-    assert "task_index" not in next(streams["global"].gradient_batches(0))
+    assert "task_index" not in next(iter(streams["global"].gradient_batches(0)))
 
 
 def test_a_teachers_loss_by_task_must_be_a_number(tmp_path):

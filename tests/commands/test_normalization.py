@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from craft_ds.data.batch_partition import StepPartition
-from craft_ds.data.task_data import StepSampler, images_to_float
+from craft_ds.data.policy_input import images_to_float
+from craft_ds.data.task_data import StepSampler
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.testing.datasets import make_test_dataset
 from craft_ds.testing.launch_ranks import run_ranks

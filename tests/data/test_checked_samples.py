@@ -1,6 +1,7 @@
 """Samples that are checked as they are read: each fault is named by data set, episode and frame."""
 
 import errno
+import multiprocessing
 import pickle
 
 import numpy as np
@@ -85,6 +86,7 @@ def test_the_loader_raises_the_one_line(root, workers):
     with pytest.raises(BadSample, match=r"^data set craft-ds/test, episode 0, frame 7: ") as raised:
         next(batches)
     assert "\n" not in str(raised.value)
+    assert not multiprocessing.active_children()  # although the traceback is kept
 
 
 def test_the_loader_gives_all_good_batches(root, workers):

@@ -14,11 +14,11 @@ from craft_ds.data import task_data
 from craft_ds.data.batch_partition import partition_step
 from craft_ds.data.checked_samples import NamedSamples
 from craft_ds.data.lerobot_dataset import check_features
+from craft_ds.data.policy_input import images_to_float
 from craft_ds.data.task_data import (
     StepSampler,
     check_processors,
     heldout_batches,
-    images_to_float,
     load_datasets,
     training_batches,
 )
@@ -172,7 +172,7 @@ def test_a_split_is_held_out_without_evaluation_too(config):
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("limit", [0, 1, 7, 100])
 def test_every_held_out_sample_counts_once(config, monkeypatch, world, limit):
-    monkeypatch.setattr(task_data, "_loader", lambda config, dataset, batches: batches)
+    monkeypatch.setattr(task_data, "_loader", lambda config, dataset, batches, process: batches)
     config.max_eval_samples = limit
     for size in (1, 5, 13):
         ranks = [list(heldout_batches(config, range(size), rank, world)) for rank in range(world)]

@@ -33,7 +33,9 @@ def acting(lab: Lab) -> Output:
             if acts:
                 for seed in seeds:
                     _act(lab, engine, seed, output)
-            result = task_step(engine, deal(scene(20 + step), 1, lab.rank, lab.world_size), max_norm=1.0)
+            result = task_step(
+                engine, list(deal(scene(20 + step), 1, lab.rank, lab.world_size)), max_norm=1.0
+            )
             assert result.applied
         output.add("acted" if acts else "only trained", masters(engine))
         engine.close()

@@ -4,7 +4,8 @@ import pytest
 from torch.utils.data import default_collate
 
 from craft_ds.config.parser import parse_arguments
-from craft_ds.data.task_data import images_to_float, load_datasets
+from craft_ds.data.policy_input import images_to_float
+from craft_ds.data.task_data import load_datasets
 from craft_ds.policies.loading import load_processors
 from craft_ds.testing.policies import make_test_policy_dir
 

@@ -11,7 +11,7 @@ from lerobot.utils.constants import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS
 from torch.utils.data import default_collate
 
 from craft_ds.config.parser import parse_arguments
-from craft_ds.data.task_data import images_to_float
+from craft_ds.data.policy_input import images_to_float
 from craft_ds.errors import UserError
 from craft_ds.policies.changes import policy_changes, policy_edits
 from craft_ds.policies.directory import copy_policy_files
