@@ -31,6 +31,7 @@ from craft_ds.policies.token_loss import Loss, token_loss
 from craft_ds.policies.weights import WeightReader
 from craft_ds.tensor_io.tensor_file import TensorFile
 from craft_ds.testing.datasets import write_test_cache
+from craft_ds.training.joint_step import joint_step
 from craft_ds.training.train_step import accumulate, measure, retention_step, task_step
 from craft_ds.training.trainer import train
 
@@ -259,6 +260,19 @@ def collectives(lab: Lab) -> Output:
             extra=[0.0, 0.0],
         )
 
+    def joint() -> None:
+        joint_step(
+            engine,
+            task=task,
+            anchors=anchors,
+            anchor_tokens=sum(int(batch["mask"].sum()) for batch in anchors),
+            constraint=anchors,
+            multiplier=1.0,
+            craft=craft_config(use_grad_projection=False),
+            max_norm=1.0,
+            extra=[0.0, 0.0],
+        )
+
     def passes_of_task() -> None:
         accumulate(engine, task)
         engine.step()
@@ -285,13 +299,15 @@ def collectives(lab: Lab) -> Output:
             count_bad_samples=lambda replaced: None,
             max_norm=1.0,
             advance_scheduler=lambda: None,
+            update_average=lambda: None,
             record=lambda *_, **__: None,
             after_step=lambda **_: None,
             stopped_early=False,
         )
         train(run)  # type: ignore[arg-type]
 
-    actions = (task_only, retention, retention_by_layer, passes_of_task, passes_of_retention, baseline)
+    passes = (passes_of_task, passes_of_retention)
+    actions = (task_only, retention, retention_by_layer, joint, *passes, baseline)
     for action in actions:
         # ZeRO-3 records the module order in one pass and prefetches by it in the next: warm up.
         for _ in range(3):
