@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -121,8 +122,8 @@ def test_four_builders_at_once(options, built, tmp_path):
 
 
 def lock_often(output, results):
-    held = 0
-    for _ in range(200):
+    held, end = 0, time.monotonic() + 3.0
+    while time.monotonic() < end:
         try:
             with locked_output(output):
                 inside = output.with_name("inside")
@@ -140,6 +141,6 @@ def test_the_lock_is_exclusive_although_its_file_is_deleted(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert all(results.get(timeout=10) for _ in processes)
+    assert sum(results.get(timeout=10) for _ in processes) > 3  # who holds it how often is up to the system
