@@ -1,9 +1,9 @@
 """The way of samples to the policy's input: processors in the workers, images as bytes until the device."""
 
 import copy
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -74,7 +74,8 @@ def check_picklable(preprocessor: PolicyProcessorPipeline) -> None:
         UserError: It cannot.
     """
     try:
-        ForkingPickler.dumps(preprocessor)  # as they are sent
+        # Pickles as the workers' start does, but moves no tensor to shared memory.
+        torch.save(preprocessor, io.BytesIO())
     except Exception as error:  # it raises many types
         raise UserError(
             f"the policy's processors cannot be sent to data-loader workers ({one_line(error)}): use "
