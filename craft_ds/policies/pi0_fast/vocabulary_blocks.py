@@ -20,14 +20,17 @@ def token_log_probs(head: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
     """Return the log-probabilities of tokens, in fp32 at least.
 
     Args:
-        head: Linear layer without bias that computes logits. With adapters, all logits are computed at once.
+        head: Linear layer without bias that computes logits. With adapters, and where all logits fit into one
+            block, they are computed at once.
         hidden: Its input, (N, width).
         ids: Tokens of each position, int64 (N, K).
 
     Returns:
         (N, K), with the graph of `hidden` and of the head's parameters.
     """
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    # Not the weight's own length, which is zero while ZeRO-3 has not gathered it.
+    fits = isinstance(head, nn.Linear) and len(hidden) * head.out_features <= _LARGEST
+    if fits or not isinstance(head, nn.Linear) or head.bias is not None:
         logits = head(hidden)
         return logits.to(_wide(logits.dtype)).log_softmax(dim=1).gather(1, ids)
 
