@@ -55,40 +55,59 @@ def load_optimizer(directory: Path, engine: Engine, adapters: Adapters | None = 
 
 @contextmanager
 def open_average(
-    directory: Path, engine: Engine, weights: ReadRange, adapters: Adapters | None = None
-) -> Iterator[ReadRange]:
+    directory: Path,
+    weights: ReadRange,
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, str],
+    *,
+    all_trained: bool,
+) -> Iterator[ReadRange | None]:
     """Open the moving average of the weights in a verified checkpoint.
 
     Args:
         directory: The checkpoint.
-        engine: Holds the parameters.
-        weights: Reads what has no average: frozen parameters, or all where the checkpoint has none.
-        adapters: The trained adapters; None for full training.
+        weights: Reads the parameters that did not train, which have no average.
+        shapes: Shapes of parameters by name, to compare with.
+        stored: Name of a parameter in the file, where it differs.
+        all_trained: All parameters in `shapes` trained, so that each must have an average.
 
     Yields:
-        A reader by the parameter's name in the policy.
+        A reader by the parameter's name; None if the checkpoint has no average.
 
     Raises:
-        UserError: The file does not hold an average of what this engine trains.
+        UserError: An average is missing or of another shape than its parameter; by the reader: non-finite.
     """
-    path, stored = directory / OPTIMIZER, adapters.keys if adapters is not None else {}
-    try:
-        with open_tensors(path) as file:
-            shapes = {name: shape for name, shape, _ in file.specs() if name.endswith(f".{EMA}")}
-            if shapes:
-                _check_shapes(engine, [EMA], shapes, stored)
-            checked = _by_parameter_name(_checked(file.read), stored)
+    path = directory / OPTIMIZER
 
-            def read(name: str, start: int, stop: int) -> Tensor:
-                has_average = f"{stored.get(name, name)}.{EMA}" in shapes
-                return checked(f"{name}.{EMA}", start, stop) if has_average else weights(name, start, stop)
+    def failed(why: object) -> UserError:
+        return UserError(
+            f"{path} does not hold a moving average of this policy ({why}): use an older checkpoint"
+        )
 
-            yield read
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(
-            f"{path} does not hold the moving average of this policy ({one_line(error)}): resume from an "
-            "older checkpoint, or with --ema_decay=0"
-        ) from error
+    def entry_of(name: str) -> str:
+        return f"{stored.get(name, name)}.{EMA}"
+
+    with open_tensors(path) as file:
+        averaged = {name: tuple(shape) for name, shape, _ in file.specs() if name.endswith(f".{EMA}")}
+        if not averaged:
+            yield None
+            return
+        for name, shape in shapes.items():
+            found = averaged.get(entry_of(name), None if all_trained else shape)
+            if found != tuple(shape):
+                what = "missing" if found is None else f"of shape {list(found)}"
+                raise failed(f"{entry_of(name)} is {what}")
+
+        def read(name: str, start: int, stop: int) -> Tensor:
+            entry = entry_of(name)
+            if entry not in averaged:
+                return weights(name, start, stop)
+            values = file.read(entry, start, stop)
+            if not values.isfinite().all():
+                raise failed(f"{entry} is non-finite")
+            return values
+
+        yield read
 
 
 def read_states(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:

@@ -81,6 +81,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     for name in ("world_size", "dp_replicate", "batch_size", "prompt_length", "action_length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+    if not 0.0 <= args.ema_decay < 1.0:
+        raise UserError(f"--ema_decay={args.ema_decay} must lie in [0, 1)")
     if args.lora_rank < 0:
         raise UserError(f"--lora_rank={args.lora_rank} must not be negative")
     if args.world_size % args.dp_replicate:

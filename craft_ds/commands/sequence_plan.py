@@ -207,6 +207,12 @@ class SequencePlan:
                 not self.evaluation.every or {"eval_freq", "eval_steps"}.isdisjoint(flags),
                 f"{place}.eval_freq: evaluation.every sets this flag: leave one of them out",
             )
+            unread = self._unread_flags() & flags.keys()
+            require(
+                not unread,
+                f"{place}.{min(unread, default='')}: has no effect with a preset that trains without CRaFT: "
+                "omit it, or set craft.enabled: true",
+            )
             if self.anchors is None:
                 require(
                     flags.get("craft.enabled") is not True,
@@ -233,6 +239,16 @@ class SequencePlan:
                 "anchors: have no effect in a sequence of one stage from a policy without data: add "
                 "start.repo_id, or leave them out",
             )
+
+    def _unread_flags(self) -> set[str]:
+        """Return the flags of CRaFT that only stages have whose preset trains without it."""
+        read, unread = set[str](), set[str]()
+        for stage in self.stages:
+            given = flat_flags(self.train) | flat_flags(stage.train)
+            preset = given.get("craft.preset")
+            trains = preset is None or "craft.enabled" in given or self.flags_of(stage)["craft.enabled"]
+            (read if trains else unread).update(name for name in given if name.startswith("craft."))
+        return unread - read - {"craft.preset", "craft.anchor_cache_dir"}
 
     def _check_evaluation(self) -> None:
         evaluation, parts = self.evaluation, self.parts()

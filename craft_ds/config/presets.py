@@ -51,6 +51,7 @@ _DEFAULTS: dict[str, Any] = {
             "multiplier_scope",
             "retention_scale",
             "retention_freq_max",
+            "constraint_freq",
         )
     },
     **{f"penalty.{name}": getattr(PenaltyConfig(), name) for name in ("name", "weight")},
@@ -100,14 +101,7 @@ def expand_preset(arguments: Sequence[str]) -> list[str]:
     if FLAG not in given:
         return list(arguments)
     flags = find_preset(given[FLAG]).flags
-    if not flags["craft.enabled"] and "--craft.enabled" not in given:
-        # Commands that differ in the preset alone may all name the anchors.
-        for name in sorted(given.keys() - {FLAG, "--craft.anchor_cache_dir"}):
-            if name.startswith("--craft."):
-                raise UserError(
-                    f"{name} has no effect with {FLAG}={given[FLAG]}, which trains without CRaFT: omit "
-                    "it, or add --craft.enabled=true"
-                )
+    _refuse_without_effect(given[FLAG], {name.removeprefix("--") for name in given})
     added = [f"--{name}={_shown(value)}" for name, value in flags.items() if f"--{name}" not in given]
     return added + [argument for argument in arguments if argument.partition("=")[0] != FLAG]
 
@@ -119,12 +113,13 @@ def expand_preset_in(content: Any) -> bool:
         content: The file's content, changed in place; its own values win.
 
     Raises:
-        UserError: The preset is unknown.
+        UserError: The preset is unknown, or trains without CRaFT and the file has a flag of CRaFT.
     """
     name = _named_in(content)
     if name is None:
         return False
     del content["craft"]["preset"]
+    _refuse_without_effect(name, {f"craft.{field}" for field in content["craft"]})
     for flag, value in find_preset(name).flags.items():
         group, field = flag.split(".")
         section = content.setdefault(group, {})
@@ -168,6 +163,24 @@ def find_preset(name: Any) -> Preset:
         meant = f"did you mean {nearest[0]}? Choose" if nearest else "choose"
         raise UserError(f"{FLAG}={name}: {meant} one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def _refuse_without_effect(preset: str, own: set[str]) -> None:
+    """Refuse flags of CRaFT beside a preset that trains without it.
+
+    Args:
+        preset: Name of the preset.
+        own: Names of the user's flags, such as `craft.merging`.
+    """
+    if find_preset(preset).flags["craft.enabled"] or "craft.enabled" in own:
+        return
+    # Commands that differ in the preset alone may all name the anchors.
+    for name in sorted(own - {"craft.preset", "craft.anchor_cache_dir"}):
+        if name.startswith("craft."):
+            raise UserError(
+                f"--{name} has no effect with {FLAG}={preset}, which trains without CRaFT: omit it, or add "
+                "--craft.enabled=true"
+            )
 
 
 def _named_in(content: Any) -> Any:

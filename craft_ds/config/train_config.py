@@ -30,6 +30,7 @@ from craft_ds.config.configs import (
     RunOptions,
     TrackerName,
 )
+from craft_ds.config.craft_config import CraftConfig
 from craft_ds.config.datasets import resolve_datasets
 from craft_ds.config.presets import expand_preset_in
 from craft_ds.config.secret_scan import refuse_secrets
@@ -90,6 +91,11 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         asked = [name.strip() for name in self.log_to.split(",") if name.strip()]
         return tuple(dict.fromkeys(["wandb", *asked] if self.wandb.enable else asked))
 
+    @property
+    def one_gradient(self) -> bool:
+        """True if both losses of a retention step accumulate in one gradient."""
+        return self.craft.enabled and self.craft.adds_losses and self.penalty.name == "none"
+
     def validate(self) -> None:
         """Resolve defaults, and check the configuration as far as possible without building anything.
 
@@ -99,6 +105,12 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         _refuse_nulls(self)
         self.craft.validate()
         self.penalty.validate(self.craft)
+        threshold = self.craft.conflict_threshold
+        require(
+            not self.one_gradient or threshold == CraftConfig().conflict_threshold,
+            f"--craft.conflict_threshold={threshold} has no effect with --craft.use_grad_projection=false, "
+            "which measures no conflict: omit one of them",
+        )
         require(0.0 <= self.ema_decay < 1.0, f"--ema_decay={self.ema_decay} must lie in [0, 1)")
         self.engine.resolve()
         if self.peft is not None:

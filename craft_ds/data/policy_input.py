@@ -86,7 +86,7 @@ def check_picklable(preprocessor: PolicyProcessorPipeline) -> None:
 def images_to_float(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Turn uint8 images into float32 in [0, 1], as LeRobot's training loop does before its processors.
 
-    The values are the same on every device.
+    Written so that the values are the same on every device; compared on the CPU only.
     """
     return {key: _to_float(value) if _is_uint8(value) else value for key, value in batch.items()}
 

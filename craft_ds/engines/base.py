@@ -115,8 +115,12 @@ class Engine(Protocol):
         """Clear the accumulated gradient without a step."""
         ...
 
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum a small fp64 tensor over all ranks in exactly one collective; it stays on the device."""
+        ...
+
     def sum_scalars(self, values: Tensor) -> list[float]:
-        """Sum a small fp64 tensor over all ranks in exactly one collective, and copy it to the host."""
+        """Return the values of `sum_over_ranks` on the host."""
         ...
 
     def shards(self, *, frozen: bool = True) -> Iterator[Shard]:

@@ -177,10 +177,14 @@ class DeepSpeedEngine:
         """Clear the accumulator."""
         self._layout.clear_gradient()
 
-    def sum_scalars(self, values: Tensor) -> list[float]:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum over all ranks: one all-reduce. Collective: call on all ranks."""
         dist.all_reduce(values)
-        return values.tolist()
+        return values
+
+    def sum_scalars(self, values: Tensor) -> list[float]:
+        """Sum over all ranks, and copy to the host. Collective: call on all ranks."""
+        return self.sum_over_ranks(values).tolist()
 
     def shards(self, *, frozen: bool = True) -> Iterator[Shard]:
         """Yield this rank's part of every parameter, without padding."""

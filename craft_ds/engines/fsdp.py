@@ -121,11 +121,15 @@ class FsdpEngine(GradShards):
     def _local(self, tensor: Tensor) -> Tensor:
         return local(tensor)
 
-    def sum_scalars(self, values: Tensor) -> list[float]:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum over all ranks, replicas included: one all-reduce. Collective: call on all ranks."""
         values = values.to(self.device)
         dist.all_reduce(values)
-        return values.tolist()
+        return values
+
+    def sum_scalars(self, values: Tensor) -> list[float]:
+        """Sum over all ranks, and copy to the host. Collective: call on all ranks."""
+        return self.sum_over_ranks(values).tolist()
 
     def shards(self, *, frozen: bool = True) -> Iterator[Shard]:
         """Yield this rank's rows of every parameter; only the first replica yields them."""

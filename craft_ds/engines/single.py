@@ -80,6 +80,10 @@ class SingleEngine(GradShards):
         """Accumulate the gradient."""
         loss.backward()
 
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the values: there are no other ranks."""
+        return values
+
     def sum_scalars(self, values: Tensor) -> list[float]:
         """Copy the values to the host."""
         return values.tolist()

@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 from craft_ds.checkpoints import verify_checkpoint
-from craft_ds.checkpoints.save import OPTIMIZER
-from craft_ds.checkpoints.shard_plan import EMA
+from craft_ds.checkpoints.load import open_average
 from craft_ds.errors import UserError, one_line
 from craft_ds.export.alpha_search import AlphaSearch, search_alpha
 from craft_ds.export.interpolate import interpolated
@@ -117,17 +116,13 @@ def export_checkpoint(
                 return _export_adapters(checkpoint, temporary, dtype, base_path, ema)
             with (
                 _weights(checkpoint, merge_with, alpha) as weights,
-                _averaged(checkpoint, weights, ema) as read,
+                _averaged(checkpoint, checkpoint / WEIGHTS, weights, ema) as read,
             ):
                 _write(checkpoint / WEIGHTS, temporary / WEIGHTS, DTYPES[dtype], read)
             if merge_with:
                 shares = f"{1 - alpha:g} of its weights and {alpha:g} of those of {merge_with}"
                 return f"{shares}; {found}" if found else shares
-            return (
-                "the complete policy, with the moving average of its weights"
-                if ema
-                else "the complete policy"
-            )
+            return "the complete policy" + ", with the moving average of its weights" * ema
     except OSError as error:
         raise UserError(f"--output={output} cannot be written: {error}") from error
 
@@ -186,7 +181,7 @@ def _export_adapters(checkpoint: Path, target: Path, dtype: str, base_path: str,
         def read(name: str, start: int, stop: int) -> torch.Tensor:
             return finite(reader.read(name, start, stop), name, checkpoint)
 
-        with _averaged(checkpoint, read, ema) as values:
+        with _averaged(checkpoint, checkpoint / ADAPTER_WEIGHTS, read, ema) as values:
             _write(checkpoint / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS, DTYPES[dtype], values)
     what = "the moving average of the LoRA adapters" if ema else "the LoRA adapters"
     return (
@@ -211,22 +206,16 @@ def _weights(checkpoint: Path, merge_with: str, alpha: float) -> Iterator[ReadRa
 
 
 @contextmanager
-def _averaged(checkpoint: Path, weights: ReadRange, ema: bool) -> Iterator[ReadRange]:
-    """Yield a reader of the weights' moving average; weights that did not train are as they are."""
+def _averaged(checkpoint: Path, source: Path, weights: ReadRange, ema: bool) -> Iterator[ReadRange]:
+    """Yield a reader of the weights, or with `ema` of their moving average, by their names in `source`."""
     if not ema:
         yield weights
         return
-    with open_tensors(checkpoint / OPTIMIZER) as state:
-        names = {spec.name for spec in state.specs() if spec.name.endswith(f".{EMA}")}
-        if not names:
+    with open_tensors(source) as reader:
+        shapes = {spec.name: tuple(spec.shape) for spec in reader.specs()}
+    with open_average(checkpoint, weights, shapes, stored={}, all_trained=False) as read:
+        if read is None:
             raise UserError(f"--ema: {checkpoint} is of a run without --ema_decay: remove the flag")
-
-        def read(name: str, start: int, stop: int) -> torch.Tensor:
-            average = f"{name}.{EMA}"
-            if average not in names:
-                return weights(name, start, stop)
-            return finite(state.read(average, start, stop), average, checkpoint)
-
         yield read
 
 

@@ -1,8 +1,8 @@
 """The retention step without a second gradient, for rules whose weights are known before the step.
 
-Without projection the merged gradient is a·(g_t + w·g_r) with w = b/a, so that both losses can be added in
-one accumulation: there is no copy of g_t, there are no products, and nothing is merged. Cosine and conflict,
-which need both gradients, are then not measured.
+Without projection the merged gradient is a·(g_t + w·g_r) with w = b/a, so both losses accumulate in one
+gradient. This saves the copy of g_t, the products and the merge. Cosine and conflict need both gradients and
+are not measured.
 """
 
 import math
@@ -42,8 +42,9 @@ def joint_step(
 ) -> StepResult:
     """Take a retention step where `craft.adds_losses`. Collective: call on all ranks.
 
-    Equal to `craft_ds.training.train_step.retention_step` up to rounding. It has one more all-reduce of two
-    numbers: the token counts, which weight the anchors' loss and must be known before their backward pass.
+    Equal to `craft_ds.training.train_step.retention_step` up to rounding. It has one more all-reduce, of the
+    two token counts: they weight the anchors' loss and must be known before its backward pass. They stay on
+    the device, so that the host does not wait.
 
     Args:
         engine: Holds the model and the optimizer.
@@ -67,24 +68,23 @@ def joint_step(
         weights, used, factor = (), multiplier, multiplier
     a, b = weights_without_projection(factor, craft)
     task_sums = accumulate(engine, task, ends=False)
-    ((tokens, r_tokens),) = sum_together(
-        engine, torch.stack([task_sums.tokens, fp64(engine, [anchor_tokens]).sum()])
-    )
-    per_token, per_anchor_token = 1.0 / max(tokens, 1.0), 1.0 / max(r_tokens, 1.0)
-    ratio = b / a * per_anchor_token / per_token
-    anchor_sums = accumulate(engine, anchors, anchor_loss, weights, factor=ratio)
+    counts = torch.stack([task_sums.tokens, torch.full_like(task_sums.tokens, anchor_tokens)])
+    all_tokens, all_anchor_tokens = engine.sum_over_ranks(counts).clamp(min=1.0)
+    ratio = b / a * all_tokens / all_anchor_tokens
+    anchor_sums = accumulate(engine, anchors, anchor_loss, weights, factor=ratio.float())
     gradient = engine.gradient()
     constraint_sums = anchor_sums if constraint is None else measure(engine, constraint, anchor_loss)
-    product, (loss_sum,), measured, summed_extra = sum_together(
+    product = squared_norm(gradient).to(engine.device) / engine.replicas
+    (square, loss_sum, tokens), measured, summed_extra = sum_together(
         engine,
-        (squared_norm(gradient).to(engine.device) / engine.replicas)[None],
-        task_sums.loss[None],
+        torch.stack([product, *task_sums]),
         torch.stack(constraint_sums).flatten(),
         fp64(engine, extra),
     )
 
     task_losses, retention_loss = mean_retention_losses(measured, len(weights))
-    loss, norm = loss_sum * per_token, a * per_token * math.sqrt(max(product[0], 0.0))
+    per_token = 1.0 / max(tokens, 1.0)
+    loss, norm = loss_sum * per_token, a * per_token * math.sqrt(square)
     result = StepResult(
         loss,
         norm,

@@ -137,7 +137,7 @@ def size_lines(config: TrainConfig, progress: Progress, samples: int, world_size
         if config.craft.retention_freq_max:
             every += f" to {config.craft.retention_freq_max}"
         line += f"; a retention step every {every}, {anchors} anchors each"
-        if config.craft.adds_losses and config.penalty.name == "none":
+        if config.one_gradient:
             line += ", both losses in one gradient: no cosine is measured"
     return [*lines, line, f"output: {Path(config.output_dir)}"]
 

@@ -85,7 +85,7 @@ def accumulate(
     loss: Loss = token_loss,
     weights: Sequence[float] = (),
     *,
-    factor: float = 1.0,
+    factor: float | Tensor = 1.0,
     ends: bool = True,
 ) -> TokenSums:
     """Run one complete pass: forward and backward over all micro-batches. Collective.
@@ -95,14 +95,14 @@ def accumulate(
         batches: This rank's micro-batches.
         loss: The loss.
         weights: Weight of each task's loss in the gradient, where `loss` returns sums by task.
-        factor: Weight of the loss in the gradient; the returned sums are without it.
+        factor: Weight of the loss in the gradient, a scalar; the returned sums are without it.
         ends: The gradient is complete after these micro-batches; False: another pass adds to it.
     """
     sums = _no_tokens(engine)
-    by_task = factor * torch.tensor(weights or 1.0, dtype=torch.float32, device=engine.device)
     for number, batch in enumerate(batches, 1):
         found = engine.forward(batch, loss)
-        engine.backward((found.total * by_task).sum(), last=ends and number == len(batches))
+        total = (found.total * found.total.new_tensor(weights)).sum() if weights else found.total
+        engine.backward(total * factor, last=ends and number == len(batches))
         sums = TokenSums(sums.loss + found.total.detach().double(), sums.tokens + found.count.double())
     return sums
 

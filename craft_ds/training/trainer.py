@@ -66,7 +66,7 @@ def train(run: Run) -> None:
         else:
             epsilon = epsilon_at(step, config.steps, craft)  # in the units that `anchors` has
             seen = run.progress.anchors_seen
-            if craft.adds_losses and run.penalty is None:
+            if config.one_gradient:
                 take_step = partial(joint_step, anchor_tokens=anchors.tokens(seen))
             else:
                 scale = schedule.retention_scale(step)

@@ -61,7 +61,11 @@ def build_average(
         return None
     if resumed is None:
         return WeightAverage(decay, engine)
-    with open_average(resumed, engine, weights, adapters) as read:
+    shapes = {shard.name: shard.shape for shard in engine.shards(frozen=False)}
+    stored = adapters.keys if adapters is not None else {}
+    with open_average(resumed, weights, shapes, stored, all_trained=True) as read:
+        if read is None:
+            return WeightAverage(decay, engine)
         engine.load_parameters(read)  # it knows which elements this rank holds
         average = WeightAverage(decay, engine)
     engine.load_parameters(weights)

@@ -66,6 +66,15 @@ def test_one_gradient_gives_the_run_of_two(train, craft_flags, tmp_path, monkeyp
     assert_same_bits(again / "final", one / "final")
 
 
+def test_a_threshold_that_decides_nothing_is_refused(train, craft_flags, tmp_path):
+    flags = [*craft_flags, "--craft.use_grad_projection=false", "--craft.conflict_threshold=0.2"]
+    ended = train(tmp_path / "run", *flags)
+    assert ended.status == 2
+    assert (
+        "--craft.conflict_threshold=0.2 has no effect with --craft.use_grad_projection=false" in ended.errors
+    )
+
+
 def test_a_cache_without_the_targets_is_refused_before_anything_is_written(train, inputs, tmp_path):
     ended = train(tmp_path / "run", *inputs.craft_flags(), "--craft.retention_loss=teacher_kl")
     assert ended.status == 2

@@ -206,6 +206,29 @@ def test_an_unreadable_plan_is_one_line(tmp_path, text, message):
         read(tmp_path, text)
 
 
+def test_a_flag_of_craft_that_no_stage_reads_is_refused(tmp_path):
+    def plan(**train):
+        return {
+            **content(),
+            "anchors": None,
+            "start": {"policy": "t"},
+            "train": {"craft.preset": "l2", **train},
+        }
+
+    with pytest.raises(UserError, match=r"train.craft.merging: has no effect with a preset"):
+        read(tmp_path, plan(**{"craft.merging": "cagrad"}))
+    read(
+        tmp_path, plan(**{"craft.merging": "cagrad", "craft.enabled": False})
+    )  # CRaFT off by the user's flag
+    mixed = content()
+    mixed["train"] = {"craft.preset": "kl", "craft.anchor_batch_size": 4}  # which one of two stages reads
+    mixed["stages"][0]["train"] = {"craft.preset": "sequential"}
+    read(tmp_path, mixed)
+    mixed["stages"][0]["train"]["craft.merging"] = "pcgrad"
+    with pytest.raises(UserError, match=r"stages.0.train.craft.merging: has no effect with a preset"):
+        read(tmp_path, mixed)
+
+
 def test_merges_of_yaml_fill_in_what_a_stage_leaves_out(tmp_path):
     plan = read(
         tmp_path,

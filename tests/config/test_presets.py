@@ -109,6 +109,14 @@ def test_a_flag_of_craft_is_refused_by_presets_without_craft(name):
         assert expand_preset([*given, "--craft.enabled=true"])[-1] == "--craft.enabled=true"
 
 
+@pytest.mark.parametrize("name", ["sequential", "l2", "ewc"])
+def test_so_is_one_in_a_file(tmp_path, name):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"craft: {{preset: {name}, merging: cagrad, anchor_cache_dir: cache}}\n")
+    with pytest.raises(UserError, match=f"--craft.merging has no effect with --craft.preset={name}"):
+        parse_arguments([f"--config_path={path}"])
+
+
 def test_the_line_names_the_flags_that_were_set(tmp_path):
     line = preset_line(["--craft.preset=replay", "--craft.retention_freq=5"])
     assert line.startswith("preset replay: --craft.enabled=true --craft.retention_loss=token_ce")

@@ -6,8 +6,8 @@ from registry import Ranks, every
 from test_checkpoint_of_ranks import assert_same, renamed
 from test_parity import (
     TOLERANCE,
-    assert_close,
     assert_close_overall,
+    assert_training_close,
     assert_values_close,
     of,
     relative_error,
@@ -16,12 +16,7 @@ from test_parity import (
 
 @every("penalty-ewc", "penalty-l2")
 def test_penalised_steps(ranks, name, reference):
-    found, expected = ranks[name], reference[name]
-    assert_close(of(found, "parameters"), of(expected, "parameters"))
-    # As in `test_trajectory`.
-    tolerance = 5e-5 if ranks.kind == "zero3_offload" else TOLERANCE
-    assert_close(of(found, "moments"), of(expected, "moments"), tolerance)
-    assert_values_close(found, expected)
+    assert_training_close(ranks, ranks[name], reference[name])
 
 
 @pytest.mark.parametrize("name", ["penalty-ewc", "penalty-l2"])

@@ -5,7 +5,14 @@ import math
 import pytest
 from registry import every
 from scenarios_scopes import SOME
-from test_parity import assert_close, assert_close_overall, assert_surgery_close, assert_values_close, of
+from test_parity import (
+    assert_close,
+    assert_close_overall,
+    assert_surgery_close,
+    assert_training_close,
+    assert_values_close,
+    of,
+)
 from toy import samples
 
 from craft_ds.algorithm.layers import layer_of
@@ -57,24 +64,13 @@ def test_each_layer_is_projected_by_itself(reference):
 
 @every("scopes")
 def test_steps_by_layer_and_task(ranks, name, reference):
-    found, expected = ranks[name], reference[name]
-    assert_close(of(found, "parameters"), of(expected, "parameters"))
-    # DeepSpeed's own Adam computes 1 − β₂ in fp32.
-    assert_close(
-        of(found, "moments"), of(expected, "moments"), 5e-5 if ranks.kind == "zero3_offload" else 1e-5
-    )
-    assert_values_close(found, expected)
+    assert_training_close(ranks, ranks[name], reference[name])
 
 
 @every("joint")
 def test_both_losses_in_one_gradient(ranks, name, reference):
     """Against the reference's steps with two gradients."""
-    found, expected = ranks[name], reference[name]
-    assert_close(of(found, "parameters"), of(expected, "parameters"))
-    assert_close(
-        of(found, "moments"), of(expected, "moments"), 5e-5 if ranks.kind == "zero3_offload" else 1e-5
-    )
-    assert_values_close(found, expected)
+    assert_training_close(ranks, ranks[name], reference[name])
 
 
 @every("joint-bf16")
