@@ -1,11 +1,14 @@
 """Lines that a run prints before its first step."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lerobot.configs.default import DatasetConfig
 
 from craft_ds.config.craft_config import CraftConfig
+from craft_ds.config.train_config import TrainConfig
 from craft_ds.training.start_report import (
     anchor_line,
     dataset_line,
@@ -17,9 +20,15 @@ from craft_ds.training.start_report import (
 from craft_ds.training.train_state import Progress
 
 
-def config(**changes):
-    given = {"batch_size": 8, "gradient_accumulation_steps": 2, "steps": 100, "output_dir": "outputs/run"}
-    return SimpleNamespace(craft=CraftConfig(enabled=True, retention_freq=5), **(given | changes))
+def config(**craft):
+    return TrainConfig(
+        dataset=DatasetConfig(repo_id="us/data"),
+        output_dir=Path("outputs/run"),
+        craft=CraftConfig(enabled=True, retention_freq=5, **craft),
+        batch_size=8,
+        gradient_accumulation_steps=2,
+        steps=100,
+    )
 
 
 class Part(SimpleNamespace):
@@ -43,6 +52,9 @@ def test_the_effective_batch_names_its_factors():
     batch, steps, _ = size_lines(config(), progress(3), samples=480, world_size=3)
     assert batch == "effective batch: 48 samples per step (8 batch_size × 2 accumulation × 3 ranks)"
     assert steps == "100 steps, 10 epochs; a retention step every 5, 12 anchors each"
+    assert size_lines(config(use_grad_projection=False), progress(3), samples=480, world_size=3)[1] == (
+        f"{steps}, both losses in one gradient: no cosine is measured"
+    )
 
 
 def test_a_resumed_run_says_that_its_batch_is_kept():
