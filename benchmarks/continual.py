@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from continual_parts.cells import (
@@ -195,7 +196,7 @@ def run_cell(cell: Cell, places: Places, results: Path) -> bool:
         "loss": {n: json.loads(loss.read_text())[n] for n in ("tasks", "R", "metrics")}
         if loss.exists()
         else None,
-        "last_lambda": last_lambda(directory / "sequence"),
+        **from_metrics(directory / "sequence"),
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": {name: version(name) for name in ("craft-ds", "torch", "lerobot")},
     }
@@ -218,12 +219,14 @@ def start_evaluation(plan: dict[str, Any]) -> str:
     return f"start_{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def last_lambda(sequence: Path) -> list[float]:
-    """Return λ at the end of each stage that had one."""
-    found = []
+def from_metrics(sequence: Path) -> dict[str, list[float]]:
+    """Return λ at the end of each stage that had one, and the mean conflict rate of each that measured it."""
+    found: dict[str, list[float]] = {"last_lambda": [], "conflict_rate": []}
     for metrics in sorted(sequence.glob("*/train/metrics.jsonl")):
-        rows = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
-        found += [row["craft/lambda_final"] for row in rows if "craft/lambda_final" in row]
+        rows = list(map(json.loads, metrics.read_text(encoding="utf-8").splitlines()))
+        found["last_lambda"] += [row["craft/lambda_final"] for row in rows if "craft/lambda_final" in row]
+        if rates := [row["craft/conflict_rate"] for row in rows if "craft/conflict_rate" in row]:
+            found["conflict_rate"].append(fmean(rates))
     return found
 
 

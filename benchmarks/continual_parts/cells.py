@@ -7,7 +7,7 @@ from typing import Any
 
 from continual_parts.methods import METHODS
 from continual_parts.tiers import TIERS, Tier
-from craft_ds.worlds import teacher_directory
+from craft_ds.worlds import make_world, teacher_directory
 from craft_ds.worlds.tasks import TASKS
 
 TRAINING_SEED, HELDOUT_SEED = 0, 7
@@ -15,6 +15,8 @@ TRAINING_SEED, HELDOUT_SEED = 0, 7
 SCENES = {"report": 2000, "tuning": 3000}
 """Seeds of the evaluation scenes: settings are chosen on other scenes than those that are reported."""
 HELDOUT_DEMONSTRATIONS = 5
+OBSERVATIONS = 100
+"""Observations of the new task per old instruction, for methods without old data."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def plan_of(cell: Cell, places: Places, output: Path) -> dict[str, Any]:
         start["tasks"] = list(TASKS[tier.world].old)
         if not joint:
             start["heldout"] = _source(tier, places.heldout, "old")
-        if cell.budget:
-            start |= _source(tier, places.data, "old")
+        if cell.budget or method.observes:
+            start |= _source(tier, places.data, "new" if method.observes else "old")
     tasks = tier.orders[cell.order]
     plan: dict[str, Any] = {
         "output_dir": str(output),
@@ -125,12 +127,13 @@ def plan_of(cell: Cell, places: Places, output: Path) -> dict[str, Any]:
     }
     if method.train["craft.preset"] == "l2" and not tier.keeps_old:
         plan["stages"][0]["train"] = {"craft.preset": "sequential"}  # nothing is to be kept yet
-    if cell.budget:
+    if cell.budget or method.observes:
         # A cache has the samples of one task, and that of the start policy of all of its tasks.
-        samples = cell.budget * (len(start["tasks"]) if tier.keeps_old else 1)
-        plan["anchors"] = {"num_samples": samples, "seed": cell.seed, "num_workers": 0}
-        if method.targets:
-            plan["anchors"]["targets"] = list(method.targets)
+        samples = (cell.budget or OBSERVATIONS) * (len(start["tasks"]) if tier.keeps_old else 1)
+        plan["anchors"] = {"num_samples": samples, "seed": cell.seed, "num_workers": 0, **method.anchors}
+        if method.observes:
+            texts = make_world(tier.world).task_text
+            plan["anchors"]["instructions"] = [texts(task) for task in start["tasks"]]
         if method.replays:
             plan["train"]["craft.anchor_batch_size"] = tier.batch_size
     return plan

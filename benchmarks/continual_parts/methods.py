@@ -16,15 +16,17 @@ class Method:
 
     Attributes:
         train: Flags of `craft-ds train`.
-        targets: Targets of the anchors.
+        anchors: Flags of `craft-ds anchors`.
         stores: The method stores samples: it has a cell for each budget.
+        observes: It has no old data, but anchors: observations of the new task under the old instructions.
         replays: It trains on the stored samples.
         family: Methods of a family are one method with several settings, of which tuning chooses one.
     """
 
     train: Flags = field(default_factory=dict)
-    targets: tuple[str, ...] = ()
+    anchors: Flags = field(default_factory=dict)
     stores: bool = True
+    observes: bool = False
     replays: bool = True
     family: str = ""
 
@@ -35,9 +37,8 @@ def _replay(weight: float) -> Method:
 
 def _kl(weight: float, **more: Any) -> Method:
     flags = {"craft.preset": "kl", "craft.initial_lambda": weight}
-    return Method(
-        flags | {f"craft.{name}": value for name, value in more.items()}, ("teacher_kl",), family="kl"
-    )
+    flags |= {f"craft.{name}": value for name, value in more.items()}
+    return Method(flags, {"targets": ["teacher_kl"]}, family="kl")
 
 
 METHODS = {
@@ -71,7 +72,7 @@ METHODS = {
             "craft.epsilon_start": 0.05,
             "craft.epsilon_end": 0.05,
         },
-        ("teacher_kl",),
+        {"targets": ["teacher_kl"]},
     ),
     "kl_tasks": Method(
         {
@@ -83,9 +84,14 @@ METHODS = {
             "craft.epsilon_start": 0.05,
             "craft.epsilon_end": 0.05,
         },
-        ("teacher_kl",),
+        {"targets": ["teacher_kl"]},
     ),
     # A fifth of the backward passes on anchors.
     "kl_every_5": replace(_kl(1.0, retention_freq=5, retention_scale="freq"), family=""),
+    # Anchors of equal shares of motion phases.
+    "kl_phases": replace(_kl(1.0), anchors={"targets": ["teacher_kl"], "selection": "phases"}, family=""),
+    # No old data.
+    "kl_observations_1": replace(_kl(1.0), stores=False, observes=True, family="kl_observations"),
+    "kl_observations_3": replace(_kl(3.0), stores=False, observes=True, family="kl_observations"),
 }
 """The methods by name. `joint` is one stage that learns all tasks at once: the upper bound."""

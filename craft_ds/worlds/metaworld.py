@@ -53,7 +53,6 @@ class MetaWorld(World):
     horizon = 160
     fps = 80
 
-    _render_size = IMAGE_SIZE
     _shows_goal = False
     """True if the expert reads the goal's position and the first image shows it; off in this class, whose
     shipped teacher was trained without."""
@@ -92,25 +91,21 @@ class MetaWorld(World):
     def observe(self) -> Observation:
         model, data = self._env.model, self._env.data
         if self._task not in self._renderers:
-            self._renderers[self._task] = _build_renderer(model, self._render_size)
+            self._renderers[self._task] = _build_renderer(model)
         renderer = self._renderers[self._task]
         # Not Renderer.update_scene: it reads the goal from the model that the renderer was built for.
-        mujoco.mjv_updateScene(
-            model, data, mujoco.MjvOption(), None, self._camera(), mujoco.mjtCatBit.mjCAT_ALL, renderer.scene
-        )
-        state = self._raw[: len(self.state_names)].astype(np.float32)
-        return Observation(self._image(renderer.render()), state)
-
-    def _camera(self) -> mujoco.MjvCamera:
-        """Return the camera that renders the image."""
         camera = mujoco.MjvCamera()
         camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        camera.fixedcamid = self._env.model.camera(_CAMERA).id
-        return camera
+        camera.fixedcamid = model.camera(_CAMERA).id
+        mujoco.mjv_updateScene(
+            model, data, mujoco.MjvOption(), None, camera, mujoco.mjtCatBit.mjCAT_ALL, renderer.scene
+        )
+        image = np.ascontiguousarray(renderer.render()[::-1, ::-1])  # this camera is mounted upside down
+        return Observation(image, self._state())
 
-    def _image(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the image of rendered pixels, uint8 (_render_size, _render_size, 3)."""
-        return np.ascontiguousarray(pixels[::-1, ::-1])  # this camera is mounted upside down
+    def _state(self) -> np.ndarray:
+        """Return the state of an observation, float32 (state dimensions,)."""
+        return self._raw[:4].astype(np.float32)
 
     @override
     def step(self, action: np.ndarray) -> None:
@@ -127,15 +122,6 @@ class MetaWorld(World):
         return self._success
 
 
-def free_camera(lookat: np.ndarray, azimuth: float, elevation: float, distance: float) -> mujoco.MjvCamera:
-    """Return a camera at a distance (m) from the point it looks at, in a direction in degrees."""
-    camera = mujoco.MjvCamera()
-    camera.type = mujoco.mjtCamera.mjCAMERA_FREE
-    camera.lookat[:] = lookat
-    camera.azimuth, camera.elevation, camera.distance = azimuth, elevation, distance
-    return camera
-
-
 def _build_environment(task: str, shows_goal: bool) -> Any:
     env = ALL_V3_ENVIRONMENTS[task]()
     if shows_goal:
@@ -150,8 +136,8 @@ def _build_environment(task: str, shows_goal: bool) -> Any:
     return env
 
 
-def _build_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
-    renderer = mujoco.Renderer(model, size, size)
+def _build_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
+    renderer = mujoco.Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     atexit.register(renderer.close)  # registered after MuJoCo's own EGL teardown, so it runs before it

@@ -74,10 +74,9 @@ PLANS = {
         episodes_per_task=200,
         steps=4000,
         drift=1.5,
+        sizes={"tokenizer_max_length": 112},
         batch_size=16,
         learning_rate=2e-3,
-        scenes_per_task=1000,
-        vision_steps=3000,
     ),
 }
 
