@@ -1,7 +1,7 @@
 """Continual learning: does a policy keep its old tasks while it learns new ones, and better than by replay?
 
     python benchmarks/continual.py --tier cw5               # run what is missing; stop and start again
-    python benchmarks/continual.py --tier cw5 --report      # print the tables of what has run
+    python benchmarks/continual.py --tier cw5 --page docs   # write the tables and plots of what has run
 
 Every cell (method, stored samples per task, order of tasks, seed) is a `craft-ds sequence`. Its result is a
 small JSON file in --results, with which it is not run again until its settings change; --work keeps data,
@@ -37,6 +37,8 @@ from continual_parts.cells import (
     settings_of,
 )
 from continual_parts.methods import METHODS
+from continual_parts.page import page_lines
+from continual_parts.plot import plot_tier
 from continual_parts.report import chosen_settings, report_lines
 from continual_parts.tiers import TIERS, Tier
 from harness import OUTPUTS, ROOT, argument_parser
@@ -61,7 +63,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=float, help="start no cell after this time")
     add("--all_settings", action="store_true", help="report every setting, not only what tuning chose")
     add("--list", action="store_true", help="list the cells and whether they are done")
-    add("--report", action="store_true", help="print the tables")
+    add("--report", action="store_true", help="print the table")
+    add("--page", type=Path, help="write continual_TIER.md and .png into this directory")
     add("--work", type=Path, default=OUTPUTS / "continual", help="data and unfinished runs")
     add("--results", type=Path, default=RESULTS, help="JSON files of the cells, in a directory per tier")
     return parser.parse_args()
@@ -70,10 +73,16 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     results = args.results / args.tier
-    if args.report:
+    if args.report or args.page:
         places = Places.of(args.work, args.tier)
         done = [cell for cell in cells(args.tier) if is_done(results, cell, places)]
-        print("\n".join(report_lines(args.tier, [read_result(results, cell) for cell in done])))
+        found = [read_result(results, cell) for cell in done]
+        print("\n".join(report_lines(args.tier, found)))
+        if args.page and found:
+            picture = args.page / f"continual_{args.tier}.png"
+            plot_tier(args.tier, found, picture)
+            page = "\n".join(page_lines(args.tier, found, picture.name))
+            picture.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
         return
     tier, places = TIERS[args.tier], Places.of(args.work, args.tier)
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None

@@ -4,15 +4,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
-from typing import Any
 
 from scipy import stats
 
 from continual_parts.cells import cells
+from continual_parts.measures import MEASURES, Result, measurable, score
 from continual_parts.methods import METHODS
 
-METRICS = {"SR": "final success", "NBT": "NBT", "FWT": "FWT", "start_tasks": "tasks of the start"}
-Result = dict[str, Any]
 Group = tuple[str, int]
 """A method and its stored samples per task."""
 
@@ -23,11 +21,6 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
         return fmean(values), math.nan
     quantile = float(stats.t.ppf(0.975, len(values) - 1))
     return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
-
-
-def score(result: Result) -> float:
-    """Return the mean success on all tasks after the last stage, those of the start policy included."""
-    return fmean(result["success"]["R"][-1])
 
 
 def chosen_settings(tier: str, results: Sequence[Result]) -> dict[Group, str]:
@@ -58,50 +51,65 @@ def by_seed(results: Sequence[Result], value: Callable[[Result], float]) -> dict
     return {seed: fmean(values) for seed, values in found.items()}
 
 
-def report_lines(tier: str, results: Sequence[Result]) -> list[str]:
-    """Return the lines of the report in Markdown."""
+def reported(tier: str, results: Sequence[Result]) -> dict[Group, list[Result]]:
+    """Return the results to report by method and stored samples: of a family, what tuning chose."""
     chosen = chosen_settings(tier, results)
     groups: dict[Group, list[Result]] = defaultdict(list)
+    for one in cells(tier, ("report",)):  # in the order of the methods
+        groups[one.method, one.budget] = []
     for result in results:
         cell = result["cell"]
         setting = chosen.get((METHODS[cell["method"]].family, cell["budget"]), cell["method"])
         if cell["purpose"] == "report" and setting == cell["method"]:
             groups[cell["method"], cell["budget"]].append(result)
+    return {group: found for group, found in groups.items() if found}
+
+
+def replay_group(groups: dict[Group, list[Result]], budget: int) -> Group | None:
+    """Return the group of replay with as many samples; none while tuning has not chosen one setting."""
+    replays = [key for key in groups if METHODS[key[0]].family == "replay" and key[1] == budget]
+    return replays[0] if len(replays) == 1 else None
+
+
+def paired(
+    own: Sequence[Result], other: Sequence[Result], value: Callable[[Result], float]
+) -> dict[int, float]:
+    """Return the differences of a value by seed."""
+    mine, theirs = by_seed(own, value), by_seed(other, value)
+    return {seed: mine[seed] - theirs[seed] for seed in mine.keys() & theirs.keys()}
+
+
+def report_lines(tier: str, results: Sequence[Result]) -> list[str]:
+    """Return the table of the report and what tuning chose, in Markdown."""
+    groups = reported(tier, results)
     if not groups:
         return [f"{tier}: no results yet"]
-    metrics = [
-        name for name in METRICS if any(name in r["success"]["metrics"] for g in groups.values() for r in g)
-    ]
-    lines = [
-        f"| method | stored per task | runs | all tasks | {' | '.join(METRICS[name] for name in metrics)} | "
-        "all tasks, minus replay |",
-        "|---" * (5 + len(metrics)) + "|",
-    ]
+    heads = ["method", "stored per task", "runs", *MEASURES, "all tasks, minus replay", "NBT, minus replay"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (method, budget), found in groups.items():
-        shown = [method, str(budget) if budget else "–", str(len(found)), _shown(by_seed(found, score))]
-        shown += [_shown(by_seed(found, lambda r, n=name: r["success"]["metrics"][n])) for name in metrics]
-        lines.append(f"| {' | '.join([*shown, _against_replay(method, budget, groups)])} |")
+        row = [method, str(budget) if budget else "–", str(len(found))]
+        for name, value in MEASURES.items():
+            row.append(shown(by_seed(found, value)) if measurable(name, found[0]) else "–")
+        replay = replay_group(groups, budget)
+        for name in ("all tasks", "NBT"):
+            compared = replay is not None and replay[0] != method
+            differences = paired(found, groups[replay], MEASURES[name]) if compared and replay else {}
+            row.append(shown(differences, sign="+") if differences else "")
+        lines.append(f"| {' | '.join(row)} |")
+    chosen = chosen_settings(tier, results)
     for (family, budget), method in sorted(chosen.items()):
-        lines.append(f"\nTuning chose {method} for {family} with {budget} stored samples per task.")
+        lines.append(f"\nTuning chose {method} for {family}{_with(budget)}.")
     waiting = {(METHODS[one.method].family, one.budget) for one in cells(tier, ("tuning",))} - chosen.keys()
     for family, budget in sorted(waiting):
-        lines.append(f"\nTuning of {family} with {budget} stored samples per task is incomplete.")
+        lines.append(f"\nTuning of {family}{_with(budget)} is incomplete.")
     return lines
 
 
-def _against_replay(method: str, budget: int, groups: dict[Group, list[Result]]) -> str:
-    """Return the mean difference from replay with as many samples, paired by seed.
-
-    Empty while tuning has not chosen one setting of replay.
-    """
-    replays = [key for key in groups if METHODS[key[0]].family == "replay" and key[1] == budget]
-    if len(replays) != 1 or METHODS[method].family == "replay":
-        return ""
-    own, replay = by_seed(groups[method, budget], score), by_seed(groups[replays[0]], score)
-    pairs = {seed: own[seed] - replay[seed] for seed in own.keys() & replay.keys()}
-    return _shown(pairs, sign="+") if pairs else ""
-
-
-def _shown(values: dict[int, float], sign: str = "") -> str:
+def shown(values: dict[int, float], sign: str = "") -> str:
+    """Return a mean with its interval as text."""
     mean, half = mean_interval(list(values.values()))
     return f"{mean:{sign}.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+
+
+def _with(budget: int) -> str:
+    return f" with {budget} stored samples per task" if budget else ""

@@ -44,7 +44,29 @@ class Tier:
 
 
 _CW = Tier(
-    "cw10", (CW5, CW5[::-1]), steps=1500, budgets=(100,), seeds=(11, 12, 13), demonstrations=60, drift=1.5
+    "cw10",
+    (CW5, CW5[::-1]),
+    steps=1500,
+    budgets=(100,),
+    seeds=(11, 12, 13),
+    demonstrations=60,
+    drift=1.5,
+    methods=(
+        "sequential",
+        "joint",
+        "l2",
+        "ewc",
+        "agem",
+        "replay_0.1",
+        "replay_0.3",
+        "replay_1",
+        "guide",
+        "kl_0.3",
+        "kl_1",
+        "kl_3",
+        "kl_adaptive",
+        "kl_every_5",
+    ),
 )
 _WITH_TEACHER = {"keeps_old": True, "ships_start": True}
 TIERS = {

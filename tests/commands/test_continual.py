@@ -19,7 +19,10 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import continual  # noqa: E402
 from continual_parts.cells import SCENES, Cell, Places, cells, plan_of, settings_of  # noqa: E402
+from continual_parts.measures import MEASURES, measurable  # noqa: E402
 from continual_parts.methods import METHODS  # noqa: E402
+from continual_parts.page import page_lines  # noqa: E402
+from continual_parts.plot import plot_tier  # noqa: E402
 from continual_parts.report import chosen_settings, mean_interval, report_lines  # noqa: E402
 from continual_parts.tiers import TIERS  # noqa: E402
 
@@ -43,33 +46,42 @@ def test_tuning_and_report_share_neither_seeds_nor_scenes():
         assert not scenes["report"] & scenes["tuning"]
 
 
-def test_methods_that_store_have_the_same_number_of_samples_and_steps(tmp_path):
-    tier = TIERS["cw5"]
-    plans = {
-        cell.method: plan_of(cell, Places.of(tmp_path, "cw5"), tmp_path)
-        for cell in cells("cw5", ("report",))
-        if (cell.order, cell.seed) == (0, tier.seeds[0])
-    }
-    assert plans.keys() == METHODS.keys()
-    for name, plan in plans.items():
-        assert plan["train"]["steps"] == tier.steps * (len(tier.orders[0]) if name == "joint" else 1)
-        assert ("anchors" in plan) == METHODS[name].stores
-        if METHODS[name].stores:
-            assert plan["anchors"]["num_samples"] == tier.budgets[0]
+def test_methods_with_anchors_have_the_same_number_of_samples_and_steps(tmp_path, monkeypatch):
+    for tier in (TIERS["cw5"], replace(TIERS["metaworld"], budgets=(100,))):
+        monkeypatch.setitem(TIERS, "one", tier)
+        plans = {
+            cell.method: plan_of(cell, Places.of(tmp_path, "one"), tmp_path)
+            for cell in cells("one", ("report",))
+            if (cell.order, cell.seed) == (0, tier.seeds[0])
+        }
+        assert plans.keys() == set(tier.methods or METHODS)
+        for name, plan in plans.items():
+            method, start = METHODS[name], plan["start"]
+            assert plan["train"]["steps"] == tier.steps * (len(tier.orders[0]) if name == "joint" else 1)
+            assert ("anchors" in plan) == (method.stores or method.observes)
+            if "anchors" in plan:
+                assert plan["anchors"]["num_samples"] == 100 * len(start.get("tasks", [0]))
+                assert ("instructions" in plan["anchors"]) == method.observes
+            if method.observes:  # no old data
+                assert (start["repo_id"], start["root"]) == tuple(
+                    plan["stages"][0][k] for k in ("repo_id", "root")
+                )
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_flags_of_a_method_are_accepted(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["craft-ds"])
     method = METHODS[name]
-    cache = ["--craft.anchor_cache_dir=cache"] * method.stores
+    cache = ["--craft.anchor_cache_dir=cache"] * (method.stores or method.observes)
     flags = [f"--{flag}={json.dumps(value).strip(chr(34))}" for flag, value in method.train.items()]
     teacher = [f"--policy.path={teacher_directory('blocks')}", "--dataset.repo_id=a/b"]
     config = parse_arguments([*teacher, *cache, *flags])
     config.craft.validate()
     config.penalty.validate(config.craft)
-    assert config.craft.enabled == (method.stores and method.replays)
-    assert (config.craft.retention_loss == "teacher_kl") == ("teacher_kl" in method.targets)
+    assert config.craft.enabled == (bool(cache) and method.replays)
+    assert (config.craft.retention_loss == "teacher_kl") == (
+        "teacher_kl" in method.anchors.get("targets", [])
+    )
 
 
 def test_tiers_of_one_world_have_data_of_their_own_and_one_start_policy(tmp_path):
@@ -88,10 +100,44 @@ def test_a_result_of_other_settings_counts_as_missing(tmp_path, monkeypatch):
     assert not continual.is_done(tmp_path, cell, places)
 
 
-def result(method, *, purpose="report", seed=11, order=0, budget=100, last=(0.5, 0.5), nbt=0.2):
-    metrics = {"SR": sum(last) / len(last), "NBT": nbt, "FWT": 0.8}
+def result(method, *, purpose="report", seed=11, order=0, budget=100, last=(0.5, 0.5), before=0.8):
+    """Result of two stages of a task each, the first of which was solved with `before` after it."""
     cell = {"method": method, "purpose": purpose, "seed": seed, "budget": budget, "order": order}
-    return {"cell": cell, "success": {"R": [[0.0, 0.0], list(last)], "metrics": metrics}}
+    settings = {"keeps": [], "stages": [{"tasks": ["a"]}, {"tasks": ["b"]}]}
+    matrix = [[0.0, 0.0], [before, 0.0], list(last)]
+    losses = [[3.0, 3.0], [0.5, 3.0], [0.75, 0.5]]
+    return {
+        "cell": cell,
+        "settings": settings,
+        "success": {"tasks": ["a", "b"], "rows": ["start", "a", "b"], "R": matrix},
+        "loss": {"R": losses},
+        "hardware": "a machine",
+        "versions": {"torch": "2", "lerobot": "1"},
+    }
+
+
+def test_measures_of_a_sequence_and_of_one_task_beside_those_of_the_start():
+    own = result("kl_1", last=(0.6, 0.9))
+    assert {name: round(value(own), 4) for name, value in MEASURES.items()} == {
+        "all tasks": 0.75,
+        "earlier tasks": 0.6,
+        "new tasks": 0.85,
+        "NBT": 0.2,
+        "loss of earlier tasks": 0.25,
+    }
+    settings = {"keeps": ["a", "b", "c"], "stages": [{"tasks": ["d"]}]}
+    rows = {"R": [[1.0, 0.8, 0.6, 0.0], [0.9, 0.7, 0.2, 0.8]]}
+    kept = own | {"settings": settings, "success": rows, "loss": {"R": [[0.5, 4.0], [0.75, 0.7]]}}
+    assert {name: round(value(kept), 4) for name, value in MEASURES.items()} == {
+        "all tasks": 0.65,
+        "earlier tasks": 0.6,
+        "new tasks": 0.8,
+        "NBT": 0.2,
+        "loss of earlier tasks": 0.25,
+    }
+    assert measurable("NBT", kept)
+    assert not measurable("loss of earlier tasks", kept | {"loss": None})
+    assert not measurable("earlier tasks", result("joint"))
 
 
 def test_intervals_are_students():
@@ -111,8 +157,8 @@ REPORTED = [
     result("replay_1", seed=11, last=(0.3, 0.5)),
     result("replay_1", seed=11, order=1, last=(0.5, 0.7)),
     result("replay_1", seed=12, last=(0.6, 0.8)),
-    result("kl_tasks", seed=11, last=(0.6, 0.8)),
-    result("kl_tasks", seed=12, last=(0.8, 1.0)),
+    result("kl_every_5", seed=11, last=(0.6, 0.8)),
+    result("kl_every_5", seed=12, last=(0.8, 1.0)),
 ]
 
 
@@ -126,14 +172,35 @@ def test_the_report_shows_the_setting_that_tuning_chose_and_pairs_it_with_replay
     _, shown = rows([*REPLAY_TUNING, *REPORTED])
     assert "replay_0.1" not in shown
     assert "| 3 | 0.60 ± 1.27 |" in shown["replay_1"]
-    assert shown["kl_tasks"].rstrip(" |").endswith("+0.20 ± 0.00")
+    assert "| +0.20 ± 0.00 | -0.20 ± 0.00 |" in shown["kl_every_5"]
 
 
 def test_without_complete_tuning_all_settings_are_shown_and_none_is_the_reference():
     lines, shown = rows([*REPLAY_TUNING[1:], *REPORTED])
     assert {"replay_0.1", "replay_1"} <= shown.keys()
-    assert "+0.20" not in shown["kl_tasks"]
+    assert "+0.20" not in shown["kl_every_5"]
     assert any("Tuning of replay with 100 stored samples per task is incomplete" in line for line in lines)
+
+
+KL_TUNING = [
+    result(f"kl_{weight}", purpose="tuning", seed=1, last=(0.9, value))
+    for weight, value in (("0.3", 0.6), ("1", 0.9), ("3", 0.7))
+]
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(0.3, "met"), (0.04, "**not met**")])
+def test_the_page_says_what_was_met(gain, verdict, tmp_path):
+    seeds = (11, 12, 13)
+    replay = [result("replay_1", seed=seed, last=(0.4 + seed / 1000, 0.5)) for seed in seeds]
+    own = [result("kl_1", seed=seed, last=(0.4 + 2 * gain + seed / 1000, 0.5)) for seed in seeds]
+    known = [*REPLAY_TUNING, *KL_TUNING, *replay, *own]
+    page = page_lines("cw5", known, "plot.png")
+    [line] = [line for line in page if line.startswith("| 100 stored per task: all tasks, minus replay")]
+    assert line.endswith(f"| {gain:+.2f} ± 0.00 | {verdict} |")
+    assert "| kl_3 | 100 | 1 | 0.80 | 0.90 | 0.75 | -0.10 | 0.25 |" in page
+    assert f"| b | {0.4 + 2 * gain + 0.012:.2f} | 0.50 |" in page
+    plot_tier("cw5", known, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_the_evaluation_of_the_start_is_shared_by_methods_but_not_by_scenes(tmp_path):
