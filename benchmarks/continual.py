@@ -45,7 +45,7 @@ from harness import OUTPUTS, ROOT, argument_parser
 
 from craft_ds.cli import run_main
 from craft_ds.commands.sequence import keep_plan
-from craft_ds.commands.sequence_plan import read_plan
+from craft_ds.commands.sequence_file import read_plan
 from craft_ds.commands.subcommands import subcommand
 from craft_ds.errors import UserError
 from craft_ds.tensor_io.filesystem import atomic_file

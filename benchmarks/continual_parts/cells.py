@@ -16,7 +16,7 @@ SCENES = {"report": 2000, "tuning": 3000}
 """Seeds of the evaluation scenes: settings are chosen on other scenes than those that are reported."""
 HELDOUT_DEMONSTRATIONS = 5
 OBSERVATIONS = 100
-"""Observations of the new task per old instruction, for methods without old data."""
+"""Observations of a new task per earlier one, for methods without old data."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def plan_of(cell: Cell, places: Places, output: Path) -> dict[str, Any]:
         start["tasks"] = list(TASKS[tier.world].old)
         if not joint:
             start["heldout"] = _source(tier, places.heldout, "old")
-        if cell.budget or method.observes:
-            start |= _source(tier, places.data, "new" if method.observes else "old")
+        if cell.budget:
+            start |= _source(tier, places.data, "old")
     tasks = tier.orders[cell.order]
     plan: dict[str, Any] = {
         "output_dir": str(output),
@@ -128,12 +128,17 @@ def plan_of(cell: Cell, places: Places, output: Path) -> dict[str, Any]:
     if method.train["craft.preset"] == "l2" and not tier.keeps_old:
         plan["stages"][0]["train"] = {"craft.preset": "sequential"}  # nothing is to be kept yet
     if cell.budget or method.observes:
-        # A cache has the samples of one task, and that of the start policy of all of its tasks.
-        samples = (cell.budget or OBSERVATIONS) * (len(start["tasks"]) if tier.keeps_old else 1)
-        plan["anchors"] = {"num_samples": samples, "seed": cell.seed, "num_workers": 0, **method.anchors}
+        plan["anchors"] = {"seed": cell.seed, "num_workers": 0, **method.anchors}
+        known = len(start.get("tasks", []))
         if method.observes:
-            texts = make_world(tier.world).task_text
-            plan["anchors"]["instructions"] = [texts(task) for task in start["tasks"]]
+            plan["anchors_from"] = "observations"
+            plan["anchors"]["num_samples"] = OBSERVATIONS * (known + len(tasks) - 1)
+            for part in (start, *plan["stages"]):
+                texts = map(make_world(tier.world).task_text, part.get("tasks", []))
+                part["instructions"] = list(texts)
+        else:
+            # A cache has the samples of one task, and that of the start policy of all of its tasks.
+            plan["anchors"]["num_samples"] = cell.budget * max(known, 1)
         if method.replays:
             plan["train"]["craft.anchor_batch_size"] = tier.batch_size
     return plan
@@ -147,6 +152,7 @@ def settings_of(cell: Cell, plan: dict[str, Any]) -> dict[str, Any]:
         "keeps": plan["start"].get("tasks", []),
         "train": plan["train"],
         "anchors": plan.get("anchors"),
+        **{name: plan[name] for name in ("anchors_from",) if name in plan},
         "evaluation": plan["evaluation"],
         "demonstrations": tier.demonstrations,
         "drift": tier.drift,

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from craft_ds.commands.sequence_plan import SequencePlan, read_plan
+from craft_ds.commands.sequence_file import read_plan
+from craft_ds.commands.sequence_plan import SequencePlan
 from craft_ds.commands.sequence_steps import (
-    anchor_caches,
+    anchors_before,
     anchors_flags,
     sequence_steps,
     training_flags,
@@ -91,19 +92,17 @@ def check_runs(plan: SequencePlan) -> None:
         for place, root in roots:
             if root is not None:
                 check_dataset_root(root, f"{place}.root")
-    if plan.anchors is not None:
-        with _naming("anchors"):
-            parse_anchors(
-                anchors_flags(plan, plan.stages[0].sources[0], plan.start.policy, plan.directory(1))
-            )
-    caches = anchor_caches(plan, 0) if plan.anchors is not None else []
     engine = plan.launcher.engine
     for number in range(1, len(plan.stages) + 1):
+        for source, cache in anchors_before(plan, number):
+            with _naming("anchors"):
+                arguments = anchors_flags(plan, number, source, plan.start.policy)
+                parse_anchors([*arguments, f"--output_dir={cache}"])
         flags = [
             f"--engine={engine}" if engine in ("single", "fsdp") else f"--ds_config={engine}",
             f"--policy.path={plan.start.policy}",
             f"--output_dir={plan.directory(number) / 'check'}",
-            *training_flags(plan, number, caches),
+            *training_flags(plan, number),
         ]
         given = sys.argv[1:]
         try:
@@ -112,8 +111,6 @@ def check_runs(plan: SequencePlan) -> None:
                 parse_arguments(flags).validate()
         finally:
             sys.argv[1:] = given
-        if plan.anchors is not None:
-            caches += anchor_caches(plan, number)
 
 
 def keep_plan(plan: SequencePlan) -> None:

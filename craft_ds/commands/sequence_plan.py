@@ -1,23 +1,17 @@
-"""The plan of a sequence of tasks: a YAML file, read into dataclasses."""
+"""The plan of a sequence of tasks, as dataclasses."""
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import draccus
-import yaml
+from typing import Any, Literal
 
 from craft_ds.config.checks import require
 from craft_ds.config.datasets import DatasetSource, check_datasets
 from craft_ds.config.presets import find_preset
-from craft_ds.config.secret_scan import redact, refuse_secrets
 from craft_ds.config.shipped_files import resolve_shipped
-from craft_ds.errors import UserError, one_line
 from craft_ds.worlds.tasks import TASKS, WORLDS
 
 Flags = dict[str, Any]
@@ -63,6 +57,8 @@ class Start:
     root: str | None = None
     tasks: list[str] = field(default_factory=list)
     """Tasks of the world that it knows."""
+    instructions: list[str] = field(default_factory=list)
+    """Instructions of the tasks that it knows, for anchors from observations."""
     heldout: HeldOut | None = None
 
     @property
@@ -82,6 +78,8 @@ class Stage:
     """A mixture, in place of `repo_id` and `root`."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of the world that this data teaches."""
+    instructions: list[str] = field(default_factory=list)
+    """Instructions of what it teaches, for anchors from observations."""
     heldout: HeldOut | None = None
     train: Flags = field(default_factory=dict)
     """Flags of `craft-ds train` for this stage; they replace those for all stages."""
@@ -129,6 +127,9 @@ class SequencePlan:
     """Flags of `craft-ds train` for all stages."""
     anchors: Flags | None = None
     """Flags of `craft-ds anchors`; none: no anchors are built."""
+    anchors_from: Literal["data", "observations"] = "data"
+    """What anchors are built of before a stage: `data` of each task learned before, or, where that is gone,
+    `observations` of the stage's own data under the instructions of all of them."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     launcher: Launcher = field(default_factory=Launcher)
 
@@ -168,6 +169,7 @@ class SequencePlan:
                 f"stages.{number}.root: has no effect with datasets: give root in its entries",
             )
             check_datasets(stage.datasets)
+        self._check_instructions()
         self._check_flags()
         self._check_evaluation()
         require(self.launcher.ranks >= 1, f"launcher.ranks: {self.launcher.ranks} must be at least 1")
@@ -187,6 +189,39 @@ class SequencePlan:
             require(
                 self.start.repo_id is None,
                 "start.repo_id has no effect without anchors: add anchors, or omit it",
+            )
+
+    @property
+    def observes(self) -> bool:
+        """True if anchors are observations of new tasks' data."""
+        return self.anchors_from == "observations"
+
+    def instructions_before(self, number: int) -> list[str]:
+        """Return the instructions of what is learned before a stage, counted from 1."""
+        parts = [self.start, *self.stages[: number - 1]]
+        return [text for part in parts for text in part.instructions]
+
+    def _check_instructions(self) -> None:
+        if not self.observes:
+            for place, part in self.parts().items():
+                require(
+                    not part.instructions,
+                    f"{place}.instructions: have no effect without anchors_from: observations: omit them",
+                )
+            return
+        require(
+            self.anchors is not None,
+            "anchors_from: has no effect without anchors: add anchors, such as anchors: {num_samples: 1000}",
+        )
+        require(
+            self.start.repo_id is None,
+            "start.repo_id: has no effect with anchors_from: observations, whose anchors need no old data: "
+            "omit it",
+        )
+        for number, stage in enumerate(self.stages[:-1]):
+            require(
+                bool(stage.instructions),
+                f"stages.{number}.instructions: name those of its tasks, which later stages keep",
             )
 
     def _check_flags(self) -> None:
@@ -220,8 +255,13 @@ class SequencePlan:
                     "anchors: {num_samples: 1000}",
                 )
         if self.anchors is not None:
+            given = flat_flags(self.anchors, "anchors")
             for name in _OWN_ANCHOR_FLAGS:
-                require(name not in flat_flags(self.anchors, "anchors"), f"anchors.{name}: omit it")
+                require(name not in given, f"anchors.{name}: omit it")
+            require(
+                not self.observes or "instructions" not in given,
+                "anchors.instructions: set start.instructions and stages.N.instructions instead",
+            )
             require(
                 any(uses_anchors(self.flags_of(stage)) for stage in self.stages),
                 "anchors: have no effect without CRaFT or EWC: add train.craft.enabled: true, or omit them",
@@ -235,7 +275,7 @@ class SequencePlan:
                     "give data sets of these episodes alone, or omit anchors",
                 )
             require(
-                len(self.stages) > 1 or self.start.repo_id is not None,
+                len(self.stages) > 1 or self.start.repo_id is not None or bool(self.start.instructions),
                 "anchors: have no effect in a sequence of one stage from a policy without data: add "
                 "start.repo_id, or leave them out",
             )
@@ -299,46 +339,6 @@ class SequencePlan:
         return {START: self.start, **stages}
 
 
-def read_plan(path: Path) -> SequencePlan:
-    """Read and validate a plan.
-
-    Raises:
-        UserError: The file cannot be read, holds a key, or the plan is wrong; names the file and the key.
-    """
-    try:
-        content = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
-        require(isinstance(content, dict), "must hold a mapping of keys to values")
-        refuse_secrets(content)
-        plan = _with_home(draccus.decode(SequencePlan, _without_nulls(content)))
-        plan.validate()
-    except yaml.YAMLError as error:  # its text quotes the file, which may hold a secret
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        why = redact(one_line(getattr(error, "problem", None) or type(error).__name__, 100))
-        raise UserError(f"{path}: not readable ({why}{where})") from None
-    except draccus.utils.DecodingError as error:
-        message = str(error).split("\n")[0].removeprefix("`").replace("`:", ":", 1)
-        message = re.sub(r'into field "<class .*>\.(\w+)"', "", message)
-        raise UserError(f"{path}: {redact(message)}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not readable ({one_line(error)})") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return plan
-
-
-def _with_home(plan: SequencePlan) -> SequencePlan:
-    """Expand a leading `~` in the plan's paths, as the commands do in their arguments."""
-    home = os.path.expanduser
-    plan.output_dir, plan.start.policy = home(plan.output_dir), home(plan.start.policy)
-    plan.evaluation.references = [home(path) for path in plan.evaluation.references]
-    for part in plan.parts().values():
-        for place in (part, part.heldout, *getattr(part, "datasets", ())):
-            if place is not None and place.root is not None:
-                place.root = home(place.root)
-    return plan
-
-
 def uses_anchors(flags: Flags) -> bool:
     """Return True if a training run with these flags reads anchors."""
     return flags.get("craft.enabled") is True or flags.get("penalty.name") == "ewc"
@@ -364,32 +364,3 @@ def flat_flags(flags: Mapping[str, Any], place: str = "train", prefix: str = "")
 def flag_text(value: Any) -> str:
     """Return the value of a flag as it is written on a command line."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _without_nulls(content: Any) -> Any:
-    """Leave out keys without a value, but for flags, where that is an error."""
-    if isinstance(content, list):
-        return [_without_nulls(value) for value in content]
-    if not isinstance(content, dict):
-        return content
-    return {
-        key: value if key in ("train", "anchors") and value is not None else _without_nulls(value)
-        for key, value in content.items()
-        if value is not None
-    }
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe loader that refuses a key given twice: YAML would use the last one."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            name = (key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key))
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(name)
-        return node

@@ -1,6 +1,6 @@
 """The commands of a sequence, in order, each with the output that shows that it is complete."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 from craft_ds.commands.sequence_plan import (
     START,
     SequencePlan,
-    Stage,
-    Start,
     flag_text,
     flat_flags,
     uses_anchors,
@@ -39,21 +37,16 @@ class Step(NamedTuple):
 def sequence_steps(plan: SequencePlan) -> Iterator[Step]:
     """Yield the steps of a validated plan.
 
-    Caches of anchors stay as they were built: the teacher of a stage's anchors is the policy that has just
-    learned it.
+    Caches of anchors stay as they were built: the teacher of a task's anchors is the policy that has just
+    learned it. Of anchors from observations, it is the policy that the stage starts from.
     """
-    policy, caches = plan.start.policy, list[Path]()
+    policy = plan.start.policy
     yield _evaluation(plan, 0, policy)
-    if plan.anchors is not None:
-        yield from _anchors(plan, 0, policy)
-        caches += anchor_caches(plan, 0)
     for number in range(1, len(plan.stages) + 1):
-        yield _training(plan, number, policy, caches)
+        yield from _anchors(plan, number, policy)
+        yield _training(plan, number, policy)
         policy = str(run_directory(plan, number) / FINAL)
         yield _evaluation(plan, number, policy)
-        if plan.anchors is not None and number < len(plan.stages):
-            yield from _anchors(plan, number, policy)
-            caches += anchor_caches(plan, number)
 
 
 def run_directory(plan: SequencePlan, number: int) -> Path:
@@ -61,11 +54,23 @@ def run_directory(plan: SequencePlan, number: int) -> Path:
     return plan.directory(number) / "train"
 
 
+def anchors_before(plan: SequencePlan, number: int) -> list[tuple[DatasetSource, Path]]:
+    """Return the data sets of which anchors are built just before a stage, from 1, with their caches.
+
+    They are those of the part before it, or with anchors from observations those of the stage itself.
+    """
+    if plan.anchors is None or (plan.observes and not plan.instructions_before(number)):
+        return []
+    part = number if plan.observes else number - 1
+    sources, directory = (plan.stages[part - 1] if part else plan.start).sources, plan.directory(part)
+    names = [f"anchors_{place}" for place in range(1, len(sources) + 1)] if len(sources) > 1 else ["anchors"]
+    return [(source, directory / name) for source, name in zip(sources, names, strict=False)]
+
+
 def anchor_caches(plan: SequencePlan, number: int) -> list[Path]:
-    """Return the anchor caches of what a stage has taught: one for each of its data sets."""
-    count, directory = len(_part(plan, number).sources), plan.directory(number)
-    names = ["anchors"] if count == 1 else [f"anchors_{place}" for place in range(1, count + 1)]
-    return [directory / name for name in names]
+    """Return the caches of the anchors that a stage trains with."""
+    built = [number] if plan.observes else range(1, number + 1)
+    return [cache for before in built for _, cache in anchors_before(plan, before)]
 
 
 def evaluation_file(plan: SequencePlan, number: int) -> Path:
@@ -73,16 +78,16 @@ def evaluation_file(plan: SequencePlan, number: int) -> Path:
     return plan.directory(number) / "eval.json"
 
 
-def training_flags(plan: SequencePlan, number: int, caches: Sequence[Path]) -> list[str]:
+def training_flags(plan: SequencePlan, number: int) -> list[str]:
     """Return the flags of a stage's run, except for the launcher, the policy and the output directory.
+
+    A plan with anchors trains a stage without `craft.*` if nothing was learned before it.
 
     Args:
         plan: A validated plan.
         number: The stage, from 1.
-        caches: Anchor caches of everything learned before; without any, a plan with anchors trains this
-            stage without `craft.*`.
     """
-    stage, evaluation = plan.stages[number - 1], plan.evaluation
+    stage, evaluation, caches = plan.stages[number - 1], plan.evaluation, anchor_caches(plan, number)
     flags = plan.flags_of(stage)
     if plan.anchors is not None and not caches:
         reads = ("craft.", "penalty.") if flags.get("penalty.name") == "ewc" else ("craft.",)
@@ -107,12 +112,14 @@ def training_flags(plan: SequencePlan, number: int, caches: Sequence[Path]) -> l
     return [f"--{name}={flag_text(value)}" for name, value in (set_here | flags).items()]
 
 
-def anchors_flags(plan: SequencePlan, source: DatasetSource, policy: str, cache: Path) -> list[str]:
-    """Return the arguments of `craft-ds anchors` for a data set."""
+def anchors_flags(plan: SequencePlan, number: int, source: DatasetSource, policy: str) -> list[str]:
+    """Return the arguments of `craft-ds anchors` for a data set before a stage, but for the output."""
     arguments = [f"--dataset_repo_id={source.repo_id}"]
     if source.root is not None:
         arguments.append(f"--dataset_root={source.root}")
-    arguments += [f"--policy_path={policy}", f"--output_dir={cache}"]
+    arguments.append(f"--policy_path={policy}")
+    if plan.observes:
+        arguments += ["--instructions", *plan.instructions_before(number)]
     for name, value in flat_flags(plan.anchors or {}, "anchors").items():
         if isinstance(value, list):
             arguments += [f"--{name}", *map(flag_text, value)]
@@ -123,21 +130,17 @@ def anchors_flags(plan: SequencePlan, source: DatasetSource, policy: str, cache:
     return arguments
 
 
-def trains_without_anchors(plan: SequencePlan, number: int) -> bool:
-    """Return True if a plan with anchors has none for a stage, because nothing was learned before it."""
-    return plan.anchors is not None and number == 1 and plan.start.repo_id is None
-
-
-def _training(plan: SequencePlan, number: int, policy: str, caches: Sequence[Path]) -> Step:
+def _training(plan: SequencePlan, number: int, policy: str) -> Step:
     run = run_directory(plan, number)
     command = [
         *training_command(plan.launcher.engine, plan.launcher.ranks),
         f"--policy.path={policy}",
         f"--output_dir={run}",
         "--resume=auto",
-        *training_flags(plan, number, caches),
+        *training_flags(plan, number),
     ]
-    without = ", without craft.*: nothing was learned before" if trains_without_anchors(plan, number) else ""
+    plain = plan.anchors is not None and not anchor_caches(plan, number)
+    without = ", without craft.*: nothing was learned before" if plain else ""
     title = f"stage {number} of {len(plan.stages)}, {plan.stages[number - 1].name}: training{without}"
     return Step(title, command, run / FINAL / "manifest.json")
 
@@ -163,10 +166,7 @@ def _evaluation(plan: SequencePlan, number: int, policy: str) -> Step:
 
 
 def _anchors(plan: SequencePlan, number: int, policy: str) -> Iterator[Step]:
-    for source, cache in zip(_part(plan, number).sources, anchor_caches(plan, number), strict=True):
-        command = subcommand("anchors", *anchors_flags(plan, source, policy, cache))
+    for source, cache in anchors_before(plan, number):
+        flags = anchors_flags(plan, number, source, policy)
+        command = subcommand("anchors", f"--output_dir={cache}", *flags)
         yield Step(f"anchors of {source.repo_id}", command, cache / "metadata.json")
-
-
-def _part(plan: SequencePlan, number: int) -> Start | Stage:
-    return plan.stages[number - 1] if number else plan.start

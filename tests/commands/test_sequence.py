@@ -20,7 +20,8 @@ from runs import assert_same_bits
 
 from craft_ds.cli import run_command
 from craft_ds.commands import sequence
-from craft_ds.commands.sequence_plan import SequencePlan, read_plan
+from craft_ds.commands.sequence_file import read_plan
+from craft_ds.commands.sequence_plan import SequencePlan
 from craft_ds.commands.sequence_report import Column, stage_matrix, write_report
 from craft_ds.commands.sequence_steps import sequence_steps
 from craft_ds.errors import UserError
@@ -57,9 +58,9 @@ def read(tmp_path: Path, plan: dict | str) -> SequencePlan:
     return read_plan(file)
 
 
-def changed(path: str, value) -> dict:
+def changed(path: str, value, plan: dict | None = None) -> dict:
     """The plan with one entry set, or removed if the value is `...`."""
-    plan = content()
+    plan = content() if plan is None else plan
     *groups, last = [int(part) if part.isdigit() else part for part in path.split("/")]
     section = plan
     for group in groups:
@@ -129,6 +130,63 @@ def test_the_first_stage_without_anything_learned_is_plain(tmp_path):
     assert flags(steps[1].command)["--craft.anchor_cache_dir"] == "out/01_a/anchors"
     assert flags(steps[0].command)["--world.tasks"] == '["reach-green", "reach-blue"]'
     assert flags(steps[1].command)["--eval_freq"] == "2"
+
+
+def observing(**changes) -> dict:
+    """The plan with anchors from observations."""
+    plan = content() | {"anchors_from": "observations"} | changes
+    plan["start"] = {"policy": "teacher", "tasks": ["reach-red"], "instructions": ["Reach red"]}
+    plan["stages"][0]["instructions"] = ["Reach green", "Reach blue"]
+    return plan
+
+
+def test_anchors_from_observations_need_no_old_data(tmp_path):
+    """Each stage's own data, seen with the instructions of all before, by the policy that it starts from."""
+    steps = list(sequence_steps(read(tmp_path, observing())))
+    kinds = [next(word for word in step.command if word in ("eval", "anchors", "train")) for step in steps]
+    assert kinds == ["eval", "anchors", "train", "eval", "anchors", "train", "eval"]
+    expected = [
+        ("me/a", "teacher", "out/01_a/anchors", ["Reach red"]),
+        ("me/b", "out/01_a/train/final", "out/02_b/anchors", ["Reach red", "Reach green", "Reach blue"]),
+    ]
+    for number, (data, teacher, cache, texts) in zip((1, 4), expected, strict=True):
+        words, given = steps[number].command, flags(steps[number].command)
+        assert (given["--dataset_repo_id"], given["--policy_path"], given["--output_dir"]) == (
+            data,
+            teacher,
+            cache,
+        )
+        first = words.index("--instructions") + 1
+        assert words[first : first + len(texts) + 1] == [*texts, "--num_samples=10"]
+        assert flags(steps[number + 1].command)["--craft.anchor_cache_dir"] == cache
+
+
+def test_a_policy_that_knows_nothing_has_no_observations_before_the_first_stage(tmp_path):
+    plan = observing()
+    plan["start"] = {"policy": "teacher"}
+    steps = list(sequence_steps(read(tmp_path, plan)))
+    assert "without craft.*" in steps[1].title
+    assert [step.title for step in steps if "anchors" in step.command] == ["anchors of me/b"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("anchors_from", "memory", "anchors_from: Cannot convert 'memory' into one of: data, obs"),
+        ("anchors_from", "data", "start.instructions: have no effect without anchors_from: observations"),
+        ("anchors", ..., "anchors_from: has no effect without anchors"),
+        ("anchors", {"instructions": ["x"]}, "anchors.instructions: set start.instructions and"),
+        (
+            "start",
+            {"policy": "teacher", "repo_id": "me/old"},
+            "start.repo_id: has no effect with anchors_from",
+        ),
+        ("stages/0/instructions", ..., "stages.0.instructions: name those of its tasks"),
+    ],
+)
+def test_a_wrong_plan_of_observations_names_the_key(tmp_path, path, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(tmp_path, changed(path, value, observing()))
 
 
 def test_a_stage_may_learn_a_mixture(tmp_path):
