@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from lerobot.configs.default import DatasetConfig
 
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
+from craft_ds.config.train_config import TrainConfig
+from craft_ds.policies.loading import load_policy_config
 from craft_ds.testing.datasets import make_test_dataset
 from craft_ds.testing.permissions import is_not_permitted
 from craft_ds.testing.policies import make_test_policy_dir
@@ -142,6 +145,16 @@ def inputs(tmp_path_factory):
     make_test_dataset(inputs.new, tasks=1, episodes_per_task=4, seed=5)
     inputs.build_anchors(inputs.anchors)
     return inputs
+
+
+@pytest.fixture
+def data_config(inputs, monkeypatch) -> TrainConfig:
+    """Configuration of a run on the new task's data, not validated yet."""
+    monkeypatch.setattr(sys, "argv", ["train_craft.py"])
+    policy = load_policy_config(inputs.policy)
+    policy.pretrained_path = inputs.policy
+    dataset = DatasetConfig("craft-ds/test", root=str(inputs.new), video_backend="pyav")
+    return TrainConfig(dataset=dataset, policy=policy, batch_size=2, num_workers=0, seed=3)
 
 
 ADAPTERS = {

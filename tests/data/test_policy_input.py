@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 from lerobot.configs import FeatureType, NormalizationMode
-from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import NormalizerProcessorStep, ObservationProcessorStep
 from torch.utils.data import default_collate
 
-from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.batch_partition import partition_step
 from craft_ds.data.checked_samples import NamedSamples
 from craft_ds.data.inline_tensors import with_inline_tensors, with_tensors
@@ -69,14 +67,9 @@ class FloatsOnly(ObservationProcessorStep):
 
 
 @pytest.fixture
-def config(inputs, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_craft.py"])
-    policy = load_policy_config(inputs.policy)
-    policy.pretrained_path = inputs.policy
-    dataset = DatasetConfig("craft-ds/test", root=str(inputs.new), video_backend="pyav")
-    config = TrainConfig(dataset=dataset, policy=policy, batch_size=2, num_workers=0, seed=3)
-    config.dataloader_multiprocessing_context = "fork"
-    return config
+def config(data_config):
+    data_config.dataloader_multiprocessing_context = "fork"
+    return data_config
 
 
 @pytest.fixture

@@ -1,15 +1,12 @@
 import copy
 import itertools
-import sys
 from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lerobot.configs.default import DatasetConfig
 
-from craft_ds.config.train_config import TrainConfig
 from craft_ds.data import task_data
 from craft_ds.data.batch_partition import partition_step
 from craft_ds.data.checked_samples import NamedSamples
@@ -23,21 +20,13 @@ from craft_ds.data.task_data import (
     training_batches,
 )
 from craft_ds.errors import UserError
-from craft_ds.policies.loading import load_policy_config, load_processors
+from craft_ds.policies.loading import load_processors
 from craft_ds.testing.datasets import make_test_dataset
 
 
-@pytest.fixture(autouse=True)
-def own_argv(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_craft.py"])
-
-
 @pytest.fixture
-def config(inputs):
-    policy = load_policy_config(inputs.policy)
-    policy.pretrained_path = inputs.policy
-    dataset = DatasetConfig("craft-ds/test", root=str(inputs.new), video_backend="pyav")
-    return TrainConfig(dataset=dataset, policy=policy, batch_size=2, num_workers=0, seed=3)
+def config(data_config):
+    return data_config
 
 
 def load(config):

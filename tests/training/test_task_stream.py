@@ -5,12 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lerobot.configs.default import DatasetConfig
 
-from craft_ds.config.train_config import TrainConfig
 from craft_ds.data.checked_samples import NamedSamples
 from craft_ds.data.task_data import check_processors, load_datasets
-from craft_ds.policies.loading import load_policy_config, load_processors
+from craft_ds.policies.loading import load_processors
 from craft_ds.training.build import _open_tasks
 from craft_ds.training.run import TaskStream
 
@@ -19,15 +17,11 @@ PER_STEP = 6
 
 
 @pytest.fixture
-def open_stream(inputs, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_craft.py"])
-    policy = load_policy_config(inputs.policy)
-    policy.pretrained_path = inputs.policy
-    dataset = DatasetConfig("craft-ds/test", root=str(inputs.new), video_backend="pyav")
-    config = TrainConfig(dataset=dataset, policy=policy, batch_size=2, seed=3)
+def open_stream(inputs, data_config):
+    config = data_config
     config.dataloader_multiprocessing_context = "fork"
     config.validate()
-    preprocessor, _ = load_processors(policy, inputs.policy)
+    preprocessor, _ = load_processors(config.policy, inputs.policy)
     samples = NamedSamples(load_datasets(config)[0])
     task_input = check_processors(config, samples, preprocessor)
     part = SimpleNamespace(samples=samples)
