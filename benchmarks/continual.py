@@ -119,13 +119,15 @@ def wanted_cells(args: argparse.Namespace, purpose: str, results: Path, places: 
 
 def prepare(tier: Tier, places: Places) -> None:
     """Record the demonstrations and make the start policy, unless they exist."""
-    tasks = ["--tasks", *recordings(tier)] if recordings(tier) else []
-    for directory, seed, episodes in (
+    for root, seed, episodes in (
         (places.data, TRAINING_SEED, tier.demonstrations),
         (places.heldout, HELDOUT_SEED, HELDOUT_DEMONSTRATIONS),
     ):
-        record = ["worlds", "record", f"--world={tier.world}", f"--output_dir={directory}", f"--seed={seed}"]
-        call(*record, f"--episodes_per_task={episodes}", f"--drift={tier.drift}", *tasks)
+        for directory, tasks in recordings(tier, root).items():
+            record = ["worlds", "record", f"--world={tier.world}", f"--output_dir={directory}"]
+            call(
+                *record, f"--seed={seed}", f"--episodes_per_task={episodes}", f"--drift={tier.drift}", *tasks
+            )
     if not places.start.exists():
         data = places.start.with_name(f"{places.start.name}_data")
         call(

@@ -51,7 +51,7 @@ class Places:
     """Directories of a tier's work.
 
     Attributes:
-        data: Demonstrations by task.
+        data: Demonstrations: of old and new tasks, or a directory for each task.
         heldout: Held-out demonstrations by task.
         start: The start policy.
         runs: A directory for each cell.
@@ -64,10 +64,10 @@ class Places:
 
     @classmethod
     def of(cls, work: Path, name: str) -> "Places":
-        """Return the places of a tier within a directory; tiers of one world share its start policy."""
+        """Return the places of a tier in a directory; tiers of a world share data and start policy."""
         world = TIERS[name].world
         start = teacher_directory(world) if TIERS[name].ships_start else work / f"{world}_start"
-        return cls(work / f"{name}_data", work / f"{name}_heldout", start, work / f"{name}_runs")
+        return cls(work / f"{world}_data", work / f"{world}_heldout", start, work / f"{name}_runs")
 
 
 def cells(name: str, purposes: tuple[str, ...] = ("tuning", "report")) -> list[Cell]:
@@ -160,9 +160,12 @@ def settings_of(cell: Cell, plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def recordings(tier: Tier) -> list[str]:
-    """Return the tasks to record a data set each of; none: one of the old and one of the new tasks."""
-    return [] if tier.keeps_old else list(tier.orders[0])
+def recordings(tier: Tier, root: Path) -> dict[Path, list[str]]:
+    """Return the directories to record into with the flags of `craft-ds worlds record` for their tasks.
+
+    Without a flag, a directory gets a data set of the old and one of the new tasks.
+    """
+    return {root: []} if tier.keeps_old else {root / task: ["--tasks", task] for task in tier.orders[0]}
 
 
 def _stage(tier: Tier, places: Places, task: str) -> dict[str, Any]:
@@ -181,4 +184,5 @@ def _all_at_once(tier: Tier, places: Places, tasks: tuple[str, ...]) -> dict[str
 
 
 def _source(tier: Tier, root: Path, name: str) -> dict[str, str]:
-    return {"repo_id": f"craft-ds/{tier.world}-{name}", "root": str(root / name)}
+    place = root / name if tier.keeps_old else root / name / name
+    return {"repo_id": f"craft-ds/{tier.world}-{name}", "root": str(place)}

@@ -46,7 +46,7 @@ class Tier:
 _CW = Tier(
     "cw10",
     (CW5, CW5[::-1]),
-    steps=1500,
+    steps=800,
     budgets=(100,),
     seeds=(11, 12, 13),
     demonstrations=60,
@@ -54,9 +54,7 @@ _CW = Tier(
     methods=(
         "sequential",
         "joint",
-        "l2",
         "ewc",
-        "agem",
         "replay_0.1",
         "replay_0.3",
         "replay_1",
@@ -66,6 +64,7 @@ _CW = Tier(
         "kl_3",
         "kl_adaptive",
         "kl_every_5",
+        "kl_observations_1",
     ),
 )
 _WITH_TEACHER = {"keeps_old": True, "ships_start": True}

@@ -21,7 +21,6 @@ from craft_ds.worlds.recording import Recipe
 from craft_ds.worlds.tasks import WORLDS
 
 EVAL_SEED = 1000
-_SCENES_SEED = 77  # of other episodes than the demonstrations'
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -61,27 +60,16 @@ def main(arguments: Sequence[str]) -> None:
     # Late: torch and LeRobot take seconds to import; --help does not need them.
     from craft_ds.worlds.demonstrations import write_demonstrations
     from craft_ds.worlds.pretraining import PLANS, pretrain
-    from craft_ds.worlds.vision_pretraining import record_scenes
 
     world = make_world(args.world)
     data_dir = args.data_dir or Path("outputs") / "world" / args.world
     plan = PLANS[args.world]
     episodes, steps = args.episodes_per_task or plan.episodes_per_task, args.steps or plan.steps
     write_demonstrations(Recipe(args.world, episodes, drift=plan.drift), data_dir, args.processes)
-    scenes = []
-    if plan.scenes_per_task:
-        scenes = record_scenes(
-            args.world,
-            world.tasks("all"),
-            count=plan.scenes_per_task,
-            seed=_SCENES_SEED,
-            processes=args.processes,
-        )
-
     hidden = args.output_dir.with_name(f".{args.output_dir.name}.{os.getpid()}.tmp")
     with atomic_directory(args.output_dir, hidden) as temporary:
         started = time.perf_counter()
-        pretrain(world, data_dir / args.split, temporary, steps=steps, seed=args.seed, scenes=scenes)
+        pretrain(world, data_dir / args.split, temporary, steps=steps, seed=args.seed)
         record = {
             "command": f"craft-ds worlds pretrain --world {args.world} --split {args.split} --steps {steps} "
             f"--seed {args.seed} --episodes_per_task {episodes}",

@@ -95,14 +95,6 @@ class World(ABC):
     def expert(self) -> np.ndarray:
         """Return the scripted expert's action for the current state, float32 (action dimensions,)."""
 
-    def positions(self) -> np.ndarray:
-        """Return the positions of the scene's objects relative to the hand, float32 (objects, 3) in m.
-
-        An absent object is NaN; a world that does not know positions has no objects. They are targets for
-        pretraining a vision tower, and no input of a policy.
-        """
-        return np.empty((0, 3), dtype=np.float32)
-
     @property
     @abstractmethod
     def success(self) -> bool:

@@ -18,7 +18,15 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import continual  # noqa: E402
-from continual_parts.cells import SCENES, Cell, Places, cells, plan_of, settings_of  # noqa: E402
+from continual_parts.cells import (  # noqa: E402
+    SCENES,
+    Cell,
+    Places,
+    cells,
+    plan_of,
+    recordings,
+    settings_of,
+)
 from continual_parts.measures import MEASURES, measurable  # noqa: E402
 from continual_parts.methods import METHODS  # noqa: E402
 from continual_parts.page import page_lines  # noqa: E402
@@ -59,11 +67,13 @@ def test_methods_with_anchors_have_the_same_number_of_samples_and_steps(tmp_path
             method, start = METHODS[name], plan["start"]
             assert plan["train"]["steps"] == tier.steps * (len(tier.orders[0]) if name == "joint" else 1)
             assert ("anchors" in plan) == (method.stores or method.observes)
-            if "anchors" in plan:
-                assert plan["anchors"]["num_samples"] == 100 * len(start.get("tasks", [0]))
+            known = len(start.get("tasks", []))
             if method.observes:
                 assert ("repo_id" in start, plan["anchors_from"]) == (False, "observations")
-                assert len(start["instructions"]) == len(start["tasks"])
+                assert len(start["instructions"]) == known
+                assert plan["anchors"]["num_samples"] == 100 * (known + len(tier.orders[0]) - 1)
+            elif method.stores:
+                assert plan["anchors"]["num_samples"] == 100 * max(known, 1)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -82,10 +92,16 @@ def test_the_flags_of_a_method_are_accepted(name, monkeypatch):
     )
 
 
-def test_tiers_of_one_world_have_data_of_their_own_and_one_start_policy(tmp_path):
+def test_tiers_of_one_world_share_data_and_start_policy(tmp_path):
     five, ten = Places.of(tmp_path, "cw5"), Places.of(tmp_path, "cw10")
-    assert (five.data != ten.data, five.heldout != ten.heldout) == (True, True)
-    assert five.start == ten.start
+    assert (five.data, five.heldout, five.start) == (ten.data, ten.heldout, ten.start)
+    assert five.runs != ten.runs
+    shared = recordings(TIERS["cw5"], five.data).items()
+    assert shared <= recordings(TIERS["cw10"], ten.data).items()
+    [cell, *_] = cells("cw5")
+    for stage in plan_of(cell, five, tmp_path)["stages"]:
+        assert Path(stage["root"]).parent in dict(shared)
+    assert [*recordings(TIERS["metaworld"], five.data).values()] == [[]]
 
 
 def test_a_result_of_other_settings_counts_as_missing(tmp_path, monkeypatch):

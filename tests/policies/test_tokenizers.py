@@ -56,6 +56,19 @@ def test_action_is_one_piece_among_more_frequent_pieces(tmp_path):
     assert tokenizer.tokenize("Action: ")[0] == "Action"
 
 
+def test_numbers_may_be_single_tokens(tmp_path):
+    build_text_tokenizer(TASKS, tmp_path, numbers=256)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = "Task: Press a button, State: 0 7 42 255 256 -1;\nAction: "
+    pieces = tokenizer.tokenize(prompt)
+    first = pieces.index("▁0")
+    assert pieces[first : first + 4] == ["▁0", "▁7", "▁42", "▁255"]
+    assert pieces[first + 4 : first + 9] == ["▁25", "6", "▁", "-", "1"]
+    assert "Action" in pieces
+    assert tokenizer.decode(tokenizer.encode(prompt), skip_special_tokens=True) == prompt
+    assert tokenizer.convert_ids_to_tokens(tokenizer.vocab_size - 1) == "<action0>"
+
+
 def test_building_twice_gives_the_same_files(tmp_path):
     for name in ("a", "b"):
         build_text_tokenizer(TASKS, tmp_path / name / "text")

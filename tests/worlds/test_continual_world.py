@@ -7,10 +7,8 @@ import pytest
 
 from craft_ds.cli import run_command
 from craft_ds.worlds import make_world
-from craft_ds.worlds.base import IMAGE_SIZE
 from craft_ds.worlds.demonstrations import open_demonstrations, read_recipe
 from craft_ds.worlds.tasks import CW5, CW10, TASKS
-from craft_ds.worlds.vision_pretraining import record_scenes
 
 # pytest resets the filter that the module sets.
 pytestmark = pytest.mark.filterwarnings(r"ignore:Constant\(s\) may be too high")
@@ -54,10 +52,10 @@ def test_a_redrawn_scene_is_remembered_and_the_same_in_every_world(world, monkey
     monkeypatch.setattr(type(world), "_expert_solves", lambda _: next(solves))
     world.reset("push-v3", 4)
     assert world._redraws == {("push-v3", 4): 2}
-    goal = world.positions()[-1]
+    state = world.observe().state
     again = make_world("cw10")
     again.reset("push-v3", 4)  # asks no expert: `solves` has ended
-    np.testing.assert_array_equal(again.positions()[-1], goal)
+    np.testing.assert_array_equal(again.observe().state, state)
     np.testing.assert_array_equal(again.observe().image, world.observe().image)
     monkeypatch.setattr(type(world), "_redraws", {})
     monkeypatch.setattr(type(world), "_expert_solves", lambda _: False)
@@ -65,41 +63,24 @@ def test_a_redrawn_scene_is_remembered_and_the_same_in_every_world(world, monkey
         world.reset("push-v3", 4)
 
 
-def test_the_camera_follows_the_hand(world):
-    """The hand stays where it is in the image, and the goal's green sphere moves against it."""
-    world.reset("push-v3", 2)
-    places = []
-    for _ in range(2):
-        image = world.observe().image.astype(int)
-        assert image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
-        red, green, blue = image.transpose(2, 0, 1)
-        goal = np.argwhere((green > 150) & (red < 120) & (blue < 120)).mean(axis=0)
-        hand = np.argwhere((green > 110) & (blue > 110) & (red < 90)).mean(axis=0)  # one finger is cyan
-        places.append((hand, goal, world.positions()[-1, :2]))
-        for _ in range(8):
-            world.step(np.array([0.0, 1.0, 0.0, 0.0]))
-    (hand, goal, position), (later_hand, later_goal, later_position) = places
-    assert np.abs(hand - later_hand).max() < 2
-    assert later_position[1] < position[1] - 0.03
-    assert later_goal[1] < goal[1] - 3  # the hand moved to the right
-
-
-def test_positions_are_relative_to_the_hand(world):
+def test_the_state_holds_positions_relative_to_the_hand(world):
     world.reset("stick-pull-v3", 0)
-    stick, object_, goal = world.positions()
-    np.testing.assert_allclose(goal, world._env._target_pos - world._raw[:3], atol=1e-6)
-    assert not np.isnan([stick, object_]).any()
+    raw, state = world._raw, world.observe().state
+    assert state.shape == (len(world.state_names),) == (13,)
+    np.testing.assert_allclose(state[:4], raw[:4], atol=1e-6)
+    stick, box, goal = state[4:].reshape(3, 3)
+    np.testing.assert_allclose(goal, (world._env._target_pos - raw[:3]).clip(-0.3, 0.3), atol=1e-6)
+    np.testing.assert_allclose(stick, raw[4:7] - raw[:3], atol=1e-6)
+    for _ in range(5):
+        world.step(np.array([0.0, 1.0, 0.0, 0.0]))
+    moved = world.observe().state
+    assert moved[5] < state[5] - 0.01  # the hand comes closer
+    assert moved[8] != box[1]
+
+
+def test_an_absent_object_is_where_no_other_is(world):
     world.reset("push-v3", 0)
-    assert np.isnan(world.positions()[1]).all()
-
-
-def test_scenes_show_their_task(metaworld):
-    one, other = record_scenes("cw10", ["push-v3", "reach-v3"], count=5, seed=3, processes=1)
-    assert one.images.shape == (5, IMAGE_SIZE, IMAGE_SIZE, 3)
-    assert one.positions.shape == other.positions.shape == (5, 3, 3)
-    assert len(np.unique(one.images, axis=0)) == 5
-    again = record_scenes("cw10", ["push-v3"], count=5, seed=3, processes=1)[0]
-    np.testing.assert_array_equal(again.images, one.images)
+    assert (world.observe().state[7:10] == np.float32(-0.3)).all()
 
 
 def test_recording_by_task_writes_a_data_set_each(metaworld, tmp_path, capsys):
@@ -112,7 +93,7 @@ def test_recording_by_task_writes_a_data_set_each(metaworld, tmp_path, capsys):
         data_set = open_demonstrations(tmp_path / "data" / task, world.chunk_size)
         assert data_set.num_episodes == 1
         assert data_set[0]["task"] == world.task_text(task)
-        low, high = world.state_range
+        low, high = np.float32(world.state_range)
         states = np.array(data_set.hf_dataset["observation.state"])
         assert (states >= low).all()
         assert (states <= high).all()

@@ -33,17 +33,19 @@ AutoProcessor.register(FastTokenizerConfig, FastActionProcessor, exist_ok=True)
 
 
 def build_text_tokenizer(
-    texts: Iterable[str], out_dir: str | Path, action_vocab_size: int = 256
+    texts: Iterable[str], out_dir: str | Path, action_vocab_size: int = 256, numbers: int = 0
 ) -> GemmaTokenizer:
     """Train a Gemma-class tokenizer (byte-fallback BPE) on task texts and save it.
 
-    Digits, `:` and `|` are always tokens of their own, `Action` is one token: pi0_fast's prompt and its
-    decoding rely on that. Unknown characters fall back to bytes.
+    `:` and `|` are always tokens of their own, `Action` is one token: pi0_fast's prompt and its decoding rely
+    on that. Digits are tokens of their own, but for `numbers`. Unknown characters fall back to bytes.
 
     Args:
         texts: Task texts.
         out_dir: Output folder.
         action_vocab_size: Number of ids to append for action tokens.
+        numbers: Integers from 0 below this are one token each, with the space before them; 0: none. Each
+            value of a state is then at the same place in the prompt, however many digits it has.
 
     Returns:
         The tokenizer; `vocab_size` is the size that the policy's configuration must have.
@@ -72,12 +74,14 @@ def build_text_tokenizer(
     learned = json.loads(learner.to_str())["model"]
 
     pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
-    order = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    wholes = [f"▁{number}" for number in range(numbers)]
+    order = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *wholes]
     order += [f"<action{i}>" for i in reversed(range(action_vocab_size))]
     vocab = {token: i for i, token in enumerate(order)}
     tokenizer = GemmaTokenizer(
         vocab=vocab,
-        merges=[tuple(merge) for merge in learned["merges"]],
+        # First those of numbers, each from the number without its last digit.
+        merges=[(whole[:-1], whole[-1]) for whole in wholes] + [tuple(pair) for pair in learned["merges"]],
         add_bos_token=True,
         add_eos_token=False,
     )
