@@ -18,6 +18,7 @@ from craft_ds.config.craft_config import CraftConfig
 from craft_ds.data.batch_partition import StepPartition
 from craft_ds.data.read_ahead import Counted, read_ahead
 from craft_ds.engines.base import Batch, Loss
+from craft_ds.engines.phase_timer import phase
 from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES, TASK_INDEX, by_task
 
 logger = logging.getLogger(__name__)
@@ -169,17 +170,21 @@ class AnchorStream:
     def _read_step(self, purpose: str, first: int) -> Iterator[Batch]:
         for micro_batch in range(self.share.micro_batches):
             started = time.perf_counter()
-            wanted = _Wanted(purpose, first, micro_batch)
-            found, batch = next(self._ahead, (None, {}))
-            if found != wanted:  # the first step of this process
-                self._ahead.close()
-                self._ahead = read_ahead(self._read_from(wanted), self._device)
-                _, batch = next(self._ahead)
-            if purpose == "gradient" and self._augment is not None:  # draws random numbers: in this thread
-                positions = self.share.positions(first, self._rank, micro_batch)
-                self._augment(batch, self._cache.cameras, positions)
+            with phase("data"):
+                batch = self._next(_Wanted(purpose, first, micro_batch))
             self._seconds += time.perf_counter() - started
             yield batch
+
+    def _next(self, wanted: _Wanted) -> Batch:
+        found, batch = next(self._ahead, (None, {}))
+        if found != wanted:  # the first step of this process
+            self._ahead.close()
+            self._ahead = read_ahead(self._read_from(wanted), self._device)
+            _, batch = next(self._ahead)
+        if wanted.purpose == "gradient" and self._augment is not None:  # draws random numbers: in this thread
+            positions = self.share.positions(wanted.first, self._rank, wanted.micro_batch)
+            self._augment(batch, self._cache.cameras, positions)
+        return batch
 
     def _read_from(self, start: _Wanted) -> Iterator[tuple[_Wanted, Batch]]:
         """Read micro-batches in the order of retention steps, endlessly, from one of them on."""

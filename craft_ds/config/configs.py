@@ -215,6 +215,40 @@ class WorldEvalConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Profile of some steps, written to `OUTPUT/profile/`: the flags `--profile.*`."""
+
+    steps: int = 0
+    """Steps to record; 0: no profile. Each rank writes a Chrome trace, on CUDA a memory snapshot, and the
+    mean seconds of each phase of a step. Choose at least `--craft.retention_freq`, so that a retention step
+    is among them."""
+    skip: int = 5
+    """Steps of this start before the first one that is recorded, at least 1; a resumed run records too."""
+
+    def validate(self, total_steps: int) -> None:
+        """Check every field for itself.
+
+        Args:
+            total_steps: Steps of the run.
+
+        Raises:
+            UserError: Names the flag and what it must be.
+        """
+        require(self.steps >= 0, f"--profile.steps={self.steps} must be at least 0")
+        require(self.skip >= 1, f"--profile.skip={self.skip} must be at least 1")
+        if not self.steps:
+            require(
+                self.skip == ProfileConfig().skip,
+                f"--profile.skip={self.skip} has no effect without --profile.steps: add it, or omit it",
+            )
+            return
+        require(
+            self.skip < total_steps,
+            f"--profile.skip={self.skip} of --steps={total_steps} leaves no step to record: lower it",
+        )
+
+
+@dataclass
 class RunOptions:
     """The flags that craft-ds adds to those of `lerobot-train`."""
 
@@ -227,6 +261,8 @@ class RunOptions:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters to train instead of the policy's own weights, `--lora.*`. LeRobot's `--peft.*` is an
     alternative."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Profile of some steps, `--profile.*`."""
     world: WorldEvalConfig = field(default_factory=WorldEvalConfig)
     """Evaluation in an embedded world every `eval_freq` steps, `--world.*`."""
     datasets: list[DatasetSource] = field(default_factory=list)

@@ -121,6 +121,7 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
         self.lora.validate()
         resolve_datasets(self.dataset, self.datasets, resume=self.resume)
         self.checkpoint.validate()
+        self.profile.validate(self.steps)
         check_choice("--data_check", self.data_check, DataCheck)
         self.data_report.validate()
         for tracker in self.trackers:

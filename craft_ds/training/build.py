@@ -59,7 +59,7 @@ from craft_ds.training.open_data import OpenedData, load_run_processors, open_da
 from craft_ds.training.penalty import build_penalty, fisher_samples, penalty_line
 from craft_ds.training.preflight import check_inputs, open_augmentation
 from craft_ds.training.restore import build_state, read_saved, resolve_changed_flags, restore_scheduler
-from craft_ds.training.run import Run, TaskStream
+from craft_ds.training.run import Run
 from craft_ds.training.start_policy import resolve_start
 from craft_ds.training.start_report import (
     anchor_line,
@@ -69,6 +69,8 @@ from craft_ds.training.start_report import (
     precision_lines,
     size_lines,
 )
+from craft_ds.training.step_profiler import open_profiler
+from craft_ds.training.task_stream import TaskStream
 from craft_ds.training.trackers import open_trackers
 from craft_ds.training.train_state import Progress, TrainState
 from craft_ds.training.weight_average import build_average
@@ -227,6 +229,8 @@ def _build(
     bad_samples = BadSampleLog(
         config.on_bad_sample, logger.say, lambda: checkpointer.report_finished_saves(wait=True)
     )
+    output_dir, done = Path(config.output_dir), state.progress.step
+    profiler = open_profiler(config.profile, engine, output_dir, done, config.steps, logger.say)
     return Run(
         config=config,
         engine=engine,
@@ -252,6 +256,7 @@ def _build(
         preemption=preemption,
         watchdog=watchdog,
         bad_samples=bad_samples,
+        profiler=profiler,
         owns_process_group=owns_process_group,
     )
 

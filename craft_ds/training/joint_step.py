@@ -15,6 +15,7 @@ from craft_ds.algorithm.gram import scale_, squared_norm
 from craft_ds.algorithm.multiplier import StepMultiplier
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.base import Batch, Engine, Loss
+from craft_ds.engines.phase_timer import phase
 from craft_ds.policies.token_loss import token_loss
 from craft_ds.training.train_step import (
     Batches,
@@ -71,10 +72,11 @@ def joint_step(
     counts = torch.stack([task_sums.tokens, torch.full_like(task_sums.tokens, anchor_tokens)])
     all_tokens, all_anchor_tokens = engine.sum_over_ranks(counts).clamp(min=1.0)
     ratio = b / a * all_tokens / all_anchor_tokens
-    anchor_sums = accumulate(engine, anchors, anchor_loss, weights, factor=ratio.float())
+    anchor_sums = accumulate(engine, anchors, anchor_loss, weights, factor=ratio.float(), name="retention")
     gradient = engine.gradient()
     constraint_sums = anchor_sums if constraint is None else measure(engine, constraint, anchor_loss)
-    product = squared_norm(gradient).to(engine.device) / engine.replicas
+    with phase("clipping"):
+        product = squared_norm(gradient).to(engine.device) / engine.replicas
     (square, loss_sum, tokens), measured, summed_extra = sum_together(
         engine,
         torch.stack([product, *task_sums]),
@@ -100,6 +102,8 @@ def joint_step(
     if not result.applied:
         engine.zero_grad()
         return result
-    scale_(gradient, clip_factor(norm, max_norm) * a * per_token)
-    engine.step()
+    with phase("clipping"):
+        scale_(gradient, clip_factor(norm, max_norm) * a * per_token)
+    with phase("optimizer"):
+        engine.step()
     return result

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,11 +17,7 @@ from craft_ds.algorithm.retention_schedule import RetentionSchedule
 from craft_ds.algorithm.task_multipliers import TaskDualState
 from craft_ds.anchors.stream import AnchorStream
 from craft_ds.config.train_config import TrainConfig
-from craft_ds.data.batch_partition import StepPartition
-from craft_ds.data.checked_samples import BadSample
 from craft_ds.data.read_ahead import Counted
-from craft_ds.data.replacement import RawBatch
-from craft_ds.data.task_data import StepSampler
 from craft_ds.distributed.collectives import destroy_process_group, gather_objects
 from craft_ds.distributed.preemption import Preemption
 from craft_ds.distributed.watchdog import RankWatchdog
@@ -33,6 +28,8 @@ from craft_ds.training.checkpointer import Checkpointer
 from craft_ds.training.evaluator import Evaluator
 from craft_ds.training.metrics import MetricsLogger, peak_memory_bytes
 from craft_ds.training.resume import resume_command
+from craft_ds.training.step_profiler import StepProfiler
+from craft_ds.training.task_stream import TaskStream
 from craft_ds.training.train_state import Progress, TrainState
 from craft_ds.training.train_step import StepResult
 from craft_ds.training.weight_average import WeightAverage
@@ -43,60 +40,6 @@ DUMP = "diverged.json"
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch by step and rank alone: a resumed run draws the same numbers as an uninterrupted one."""
     torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)
-
-
-@dataclass
-class TaskStream:
-    """This rank's task samples, micro-batch by micro-batch.
-
-    Attributes:
-        batches: Micro-batches in training order, on the engine's device.
-        partition: This rank's part of every step.
-        sampler: Order of the samples.
-        seconds: Time spent waiting for micro-batches, since the last `take_seconds`.
-        bad: Bad samples met since the last `take_bad`.
-    """
-
-    batches: Generator[RawBatch]
-    partition: StepPartition
-    sampler: StepSampler
-    seconds: float = 0.0
-    bad: list[BadSample] = field(default_factory=list)
-
-    def next_step(self, votes: list[float]) -> Counted[Batch]:
-        """Return this rank's micro-batches of the next step.
-
-        Args:
-            votes: Its last entry is increased by the number of replaced samples, as they are read.
-        """
-        return Counted(self.partition.micro_batches, self._read_step(votes))
-
-    def _read_step(self, votes: list[float]) -> Iterator[Batch]:
-        for _ in range(self.partition.micro_batches):
-            started = time.perf_counter()
-            read = next(self.batches)
-            self.seconds += time.perf_counter() - started
-            self.bad += read.bad
-            votes[-1] += read.replaced
-            yield read.samples
-
-    def take_bad(self) -> list[BadSample]:
-        """Return `bad` and clear it."""
-        bad, self.bad = self.bad, []
-        return bad
-
-    def take_seconds(self) -> float:
-        """Return `seconds` and reset it."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-    def close(self) -> None:
-        """End the workers and the thread that read ahead."""
-        self.batches.close()
-
-    def indices(self, samples_seen: int) -> list[int]:
-        """Return the indices of the samples of all ranks in the step that starts after `samples_seen`."""
-        return self.sampler.draw(range(samples_seen, samples_seen + self.partition.total))
 
 
 @dataclass
@@ -118,6 +61,7 @@ class Run:
         preemption: Tells if this rank was asked to stop.
         watchdog: Detects failed ranks.
         bad_samples: Stops the run at a bad sample, or logs it.
+        profiler: Records some steps; None: none.
         owns_process_group: True if the run created the process group; it must then destroy it.
     """
 
@@ -135,6 +79,7 @@ class Run:
     preemption: Preemption
     watchdog: RankWatchdog
     bad_samples: BadSampleLog
+    profiler: StepProfiler | None
     owns_process_group: bool
     _first_step_logged: bool = False
     _seconds: list[float] = field(default_factory=list)
@@ -201,6 +146,8 @@ class Run:
         position = (progress.samples_seen, progress.anchors_seen)
         progress.advance(result, retention=retention is not None)
         self._seconds.append(seconds)
+        if self.profiler is not None:
+            self.profiler.after_step(seconds)
         if retention is not None:
             progress.latest |= {
                 "craft/lambda": retention.lambda_,
@@ -385,10 +332,12 @@ class Run:
         return self.checkpointer.save_final()
 
     def close_alone(self) -> None:
-        """Close what needs no other rank: the streams of samples and anchors, and the log."""
+        """Close what needs no other rank: the streams of samples and anchors, the profile, and the log."""
         self.tasks.close()
         if self.anchors is not None:
             self.anchors.close()
+        if self.profiler is not None:
+            self.profiler.close()
         self.logger.close()
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from craft_ds.algorithm.multiplier import StepMultiplier
 from craft_ds.algorithm.penalty import PenaltySums, QuadraticPenalty
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.base import Batch, Engine, Loss
+from craft_ds.engines.phase_timer import phase
 from craft_ds.policies.token_loss import token_loss
 
 
@@ -87,6 +88,7 @@ def accumulate(
     *,
     factor: float | Tensor = 1.0,
     ends: bool = True,
+    name: str = "task",
 ) -> TokenSums:
     """Run one complete pass: forward and backward over all micro-batches. Collective.
 
@@ -97,12 +99,15 @@ def accumulate(
         weights: Weight of each task's loss in the gradient, where `loss` returns sums by task.
         factor: Weight of the loss in the gradient, a scalar; the returned sums are without it.
         ends: The gradient is complete after these micro-batches; False: another pass adds to it.
+        name: Of the pass, in a profile.
     """
     sums = _no_tokens(engine)
     for number, batch in enumerate(batches, 1):
-        found = engine.forward(batch, loss)
-        total = (found.total * found.total.new_tensor(weights)).sum() if weights else found.total
-        engine.backward(total * factor, last=ends and number == len(batches))
+        with phase(f"{name}_forward"):
+            found = engine.forward(batch, loss)
+            total = (found.total * found.total.new_tensor(weights)).sum() if weights else found.total
+        with phase(f"{name}_backward"):
+            engine.backward(total * factor, last=ends and number == len(batches))
         sums = TokenSums(sums.loss + found.total.detach().double(), sums.tokens + found.count.double())
     return sums
 
@@ -111,7 +116,8 @@ def measure(engine: Engine, batches: Iterable[Batch], loss: Loss = token_loss) -
     """Run forward over all micro-batches in eval mode, without gradients. Collective."""
     sums = _no_tokens(engine)
     for batch in batches:
-        found = engine.evaluate(batch, loss)
+        with phase("constraint_forward"):
+            found = engine.evaluate(batch, loss)
         sums = TokenSums(sums.loss + found.total.double(), sums.tokens + found.count.double())
     return sums
 
@@ -134,9 +140,10 @@ def task_step(
         penalty: Is added to the task loss; None: no penalty.
     """
     task = accumulate(engine, batches)
-    g_t = engine.gradient()
-    # Offloaded shards are on the CPU while the sums of a pass are on the engine's device.
-    product = squared_norm(g_t).to(engine.device) / engine.replicas
+    with phase("clipping"):
+        g_t = engine.gradient()
+        # Offloaded shards are on the CPU while the sums of a pass are on the engine's device.
+        product = squared_norm(g_t).to(engine.device) / engine.replicas
     (tt, loss_sum, tokens), added, summed_extra = sum_together(
         engine, torch.stack([product, *task]), _penalty_sums(engine, penalty, g_t), fp64(engine, extra)
     )
@@ -149,11 +156,13 @@ def task_step(
     if not result.applied:
         engine.zero_grad()
         return result
-    clip = clip_factor(norm, max_norm)
-    scale_(g_t, clip * per_token)
-    if penalty is not None:
-        penalty.add_gradient_(g_t, engine.masters(), clip)
-    engine.step()
+    with phase("clipping"):
+        clip = clip_factor(norm, max_norm)
+        scale_(g_t, clip * per_token)
+        if penalty is not None:
+            penalty.add_gradient_(g_t, engine.masters(), clip)
+    with phase("optimizer"):
+        engine.step()
     return result
 
 
@@ -190,18 +199,20 @@ def retention_step(
     """
     weights = multiplier if isinstance(multiplier, tuple) else ()
     task_sums = accumulate(engine, task)
-    g_t = engine.take_gradient()
-    anchor_sums = accumulate(engine, anchors, anchor_loss, weights)
+    with phase("surgery"):
+        g_t = engine.take_gradient()
+    anchor_sums = accumulate(engine, anchors, anchor_loss, weights, name="retention")
     g_r = engine.gradient()
     t_layers, r_layers = (_layers(engine, gradient, craft) for gradient in (g_t, g_r))
     constraint_sums = anchor_sums if constraint is None else measure(engine, constraint, anchor_loss)
+    with phase("surgery"):
+        grams = torch.cat([gram(t, r).to(engine.device) for t, r in zip(t_layers, r_layers, strict=True)])
 
     # All that surgery, logging and the dual step need from the other ranks: eight numbers and the extra ones,
     # and more with several layers or tasks, or a penalty.
     products, (loss_sum, tokens, r_tokens), measured, added, summed_extra = sum_together(
         engine,
-        torch.cat([gram(t, r).to(engine.device) for t, r in zip(t_layers, r_layers, strict=True)])
-        / engine.replicas,
+        grams / engine.replicas,
         torch.stack([*task_sums, anchor_sums.tokens.sum()]),
         torch.stack(constraint_sums).flatten(),
         _penalty_sums(engine, penalty, g_t, g_r),
@@ -236,12 +247,14 @@ def retention_step(
     if not result.applied:
         engine.zero_grad()
         return result
-    clip = clip_factor(merged.norm, max_norm)
-    for t, r, layer in zip(t_layers, r_layers, layers, strict=True):
-        merge_(r, t, clip * layer.a * per_token, clip * layer.b * per_anchor_token)
-    if penalty is not None:
-        penalty.add_gradient_(g_r, engine.masters(), clip * merged.a)
-    engine.step()
+    with phase("surgery"):
+        clip = clip_factor(merged.norm, max_norm)
+        for t, r, layer in zip(t_layers, r_layers, layers, strict=True):
+            merge_(r, t, clip * layer.a * per_token, clip * layer.b * per_anchor_token)
+        if penalty is not None:
+            penalty.add_gradient_(g_r, engine.masters(), clip * merged.a)
+    with phase("optimizer"):
+        engine.step()
     return result
 
 
@@ -283,7 +296,8 @@ def fp64(engine: Engine, values: Sequence[float]) -> Tensor:
 
 def sum_together(engine: Engine, *parts: Tensor) -> list[list[float]]:
     """Sum several vectors over all ranks in one all-reduce. Collective."""
-    summed = iter(engine.sum_scalars(torch.cat(parts)))
+    with phase("all_reduce"):
+        summed = iter(engine.sum_scalars(torch.cat(parts)))
     return [[*islice(summed, part.numel())] for part in parts]
 
 

@@ -10,7 +10,7 @@ from craft_ds.data.checked_samples import NamedSamples
 from craft_ds.data.task_data import check_processors, load_datasets
 from craft_ds.policies.loading import load_processors
 from craft_ds.training.build import _open_tasks
-from craft_ds.training.run import TaskStream
+from craft_ds.training.task_stream import TaskStream
 
 PER_STEP = 6
 """Samples of a step: with micro-batches of 2, three of one rank."""
