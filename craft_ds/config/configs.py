@@ -150,6 +150,9 @@ class EngineConfig:
     tf32: bool = True
     """Let fp32 matrix products and convolutions on NVIDIA GPUs use TF32 (10 bits of mantissa), as
     `lerobot-train` does. No effect elsewhere."""
+    compile: bool = False
+    """Compile the decoder and encoder layers of pi0_fast by `torch.compile`, for passes with gradients. Each
+    rank compiles in its first steps, a minute or more. Needs a C++ compiler; not with ZeRO-3."""
 
     def resolve(self) -> None:
         """Resolve `auto` and check the combination.

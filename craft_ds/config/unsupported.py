@@ -40,8 +40,8 @@ UNSUPPORTED = {
     "--policy.private": Unsupported(_NO_PUSH),
     "--policy.use_amp": Unsupported("--engine.dtype=bfloat16 trains in bfloat16", (False,)),
     "--policy.use_peft": Unsupported("--lora.enabled=true trains adapters", (False,)),
-    "--policy.compile_model": Unsupported("omit it", (False,)),
-    "--policy.compile_mode": Unsupported("omit it"),
+    "--policy.compile_model": Unsupported("--engine.compile=true compiles the layers in training", (False,)),
+    "--policy.compile_mode": Unsupported("--engine.compile=true compiles the layers in training"),
     "--policy.use_relative_actions": Unsupported(
         "the policy's statistics are those of its own actions; train a policy that was made with it"
     ),

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.collectives import init_process_group
 from craft_ds.engines.base import Engine, ReadRange
+from craft_ds.engines.compiled_layers import check_compile, refuse_zero3
 from craft_ds.engines.deepspeed_config import check_step_size, read_ds_config, resolve_ds_config
 from craft_ds.engines.fsdp import FsdpEngine, mesh_shape
 from craft_ds.engines.single import SingleEngine
@@ -36,11 +37,14 @@ def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
         )
     if config.engine.name == "fsdp":
         mesh_shape(config.engine.fsdp, world_size)
+    assert config.policy is not None
+    if config.engine.compile:
+        check_compile(config.policy)
     if config.engine.name != "zero":
         return None
     assert config.engine.ds_config is not None  # EngineConfig.validate has seen to it
     assert config.optimizer is not None
-    return resolve_ds_config(
+    resolved = resolve_ds_config(
         read_ds_config(config.engine.ds_config),
         path=config.engine.ds_config,
         batch_size=config.batch_size,
@@ -49,6 +53,9 @@ def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
         bf16=config.engine.dtype == "bfloat16",
         world_size=world_size,
     )
+    if config.engine.compile:
+        refuse_zero3(resolved)
+    return resolved
 
 
 def check_step(config: TrainConfig, samples_per_step: int) -> None:

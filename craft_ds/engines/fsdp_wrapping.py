@@ -124,7 +124,8 @@ def gather_for_parts_(unit: nn.Module) -> None:
         running = False
 
     def gather(*_: Any) -> None:
-        if not running:
+        # Compiled code is that of the complete unit, which is gathered when it runs, also to recompute it.
+        if not (torch.compiler.is_compiling() or running):
             unit.unshard()
 
     unit.register_forward_pre_hook(begin)

@@ -40,6 +40,7 @@ from craft_ds.engines import build_engine, check_engine, init_engine_process_gro
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Batch, Engine
 from craft_ds.engines.batch_norm import batch_norm_warning
+from craft_ds.engines.compiled_layers import compile_layers_
 from craft_ds.engines.fsdp_wrapping import gathered_dtype
 from craft_ds.errors import Preempted, UserError
 from craft_ds.lora.adapters import AdapterPlan, Adapters, add_adapters
@@ -153,6 +154,8 @@ def _build(
         messages.append(f"warning: {warning}")
     if warning := batch_norm_warning(policy, world_size):
         messages.append(f"warning: {warning}")
+    if config.engine.compile:
+        compile_layers_(policy)
     if config.activation_checkpointing == "full":
         checkpoint_activations(policy)
     with weights, start as start_weights:

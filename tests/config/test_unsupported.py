@@ -109,7 +109,7 @@ def test_every_flag_of_lerobot_is_honoured_or_refused():
         ("--policy.private=true", "hf upload"),
         ("--policy.use_amp=true", "--engine.dtype=bfloat16"),
         ("--policy.use_peft=true", "--lora.enabled=true"),
-        ("--policy.compile_model=true", "omit it"),
+        ("--policy.compile_model=true", "--engine.compile=true compiles the layers"),
         ("--policy.use_relative_actions=true", "statistics"),
         ("--policy.relative_exclude_joints=[]", "statistics"),
         ("--policy.dtype=bfloat16", "--engine.dtype=bfloat16"),

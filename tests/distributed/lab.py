@@ -19,6 +19,7 @@ from craft_ds.config.configs import FsdpConfig, LoraConfig
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Batch, Engine, ReadRange
+from craft_ds.engines.compiled_layers import compile_layers_
 from craft_ds.engines.deepspeed_config import read_ds_config, resolve_ds_config
 from craft_ds.engines.fsdp import FsdpEngine
 from craft_ds.engines.single import SingleEngine
@@ -180,17 +181,27 @@ class Lab:
             tensor.detach().fill_(torch.nan)  # makes unread values visible
         return self.engine(policy, read, **options)
 
-    def pi0_engine(self, policy_dir: Path | None = None, *, recompute: bool = False, **options) -> Engine:
+    def pi0_engine(
+        self, policy_dir: Path | None = None, *, recompute: bool = False, compiled: bool = False, **options
+    ) -> Engine:
         directory = policy_dir or self.policy_dir
         policy = build_policy(load_policy_config(directory), directory)
         with WeightReader(directory, policy) as weights:
+            if compiled:
+                compile_layers_(policy)
             if recompute:
                 checkpoint_activations(policy)
             # Some attention gradients are zero except for rounding; AdamW must not divide them by themselves.
             return self.engine(policy, weights.read, eps=1e-4, **options)
 
     def lora_engine(
-        self, lora: LoraConfig, directory: Path | None = None, *, recompute: bool = False, **options
+        self,
+        lora: LoraConfig,
+        directory: Path | None = None,
+        *,
+        recompute: bool = False,
+        compiled: bool = False,
+        **options,
     ) -> tuple[Engine, Adapters]:
         """Build an engine over the tiny pi0_fast with adapters: new ones, or those of a directory."""
         config = load_policy_config(self.policy_dir)
@@ -199,6 +210,8 @@ class Lab:
         policy = build_policy(config, plan.base)
         adapters = add_adapters(policy, plan.config, weights_sha256(plan.base))
         with open_weights(policy, self.policy_dir, plan, adapters) as weights:
+            if compiled:
+                compile_layers_(policy)
             if recompute:
                 checkpoint_activations(policy)
             engine = self.engine(policy, weights.read, eps=1e-4, lr=1e-3, **options)

@@ -1,0 +1,34 @@
+"""`--engine.compile=true` from the command line."""
+
+import pytest
+from runs import losses, trained
+
+from craft_ds.config.parser import parse_arguments
+from craft_ds.engines.compiled_layers import check_compile
+from craft_ds.errors import UserError
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_eager_one(train, inputs, tmp_path, unbroken):
+    config = parse_arguments(inputs.flags(tmp_path / "unused"))
+    config.validate()
+    try:
+        check_compile(config.policy)
+    except UserError as error:
+        pytest.skip(str(error))
+    run = tmp_path / "run"
+    ended = train(run, *inputs.craft_flags(), "--steps=3", "--save_freq=2", "--engine.compile=true")
+    assert ended.status == 0, ended.errors
+    assert losses(run) == pytest.approx(losses(unbroken)[:3], rel=1e-4)
+    assert trained(run / "step_000002").keys() == trained(unbroken / "step_000002").keys()
+
+
+def test_a_machine_without_a_compiler_is_refused(refuses, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = refuses(tmp_path / "run", "--engine.compile=true")
+    assert "--engine.compile=true needs a C++ compiler, but there is no no-such-compiler" in message
+
+
+def test_zero3_is_refused(refuses, tmp_path):
+    message = refuses(tmp_path / "run", "--engine.compile=true", "--ds_config=zero3")
+    assert "--engine.compile=true does not work with ZeRO-3" in message

@@ -1,0 +1,68 @@
+"""Compiled layers on 2 and 3 ranks have the gradients of one process that compiles nothing."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from compiled_ranks import CASES
+from scenarios_lora import KINDS
+
+from craft_ds.engines.compiled_layers import check_compile
+from craft_ds.errors import UserError
+from craft_ds.policies.loading import load_policy_config
+from craft_ds.testing.adapters import make_test_adapters
+from craft_ds.testing.launch_ranks import run_ranks
+from craft_ds.testing.policies import make_test_policy_dir
+
+TOLERANCE = {"fsdp-bf16": 5e-2}
+BY_DEFAULT = {2: ["fsdp", "fsdp-recompute", "fsdp-lora"], 3: ["fsdp"]}
+
+
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory):
+    """Results of all cases by number of ranks; each number is launched once."""
+    root = tmp_path_factory.mktemp("compiled")
+    policy = make_test_policy_dir(root / "policy")
+    try:
+        check_compile(load_policy_config(policy))
+    except UserError as error:
+        pytest.skip(str(error))
+    for kind in ("plain", "dora"):
+        make_test_adapters(policy, root / "adapters" / kind, KINDS[kind])
+    launched: dict[int, Path] = {}
+
+    def launch(world_size: int) -> Path:
+        if world_size not in launched:
+            launched[world_size] = root / str(world_size)
+            launched[world_size].mkdir()
+            names = list(CASES) if request.config.getoption("--all") else BY_DEFAULT[world_size]
+            program = Path(__file__).with_name("compiled_ranks.py")
+            command = [sys.executable, str(program), str(launched[world_size]), str(policy)]
+            ends = run_ranks([*command, str(root / "adapters"), *names], world_size, timeout=420)
+            (launched[world_size] / "output").write_text("\n".join(end.output for end in ends))
+        return launched[world_size]
+
+    return launch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [
+        pytest.param(world_size, name, marks=[pytest.mark.sample(0)] * (name not in names))
+        for world_size, names in BY_DEFAULT.items()
+        for name in CASES
+    ],
+)
+def test_gradients_are_those_of_one_eager_process(results, world_size, name):
+    directory = results(world_size)
+    errors = [path.read_text() for path in sorted(directory.glob(f"{name}.?.error"))]
+    assert not errors, "\n".join(errors)
+    found = [json.loads(path.read_text()) for path in sorted(directory.glob(f"{name}.?.json"))]
+    assert len(found) == world_size, (directory / "output").read_text()[-4000:]
+    for rank in found:
+        assert rank["graphs"] == 2, rank  # decoder and encoder, for all their layers and all lengths
+        assert rank["loss"] <= TOLERANCE.get(name, 1e-5)
+        assert rank["gradient"] <= TOLERANCE.get(name, 1e-5)
+        assert not [key for key in rank["names"] if "_orig_mod" in key]
