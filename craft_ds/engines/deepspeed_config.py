@@ -99,12 +99,16 @@ def resolve_ds_config(
     zero.pop("offload_param", None)
     if zero["stage"] == 3:
         zero.setdefault("sub_group_size", SUB_GROUP)
+    elif not offload:
+        # The step knows the norm: DeepSpeed's own is another pass, which the host waits for.
+        zero["compute_grad_norm"] = False
     resolved.update(
         train_micro_batch_size_per_gpu=batch_size,
         gradient_accumulation_steps=1,
         train_batch_size=batch_size * world_size,
         gradient_clipping=0.0,
-        bf16={**resolved.get("bf16", {}), "enabled": bf16},
+        # The step has checked the gradient: DeepSpeed's check is another pass, which the host waits for.
+        bf16={"check_grad_overflow": False, **resolved.get("bf16", {}), "enabled": bf16},
         data_types={"grad_accum_dtype": "fp32"},
         # LeRobot chooses the optimizer; without this, DeepSpeed refuses most of them.
         zero_allow_untested_optimizer=True,

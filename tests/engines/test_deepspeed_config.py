@@ -99,7 +99,7 @@ def test_values_equal_to_the_flags_are_welcome():
 
 def test_other_keys_are_kept_and_the_input_is_not_changed():
     config = {
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 7},
+        "zero_optimization": {"stage": 3, "sub_group_size": 9, "reduce_bucket_size": 7},
         "steps_per_print": 5,
         "comms_logger": {"enabled": True},
     }
@@ -119,6 +119,19 @@ def test_any_other_auto_means_the_default():
     assert resolved["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
     assert "reduce_bucket_size" not in resolved["zero_optimization"]
     assert "communication_data_type" not in resolved
+
+
+def test_deepspeed_measures_no_gradient_that_the_step_has_measured():
+    def norm(zero: dict) -> bool | None:
+        return resolve({"zero_optimization": zero})["zero_optimization"].get("compute_grad_norm")
+
+    assert norm({"stage": 2}) is False
+    # DeepSpeed has no such option for these.
+    assert norm({"stage": 3}) is None
+    assert norm({"stage": 2, "offload_optimizer": {"device": "cpu"}}) is None
+
+    assert resolve(STAGE3)["bf16"]["check_grad_overflow"] is False
+    assert resolve(STAGE3 | {"bf16": {"check_grad_overflow": True}})["bf16"]["check_grad_overflow"] is True
 
 
 def test_sub_groups_are_small_unless_the_file_says_otherwise():
