@@ -95,7 +95,7 @@ class AnchorStream:
                         len(cache.splits[split]),
                     )
         losses, relative = cache.loss_of(craft.retention_loss), craft.epsilon_relative
-        self._terms = cache.term_counts(craft.retention_loss)
+        self._terms: list[int] = cache.term_counts(craft.retention_loss).tolist()
         teacher_loss = losses[craft.constraint_split]
         self.epsilon_unit: float = teacher_loss["overall"] if relative else 1.0
         self.heldout_epsilon_unit: float = (losses["heldout"]["overall"] or math.nan) if relative else 1.0
@@ -121,7 +121,7 @@ class AnchorStream:
         ranges = [
             self.share.positions(first, self._rank, number) for number in range(self.share.micro_batches)
         ]
-        return int(self._terms[[index for part in ranges for index in self._gradient.draw(part)]].sum())
+        return sum(self._terms[index] for part in ranges for index in self._gradient.draw(part))
 
     def constraint_batches(self, first: int) -> Counted[Batch] | tuple[()] | None:
         """Return the anchors that measure L_ret in that step.

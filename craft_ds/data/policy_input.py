@@ -16,6 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from craft_ds.data.seeded import seeded
 from craft_ds.errors import UserError, one_line
+from craft_ds.policies.device_copies import copy_to_device
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ def images_to_float(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """Move the tensors of a batch to a device; to an accelerator by pinned memory, without waiting."""
-    device = torch.device(device)
+    """Move the tensors of a batch to a device, as `copy_to_device` does."""
     return {
-        key: _moved(value, device) if isinstance(value, Tensor) else value for key, value in batch.items()
+        key: copy_to_device(value, device) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
     }
 
 
@@ -127,12 +128,6 @@ def _is_uint8(value: Any) -> bool:
 def _to_float(image: Tensor) -> Tensor:
     # CUDA multiplies by 1/255 where the divisor is a number, which rounds otherwise than a division.
     return image.float().div_(torch.full((), 255.0, device=image.device))
-
-
-def _moved(value: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
-        value = value.pin_memory()
-    return value.to(device, non_blocking=True)
 
 
 def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:

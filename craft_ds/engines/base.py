@@ -64,7 +64,10 @@ class Engine(Protocol):
     replicas: int
 
     def forward(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:
-        """Return the loss of this rank's micro-batch. Collective: call on all ranks, with the same `loss`."""
+        """Return the loss of this rank's micro-batch. Collective: call on all ranks, with the same `loss`.
+
+        `loss` gets the very tensors of the batch, since masks keep what `on_host` returns.
+        """
         ...
 
     def evaluate(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:

@@ -123,12 +123,13 @@ class DeepSpeedEngine:
         return self._run(batch, loss)
 
     def _run(self, batch: Batch, call: Callable[[PreTrainedPolicy, Batch], Any]) -> Any:
-        def cast(policy: PreTrainedPolicy, batch: Batch) -> Any:
+        def run(policy: PreTrainedPolicy, _: Batch) -> Any:
             # Entered here, since DeepSpeed disables autocast around its forward.
             with torch.autocast(self.device.type, torch.bfloat16, self._autocast, cache_enabled=False):
                 return call(policy, batch)
 
-        return self._engine(batch, call=cast)
+        # ZeRO-3 would replace the tensors of an argument, and masks would lose what `on_host` returns.
+        return self._engine({}, call=run)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, loss: Loss = token_loss) -> TokenLoss:

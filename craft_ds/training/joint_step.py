@@ -16,6 +16,7 @@ from craft_ds.algorithm.multiplier import StepMultiplier
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.base import Batch, Engine, Loss
 from craft_ds.engines.phase_timer import phase
+from craft_ds.policies.device_copies import copy_to_device
 from craft_ds.policies.token_loss import token_loss
 from craft_ds.training.train_step import (
     Batches,
@@ -76,7 +77,7 @@ def joint_step(
     gradient = engine.gradient()
     constraint_sums = anchor_sums if constraint is None else measure(engine, constraint, anchor_loss)
     with phase("clipping"):
-        product = squared_norm(gradient).to(engine.device) / engine.replicas
+        product = copy_to_device(squared_norm(gradient), engine.device) / engine.replicas
     (square, loss_sum, tokens), measured, summed_extra = sum_together(
         engine,
         torch.stack([product, *task_sums]),

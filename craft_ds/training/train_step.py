@@ -3,7 +3,8 @@
 Each reads like the algorithm over an engine. Losses and gradients are sums over tokens and ranks; the
 division by the global token count is a scalar that is applied with the merge. So a step communicates,
 besides what the engine moves, one all-reduce: ten numbers at most, three more per layer and two more per task
-where surgery is by layer and λ by task, and four more with a penalty.
+where surgery is by layer and λ by task, and four more with a penalty. The host waits for the device once, for
+these numbers: they decide whether the step is skipped, and hold all that is logged.
 """
 
 import math
@@ -23,6 +24,7 @@ from craft_ds.algorithm.penalty import PenaltySums, QuadraticPenalty
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.base import Batch, Engine, Loss
 from craft_ds.engines.phase_timer import phase
+from craft_ds.policies.device_copies import copy_to_device
 from craft_ds.policies.token_loss import token_loss
 
 
@@ -101,11 +103,11 @@ def accumulate(
         ends: The gradient is complete after these micro-batches; False: another pass adds to it.
         name: Of the pass, in a profile.
     """
-    sums = _no_tokens(engine)
+    sums, of_tasks = _no_tokens(engine), fp64(engine, weights)
     for number, batch in enumerate(batches, 1):
         with phase(f"{name}_forward"):
             found = engine.forward(batch, loss)
-            total = (found.total * found.total.new_tensor(weights)).sum() if weights else found.total
+            total = (found.total * of_tasks.to(found.total.dtype)).sum() if weights else found.total
         with phase(f"{name}_backward"):
             engine.backward(total * factor, last=ends and number == len(batches))
         sums = TokenSums(sums.loss + found.total.detach().double(), sums.tokens + found.count.double())
@@ -143,7 +145,7 @@ def task_step(
     with phase("clipping"):
         g_t = engine.gradient()
         # Offloaded shards are on the CPU while the sums of a pass are on the engine's device.
-        product = squared_norm(g_t).to(engine.device) / engine.replicas
+        product = copy_to_device(squared_norm(g_t), engine.device) / engine.replicas
     (tt, loss_sum, tokens), added, summed_extra = sum_together(
         engine, torch.stack([product, *task]), _penalty_sums(engine, penalty, g_t), fp64(engine, extra)
     )
@@ -206,7 +208,9 @@ def retention_step(
     t_layers, r_layers = (_layers(engine, gradient, craft) for gradient in (g_t, g_r))
     constraint_sums = anchor_sums if constraint is None else measure(engine, constraint, anchor_loss)
     with phase("surgery"):
-        grams = torch.cat([gram(t, r).to(engine.device) for t, r in zip(t_layers, r_layers, strict=True)])
+        grams = torch.cat(
+            [copy_to_device(gram(t, r), engine.device) for t, r in zip(t_layers, r_layers, strict=True)]
+        )
 
     # All that surgery, logging and the dual step need from the other ranks: eight numbers and the extra ones,
     # and more with several layers or tasks, or a penalty.
@@ -290,8 +294,8 @@ def _no_tokens(engine: Engine) -> TokenSums:
 
 
 def fp64(engine: Engine, values: Sequence[float]) -> Tensor:
-    """Return values as a fp64 tensor on the engine's device."""
-    return torch.tensor(values, dtype=torch.float64, device=engine.device)
+    """Return values as a fp64 tensor on the engine's device, without waiting for it."""
+    return copy_to_device(torch.tensor(values, dtype=torch.float64), engine.device)
 
 
 def sum_together(engine: Engine, *parts: Tensor) -> list[list[float]]:
@@ -305,4 +309,4 @@ def _penalty_sums(engine: Engine, penalty: QuadraticPenalty | None, *gradients: 
     """Return this rank's part of the `PenaltySums`, fp64 on the device; empty without a penalty."""
     if penalty is None:
         return torch.zeros(0, dtype=torch.float64, device=engine.device)
-    return penalty.sums(engine.masters(), *gradients).to(engine.device) / engine.replicas
+    return copy_to_device(penalty.sums(engine.masters(), *gradients), engine.device) / engine.replicas

@@ -39,6 +39,7 @@ from scenarios_non_finite import non_finite
 from scenarios_penalty import penalised, penalised_adapters, penalised_load_from, penalised_resume
 from scenarios_saving import holes, saving
 from scenarios_scopes import SOME, joint, lora_scopes, scopes
+from scenarios_waits import host_waits
 
 Scenarios = dict[str, Callable[[Lab], Output]]
 
@@ -107,6 +108,7 @@ ALL_COSTS: Scenarios = COSTS | {
     "memory": memory,
     "failing_rank": failing_rank,
     "lora-costs": lora_costs,
+    "host_waits": host_waits,
     "saving": saving,
     "holes": holes,
 }
@@ -138,7 +140,7 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
         "zero3_offload": CORE | COSTS,
         "zero3_offload_torch": CORE | LORA | {"memory": memory},
         "zero3_bf16": {"bf16": CORE["bf16"]},
-        "zero2": CORE | LORA | COSTS | {"penalty-resume": penalised_resume},
+        "zero2": CORE | LORA | COSTS | {"penalty-resume": penalised_resume, "host_waits": host_waits},
         "zero2_offload_torch": CORE,
     },
     Spawn("fsdp", 2): {
@@ -180,7 +182,9 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
 # Checkpoints from which others resume.
 LOADED = ("zero3_on2", "zero3_on3", "zero2_on2", "fsdp_on2", "fsdp_on3", "hsdp_on4")
 LORA_LOADED = ("zero3_on2", "zero3_on3", "fsdp_on2", "fsdp_on3", "zero2_on2")
-SINGLE: Scenarios = COMPLETE | COMPLETE_LORA | _from(*LOADED) | _lora_from(*LORA_LOADED)
+SINGLE: Scenarios = (
+    COMPLETE | COMPLETE_LORA | {"host_waits": host_waits} | _from(*LOADED) | _lora_from(*LORA_LOADED)
+)
 
 
 class Ranks(NamedTuple):

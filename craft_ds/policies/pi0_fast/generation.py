@@ -18,6 +18,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
+from craft_ds.policies.device_copies import on_host
 from craft_ds.policies.lerobot_internals import text_tokenizer
 from craft_ds.policies.pi0_fast.loss import longest
 from craft_ds.policies.pi0_fast.vision import image_tokens
@@ -79,7 +80,7 @@ def greedy_action_tokens(policy: PI0FastPolicy, batch: Batch) -> Tensor:
     end_of_action = tokenizer.convert_tokens_to_ids(END_OF_ACTION)
 
     device, size = next(policy.parameters()).device, batch[OBS_LANGUAGE_TOKENS].shape[0]
-    length = longest(batch[OBS_LANGUAGE_ATTENTION_MASK].cpu())
+    length = longest(on_host(batch[OBS_LANGUAGE_ATTENTION_MASK]))
     begin = torch.full((size, 1), tokenizer.bos_token_id, device=device)
     prompt = torch.cat([batch[OBS_LANGUAGE_TOKENS][:, :length].to(device), begin], dim=1)
     prompt_mask = batch[OBS_LANGUAGE_ATTENTION_MASK][:, :length].to(device)

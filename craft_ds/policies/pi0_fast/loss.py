@@ -24,6 +24,7 @@ from lerobot.utils.constants import (
 )
 from torch import Tensor
 
+from craft_ds.policies.device_copies import copy_to_device, on_host
 from craft_ds.policies.lerobot_internals import apply_checkpoint, attention_mask
 from craft_ds.policies.pi0_fast.vision import image_tokens
 from craft_ds.policies.pi0_fast.vocabulary_blocks import token_log_probs
@@ -37,8 +38,8 @@ def pi0_fast_token_loss(policy: PI0FastPolicy, batch: Batch) -> TokenLoss:
     Token `t + 1` is supervised where its mask is true, and predicted from the images, the prompt and the
     action tokens up to `t`.
 
-    The masks decide shapes, so they are read on the host: with masks on the CPU, this function needs no
-    synchronisation with the device.
+    The masks decide shapes, so they are read on the host: with masks on the CPU, or copied from there by
+    `copy_to_device`, the host does not wait for the device.
 
     Args:
         policy: A pi0_fast of any size.
@@ -127,12 +128,13 @@ def supervised_hidden(policy: PI0FastPolicy, batch: Batch) -> SupervisedHidden:
     decoder = model.paligemma_with_expert.paligemma.model.language_model
 
     device = next(policy.parameters()).device
-    prompt_mask = batch[OBS_LANGUAGE_ATTENTION_MASK].cpu()
-    action_mask = batch[ACTION_TOKEN_MASK].cpu()
-    prompt_length, action_length = longest(prompt_mask), max(longest(action_mask), 1)
-    prompt = batch[OBS_LANGUAGE_TOKENS][:, :prompt_length].to(device)
-    actions = batch[ACTION_TOKENS][:, :action_length].to(device)
-    supervised = action_mask[:, 1:action_length].flatten().nonzero().squeeze(1).to(device)
+    fields = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK, ACTION_TOKENS, ACTION_TOKEN_MASK)
+    prompt, prompt_mask, actions, action_mask = (copy_to_device(batch[name], device) for name in fields)
+    action_mask_on_host = on_host(action_mask)
+    prompt_length, action_length = longest(on_host(prompt_mask)), max(longest(action_mask_on_host), 1)
+    prompt, actions = prompt[:, :prompt_length], actions[:, :action_length]
+    places = action_mask_on_host[:, 1:action_length].flatten().nonzero().squeeze(1)
+    supervised = copy_to_device(places, device)
 
     vision, camera_masks = image_tokens(policy, batch)
     words = apply_checkpoint(
@@ -146,8 +148,8 @@ def supervised_hidden(policy: PI0FastPolicy, batch: Batch) -> SupervisedHidden:
     present = torch.cat(
         [
             *(mask[:, None].expand(-1, vision.shape[1] // len(camera_masks)) for mask in camera_masks),
-            prompt_mask[:, :prompt_length].to(device),
-            action_mask[:, : action_length - 1].to(device),
+            prompt_mask[:, :prompt_length],
+            action_mask[:, : action_length - 1],
         ],
         dim=1,
     )
