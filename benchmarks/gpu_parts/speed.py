@@ -31,6 +31,7 @@ from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import plan_memory
 from craft_ds.memory_planner.shapes import Workload, meta_policy_without_tokenizers
 from craft_ds.memory_planner.simulate import simulate_pass
+from craft_ds.policies.device_copies import copy_to_device
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastConfig
 from craft_ds.policies.weights import unique_tensors
@@ -99,7 +100,7 @@ def random_values(name: str, start: int, stop: int) -> torch.Tensor:
 
 
 def random_batch(small: bool, present: int, seed: int) -> Batch:
-    """Return a batch as the preprocessor makes it, on the device."""
+    """Return a batch as the trainer hands it to an engine: on the device, with masks that the host knows."""
     sizes, device = SMALL if small else FULL, default_device()
     generator = torch.Generator(device).manual_seed(seed)
     vocabulary = 256 if small else 257_152
@@ -108,7 +109,7 @@ def random_batch(small: bool, present: int, seed: int) -> Batch:
         return torch.randint(0, vocabulary, (sizes.batch, length), generator=generator, device=device)
 
     def mask(length: int, padded: int) -> torch.Tensor:
-        return (torch.arange(padded, device=device) < length).expand(sizes.batch, -1)
+        return copy_to_device((torch.arange(padded) < length).expand(sizes.batch, -1), device)
 
     images = {
         name: torch.rand(sizes.batch, *feature.shape, generator=generator, device=device)
