@@ -198,8 +198,8 @@ class SequencePlan:
 
     def instructions_before(self, number: int) -> list[str]:
         """Return the instructions of what is learned before a stage, counted from 1."""
-        parts = [self.start, *self.stages[: number - 1]]
-        return [text for part in parts for text in part.instructions]
+        of_stages = [text for stage in self.stages[: number - 1] for text in stage.instructions]
+        return self.start.instructions + of_stages
 
     def _check_instructions(self) -> None:
         if not self.observes:

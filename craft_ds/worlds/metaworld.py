@@ -11,7 +11,7 @@ import sys
 import warnings
 from functools import cache
 from importlib.resources import files
-from typing import Any, override
+from typing import Any, ClassVar, override
 
 import numpy as np
 
@@ -46,9 +46,12 @@ class MetaWorld(World):
 
     name = "metaworld"
     old_tasks, new_tasks = TASKS["metaworld"]
-    state_names = ("hand_x", "hand_y", "hand_z", "gripper_opening")
+    state_names: ClassVar[tuple[str, ...]] = ("hand_x", "hand_y", "hand_z", "gripper_opening")
     action_names = ("hand_dx", "hand_dy", "hand_dz", "gripper_effort")
-    state_range = ((-0.3, 0.35, 0.05, 0.0), (0.3, 0.95, 0.45, 1.0))
+    state_range: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = (
+        (-0.3, 0.35, 0.05, 0.0),
+        (0.3, 0.95, 0.45, 1.0),
+    )
     action_range = ((-1.0,) * 4, (1.0,) * 4)
     horizon = 160
     fps = 80
