@@ -10,7 +10,12 @@ from craft_ds.errors import UserError
 
 TRAIN_CONFIG_NAME = "train_config.json"  # the name that LeRobot gives it
 # Short forms of flags, with the fields that they set.
-_ALIASES = {"--engine": "--engine.name", "--ds_config": "--engine.ds_config", "--lora": "--lora.preset"}
+_ALIASES = {
+    "--engine": "--engine.name",
+    "--ds_config": "--engine.ds_config",
+    "--optimizer.state": "--engine.optimizer_state",
+    "--lora": "--lora.preset",
+}
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 # Flags whose values are paths and which the parser would read as YAML, in which `#` and `: ` have a meaning.
 _PATH_FLAGS = (

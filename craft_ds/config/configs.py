@@ -14,6 +14,7 @@ from craft_ds.worlds import WORLDS
 
 EngineName = Literal["auto", "single", "zero", "fsdp"]
 EngineDtype = Literal["float32", "bfloat16"]
+OptimizerState = Literal["fp32", "bf16", "int8"]
 FsdpDtype = Literal["auto", "float32", "bfloat16"]
 LoraInit = Literal["default", "gaussian"]
 CheckpointLayout = Literal["consolidated", "per_rank"]
@@ -147,6 +148,10 @@ class EngineConfig:
     """Options of FSDP2."""
     dtype: EngineDtype = "float32"
     """Dtype of forward and backward. `bfloat16` keeps fp32 master weights and moments."""
+    optimizer_state: OptimizerState = "fp32"
+    """Format of the moments of Adam and AdamW: `fp32` (8 bytes per trained parameter), `bf16` (4) or `int8`
+    (2.03; Dettmers et al. 2022, arXiv:2110.02861), both rounded stochastically. Checkpoints hold fp32 in any
+    case, and a run may resume with another format. `--optimizer.state` is the same flag."""
     tf32: bool = True
     """Let fp32 matrix products and convolutions on NVIDIA GPUs use TF32 (10 bits of mantissa), as
     `lerobot-train` does. No effect elsewhere."""
@@ -162,6 +167,7 @@ class EngineConfig:
         """
         check_choice("--engine", self.name, EngineName)
         check_choice("--engine.dtype", self.dtype, EngineDtype)
+        check_choice("--engine.optimizer_state", self.optimizer_state, OptimizerState)
         if self.name == "auto":
             self.name = "zero" if self.ds_config else "fsdp" if launched_world_size() > 1 else "single"
         require(

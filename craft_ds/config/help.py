@@ -60,6 +60,7 @@ def _lines() -> Iterator[str]:
     yield "usage: craft-ds train --policy.path=DIR --dataset.repo_id=NAME --output_dir=DIR [--FLAG=VALUE ...]"
     yield ""
     yield "Short forms: --engine=NAME (--engine.name), --ds_config FILE (--engine.ds_config),"
+    yield "--optimizer.state=FORMAT (--engine.optimizer_state),"
     yield "--lora=PRESET (--lora.enabled=true --lora.preset=PRESET)."
     yield "--craft.preset=NAME stands for the flags of a method, which your own flags replace:"
     for name, preset in PRESETS.items():

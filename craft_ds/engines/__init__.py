@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lerobot.optim.optimizers import AdamConfig, AdamWConfig, XVLAAdamWConfig
 
 from craft_ds.config.train_config import TrainConfig
 from craft_ds.distributed.collectives import init_process_group
 from craft_ds.engines.base import Engine, ReadRange
+from craft_ds.engines.compact_adam import compact
 from craft_ds.engines.compiled_layers import check_compile, refuse_zero3
 from craft_ds.engines.deepspeed_config import check_step_size, read_ds_config, resolve_ds_config
 from craft_ds.engines.fsdp import FsdpEngine, mesh_shape
@@ -35,6 +37,12 @@ def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
             f"{world_size} processes were launched, but --engine=single runs in one: leave it out, or add "
             "--engine=fsdp or --ds_config zero3"
         )
+    state, optimizer = config.engine.optimizer_state, config.optimizer
+    if state != "fp32" and not isinstance(optimizer, AdamConfig | AdamWConfig | XVLAAdamWConfig):
+        raise UserError(
+            f"--engine.optimizer_state={state} is for Adam and AdamW, not for {type(optimizer).__name__}: "
+            "omit it, or set --optimizer.type=adamw with --use_policy_training_preset=false"
+        )
     if config.engine.name == "fsdp":
         mesh_shape(config.engine.fsdp, world_size)
     assert config.policy is not None
@@ -52,6 +60,7 @@ def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
         grad_clip_norm=config.optimizer.grad_clip_norm,
         bf16=config.engine.dtype == "bfloat16",
         world_size=world_size,
+        optimizer_state=config.engine.optimizer_state,
     )
     if config.engine.compile:
         refuse_zero3(resolved)
@@ -118,12 +127,16 @@ def build_engine(
         ds_config: What `check_engine` returned.
     """
     dtype = getattr(torch, config.engine.dtype)
+
+    def build_compact() -> torch.optim.Optimizer:
+        return compact(build_optimizer(), config.engine.optimizer_state)
+
     if config.engine.name == "fsdp":
-        return FsdpEngine(module, read, build_optimizer, config.engine.fsdp, dtype)
+        return FsdpEngine(module, read, build_compact, config.engine.fsdp, dtype)
     if config.engine.name == "zero":
         from craft_ds.engines.deepspeed import DeepSpeedEngine
 
         assert ds_config is not None
-        return DeepSpeedEngine(module, read, build_optimizer, ds_config)
+        return DeepSpeedEngine(module, read, build_compact, ds_config)
     assert config.policy is not None
-    return SingleEngine(module, read, build_optimizer, torch.device(config.policy.device or "cpu"), dtype)
+    return SingleEngine(module, read, build_compact, torch.device(config.policy.device or "cpu"), dtype)

@@ -202,13 +202,9 @@ class DeepSpeedEngine:
         self._layout.load_masters(read)
         self._layout.copy_masters_to_params()
 
-    @torch.no_grad()
     def load_optimizer(self, read: ReadRange, keys: Sequence[str], steps: int) -> None:
         """Set this rank's part of the optimizer state."""
-        self._layout.create_state(keys, steps)
-        for part in self._layout.partitions:
-            for key, values in self._layout.state(part).items():
-                fill_(values, read, f"{part.name}.{key}", part.start)
+        self._layout.load_state(read, keys, steps)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

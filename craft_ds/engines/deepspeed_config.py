@@ -48,6 +48,7 @@ def resolve_ds_config(
     grad_clip_norm: float,
     bf16: bool,
     world_size: int,
+    optimizer_state: str = "fp32",
 ) -> dict[str, Any]:
     """Return the configuration for `deepspeed.initialize`.
 
@@ -64,6 +65,7 @@ def resolve_ds_config(
         grad_clip_norm: `--optimizer.grad_clip_norm`.
         bf16: True for `--engine.dtype=bfloat16`.
         world_size: Number of ranks.
+        optimizer_state: `--engine.optimizer_state`.
 
     Raises:
         UserError: A value contradicts a flag (both are named), belongs to the trainer's flags, or is not
@@ -93,6 +95,8 @@ def resolve_ds_config(
         )
     settle("fp16.enabled", False, "--engine.dtype (fp16 is not supported)")
     settle("data_types.grad_accum_dtype", "fp32", "the gradient merge")
+    if optimizer_state != "fp32":  # DeepSpeed's own Adam has fp32 moments
+        settle("zero_force_ds_cpu_optimizer", False, f"--engine.optimizer_state={optimizer_state}")
 
     zero = resolved["zero_optimization"]
     offload = _look_up(zero, "offload_optimizer.device", "none") != "none"
@@ -113,7 +117,9 @@ def resolve_ds_config(
         # LeRobot chooses the optimizer; without this, DeepSpeed refuses most of them.
         zero_allow_untested_optimizer=True,
         # As in DeepSpeed, an offloaded optimizer is DeepSpeed's own Adam unless the file says otherwise.
-        zero_force_ds_cpu_optimizer=offload and resolved.get("zero_force_ds_cpu_optimizer", True),
+        zero_force_ds_cpu_optimizer=offload
+        and optimizer_state == "fp32"
+        and resolved.get("zero_force_ds_cpu_optimizer", True),
     )
     resolved.setdefault("steps_per_print", 1 << 31)
     return resolved

@@ -22,6 +22,7 @@ from craft_ds.engines.fsdp_wrapping import (
 )
 from craft_ds.engines.fused_adam import fuse_
 from craft_ds.engines.grad_shards import GradShards
+from craft_ds.engines.optimizer_state import Part, load_moments, read_moments
 from craft_ds.errors import UserError
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
@@ -140,11 +141,7 @@ class FsdpEngine(GradShards):
                 continue
             master = local(parameter).reshape(-1)
             if master.numel():
-                state = {
-                    key: local(value).reshape(-1)
-                    for key, value in self.optimizer.state.get(parameter, {}).items()
-                    if isinstance(value, DTensor)
-                }
+                state = read_moments(self.optimizer, parameter)
                 yield Shard(name, tuple(parameter.shape), start, master, state)
 
     def _rows(self) -> Iterator[tuple[str, torch.nn.Parameter, int]]:
@@ -159,16 +156,13 @@ class FsdpEngine(GradShards):
             if not isinstance(tensor, DTensor):
                 fill_(tensor.view(-1), read, name, 0)
 
-    @torch.no_grad()
     def load_optimizer(self, read: ReadRange, keys: Sequence[str], steps: int) -> None:
         """Set this rank's rows of the optimizer state."""
         for name, parameter, start in self._rows():
             if parameter.requires_grad:
-                state = self.optimizer.state[parameter]
-                state["step"] = torch.tensor(float(steps), device=parameter.device)
-                for key in keys:
-                    state[key] = torch.zeros_like(parameter)
-                    fill_(local(state[key]).view(-1), read, f"{name}.{key}", start)
+                step = torch.tensor(float(steps), device=parameter.device)
+                parts = [Part(name, start, 0, local(parameter).numel())]
+                load_moments(self.optimizer, parameter, parts, read, keys, step)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
 from craft_ds.engines.fused_adam import fuse_
 from craft_ds.engines.grad_shards import GradShards
+from craft_ds.engines.optimizer_state import Part, load_moments, read_moments
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.pi0_fast.generation import action_chunk
 from craft_ds.policies.token_loss import Loss, PolicyWithLoss, TokenLoss, token_loss
@@ -93,11 +94,7 @@ class SingleEngine(GradShards):
         for name, parameter in self.module.policy.named_parameters():
             if not (frozen or parameter.requires_grad):
                 continue
-            state = {
-                key: value.detach().reshape(-1)
-                for key, value in self.optimizer.state.get(parameter, {}).items()
-                if torch.is_tensor(value) and key != "step"
-            }
+            state = read_moments(self.optimizer, parameter)
             yield Shard(name, tuple(parameter.shape), 0, parameter.detach().reshape(-1), state)
 
     @torch.no_grad()
@@ -106,16 +103,13 @@ class SingleEngine(GradShards):
         for name, parameter in self.module.policy.named_parameters():
             fill_(parameter.view(-1), read, name, 0)
 
-    @torch.no_grad()
     def load_optimizer(self, read: ReadRange, keys: Sequence[str], steps: int) -> None:
         """Set the optimizer state of every trainable parameter."""
         for name, parameter in self.module.policy.named_parameters():
             if parameter.requires_grad:
-                state = self.optimizer.state[parameter]
-                state["step"] = torch.tensor(float(steps), device=parameter.device)
-                for key in keys:
-                    state[key] = torch.empty_like(parameter)
-                    fill_(state[key].view(-1), read, f"{name}.{key}", 0)
+                step = torch.tensor(float(steps), device=parameter.device)
+                parts = [Part(name, 0, 0, parameter.numel())]
+                load_moments(self.optimizer, parameter, parts, read, keys, step)
 
     def barrier(self) -> None:
         """Do nothing: there are no other ranks."""

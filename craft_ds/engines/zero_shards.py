@@ -7,7 +7,7 @@ modules `zero*_shards` only, and are checked when the engine starts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 
+from craft_ds.engines.optimizer_state import Part, load_moments, read_moments
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
 KNOWN_VERSIONS = "0.19.8"
@@ -174,23 +175,22 @@ class ZeroShards(ABC):
         for part in self.partitions:
             fill_(part.of(self.masters), read, part.name, part.start)
 
-    def state(self, partition: Partition) -> dict[str, Tensor]:
-        """Return the optimizer state of a partition: 1-D views by name; empty before the first step."""
+    def state(self, partition: Partition) -> Mapping[str, Tensor]:
+        """Return the optimizer state of a partition: 1-D tensors by name; empty before the first step."""
         flat = self.masters[partition.group]
-        return {
-            key: value.narrow(0, partition.offset, partition.numel)
-            for key, value in self.optimizer.state.get(flat, {}).items()
-            if torch.is_tensor(value) and value.shape == flat.shape
-        }
+        return read_moments(self.optimizer, flat, partition.offset, partition.numel)
 
-    def create_state(self, keys: Sequence[str], steps: int) -> None:
-        """Create the optimizer state that the first step would create, filled with zeros."""
+    def load_state(self, read: ReadRange, keys: Sequence[str], steps: int) -> None:
+        """Create the optimizer state that the first step would create, and read its values."""
         counts_in_ints = isinstance(self.optimizer, DeepSpeedCPUAdam)
-        for flat in self.masters:
-            state = self.optimizer.state[flat]
-            state["step"] = steps if counts_in_ints else torch.tensor(float(steps), device=flat.device)
-            for key in keys:
-                state[key] = torch.zeros_like(flat)
+        for group, flat in enumerate(self.masters):
+            step = steps if counts_in_ints else torch.tensor(float(steps), device=flat.device)
+            parts = [
+                Part(part.name, part.start, part.offset, part.numel)
+                for part in self.partitions
+                if part.group == group
+            ]
+            load_moments(self.optimizer, flat, parts, read, keys, step)
 
     def _frozen(self) -> Iterator[tuple[str, Any]]:
         held = {id(parameter) for group in self._groups for parameter in group}

@@ -20,6 +20,7 @@ def own_argv(monkeypatch):
         (["--engine=zero"], ["--engine.name=zero"]),
         (["--engine", "zero"], ["--engine.name=zero"]),
         (["--ds_config", "a.json"], ["--engine.ds_config=a.json"]),
+        (["--optimizer.state", "int8"], ["--engine.optimizer_state=int8"]),
         (["--engine.dtype=bfloat16"], ["--engine.dtype=bfloat16"]),
         (["--local_rank=1", "--steps=3"], ["--steps=3"]),
         (["--local-rank", "1", "--steps=3"], ["--steps=3"]),

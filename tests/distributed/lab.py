@@ -19,6 +19,7 @@ from craft_ds.config.configs import FsdpConfig, LoraConfig
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.activation_checkpointing import checkpoint_activations
 from craft_ds.engines.base import Batch, Engine, ReadRange
+from craft_ds.engines.compact_adam import compact
 from craft_ds.engines.compiled_layers import compile_layers_
 from craft_ds.engines.deepspeed_config import read_ds_config, resolve_ds_config
 from craft_ds.engines.fsdp import FsdpEngine
@@ -131,6 +132,7 @@ class Lab:
         persistence: int | None = None,
         lr: float = 1e-2,
         eps: float = 1e-8,
+        optimizer_state: str = "fp32",
     ) -> Engine:
         """Build an engine over a policy, with AdamW.
 
@@ -141,12 +143,14 @@ class Lab:
             persistence: ZeRO-3 keeps smaller parameters gathered; None: as in the shipped configuration.
             lr: Learning rate.
             eps: AdamW's epsilon.
+            optimizer_state: Format of its moments.
         """
         module = PolicyWithLoss(policy)
 
         def build_optimizer():
             trainable = [p for p in policy.parameters() if p.requires_grad]
-            return torch.optim.AdamW(trainable, lr=lr, eps=eps, weight_decay=0.1)
+            adam = torch.optim.AdamW(trainable, lr=lr, eps=eps, weight_decay=0.1)
+            return compact(adam, optimizer_state)
 
         torch_dtype = getattr(torch, dtype)
         if self.kind == "single":
@@ -167,6 +171,7 @@ class Lab:
             grad_clip_norm=1.0,
             bf16=dtype == "bfloat16",
             world_size=self.world_size,
+            optimizer_state=optimizer_state,
         )
         if persistence is not None and resolved["zero_optimization"]["stage"] == 3:
             resolved["zero_optimization"]["stage3_param_persistence_threshold"] = persistence

@@ -28,6 +28,7 @@ from scenarios import (
     untouched,
 )
 from scenarios_acting import acting
+from scenarios_compact import compact_load_from, compact_resume, compact_steps
 from scenarios_lora import (
     lora_costs,
     lora_load_from,
@@ -71,6 +72,8 @@ CORE: Scenarios = {
     "non_finite": non_finite,
     "penalty-ewc": partial(penalised, name="ewc"),
     "penalty-bf16": partial(penalised, name="ewc", dtype="bfloat16"),
+    "compact-int8": partial(compact_steps, state="int8"),
+    "compact-resume-int8": partial(compact_resume, state="int8"),
 }
 COMPLETE: Scenarios = {
     **{
@@ -88,6 +91,8 @@ COMPLETE: Scenarios = {
     "five-retention-steps": partial(pi0, accumulation=1, kinds="RRRRR"),
     "penalty-l2": partial(penalised, name="l2"),
     "penalty-resume": penalised_resume,
+    "compact-bf16": partial(compact_steps, state="bf16"),
+    "compact-resume-bf16": partial(compact_resume, state="bf16"),
 }
 LORA: Scenarios = {
     "lora-plain": partial(lora_trajectory, kind="plain", accumulation=2),
@@ -128,6 +133,11 @@ def _penalised_from(written_by: str) -> Scenarios:
     return {f"penalty-load_{written_by}": partial(penalised_load_from, written_by=written_by)}
 
 
+def _compact_from(written_by: str, state: str = "int8") -> Scenarios:
+    load = partial(compact_load_from, written_by=written_by, state=state)
+    return {f"compact-load_{written_by}": load}
+
+
 # In starting order: a spawn reads the checkpoints of earlier ones.
 SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
     Spawn("zero", 2): {
@@ -149,6 +159,7 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
         | ALL_COSTS
         | _from("zero3_on2", "zero2_on2")
         | _penalised_from("zero2_on2")
+        | _compact_from("int8_zero2_on2", "fp32")
         | _lora_from("zero3_on2"),
         "fsdp_offload": CORE | LORA | COSTS,
         "fsdp_kept": {"trajectory-accumulate2-clipped": CORE["trajectory-accumulate2-clipped"]},
@@ -160,15 +171,21 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
         | {"untouched-without-zeroing": partial(untouched, zeroing=False)}
         | _from("zero3_on2", "fsdp_on2")
         | _penalised_from("fsdp_on2")
+        | _compact_from("int8_fsdp_on2")
         | _lora_from("fsdp_on2"),
     },
     Spawn("zero_more", 3): {
         "zero3_offload": CORE | _from("zero3_on2"),
-        "zero2": CORE | _from("fsdp_on2") | _penalised_from("zero3_on2"),
+        "zero2": CORE | _from("fsdp_on2") | _penalised_from("zero3_on2") | _compact_from("int8_fsdp_on2"),
         "zero2_offload_torch": CORE,
     },
     Spawn("fsdp", 3): {
-        "fsdp": COMPLETE | COMPLETE_LORA | ALL_COSTS | _from("fsdp_on2") | _lora_from("zero3_on2"),
+        "fsdp": COMPLETE
+        | COMPLETE_LORA
+        | ALL_COSTS
+        | _from("fsdp_on2")
+        | _lora_from("zero3_on2")
+        | _compact_from("int8_zero3_on2"),
         "fsdp_offload": CORE,
     },
     Spawn("fsdp", 4): {
@@ -176,11 +193,13 @@ SPAWNS: dict[Spawn, dict[str, Scenarios]] = {
         | COSTS
         | {"penalty-resume": penalised_resume}
         | _from("fsdp_on3")
+        | _compact_from("int8_fsdp_on3", "bf16")
         | {"lora-plain": LORA["lora-plain"]}
     },
 }
 # Checkpoints from which others resume.
 LOADED = ("zero3_on2", "zero3_on3", "zero2_on2", "fsdp_on2", "fsdp_on3", "hsdp_on4")
+COMPACT_LOADED = ("int8_zero2_on2", "int8_fsdp_on2", "int8_zero3_on2", "int8_fsdp_on3")
 LORA_LOADED = ("zero3_on2", "zero3_on3", "fsdp_on2", "fsdp_on3", "zero2_on2")
 SINGLE: Scenarios = (
     COMPLETE | COMPLETE_LORA | {"host_waits": host_waits} | _from(*LOADED) | _lora_from(*LORA_LOADED)

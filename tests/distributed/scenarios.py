@@ -414,10 +414,10 @@ def _train_config(lab: Lab):
     return config
 
 
-def save_and_resume(lab: Lab) -> Output:
+def save_and_resume(lab: Lab, optimizer_state: str = "fp32", name: str = "") -> Output:
     """Three steps, a checkpoint, two more; and the same two again from the checkpoint."""
-    output, directory = Output(), lab.scratch / f"{lab.kind}_on{lab.world_size}"
-    engine = lab.pi0_engine()
+    output, directory = Output(), lab.scratch / f"{name}{lab.kind}_on{lab.world_size}"
+    engine = lab.pi0_engine(optimizer_state=optimizer_state)
     _continue(lab, engine, output, "TRT", 0)
     save_checkpoint(
         directory,
@@ -435,7 +435,7 @@ def save_and_resume(lab: Lab) -> Output:
     output.add("unbroken", moments(engine))
     engine.close()
 
-    engine = lab.pi0_engine(directory)
+    engine = lab.pi0_engine(directory, optimizer_state=optimizer_state)
     scheduler_state, craft_state, step = load_checkpoint(directory, engine)
     output.values["loaded"] = [scheduler_state, craft_state, step]
     output.add("loaded", masters(engine))
@@ -447,10 +447,10 @@ def save_and_resume(lab: Lab) -> Output:
     return output
 
 
-def load_from(lab: Lab, written_by: str) -> Output:
+def load_from(lab: Lab, written_by: str, optimizer_state: str = "fp32") -> Output:
     """Resume from a checkpoint of other ranks, reading its parameters by shard."""
     output, directory = Output(), lab.scratch / written_by
-    engine = lab.pi0_engine()
+    engine = lab.pi0_engine(optimizer_state=optimizer_state)
     with TensorFile(directory / "model.safetensors") as weights:
         engine.load_parameters(weights.read)
     load_checkpoint(directory, engine)

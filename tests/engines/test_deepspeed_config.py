@@ -153,6 +153,16 @@ def test_an_offloaded_optimizer_is_deepspeeds_by_default(stage):
         assert resolve({"zero_optimization": {"stage": stage, "offload_optimizer": nothing}})[key] is False
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_small_moments_are_not_deepspeeds(stage):
+    offloaded = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    key = "zero_force_ds_cpu_optimizer"
+    for given in ({}, {key: "auto"}, {key: False}):
+        assert resolve({"zero_optimization": offloaded, **given}, optimizer_state="int8")[key] is False
+    with pytest.raises(UserError, match=rf"{key}=true, but --engine.optimizer_state=int8 means false"):
+        resolve({"zero_optimization": offloaded, key: True}, optimizer_state="int8")
+
+
 @pytest.mark.parametrize(
     ("entries", "names"),
     [
