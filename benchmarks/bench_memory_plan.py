@@ -12,7 +12,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from harness import (
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from craft_ds.cli import run_main
-from craft_ds.config.configs import LoraConfig
+from craft_ds.config.configs import LoraConfig, OptimizerState
 from craft_ds.engines.base import Batch
 from craft_ds.errors import UserError
 from craft_ds.lora.adapters import add_adapters
@@ -99,6 +99,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PRESET",
         help="add rows of LoRA on a frozen base, with the default preset or another",
     )
+    parser.add_argument(
+        "--optimizer_state",
+        choices=get_args(OptimizerState),
+        nargs="+",
+        default=["fp32"],
+        help="formats of the moments, as --engine.optimizer_state",
+    )
     parser.add_argument("--batch_size", type=int, default=4, help="samples per rank (default: 4)")
     parser.add_argument("--world_size", type=int, default=2, help="ranks of the sharded engines (default: 2)")
     return parser.parse_args()
@@ -140,7 +147,14 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     gc.collect()
     before = memory_bytes("VmRSS")
     with AllocationCounter() as counter:
-        engine = make_engine(kind, policy, random_values, dtype, reduce_bucket_size=case["reduce_bucket"])
+        engine = make_engine(
+            kind,
+            policy,
+            random_values,
+            dtype,
+            optimizer_state=case["optimizer_state"],
+            reduce_bucket_size=case["reduce_bucket"],
+        )
         for step in range(2):
             if step == 1:
                 counter.peak = counter.live
@@ -179,6 +193,7 @@ def plan(case: dict[str, Any]) -> Plan:
         1 if kind == "single" else case["world_size"],
         dtype.itemsize,
         reduce_bucket=case["reduce_bucket"],
+        optimizer_state=case["optimizer_state"],
     )
     return plan_memory(trace, options)
 
@@ -188,7 +203,7 @@ def main() -> None:
     args = parse_arguments()
     print(f"MiB per rank; {hardware()}")
     print(
-        f"{'policy':<9}{'trains':<21}{'engine':<15}{'dtype':<10}{'ckpt':<6}{'planned':>9}{'measured':>10}"
+        f"{'policy':<9}{'trains':<21}{'engine':<15}{'dtype':<10}{'moments':<8}{'ckpt':<6}{'planned':>9}{'measured':>10}"
         f"{'error':>8}{'resident':>10}"
     )
     trained = [None, args.lora] if args.lora else [None]
@@ -199,6 +214,7 @@ def main() -> None:
                 "lora": lora,
                 "engine": kind,
                 "dtype": dtype,
+                "optimizer_state": state,
                 "checkpointing": checkpointing,
                 "batch_size": args.batch_size,
                 "world_size": 1 if kind == "single" else args.world_size,
@@ -206,8 +222,8 @@ def main() -> None:
                 "reduce_bucket": 100_000 if name == "teacher" else 5_000_000,
             }
         )
-        for name, lora, dtype, checkpointing, kind in product(
-            args.policy, trained, args.dtype, args.checkpointing, args.engine
+        for name, lora, dtype, state, checkpointing, kind in product(
+            args.policy, trained, args.dtype, args.optimizer_state, args.checkpointing, args.engine
         )
     ]
     worst = max(abs(row["error"]) for row in rows)
@@ -224,7 +240,7 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
     error = total / measured["tensors"] - 1
     print(
         f"{case['policy']:<9}{case['lora'] or 'everything':<21}{case['engine']:<15}{case['dtype']:<10}"
-        f"{case['checkpointing']:<6}"
+        f"{case['optimizer_state']:<8}{case['checkpointing']:<6}"
         f"{total / MIB:9.1f}{measured['tensors'] / MIB:10.1f}{error:+8.1%}{measured['resident'] / MIB:10.1f}",
         flush=True,
     )

@@ -28,6 +28,7 @@ from craft_ds.config.configs import FsdpConfig
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.distributed.collectives import init_process_group
 from craft_ds.engines.base import Batch, Engine, ReadRange
+from craft_ds.engines.compact_adam import compact
 from craft_ds.engines.deepspeed_config import read_ds_config, resolve_ds_config
 from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
@@ -193,6 +194,7 @@ def make_engine(
     read: ReadRange,
     dtype: torch.dtype = torch.float32,
     build_optimizer: Callable[[], torch.optim.Optimizer] | None = None,
+    optimizer_state: str = "fp32",
     **ds_options: Any,
 ) -> Engine:
     """Return an engine around a policy without weights. Collective: call on all ranks.
@@ -203,12 +205,14 @@ def make_engine(
         read: Reads its weights.
         dtype: Dtype of forward and backward.
         build_optimizer: By default AdamW on all trainable parameters.
+        optimizer_state: Format of the moments of the default.
         **ds_options: Keys of the DeepSpeed file's `zero_optimization` to set.
     """
     module = PolicyWithLoss(policy)
 
     def adamw() -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-4)
+        trainable = [p for p in policy.parameters() if p.requires_grad]
+        return compact(torch.optim.AdamW(trainable, lr=1e-4), optimizer_state)
 
     build_optimizer = build_optimizer or adamw
     if kind == "single":
@@ -230,6 +234,7 @@ def make_engine(
         grad_clip_norm=1.0,
         bf16=dtype == torch.bfloat16,
         world_size=int(os.environ["WORLD_SIZE"]),
+        optimizer_state=optimizer_state,
     )
     config["zero_optimization"] |= ds_options
     return DeepSpeedEngine(module, read, build_optimizer, config)

@@ -35,6 +35,14 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     add("--dp_replicate", type=int, default=1, help="copies of the model in an HSDP run (default: 1)")
     add("--engine", choices=ENGINES, nargs="+", default=list(ENGINES), help="engines to plan (default: all)")
     add("--engine.dtype", dest="dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    add(
+        "--engine.optimizer_state",
+        "--optimizer.state",
+        dest="optimizer_state",
+        choices=("fp32", "bf16", "int8"),
+        default="fp32",
+        help="format of Adam's moments, that of the run (default: fp32)",
+    )
     add("--batch_size", type=int, default=8, help="samples per rank and micro-batch (default: 8)")
     add("--prompt_length", type=int, default=80, help="prompt tokens, including the state (default: 80)")
     add("--action_length", type=int, default=100, help="action tokens (default: 100)")
@@ -133,6 +141,7 @@ def plan_request(args: argparse.Namespace) -> Any:
         penalty=args.penalty,
         ema=args.ema_decay > 0,
         one_gradient=args.projection == "false" and args.penalty == "none",
+        optimizer_state=args.optimizer_state,
         gpus=args.gpus,
         headroom=args.headroom,
     )
@@ -150,8 +159,8 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps([as_json(row, request) for row in rows], indent=1))
         return
     print(
-        f"{config.type} in {args.dtype} on {args.world_size} ranks; {args.batch_size} samples per rank, "
-        f"{args.prompt_length} + {args.action_length} tokens"
+        f"{config.type} in {args.dtype} on {args.world_size} ranks, moments in {args.optimizer_state}; "
+        f"{args.batch_size} samples per rank, {args.prompt_length} + {args.action_length} tokens"
     )
     for line in table(rows, request):
         print(line, flush=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from craft_ds.config.configs import OptimizerState
 from craft_ds.engines.deepspeed_config import SUB_GROUP
 
 
@@ -23,6 +24,7 @@ class EngineOptions:
             (θ_0), 2 for `ewc` (θ_0 and F), and 1 for `--ema_decay`.
         one_gradient: Both losses of a retention step accumulate in one gradient
             (`craft_ds.training.joint_step`).
+        optimizer_state: `--engine.optimizer_state`.
         sub_group: ZeRO-3: `sub_group_size`; elements that the optimizer updates at once.
     """
 
@@ -37,6 +39,7 @@ class EngineOptions:
     max_reuse: int = 1_000_000_000
     copies: int = 0
     one_gradient: bool = False
+    optimizer_state: OptimizerState = "fp32"
     sub_group: int = SUB_GROUP
 
     @property

@@ -4,17 +4,18 @@ Each engine stores parameters, gradients and optimizer state differently, as rea
 2.11, DeepSpeed 0.19.8); `benchmarks/bench_memory_plan.py` compares the plan with measured peaks.
 
 T trainable and F frozen elements, n ranks that share one copy of the model, c bytes per element in forward
-(4, or 2 in bfloat16); AdamW with fp32 masters and moments. The planned step is the most expensive one: a
+(4, or 2 in bfloat16); AdamW with fp32 masters, and m bytes of moments per element: 8, or with
+`--engine.optimizer_state` 4 (bf16) or 2 + 8/256 (int8). The planned step is the most expensive one: a
 retention step, which stores the first gradient g_t while the second is computed.
 
 =============  ============  ======================  ==========  =================  =====================
 bytes          parameters    masters                 moments     gradient           g_t
 =============  ============  ======================  ==========  =================  =====================
-single         4 T + c F     are the parameters      8 T         4 T                4 T, handed over
-fsdp           (4 T + c F)/n are the parameters      8 T/n       4 T/n              4 T/n, handed over
-zero3          c (T + F)/n   4 T/n, in fp32 too      8 T/n       4 T/n, always      4 T/n, a copy
+single         4 T + c F     are the parameters      m T         4 T                4 T, handed over
+fsdp           (4 T + c F)/n are the parameters      m T/n       4 T/n              4 T/n, handed over
+zero3          c (T + F)/n   4 T/n, in fp32 too      m T/n       4 T/n, always      4 T/n, a copy
 zero3_offload  c (T + F)/n   4 T/n on the host       on the host on the host        on the host, no copy
-zero2          c (T + F)     4 T/n                   8 T/n       4 T/n              4 T/n, handed over
+zero2          c (T + F)     4 T/n                   m T/n       4 T/n              4 T/n, handed over
 =============  ============  ======================  ==========  =================  =====================
 
 `fsdp_offload` is `fsdp` with all of this on the host. A penalty keeps 4 T/n (`l2`) or 8 T/n (`ewc`) where the
@@ -23,6 +24,8 @@ masters are.
 
 from dataclasses import dataclass, replace
 
+from craft_ds.engines.compact_adam import ROWS_AT_ONCE
+from craft_ds.engines.moment_formats import BLOCK, moment_bytes
 from craft_ds.memory_planner.engine_models import make_memory_model
 from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.simulate import PassTrace
@@ -101,18 +104,18 @@ def _kept_by_engine(trace: PassTrace, s: EngineOptions) -> Plan:
         return replace(
             plan,
             parameters=4 * trainable + s.compute * frozen,
-            optimizer=8 * trainable,
+            optimizer=_moments(trace, s),
             second_gradient=4 * trainable,
         )
     if s.engine == "fsdp":
         return replace(
             plan,
             parameters=4 * shard + s.compute * frozen_shard,
-            optimizer=8 * shard,
+            optimizer=_moments(trace, s),
             second_gradient=4 * shard,
         )
     if s.engine == "fsdp_offload":
-        return replace(plan, host=16 * shard + s.compute * frozen_shard)
+        return replace(plan, host=8 * shard + _moments(trace, s) + s.compute * frozen_shard)
 
     masters = 4 * shard
     bucket = s.compute * s.reduce_bucket
@@ -120,7 +123,7 @@ def _kept_by_engine(trace: PassTrace, s: EngineOptions) -> Plan:
         return replace(
             plan,
             parameters=s.compute * (trainable + frozen),
-            optimizer=masters + 8 * shard,
+            optimizer=masters + _moments(trace, s),
             second_gradient=4 * shard,
             buffers=2 * bucket,  # one is reduced while the other is filled
         )
@@ -128,15 +131,26 @@ def _kept_by_engine(trace: PassTrace, s: EngineOptions) -> Plan:
     persistent = sum(size for unit in trace.units for size in unit.sizes if size <= s.persistence)
     stored = s.compute * (shard + frozen_shard + persistent)
     if s.engine == "zero3_offload":
-        return replace(plan, parameters=stored, buffers=bucket, host=masters + 16 * shard)
+        return replace(plan, parameters=stored, buffers=bucket, host=masters + _moments(trace, s) + 8 * shard)
     return replace(
         plan,
         parameters=stored,
-        optimizer=masters + 8 * shard,
+        optimizer=masters + _moments(trace, s),
         second_gradient=4 * shard,
         gradient=4 * shard,  # one buffer, allocated with the engine
         buffers=bucket,
     )
+
+
+def _moments(trace: PassTrace, s: EngineOptions) -> int:
+    """Return the bytes of this rank's moments."""
+    return sum(moment_bytes(s.optimizer_state, numel) for numel in _shards(trace, s))
+
+
+def _shards(trace: PassTrace, s: EngineOptions) -> list[int]:
+    """Return the sizes of what the optimizer updates: a shard of each tensor, or DeepSpeed's flat one."""
+    sizes = [size for unit in trace.units for size in unit.trainable_sizes]
+    return [-(-size // s.ranks) for size in ([trace.trainable] if s.engine.startswith("zero") else sizes)]
 
 
 def _in_pass(trace: PassTrace, s: EngineOptions, kept: Plan) -> Plan:
@@ -165,8 +179,18 @@ def _in_step(trace: PassTrace, s: EngineOptions, kept: Plan) -> Plan:
     shard = -(-trace.trainable // s.ranks)
     if s.offloads:
         # FSDP2's gradient is beside g_t on the host; DeepSpeed's is part of what it keeps there.
-        return replace(kept, moment="step", host=kept.host + 4 * shard * (s.engine == "fsdp_offload"))
-    # The fused AdamW has no temporaries. ZeRO updates from a flat copy of the gradient.
+        gradient = 4 * shard * (s.engine == "fsdp_offload")
+        return replace(kept, moment="step", host=kept.host + gradient + _temporaries(trace, s))
+    # ZeRO updates from a flat copy of the gradient.
     at_once = min(shard, s.sub_group) if s.engine == "zero3" else shard
     copy = 4 * at_once if s.engine.startswith("zero") else 0
-    return replace(kept, moment="step", gradient=4 * shard, gathered=copy)
+    return replace(kept, moment="step", gradient=4 * shard, gathered=copy + _temporaries(trace, s))
+
+
+def _temporaries(trace: PassTrace, s: EngineOptions) -> int:
+    """Return the bytes that the update itself takes; the fused AdamW takes none."""
+    if s.optimizer_state == "fp32":
+        return 0
+    rows = sum(-(-numel // BLOCK) for numel in _shards(trace, s))
+    # Both moments in fp32, random numbers, and what the conversion of one moment needs.
+    return 28 * BLOCK * min(rows, ROWS_AT_ONCE)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from lerobot.configs import PreTrainedConfig
 
-from craft_ds.config.configs import LoraConfig
+from craft_ds.config.configs import LoraConfig, OptimizerState
 from craft_ds.config.penalty import PenaltyName
 from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import Plan, plan_memory
@@ -44,6 +44,7 @@ class PlanRequest:
         penalty: `--penalty.name`.
         ema: The run keeps a moving average of the weights.
         one_gradient: As in `EngineOptions`.
+        optimizer_state: As in `EngineOptions`.
         gpus: GPU memory sizes to try, in GiB.
         headroom: Share of GPU memory kept free for context and fragmentation.
     """
@@ -58,6 +59,7 @@ class PlanRequest:
     penalty: PenaltyName
     ema: bool
     one_gradient: bool
+    optimizer_state: OptimizerState
     gpus: tuple[float, ...]
     headroom: float
 
@@ -109,6 +111,7 @@ def plan_all(config: PreTrainedConfig, request: PlanRequest) -> Iterator[Row]:
             reduce_bucket=bucket,
             copies=_COPIES[request.penalty] + request.ema,
             one_gradient=request.one_gradient,
+            optimizer_state=request.optimizer_state,
         )
         # Without frozen weights every layer keeps its input in any case.
         linear = lora is not None and engine.startswith("zero3")
