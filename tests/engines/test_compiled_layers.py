@@ -1,4 +1,4 @@
-"""Compiled layers compute the same. On ranks: `tests/distributed/test_compiled_layers.py`."""
+"""Compiled layers compute the same. On ranks: `tests/distributed/test_compiled_engines.py`."""
 
 import sysconfig
 
