@@ -1,6 +1,7 @@
 """One rank: gradients of compiled layers on ranks against those of one process that compiles nothing.
 
-Arguments: the directory of results, the policy directory, the directory of adapters, and the names of cases.
+Arguments: the directory of results, the policy directory, the directory of adapters, the backend of
+`torch.compile`, and the names of cases.
 """
 
 import faulthandler
@@ -9,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 faulthandler.register(signal.SIGUSR1)
@@ -78,10 +80,11 @@ def main() -> None:
     from craft_ds.engines.deepspeed import init_distributed as init_deepspeed
 
     results, policy_dir, adapters = map(Path, sys.argv[1:4])
+    torch.compile = partial(torch.compile, backend=sys.argv[4])
     init_deepspeed()
     init_process_group()  # the process group exists already
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    for name in sys.argv[4:]:
+    for name in sys.argv[5:]:
         kind, options = CASES[name]
         try:
             found = compare(Lab(kind, rank, world_size, policy_dir, results), adapters, options)

@@ -17,6 +17,10 @@ from craft_ds.testing.policies import make_test_policy_dir
 
 TOLERANCE = {"fsdp-bf16": 5e-2}
 BY_DEFAULT = {2: ["fsdp", "fsdp-recompute", "fsdp-lora"], 3: ["fsdp"]}
+# Layers are traced and differentiated as with TorchInductor, whose kernels take minutes to build on ranks and
+# are tested in one process (`tests/engines/test_compiled_layers.py`).
+BACKEND = {False: "aot_eager", True: "inductor"}
+"""Backend without and with `--all`."""
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +40,12 @@ def results(request, tmp_path_factory):
         if world_size not in launched:
             launched[world_size] = root / str(world_size)
             launched[world_size].mkdir()
-            names = list(CASES) if request.config.getoption("--all") else BY_DEFAULT[world_size]
+            every = request.config.getoption("--all")
+            names = list(CASES) if every else BY_DEFAULT[world_size]
             program = Path(__file__).with_name("compiled_ranks.py")
             command = [sys.executable, str(program), str(launched[world_size]), str(policy)]
-            ends = run_ranks([*command, str(root / "adapters"), *names], world_size, timeout=420)
+            command += [str(root / "adapters"), BACKEND[every], *names]
+            ends = run_ranks(command, world_size, timeout=420)
             (launched[world_size] / "output").write_text("\n".join(end.output for end in ends))
         return launched[world_size]
 
