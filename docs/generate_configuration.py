@@ -22,9 +22,9 @@ not edit this page: change the documentation of the field, then run the command 
 The flags of `craft-ds train`, as `--flag=value` or `--flag value`; of a flag that is given twice, the last
 value counts. In a file for `--config_path`, each dot is one level of nesting. Short forms: `--engine=NAME` is
 `--engine.name=NAME`, `--ds_config FILE` is `--engine.ds_config=FILE`, `--optimizer.state=FORMAT` is
-`--engine.optimizer_state=FORMAT`, and `--lora=PRESET` is `--lora.enabled=true --lora.preset=PRESET`; `--craft.preset=NAME` stands for a
-[set of flags](#presets). `--print_config` prints the complete configuration as a file for
-`--config_path`, and exits.
+`--engine.optimizer_state=FORMAT`, and `--lora=PRESET` is `--lora.enabled=true --lora.preset=PRESET`;
+`--craft.preset=NAME` stands for a [set of flags](#presets). `--print_config` prints the complete
+configuration as a file for `--config_path`, and exits.
 """
 
 
