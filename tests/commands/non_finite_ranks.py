@@ -26,10 +26,10 @@ def note_step(seed, step, rank, _seed_step=trainer.seed_step):
 
 
 def note_pass(function, kinds):
-    def noted(engine, batches, *loss):
+    def noted(engine, batches, *loss, **options):
         now["kind"] = kinds[min(now["passes"], len(kinds) - 1)]
         now["passes"] += 1
-        return function(engine, batches, *loss)
+        return function(engine, batches, *loss, **options)
 
     return noted
 
