@@ -333,10 +333,13 @@ def memory(lab: Lab) -> Output:
             engine, task=task, anchors=anchors, constraint=None, multiplier=1.0, craft=craft, max_norm=1.0
         )
 
-    for action in (plain, retention, plain, retention):
+    peaks: dict[str, list[int]] = {"plain": [], "retention": []}
+    for action in (plain, retention) * 4:
         with MemoryCounter() as counter:
             action()
-        output.values[action.__name__] = counter.peak
+        peaks[action.__name__].append(counter.peak)
+    # Without the first step. On a busy machine gloo's threads free buffers late: the least is the step's own.
+    output.values |= {name: min(found[1:]) for name, found in peaks.items()}
 
     largest: dict[str, int] = {}
 
