@@ -9,6 +9,7 @@ from craft_ds.errors import UserError
 
 
 @pytest.mark.slow
+@pytest.mark.sample(0)
 def test_a_compiled_run_is_the_eager_one(train, inputs, saving, tmp_path, unbroken):
     config = parse_arguments(inputs.flags(tmp_path / "unused"))
     config.validate()

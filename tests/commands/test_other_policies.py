@@ -102,7 +102,7 @@ def three_ranks(inputs, single, tmp_path_factory):
     return scratch, run_on_ranks(commands, scratch, 3)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", OTHER_POLICIES)

@@ -221,6 +221,7 @@ WITH_ALL = {
     Ranks("zero2_offload_torch", 2),
     Ranks("zero3_offload", 3),
     Ranks("zero2_offload_torch", 3),
+    Ranks("fsdp_offload", 3),
 }
 """Run with --all only: offload by torch's optimizer, and on three ranks."""
 _ON_TWO_RANKS = (
@@ -238,6 +239,9 @@ _ON_TWO_RANKS = (
     "lora-bf16",
     "saving",
     "holes",
+    "compact-bf16",
+    "compact-resume-bf16",
+    "host_waits",
 )
 """Variants of what three ranks run too: with --all on three ranks as well."""
 

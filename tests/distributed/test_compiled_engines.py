@@ -16,7 +16,7 @@ from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.testing.policies import make_test_policy_dir
 
 TOLERANCE = {"fsdp-bf16": 5e-2}
-BY_DEFAULT = {2: ["fsdp-recompute"], 3: ["fsdp"]}
+BY_DEFAULT: dict[int, list[str]] = {2: [], 3: ["fsdp", "fsdp-recompute"]}
 # Layers are traced and differentiated as with TorchInductor, whose kernels take minutes to build on ranks and
 # are tested in one process (`tests/engines/test_compiled_layers.py`).
 BACKEND = {False: "aot_eager", True: "inductor"}
