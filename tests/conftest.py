@@ -2,8 +2,10 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -349,6 +351,15 @@ def read_only(mounts) -> Callable[[Path], None]:
         mounts(path, "-o", "remount,ro,bind")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def inductor():
+    """Skip where TorchInductor cannot build. Does not use `check_compile`, which the tests check."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler is installed")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("Python's headers are not installed")
 
 
 @pytest.fixture(scope="session")

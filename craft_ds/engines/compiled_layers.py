@@ -34,14 +34,14 @@ def check_compile(policy: PreTrainedConfig) -> None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise UserError(
-            f"{_FLAG} needs a C++ compiler, but there is no {compiler}: install g++, set CXX to another, or "
-            "omit the flag"
+            f"{_FLAG} needs a C++ compiler, and {compiler} is not installed: install g++, set CXX to another "
+            "compiler, or omit the flag"
         )
     headers = Path(sysconfig.get_path("include"))
     if not (headers / "Python.h").is_file():
         raise UserError(
-            f"{_FLAG} needs Python's headers, but {headers} has no Python.h: install them (python3-dev), or "
-            "omit the flag"
+            f"{_FLAG} needs Python's headers, and {headers}/Python.h does not exist: install them "
+            "(python3-dev), or omit the flag"
         )
 
 

@@ -96,7 +96,7 @@ class StepProfiler:
         try:
             self._write(recorded)
         except (OSError, RuntimeError) as error:
-            logger.error("%s cannot be written (%s); there is no complete profile", self._directory, error)
+            logger.error("%s cannot be written (%s): the profile is incomplete", self._directory, error)
         finally:
             if self._device.type == "cuda":
                 torch.cuda.memory._record_memory_history(enabled=None)

@@ -67,7 +67,7 @@ PLANS = {
             "vision_mlp_dim": 128,
         },
     ),
-    # Half of the state's tokens and a quarter of the image's: what matters is in the state.
+    # One token per number and 4 tokens per image instead of 16: the positions are in the state.
     "cw10": PretrainingPlan(
         episodes_per_task=60,
         steps=6000,

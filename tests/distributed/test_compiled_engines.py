@@ -8,9 +8,6 @@ import pytest
 from compiled_ranks import CASES
 from scenarios_lora import KINDS
 
-from craft_ds.engines.compiled_layers import check_compile
-from craft_ds.errors import UserError
-from craft_ds.policies.loading import load_policy_config
 from craft_ds.testing.adapters import make_test_adapters
 from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.testing.policies import make_test_policy_dir
@@ -24,14 +21,10 @@ BACKEND = {False: "aot_eager", True: "inductor"}
 
 
 @pytest.fixture(scope="module")
-def results(request, tmp_path_factory):
+def results(request, inductor, tmp_path_factory):
     """Results of all cases by number of ranks; each number is launched once."""
     root = tmp_path_factory.mktemp("compiled")
     policy = make_test_policy_dir(root / "policy")
-    try:
-        check_compile(load_policy_config(policy))
-    except UserError as error:
-        pytest.skip(str(error))
     for kind in ("plain", "dora"):
         make_test_adapters(policy, root / "adapters" / kind, KINDS[kind])
     launched: dict[int, Path] = {}

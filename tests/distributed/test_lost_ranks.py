@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
 from craft_ds.errors import LOST_RANK_STATUS
 from craft_ds.testing.launch_ranks import run_ranks
 
@@ -128,7 +126,6 @@ def test_a_hanging_rank_is_named_with_its_position():
     assert ended.seconds < OF_A_HANG_S
 
 
-@pytest.mark.sample(0)
 def test_lost_and_hanging_ranks_of_several_hosts_are_named_by_host():
     ended = run("dies", 2, world_size=3, hosts="alpha,beta,beta")
     assert {line.partition(": ")[0] for line in ended.named()} == {
@@ -169,7 +166,6 @@ def test_a_rank_that_exited_normally_is_not_named():
     assert re.search("RuntimeError: .*(closed|reset) by peer", ended.outputs[0])
 
 
-@pytest.mark.sample(0)
 def test_busy_or_suspended_ranks_are_not_reported():
     ended = run("slow", 1, world_size=3, timeout=5.0, interval=0.35)
     assert ended.statuses == [0, 0, 0]

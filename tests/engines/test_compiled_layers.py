@@ -55,11 +55,8 @@ def fresh_compiler():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.sample(0))])
-def test_loss_and_gradients_are_those_of_eager_layers(policy_dir, eager, recompute):
-    try:
-        check_compile(load_policy_config(policy_dir))
-    except UserError as error:
-        pytest.skip(str(error))
+def test_loss_and_gradients_are_those_of_eager_layers(inductor, policy_dir, eager, recompute):
+    check_compile(load_policy_config(policy_dir))
     found, graphs = passes(policy_dir, compiled=True, recompute=recompute)
     assert graphs == 2  # decoder and encoder, for all their layers and all lengths
     for (loss, gradients), (expected_loss, expected) in zip(found, eager, strict=True):
@@ -106,14 +103,14 @@ def test_only_passes_with_gradients_are_compiled(policy_dir, monkeypatch):
 
 def test_a_machine_without_a_compiler_is_refused(policy_dir, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"needs a C\+\+ compiler, but there is no no-such-compiler: install"):
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler, and no-such-compiler is not installed: "):
         check_compile(load_policy_config(policy_dir))
 
 
 def test_a_machine_without_headers_is_refused(policy_dir, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "python3")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(UserError, match=r"needs Python's headers, but .* has no Python\.h: install"):
+    with pytest.raises(UserError, match=r"needs Python's headers, and .*/Python\.h does not exist: install"):
         check_compile(load_policy_config(policy_dir))
 
 
