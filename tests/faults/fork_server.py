@@ -93,6 +93,9 @@ def run_rank(request: dict[str, Any]) -> int:
     faulthandler.enable()
     # The last resort, with the stacks of all threads, even if the starting process is gone.
     faulthandler.dump_traceback_later(request["timeout"], exit=True)
+    # torch replaces its pool of threads at the first use after a fork, without a lock: the threads of its
+    # autograd engine would race for it ("Invalid thread pool!").
+    torch.set_num_threads(1)
     sys.argv = ["train_craft.py", *request["argv"]]
     try:
         for module, function, arguments in request["injectors"]:
