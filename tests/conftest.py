@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from launch import ForkServer
 from lerobot.configs.default import DatasetConfig
 
 from craft_ds.anchors.build import BuildOptions, build_anchor_cache
@@ -252,6 +253,14 @@ def set_launch(monkeypatch) -> Callable[[int, int], None]:
             monkeypatch.setattr(f"{module}.end_with_launcher", lambda: None)
 
     return set_variables
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory) -> Iterator[ForkServer]:
+    """Server that starts ranks without imports."""
+    server = ForkServer(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from craft_ds.engines.moment_formats import BLOCK, FORMATS
+from craft_ds.engines.moment_formats import BLOCK, FORMATS, MomentFormat, Packed
 from craft_ds.errors import UserError
 
 # Elements that are updated at once: enough for an accelerator, and temporary tensors of some 150 MB.
@@ -156,27 +156,27 @@ class CompactAdam(torch.optim.Optimizer):
         return _Unpacked(self, parameter, start, numel)
 
     @torch.no_grad()
-    def set_moments(self, parameter: Tensor, moments: Mapping[str, Tensor], steps: int) -> None:
+    def set_moments(
+        self, parameter: Tensor, names: Sequence[str], read: Callable[[str], Tensor], steps: int
+    ) -> None:
         """Set the moments of a parameter's local shard, rounded to the nearest.
 
         Args:
             parameter: One of the parameters.
-            moments: Flat fp32 tensors by name.
+            names: Names of the moments.
+            read: Returns a moment by name, fp32 and flat. Each is dropped before the next one is read.
             steps: Steps that the moments are of.
 
         Raises:
             ValueError: These are not Adam's moments.
         """
-        if moments.keys() != self._formats.keys():
-            raise ValueError(f"it holds {', '.join(moments)}, not {', '.join(self._formats)}")
+        if set(names) != self._formats.keys():
+            raise ValueError(f"it holds {', '.join(names)}, not {', '.join(self._formats)}")
         state = self.state[parameter]
         state["step"] = steps
-        for moment, values in moments.items():
-            form = self._formats[moment]
-            rows = _as_rows([values], [_rows(values.numel())])
-            parts = [form.pack(part, 0.5) for part in rows.split(ROWS_AT_ONCE)]
-            for suffix, tensors in zip(form.suffixes, zip(*parts, strict=True), strict=True):
-                state[moment + suffix] = torch.cat(tensors)
+        for moment, form in self._formats.items():
+            packed = _pack(read(moment), form)
+            state |= {moment + suffix: tensor for suffix, tensor in zip(form.suffixes, packed, strict=True)}
 
 
 class _Unpacked(Mapping[str, Tensor]):
@@ -209,6 +209,13 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 def _rows(numel: int) -> int:
     return -(-numel // BLOCK)
+
+
+def _pack(values: Tensor, form: MomentFormat) -> Packed:
+    """Return a flat moment in a format, rounded to the nearest."""
+    rows = _as_rows([values], [_rows(values.numel())])
+    parts = [form.pack(part, 0.5) for part in rows.split(ROWS_AT_ONCE)]
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
 def _bundles(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:

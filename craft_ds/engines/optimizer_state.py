@@ -71,14 +71,15 @@ def load_moments(
     Raises:
         ValueError: The optimizer has other moments.
     """
-    compact = isinstance(optimizer, CompactAdam)
-    moments = {}
-    for key in keys:
-        moments[key] = torch.zeros_like(local_shard(parameter).view(-1) if compact else parameter)
+
+    def moment(key: str) -> Tensor:
+        values = torch.zeros_like(parameter)
+        flat = local_shard(values).view(-1)
         for part in parts:
-            values = local_shard(moments[key]).view(-1).narrow(0, part.offset, part.numel)
-            fill_(values, read, f"{part.name}.{key}", part.start)
+            fill_(flat.narrow(0, part.offset, part.numel), read, f"{part.name}.{key}", part.start)
+        return values
+
     if isinstance(optimizer, CompactAdam):
-        optimizer.set_moments(parameter, moments, int(step))
+        optimizer.set_moments(parameter, keys, lambda key: local_shard(moment(key)).view(-1), int(step))
     else:
-        optimizer.state[parameter].update(step=step, **moments)
+        optimizer.state[parameter].update(step=step, **{key: moment(key) for key in keys})

@@ -387,4 +387,9 @@ def _describe_policy(config: TrainConfig, policy: PreTrainedPolicy, adapters: Ad
 
 def _describe_engine(config: TrainConfig, engine: Engine) -> str:
     ranks = f"{engine.world_size} rank{'s' if engine.world_size > 1 else ''}"
-    return f"{config.engine.name} engine on {ranks} ({engine.device.type}, {config.engine.dtype})"
+    details = [engine.device.type, config.engine.dtype]
+    if config.engine.optimizer_state != "fp32":
+        details.append(f"moments in {config.engine.optimizer_state}")
+    if config.engine.compile:
+        details.append("compiled layers")
+    return f"{config.engine.name} engine on {ranks} ({', '.join(details)})"

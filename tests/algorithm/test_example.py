@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from craft_ds.testing.launch_ranks import run_ranks
-
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fsdp2_language_model.py"
 BARE = """
 import sys
@@ -34,12 +32,11 @@ def test_the_algorithm_needs_no_lerobot_and_no_deepspeed(tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_example_learns_and_keeps_the_constraint(world_size):
-    ends = run_ranks([sys.executable, str(EXAMPLE)], world_size, timeout=120)
-    assert [end.status for end in ends] == [0] * world_size, ends
+def test_the_example_learns_and_keeps_the_constraint(fork_server, world_size):
+    ended = fork_server.run([], world_size, program=EXAMPLE).check()
     rows = [
         [float(x) for x in re.findall(r"[=]([\d.]+)", line)]
-        for line in ends[0].output.splitlines()
+        for line in ended.outputs[0].splitlines()
         if "L_ret" in line
     ]
     (first_loss, *_), (last_loss, retention, multiplier) = rows[0], rows[-1]

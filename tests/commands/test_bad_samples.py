@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from craft_ds.checkpoints import verify_checkpoint
 from craft_ds.data.batch_partition import partition_step
 from craft_ds.data.task_data import StepSampler
 from craft_ds.testing.damaged_samples import damage
-from craft_ds.testing.launch_ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -307,7 +305,7 @@ def test_a_bad_video_is_an_error_or_is_replaced(train, videos, tmp_path, spoil, 
 
 
 @pytest.fixture(scope="module")
-def two_ranks(inputs, damaged, many, bad_heldout, tmp_path_factory):
+def two_ranks(inputs, damaged, many, bad_heldout, fork_server, tmp_path_factory):
     scratch = tmp_path_factory.mktemp("ranks")
     fsdp = ["--engine=fsdp", "--batch_size=1"]
     own = {
@@ -324,10 +322,7 @@ def two_ranks(inputs, damaged, many, bad_heldout, tmp_path_factory):
     commands = {name: [*inputs.flags(scratch / name), *flags] for name, flags in own.items()}
     (scratch / "commands.json").write_text(json.dumps(commands))
     program = Path(__file__).with_name("training_ranks.py")
-    ends = run_ranks(
-        [sys.executable, str(program), str(scratch / "commands.json"), str(scratch)], 2, timeout=240
-    )
-    assert [end.status for end in ends] == [0, 0], "\n".join(end.output for end in ends)
+    fork_server.run([scratch / "commands.json", scratch], 2, program=program, timeout=240).check()
     return scratch, [json.loads((scratch / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -14,7 +14,6 @@ from craft_ds.checkpoints import save as save_module
 from craft_ds.export.export import export_checkpoint
 from craft_ds.lora.weights import load_trained_policy
 from craft_ds.policies.loading import load_policy_config
-from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.training.evaluator import Evaluator
 
 pytestmark = pytest.mark.slow
@@ -296,7 +295,7 @@ def test_anchors_without_held_out_ones_are_refused(refuses, inputs, tmp_path):
 
 
 @pytest.mark.distributed
-def test_two_ranks_choose_and_stop_as_one_process(chosen, inputs, tmp_path):
+def test_two_ranks_choose_and_stop_as_one_process(chosen, inputs, fork_server, tmp_path):
     best, early = tmp_path / "best", tmp_path / "early"
     halves = ["--engine=fsdp", "--batch_size=1"]
     wild = ["--steps=8", "--eval_freq=1", "--early_stop_patience=2", "--policy.optimizer_lr=1"]
@@ -306,9 +305,7 @@ def test_two_ranks_choose_and_stop_as_one_process(chosen, inputs, tmp_path):
     }
     (tmp_path / "commands.json").write_text(json.dumps(commands))
     ranks = Path(__file__).with_name("training_ranks.py")
-    command = [sys.executable, str(ranks), str(tmp_path / "commands.json"), str(tmp_path)]
-    ends = run_ranks(command, 2, timeout=240)
-    assert [end.status for end in ends] == [0, 0], "\n".join(end.output for end in ends)
+    fork_server.run([tmp_path / "commands.json", tmp_path], 2, program=ranks, timeout=240).check()
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for result in results:
         assert {name: ended["status"] for name, ended in result.items()} == {"best": 0, "early": 0}, result

@@ -14,7 +14,6 @@ from craft_ds import train_craft
 from craft_ds.config.parser import parse_arguments
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.policies.pi0_fast.generation import action_chunk
-from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.worlds import make_world
 from craft_ds.worlds.demonstrations import Recipe, write_demonstrations
 from craft_ds.worlds.evaluation import ClosedLoopPolicy, evaluate
@@ -110,10 +109,11 @@ def test_bad_input_is_refused_before_the_build(refuses, teaching, tmp_path, flag
 @pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_measure_the_success_of_one_process(engine, teaching, one_process, inputs, tmp_path):
+def test_two_ranks_measure_the_success_of_one_process(
+    engine, teaching, one_process, inputs, fork_server, tmp_path
+):
     flags = [*inputs.flags(tmp_path / "run"), *teaching, *WORLD, *ENGINES[engine], "--batch_size=1"]
-    ends = run_ranks([sys.executable, str(SCRIPT), *flags], 2, timeout=240)
-    assert [end.status for end in ends] == [0, 0], "\n".join(end.output for end in ends)
+    fork_server.run(flags, 2, timeout=240).check()
     found, expected = evaluations(tmp_path / "run"), evaluations(one_process)
     assert [row["eval/task_loss"] for row in found] == pytest.approx(
         [row["eval/task_loss"] for row in expected], rel=1e-4

@@ -15,7 +15,6 @@ from runs import assert_same_bits, assert_trained, losses, metrics
 from craft_ds.anchors.cache import read_metadata
 from craft_ds.checkpoints import read_manifest
 from craft_ds.testing.datasets import edit_metadata, make_test_dataset
-from craft_ds.testing.launch_ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -187,7 +186,7 @@ BAD_INPUT = {
 
 
 @pytest.fixture(scope="module")
-def bad_input(inputs, tmp_path_factory):
+def bad_input(inputs, fork_server, tmp_path_factory):
     """Every bad input on two ranks, one after the other; a hang would end at the time limit."""
     scratch = tmp_path_factory.mktemp("bad")
     for name in ("damaged", "tokenizer", "few"):
@@ -223,10 +222,7 @@ def bad_input(inputs, tmp_path_factory):
     }
     (scratch / "commands.json").write_text(json.dumps(commands))
     program = Path(__file__).with_name("training_ranks.py")
-    ends = run_ranks(
-        [sys.executable, str(program), str(scratch / "commands.json"), str(scratch)], 2, timeout=240
-    )
-    assert [end.status for end in ends] == [0, 0], "\n".join(end.output for end in ends)
+    fork_server.run([scratch / "commands.json", scratch], 2, program=program, timeout=240).check()
     return scratch, [json.loads((scratch / f"{rank}.json").read_text()) for rank in range(2)]
 
 

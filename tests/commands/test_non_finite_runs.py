@@ -5,7 +5,6 @@ Compared, step by step, with the same run in a single process.
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from safetensors.torch import load_file
 
 from craft_ds.algorithm.multiplier import ascend
 from craft_ds.config.craft_config import CraftConfig
-from craft_ds.testing.launch_ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -42,7 +40,7 @@ CASES += [pytest.param((engine, 3, 0), marks=pytest.mark.sample(0)) for engine i
 
 
 @pytest.fixture(scope="module")
-def runs(request, inputs, tmp_path_factory):
+def runs(request, inputs, fork_server, tmp_path_factory):
     """Return the runs by engine, number of ranks and spoilt rank; `single` is the reference."""
     root = tmp_path_factory.mktemp("non_finite")
     found = {}
@@ -67,10 +65,9 @@ def runs(request, inputs, tmp_path_factory):
         }
         file = directory / "commands.json"
         file.write_text(json.dumps(commands))
-        arguments = [PROGRAM, file, directory, victim, json.dumps(SPOILT)]
-        ends = run_ranks([sys.executable, *map(str, arguments)], world, timeout=400)
-        for rank, end in enumerate(ends):
-            assert end.status == 0, f"--- rank {rank}\n{end.output[-6000:]}"
+        arguments = [file, directory, victim, json.dumps(SPOILT)]
+        fork_server.run(arguments, world, program=PROGRAM, timeout=400).check()
+        for rank in range(world):
             for name, ended in json.loads((directory / f"{rank}.json").read_text()).items():
                 assert ended["status"] == 0, (name, rank, ended["errors"][-4000:])
         found |= {(name, world, victim): directory / name for name in engines}

@@ -1,7 +1,6 @@
 """Runs with other statistics, renamed or missing cameras, and paths: what is saved is what trained."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from craft_ds.data.policy_input import images_to_float
 from craft_ds.data.task_data import StepSampler
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
 from craft_ds.testing.datasets import make_test_dataset
-from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.testing.perfect_tokens import decode_perfect_tokens
 from craft_ds.testing.policies import make_test_policy_dir
 
@@ -72,21 +70,11 @@ def test_the_statistics_cannot_change_within_a_run(train, tmp_path):
 
 
 @pytest.mark.distributed
-def test_two_ranks_save_what_one_does(train, inputs, degrees, tmp_path):
+def test_two_ranks_save_what_one_does(train, inputs, degrees, fork_server, tmp_path):
     flags = [f"--dataset.root={degrees}", "--normalization=dataset", "--steps=2", f"--rename_map={FRONT}"]
     flags += ["--policy.chunk_size=4", "--policy.n_action_steps=4"]
     assert train(tmp_path / "one", *flags, "--batch_size=4").status == 0
-    command = [
-        sys.executable,
-        "-m",
-        "craft_ds",
-        "train",
-        *inputs.flags(tmp_path / "two"),
-        *flags,
-        "--engine=fsdp",
-    ]
-    ends = run_ranks(command, 2, timeout=300)
-    assert [end.status for end in ends] == [0, 0], ends
+    fork_server.run([*inputs.flags(tmp_path / "two"), *flags, "--engine=fsdp"], 2).check()
     for file in ("config.json", "policy_preprocessor.json", "policy_postprocessor.json"):
         one, two = ((tmp_path / name / "final" / file).read_text() for name in ("one", "two"))
         assert two.replace(str(tmp_path / "two"), "") == one.replace(str(tmp_path / "one"), "")

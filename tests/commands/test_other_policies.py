@@ -7,18 +7,17 @@ by their action steps. Everything else is as in a user's run.
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import ForkServer
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from runs import assert_same_bits, assert_trained, losses, metrics
 from safetensors.torch import load_file
 
 from craft_ds.cli import run_command
 from craft_ds.policies import support
-from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.testing.small_policies import (
     OTHER_POLICIES,
     make_small_policy_dir,
@@ -60,20 +59,17 @@ def single(inputs, others, tmp_path_factory):
     return root
 
 
-def run_on_ranks(commands: dict[str, list[str]], scratch: Path, world_size: int) -> list[dict]:
+def run_on_ranks(
+    server: ForkServer, commands: dict[str, list[str]], scratch: Path, world_size: int
+) -> list[dict]:
     (scratch / "commands.json").write_text(json.dumps(commands))
     program = Path(__file__).with_name("other_policy_ranks.py")
-    ends = run_ranks(
-        [sys.executable, str(program), str(scratch / "commands.json"), str(scratch)],
-        world_size,
-        timeout=400,
-    )
-    assert all(end.status == 0 for end in ends), "\n".join(end.output for end in ends)
+    server.run([scratch / "commands.json", scratch], world_size, program=program, timeout=400).check()
     return [json.loads((scratch / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(inputs, others, tmp_path_factory):
+def two_ranks(inputs, others, fork_server, tmp_path_factory):
     """Every type in every engine on 2 ranks, 2 samples each, as in `single`."""
     scratch = tmp_path_factory.mktemp("two_ranks")
     commands = {}
@@ -86,7 +82,7 @@ def two_ranks(inputs, others, tmp_path_factory):
         commands[f"craft_{engine}"] = [*craft, *engine_flags]
     norm = flags_of(inputs, others["batch_norm"], scratch / "batch_norm")
     commands["batch_norm"] = [*norm, "--batch_size=1", "--steps=1", *ENGINES["fsdp"]]
-    return scratch, run_on_ranks(commands, scratch, 2)
+    return scratch, run_on_ranks(fork_server, commands, scratch, 2)
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 import gzip
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from runs import assert_same_bits, metrics
 
-from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.training.step_profiler import StepProfiler
 
 TASK = {"data", "task_forward", "task_backward", "all_reduce", "optimizer"}
@@ -141,14 +139,13 @@ def test_contradictory_profile_flags_are_refused(refuses, tmp_path, flags, messa
 
 
 @pytest.mark.distributed
-def test_each_rank_writes_its_own_profile(inputs, tmp_path):
+def test_each_rank_writes_its_own_profile(inputs, fork_server, tmp_path):
     run = tmp_path / "run"
     flags = [*inputs.flags(run), *inputs.craft_flags(), "--engine=fsdp", "--profile.steps=2"]
     commands = tmp_path / "commands.json"
     commands.write_text(json.dumps({"run": [*flags, "--profile.skip=1", "--save_checkpoint=false"]}))
     program = Path(__file__).with_name("training_ranks.py")
-    ends = run_ranks([sys.executable, str(program), str(commands), str(tmp_path)], 2, timeout=240)
-    assert all(end.status == 0 for end in ends), ends
+    fork_server.run([commands, tmp_path], 2, program=program, timeout=240).check()
     for rank in range(2):
         files = f"rank_{rank}"
         found = ranges(run / "profile" / "step_000002" / f"{files}.trace.json.gz")

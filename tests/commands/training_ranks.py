@@ -4,11 +4,9 @@ Arguments: a JSON file with the flags of each command by name, and a directory f
 """
 
 import contextlib
-import faulthandler
 import io
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from craft_ds.cli import exit_without_teardown, run_command
 
 
 def main() -> None:
-    faulthandler.register(signal.SIGUSR1)
     commands, results = map(Path, sys.argv[1:])
     ended = {}
     for name, flags in json.loads(commands.read_text()).items():

@@ -4,27 +4,20 @@ Arguments: the directory of results, the policy directory, the directory of adap
 `torch.compile`, and the names of cases.
 """
 
-import faulthandler
 import json
 import os
-import signal
 import sys
 import traceback
 from functools import partial
 from pathlib import Path
 
-faulthandler.register(signal.SIGUSR1)
+import torch
+from lab import Lab, gradients, masters
+from scenarios_lora import KINDS
+from torch._dynamo.utils import counters
 
-import torch  # noqa: E402
-
-torch.set_num_threads(1)
-
-from lab import Lab, gradients, masters  # noqa: E402
-from scenarios_lora import KINDS  # noqa: E402
-from torch._dynamo.utils import counters  # noqa: E402
-
-from craft_ds.engines.base import Engine  # noqa: E402
-from craft_ds.training.train_step import accumulate  # noqa: E402
+from craft_ds.engines.base import Engine
+from craft_ds.training.train_step import accumulate
 
 CASES = {
     "fsdp": ("fsdp", {}),

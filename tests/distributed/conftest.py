@@ -1,6 +1,5 @@
 """Fixtures of the engines under test, spawned on first use, and of the reference."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from lab import Lab, Result
+from launch import ForkServer
 from registry import EVERY, SINGLE, SPAWNS, Ranks, Spawn, by_default
 from scenarios_lora import KINDS, adapters_of
 
 from craft_ds.testing.adapters import make_test_adapters
-from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.testing.policies import make_test_policy_dir
 
 TIMEOUT_S = 420
@@ -62,6 +61,7 @@ class Spawner:
     """Starts each spawn once, after those whose checkpoints it reads."""
 
     lab: Lab
+    server: ForkServer
     root: Path
     compile_cpu_adam: Callable[[], object]
     everything: bool
@@ -85,16 +85,17 @@ class Spawner:
             self.compile_cpu_adam()
         directory = self._directory(spawn)
         directory.mkdir()
-        command = [sys.executable, str(Path(__file__).with_name("worker.py")), spawn.family]
-        command += [str(directory), str(self.lab.policy_dir), str(self.lab.scratch)]
-        command += [
+        arguments = [spawn.family, directory, self.lab.policy_dir, self.lab.scratch]
+        arguments += [
             f"{kind}/{name}"
             for kind, scenarios in SPAWNS[spawn].items()
             for name in scenarios
             if self.everything or by_default(Ranks(kind, spawn.world_size), name)
         ]
-        ends = run_ranks(command, spawn.world_size, timeout=TIMEOUT_S)
-        output = "\n".join(f"--- rank {rank}: {end.status}\n{end.output}" for rank, end in enumerate(ends))
+        program = Path(__file__).with_name("worker.py")
+        ended = self.server.run(arguments, spawn.world_size, program=program, timeout=TIMEOUT_S)
+        ends = enumerate(zip(ended.statuses, ended.outputs, strict=True))
+        output = "\n".join(f"--- rank {rank}: {status}\n{printed}" for rank, (status, printed) in ends)
         print(output)
         return output
 
@@ -109,10 +110,11 @@ def reference(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def spawner(reference, tmp_path_factory, request):
+def spawner(reference, fork_server, tmp_path_factory, request):
     return Spawner(
         reference.lab,
-        tmp_path_factory.mktemp("ranks"),
+        fork_server,
+        tmp_path_factory.mktemp("spawns"),
         lambda: request.getfixturevalue("compiled_cpu_adam"),
         request.config.getoption("--all"),
     )

@@ -3,37 +3,30 @@
 As a program: one rank. Arguments: the directory of results and the policy directory.
 """
 
-import faulthandler
-import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-faulthandler.register(signal.SIGUSR1)
+import pytest
+import torch
+import torch.distributed as dist
+from collectives import CollectiveCounter
+from lab import Lab, masters
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-import torch  # noqa: E402
-
-torch.set_num_threads(1)
-
-import pytest  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from collectives import CollectiveCounter  # noqa: E402
-from lab import Lab, masters  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.distributed.fsdp import FSDPModule  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-
-from craft_ds.algorithm.flat_runs import flat_runs  # noqa: E402
-from craft_ds.config.configs import FsdpConfig  # noqa: E402
-from craft_ds.config.craft_config import CraftConfig  # noqa: E402
-from craft_ds.engines.fsdp import FsdpEngine  # noqa: E402
-from craft_ds.engines.single import SingleEngine  # noqa: E402
-from craft_ds.errors import UserError  # noqa: E402
-from craft_ds.policies.token_loss import PolicyWithLoss  # noqa: E402
-from craft_ds.policies.wrapping import shard_units  # noqa: E402
-from craft_ds.testing.policies import read_from  # noqa: E402
-from craft_ds.training.train_step import accumulate, measure, retention_step, task_step  # noqa: E402
+from craft_ds.algorithm.flat_runs import flat_runs
+from craft_ds.config.configs import FsdpConfig
+from craft_ds.config.craft_config import CraftConfig
+from craft_ds.engines.fsdp import FsdpEngine
+from craft_ds.engines.single import SingleEngine
+from craft_ds.errors import UserError
+from craft_ds.policies.token_loss import PolicyWithLoss
+from craft_ds.policies.wrapping import shard_units
+from craft_ds.testing.policies import read_from
+from craft_ds.training.train_step import accumulate, measure, retention_step, task_step
 
 TOLERANCE = 1e-5
 

@@ -1,7 +1,6 @@
 """Compiled layers on 2 and 3 ranks have the gradients of one process that compiles nothing."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ from compiled_ranks import CASES
 from scenarios_lora import KINDS
 
 from craft_ds.testing.adapters import make_test_adapters
-from craft_ds.testing.launch_ranks import run_ranks
 from craft_ds.testing.policies import make_test_policy_dir
 
 TOLERANCE = {"fsdp-bf16": 5e-2}
@@ -21,7 +19,7 @@ BACKEND = {False: "aot_eager", True: "inductor"}
 
 
 @pytest.fixture(scope="module")
-def results(request, inductor, tmp_path_factory):
+def results(request, inductor, fork_server, tmp_path_factory):
     """Results of all cases by number of ranks; each number is launched once."""
     root = tmp_path_factory.mktemp("compiled")
     policy = make_test_policy_dir(root / "policy")
@@ -36,10 +34,9 @@ def results(request, inductor, tmp_path_factory):
             every = request.config.getoption("--all")
             names = list(CASES) if every else BY_DEFAULT[world_size]
             program = Path(__file__).with_name("compiled_ranks.py")
-            command = [sys.executable, str(program), str(launched[world_size]), str(policy)]
-            command += [str(root / "adapters"), BACKEND[every], *names]
-            ends = run_ranks(command, world_size, timeout=420)
-            (launched[world_size] / "output").write_text("\n".join(end.output for end in ends))
+            arguments = [launched[world_size], policy, root / "adapters", BACKEND[every], *names]
+            ended = fork_server.run(arguments, world_size, program=program, timeout=420)
+            (launched[world_size] / "output").write_text("\n".join(ended.outputs))
         return launched[world_size]
 
     return launch

@@ -11,7 +11,6 @@ from scenarios_fsdp import CHECKS
 from craft_ds.config.configs import FsdpConfig
 from craft_ds.engines.fsdp import mesh_shape
 from craft_ds.errors import UserError
-from craft_ds.testing.launch_ranks import run_ranks
 
 RANKS = 2
 ALONE = """
@@ -48,12 +47,11 @@ assert norms[0] == pytest.approx(norms[1], rel=1e-6), norms  # sums of other blo
 
 
 @pytest.fixture(scope="module")
-def results(reference, tmp_path_factory):
+def results(reference, fork_server, tmp_path_factory):
     directory = tmp_path_factory.mktemp("fsdp_checks")
     worker = Path(__file__).with_name("scenarios_fsdp.py")
-    command = [sys.executable, str(worker), str(directory), str(reference.lab.policy_dir)]
-    ends = run_ranks(command, RANKS, timeout=240)
-    (directory / "output").write_text("\n".join(end.output for end in ends))
+    ended = fork_server.run([directory, reference.lab.policy_dir], RANKS, program=worker, timeout=240)
+    (directory / "output").write_text("\n".join(ended.outputs))
     return directory
 
 

@@ -48,7 +48,7 @@ STAYS = {
 
 
 def start(tmp_path: Path, script: str) -> tuple[subprocess.Popen, int]:
-    """Start a script; return it and the process id of its rank."""
+    """Start a script; return it and the process id of its rank, which watches its launcher or has ended."""
     file = tmp_path / "pid"
     rank = shlex.join([sys.executable, str(PROGRAM), str(file)])
     clean = {key: value for key, value in os.environ.items() if key not in REQUIRED}
@@ -64,7 +64,11 @@ def start(tmp_path: Path, script: str) -> tuple[subprocess.Popen, int]:
     while not (file.exists() and file.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    return launcher, int(file.read_text())
+    rank = int(file.read_text())
+    while not file.with_suffix(".watches").exists() and _process(rank) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return launcher, rank
 
 
 def ended_in(pid: int, seconds: float) -> bool:

@@ -1,6 +1,5 @@
 """Every accepted DeepSpeed file gives the numbers of the single process."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,16 +7,11 @@ import zero_files
 from lab import Lab, Result
 from test_parity import assert_close, assert_triple_close
 
-from craft_ds.testing.launch_ranks import run_ranks
-
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(fork_server, tmp_path_factory):
     results = tmp_path_factory.mktemp("zero_files")
-    command = [sys.executable, str(Path(zero_files.__file__)), str(results)]
-    ends = run_ranks(command, 3, timeout=240)
-    for rank, end in enumerate(ends):
-        assert end.status == 0, f"--- rank {rank}\n{end.output[-4000:]}"
+    fork_server.run([results], 3, program=Path(zero_files.__file__), timeout=240).check()
     return results
 
 

@@ -1,4 +1,7 @@
-"""A process that ends with its launcher, or after a minute. Argument: a file for its process id."""
+"""A process that ends with its launcher, or after a minute. Argument: a file for its process id.
+
+A second file, with the suffix `.watches`, says that it watches its launcher.
+"""
 
 import os
 import sys
@@ -9,6 +12,8 @@ from craft_ds.distributed.env import settle_environment
 from craft_ds.distributed.launcher_watch import end_with_launcher
 
 settle_environment()
+file = Path(sys.argv[1])
+file.write_text(str(os.getpid()))  # before the watch, which may end this process at once
 end_with_launcher()
-Path(sys.argv[1]).write_text(str(os.getpid()))
+file.with_suffix(".watches").touch()
 time.sleep(60)

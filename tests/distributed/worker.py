@@ -4,19 +4,13 @@ Arguments: the family of engines, the directory of results, the policy directory
 scenarios as KIND/NAME (none: all).
 """
 
-import faulthandler
 import os
-import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 
-faulthandler.register(signal.SIGUSR1)
-
-import torch  # noqa: E402
-
-torch.set_num_threads(1)
+import torch
 
 
 def main() -> None:

@@ -3,22 +3,16 @@
 As a program: one rank. Arguments: the directory of results.
 """
 
-import faulthandler
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
-faulthandler.register(signal.SIGUSR1)
+import lab
+import torch
 
-import lab  # noqa: E402
-import torch  # noqa: E402
-
-from craft_ds.engines.deepspeed_config import read_ds_config  # noqa: E402
-from craft_ds.training.train_step import accumulate, retention_step, task_step  # noqa: E402
-
-torch.set_num_threads(1)
+from craft_ds.engines.deepspeed_config import read_ds_config
+from craft_ds.training.train_step import accumulate, retention_step, task_step
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 # Small enough that the toy policy fills several buckets.

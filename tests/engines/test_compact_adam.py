@@ -127,7 +127,7 @@ def test_other_moments_are_refused():
     optimizer = compact(KINDS["adamw"](found), "int8")
     assert isinstance(optimizer, CompactAdam)
     with pytest.raises(ValueError, match="it holds momentum_buffer, not exp_avg, exp_avg_sq"):
-        optimizer.set_moments(found[0], {"momentum_buffer": found[0].detach().view(-1)}, 1)
+        optimizer.set_moments(found[0], ["momentum_buffer"], lambda _: found[0].detach().view(-1), 1)
 
 
 @states

@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: the fork server, the seed of random samples and the table of results."""
+"""Fixtures of the fault tests: the seed of random samples and the table of results."""
 
 import os
 import platform
@@ -10,10 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "commands"))  # for its module `runs`
 
-pytest.register_assert_rewrite("crash_lab", "resume_matrix", "launch")
+pytest.register_assert_rewrite("crash_lab", "resume_matrix")
 
 from fault_table import FaultTable  # noqa: E402
-from launch import ForkServer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "outputs" / "bench" / "fault_campaign.json"
@@ -40,14 +39,6 @@ def full_campaign(request) -> bool:
 def faults_seed(request) -> int:
     """Seed of samples and random instants."""
     return request.config.getoption("--faults-seed")
-
-
-@pytest.fixture(scope="session")
-def fork_server(tmp_path_factory):
-    """Server that starts ranks without imports."""
-    server = ForkServer(tmp_path_factory.mktemp("ranks"))
-    yield server
-    server.close()
 
 
 def pytest_terminal_summary(terminalreporter, config):

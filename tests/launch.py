@@ -1,4 +1,4 @@
-"""Launch ranks from a fork server, kill some of them, and record how the others exit."""
+"""Client of the fork server: start ranks, kill some of them, and record how the others exit."""
 
 import json
 import os
@@ -19,7 +19,7 @@ class FaultInjector(NamedTuple):
     """A function that runs in a rank before the training command.
 
     Attributes:
-        function: `module:function`; the module is in this directory.
+        function: `module:function`; the module is in tests/faults.
         arguments: Its keyword arguments, plain values.
     """
 
@@ -78,7 +78,7 @@ class ForkServer:
     def __init__(self, scratch: Path):
         self._scratch = scratch
         here = Path(__file__).parent
-        paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+        paths = [str(here / "faults"), str(here.parent), os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
@@ -128,16 +128,18 @@ class ForkServer:
         argv: Sequence[object],
         world_size: int,
         *,
+        program: Path | None = None,
         kill: Kill | None = None,
         injectors: Mapping[int, Sequence[FaultInjector]] | None = None,
         timeout: float = 120.0,
         grace: float = 10.0,
     ) -> LaunchResult:
-        """Run the training command on some ranks until all have exited.
+        """Run the training command, or another program, on some ranks until all have exited.
 
         Args:
             argv: Arguments of the command.
             world_size: Number of ranks.
+            program: A Python file to run in place of the training command, without injectors.
             kill: Ranks to kill, and when.
             injectors: Fault injectors by rank.
             timeout: Seconds after which ranks print their stacks and exit.
@@ -159,6 +161,7 @@ class ForkServer:
                 "environment": {
                     key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()
                 },
+                "program": None if program is None else str(program),
                 "argv": [str(argument) for argument in argv],
                 "injectors": [
                     (*one.function.split(":"), one.arguments) for one in (injectors or {}).get(rank, ())

@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import pkgutil
+import runpy
 import signal
 import sys
 import threading
@@ -88,7 +89,7 @@ def unforkable() -> list[str]:
 
 
 def run_rank(request: dict[str, Any]) -> int:
-    """Run the training command as one rank, after applying its fault injectors."""
+    """Run a program, or the training command after its fault injectors, as one rank."""
     os.environ.update(request["environment"])
     faulthandler.enable()
     # The last resort, with the stacks of all threads, even if the starting process is gone.
@@ -96,8 +97,13 @@ def run_rank(request: dict[str, Any]) -> int:
     # torch replaces its pool of threads at the first use after a fork, without a lock: the threads of its
     # autograd engine would race for it ("Invalid thread pool!").
     torch.set_num_threads(1)
-    sys.argv = ["train_craft.py", *request["argv"]]
+    program = request["program"]
+    sys.argv = [program or "train_craft.py", *request["argv"]]
     try:
+        if program:
+            sys.path.insert(0, str(Path(program).parent))
+            runpy.run_path(program, run_name="__main__")
+            return 0
         for module, function, arguments in request["injectors"]:
             getattr(importlib.import_module(module), function)(**arguments)
         run_command("train", sys.argv[1:])
