@@ -1,9 +1,10 @@
-"""Fine-tune the embedded policy on a new robot task with and without CRaFT; measure old and new tasks.
+"""Fine-tune the embedded policy on a new robot task by three methods; measure old and new tasks.
 
-Record demonstrations, build the anchor cache, and fine-tune the shipped teacher twice per seed on several
-ranks of ZeRO-3 or FSDP2: once as the plain baseline, once with CRaFT, with the same steps and samples. Then
-run every policy in the simulator. With --lora, LoRA adapters are trained too, with and without CRaFT. The
-results are a table, OUTPUT_DIR/summary.json and OUTPUT_DIR/summary.png.
+Record demonstrations, build the anchor cache, and fine-tune the shipped teacher with every seed by plain
+fine-tuning, by replay of the anchors, and by CRaFT, with the same steps and samples. Then run every policy in
+the simulator. The methods' settings are those that `benchmarks/continual.py --tier metaworld` chose on other
+seeds and scenes. With --lora, LoRA adapters are trained too. The results are a table,
+OUTPUT_DIR/summary.json and OUTPUT_DIR/summary.png.
 """
 
 import argparse
@@ -12,18 +13,19 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from craft_ds.commands.subcommands import call, craft_ds, fail, subcommand, training_command
+from craft_ds.commands.subcommands import call_side_by_side, craft_ds, subcommand, training_command
 from craft_ds.errors import UserError
 
-EVAL_SEED = 1000
-"""Seed of the evaluation scenes, of which the demonstrations show none."""
+SEEDS = (21, 22, 23)
+"""Seeds of fine-tuning that no setting was chosen with."""
+EVAL_SEED = 5000
+"""Seed of the evaluation scenes, which neither the demonstrations show nor the benchmark uses."""
 HELDOUT_SEED = 7
 """Seed of the demonstrations that the loss is measured on."""
 HELDOUT_EPISODES = 5
@@ -33,17 +35,11 @@ TRAINING_FLAGS = [
     "--num_workers=0",
     "--save_freq=0",
 ]
-CRAFT_FLAGS = [
-    "--craft.enabled=true",
-    "--craft.retention_freq=1",
-    "--craft.epsilon_relative=true",
-    "--craft.epsilon_start=1.6",
-    "--craft.epsilon_end=1.4",
-    "--craft.lambda_lr=0.1",
-]
+REPLAY_FLAGS = ["--craft.preset=replay", "--craft.initial_lambda=1"]
+CRAFT_FLAGS = ["--craft.preset=recommended"]
 LORA_FLAGS = ["--lora=preset", "--policy.optimizer_lr=3e-3"]
-METHODS = ("teacher", "baseline", "craft", "lora_baseline", "lora_craft")
-ENGINES = {"zero3": "ZeRO-3", "fsdp": "FSDP2"}
+METHODS = ("teacher", "baseline", "replay", "craft", "lora_baseline", "lora_craft")
+ENGINES = {"single": "one process", "zero3": "ZeRO-3 ranks", "fsdp": "FSDP2 ranks"}
 _INSTALL = "pip install 'craft-ds[deepspeed,world]'"
 
 
@@ -58,18 +54,19 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default="auto",
         help="auto: metaworld where MuJoCo can render, else blocks (default: auto)",
     )
-    add("--seeds", type=int, nargs="+", default=[0], help="seeds of fine-tuning (default: 0)")
+    add("--seeds", type=int, nargs="+", default=SEEDS, help="seeds of fine-tuning (default: 21 22 23)")
     add("--steps", type=int, default=400, help="optimizer steps of each fine-tuning (default: 400)")
     add(
         "--engine",
-        choices=("auto", *ENGINES),
-        default="auto",
-        help="DeepSpeed ZeRO-3 or FSDP2 (default: zero3 where DeepSpeed is installed, else fsdp)",
+        choices=tuple(ENGINES),
+        default="single",
+        help="one process, or DeepSpeed ZeRO-3 or FSDP2 on several ranks (default: single)",
     )
+    add("--ranks", type=int, help="ranks that share the policy (default: 2; single: 1)")
+    add("--jobs", type=int, help="fine-tuning runs at once (default: CPU cores / ranks)")
     add("--lora", action="store_true", help="train LoRA adapters too, with and without CRaFT")
-    add("--ranks", type=int, default=2, help="ranks that share the policy (default: 2)")
     add("--batch_size", type=int, default=16, help="samples per step over all ranks (default: 16)")
-    add("--num_anchors", type=int, default=1000, help="anchors of the old tasks (default: 1000)")
+    add("--num_anchors", type=int, default=300, help="anchors of the old tasks (default: 300)")
     add("--episodes", type=int, default=20, help="simulator episodes per task (default: 20)")
     add("--eval_seed", type=int, default=EVAL_SEED, help=f"seed of their scenes (default: {EVAL_SEED})")
     add("--output_dir", type=Path, default=Path("outputs/demo"), help="default: outputs/demo")
@@ -93,11 +90,15 @@ def main(arguments: Sequence[str]) -> None:
     if args.plot:
         plot(*args.plot)
         return
-    for name in ("steps", "ranks", "batch_size", "num_anchors", "episodes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+    for name in ("steps", "ranks", "jobs", "batch_size", "num_anchors", "episodes"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
     started = time.monotonic()
-    args.engine = choose_engine(args.engine)
+    args.ranks = choose_ranks(args.engine, args.ranks)
+    args.jobs = args.jobs or max(1, (os.cpu_count() or 1) // args.ranks)
+    # Processes side by side share the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (args.jobs * args.ranks))))
     args.world = choose_world(args.world)
     summary = run_demo(args)
     file, picture = args.output_dir / "summary.json", args.output_dir / "summary.png"
@@ -121,18 +122,19 @@ def plot(summary: Path, picture: Path) -> None:
         raise UserError(f"--plot {summary}: not a summary of craft-ds demo ({error})") from error
 
 
-def choose_engine(name: str) -> str:
-    """Return the engine to train with; `auto` is ZeRO-3 where DeepSpeed is installed, else FSDP2.
+def choose_ranks(engine: str, ranks: int | None) -> int:
+    """Return the number of ranks of a run.
 
     Raises:
-        UserError: ZeRO-3 was asked for and DeepSpeed is not installed.
+        UserError: The engine has no ranks, or is not installed.
     """
-    if name == "fsdp" or find_spec("deepspeed"):
-        return "zero3" if name == "auto" else name
-    if name == "zero3":
+    if engine == "single":
+        if ranks not in (None, 1):
+            raise UserError(f"--ranks={ranks} needs an engine that shards: add --engine=fsdp or zero3")
+        return 1
+    if engine == "zero3" and not find_spec("deepspeed"):
         raise UserError(f"--engine=zero3: DeepSpeed is not installed; {_INSTALL}, or use --engine=fsdp")
-    say(f"DeepSpeed is not installed ({_INSTALL}); training on FSDP2")
-    return "fsdp"
+    return ranks or 2
 
 
 def choose_world(name: str) -> str:
@@ -179,25 +181,35 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
         f"--output_dir={cache}",
         f"--num_samples={args.num_anchors}",
         "--num_workers=0",
+        "--targets",
+        "teacher_kl",
     )
 
     shutil.rmtree(runs, ignore_errors=True)
-    rows = []
-    for seed in args.seeds:
-        policies = {"teacher": teacher} if seed == args.seeds[0] else {}
-        figures: dict[str, Any] = {"teacher": {"peak_memory_mb": None, "step_seconds": None}}
-        for method, flags in methods(cache, args).items():
-            say(f"{method}, seed {seed}: {args.steps} steps on {args.ranks} {ENGINES[args.engine]} ranks")
-            run = runs / f"{method}_seed{seed}"
-            train(args, teacher, data / "new", run, seed, flags)
-            policies[method] = run / "final"
-            figures[method] = run_figures(run)
-        say(f"closed-loop evaluation, {args.episodes} episodes per task: {', '.join(policies)}")
-        results = evaluate_policies(policies, args, heldout, runs / f"seed{seed}")
-        rows += [
-            {"method": method, "seed": seed, **result, **figures[method]}
-            for method, result in results.items()
-        ]
+    runs.mkdir()
+    kinds = methods(cache, args)
+    trained = {f"{method}_seed{seed}": (method, seed) for seed in args.seeds for method in kinds}
+    say(
+        f"{args.steps} steps in {place(args)} each, {args.jobs} at once, with their output in {runs}/*.log: "
+        f"{', '.join(trained)}"
+    )
+    call_side_by_side(
+        {
+            name: training(args, teacher, data / "new", runs / name, seed, kinds[method])
+            for name, (method, seed) in trained.items()
+        },
+        runs,
+        args.jobs,
+    )
+    policies = {"teacher": teacher, **{name: runs / name / "final" for name in trained}}
+    say(f"closed-loop evaluation, {args.episodes} episodes per task")
+    results = evaluate_policies(policies, args, heldout, runs)
+    nothing = {"peak_memory_mb": None, "step_seconds": None}
+    rows = [{"method": "teacher", "seed": args.seeds[0], **results["teacher"], **nothing}]
+    rows += [
+        {"method": method, "seed": seed, **results[name], **run_figures(runs / name)}
+        for name, (method, seed) in trained.items()
+    ]
 
     world = make_world(args.world)
     return {
@@ -209,8 +221,7 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
         "episodes": args.episodes,
         "eval_seed": args.eval_seed,
         "ranks": args.ranks,
-        "craft_flags": craft_flags(cache, args),
-        "lora_flags": LORA_FLAGS if args.lora else None,
+        "flags": kinds,
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "rows": rows,
     }
@@ -218,43 +229,43 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
 
 def methods(cache: Path, args: argparse.Namespace) -> dict[str, list[str]]:
     """Return the further flags of each fine-tuning method."""
-    kinds: dict[str, list[str]] = {"baseline": [], "craft": craft_flags(cache, args)}
+    anchors = [f"--craft.anchor_cache_dir={cache}", f"--craft.anchor_batch_size={rank_batch_size(args)}"]
+    kinds: dict[str, list[str]] = {
+        "baseline": [],
+        "replay": [*REPLAY_FLAGS, *anchors],
+        "craft": [*CRAFT_FLAGS, *anchors, *args.craft_flags],
+    }
     if args.lora:
-        kinds |= {f"lora_{method}": [*LORA_FLAGS, *flags] for method, flags in kinds.items()}
+        kinds |= {f"lora_{method}": [*LORA_FLAGS, *kinds[method]] for method in ("baseline", "craft")}
     return kinds
-
-
-def craft_flags(cache: Path, args: argparse.Namespace) -> list[str]:
-    return [
-        *CRAFT_FLAGS,
-        f"--craft.anchor_cache_dir={cache}",
-        f"--craft.anchor_batch_size={rank_batch_size(args)}",
-        *args.craft_flags,
-    ]
 
 
 def rank_batch_size(args: argparse.Namespace) -> int:
     return max(1, args.batch_size // args.ranks)
 
 
-def train(
+def training(
     args: argparse.Namespace, teacher: Path, data: Path, run: Path, seed: int, flags: list[str]
-) -> None:
-    call(
-        [
-            *training_command(args.engine, args.ranks),
-            f"--policy.path={teacher}",
-            f"--dataset.repo_id=craft-ds/{args.world}-new",
-            f"--dataset.root={data}",
-            f"--output_dir={run}",
-            f"--steps={args.steps}",
-            f"--seed={seed}",
-            f"--log_freq={min(20, args.steps)}",
-            f"--batch_size={rank_batch_size(args)}",
-            *TRAINING_FLAGS,
-            *flags,
-        ]
-    )
+) -> list[str]:
+    """Return the command of a fine-tuning run."""
+    return [
+        *training_command(args.engine, args.ranks),
+        f"--policy.path={teacher}",
+        f"--dataset.repo_id=craft-ds/{args.world}-new",
+        f"--dataset.root={data}",
+        f"--output_dir={run}",
+        f"--steps={args.steps}",
+        f"--seed={seed}",
+        f"--log_freq={min(20, args.steps)}",
+        f"--batch_size={rank_batch_size(args)}",
+        *TRAINING_FLAGS,
+        *flags,
+    ]
+
+
+def place(args: argparse.Namespace) -> str:
+    """Return where a run trains, in words."""
+    return ENGINES[args.engine] if args.engine == "single" else f"{args.ranks} {ENGINES[args.engine]}"
 
 
 def run_figures(run: Path) -> dict[str, float]:
@@ -268,28 +279,26 @@ def run_figures(run: Path) -> dict[str, float]:
 
 
 def evaluate_policies(
-    policies: dict[str, Path], args: argparse.Namespace, heldout: Path, output: Path
+    policies: Mapping[str, Path], args: argparse.Namespace, heldout: Path, output: Path
 ) -> dict[str, dict[str, Any]]:
-    """Return success and loss by task of each policy; the policies run side by side."""
-    files = {method: Path(f"{output}_{method}.json") for method in policies}
-    processes = {}
-    for method, policy in policies.items():
-        command = subcommand("eval", f"--policy.path={policy}")
-        command += ["--world", args.world, "--episodes", str(args.episodes), "--seed", str(args.eval_seed)]
-        command += ["--data_root", str(heldout), "--output", str(files[method])]
-        processes[method] = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    failed = [method for method, process in processes.items() if process.wait() != 0]
-    if failed:
-        fail(f"evaluation of {', '.join(failed)} failed (its message is above)")
-    results = {method: json.loads(file.read_text(encoding="utf-8")) for method, file in files.items()}
+    """Return success and loss by task of each policy."""
+    files = {name: output / f"{name}_eval.json" for name in policies}
+    commands = {}
+    for name, policy in policies.items():
+        command = subcommand("eval", f"--policy.path={policy}", "--world", args.world)
+        command += ["--episodes", str(args.episodes), "--seed", str(args.eval_seed)]
+        commands[f"{name}_eval"] = [*command, "--data_root", str(heldout), "--output", str(files[name])]
+    call_side_by_side(commands, output, os.cpu_count() or 1)
+    results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
     return {
-        method: {"success": result["success"], "loss": result["loss"]} for method, result in results.items()
+        name: {measure: result[measure] for measure in ("success", "loss")}
+        for name, result in results.items()
     }
 
 
 def print_table(summary: dict[str, Any]) -> None:
     tasks = [*summary["old_tasks"], *summary["new_tasks"]]
-    print(f"\n{summary['steps']} steps on {summary['ranks']} {ENGINES[summary['engine']]} ranks")
+    print(f"\n{summary['steps']} steps, engine {summary['engine']}, ranks: {summary['ranks']}")
     for measure in ("success", "loss"):
         old, new = ", ".join(summary["old_tasks"]), ", ".join(summary["new_tasks"])
         print(f"\n{measure} by task (old: {old}; new: {new})")

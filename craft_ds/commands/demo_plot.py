@@ -14,11 +14,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from craft_ds.training.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from craft_ds.training.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, STYLE
 
 METHODS = {
     "teacher": ("before fine-tuning", GREY),
     "baseline": ("baseline", ORANGE),
+    "replay": ("replay", PURPLE),
     "craft": ("CRaFT", BLUE),
     "lora_baseline": ("LoRA baseline", RED),
     "lora_craft": ("LoRA CRaFT", GREEN),

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -15,6 +17,7 @@ from craft_ds.distributed.preemption import SIGNALS
 from craft_ds.errors import PREEMPTED_STATUS, Preempted
 
 _PR_SET_PDEATHSIG = 1
+_POLL_S = 0.2
 
 
 def subcommand(*arguments: object) -> list[str]:
@@ -68,6 +71,41 @@ def call(command: Sequence[str]) -> None:
         raise Preempted("stopped")
     if status:
         fail(f"a command failed with status {status} (its message is above): {shlex.join(command)}")
+
+
+def call_side_by_side(commands: Mapping[str, Sequence[str]], logs: Path, jobs: int) -> None:
+    """Run commands to their ends, several at once, each with its output in a file.
+
+    After a failure no further command starts. If this process is stopped, the commands receive SIGTERM.
+
+    Args:
+        commands: The commands by name, in the order in which they start.
+        logs: Directory for their output, `NAME.log`.
+        jobs: How many run at once.
+
+    Raises:
+        SystemExit: A command failed; names its log.
+    """
+    waiting, running, failed = list(commands), dict[str, subprocess.Popen[bytes]](), list[str]()
+    try:
+        while running or (waiting and not failed):
+            while waiting and not failed and len(running) < jobs:
+                name = waiting.pop(0)
+                with (logs / f"{name}.log").open("wb") as log:
+                    running[name] = subprocess.Popen(
+                        commands[name], stdout=log, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
+                    )
+            time.sleep(_POLL_S)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                if running.pop(name).returncode:
+                    failed.append(name)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    if failed:
+        fail(f"{failed[0]} failed: see {logs / f'{failed[0]}.log'}")
 
 
 def fail(message: str) -> NoReturn:

@@ -10,6 +10,7 @@ import pytest
 
 from craft_ds.cli import run_command
 from craft_ds.commands import demo
+from craft_ds.commands.subcommands import call, training_command
 from craft_ds.errors import UserError
 
 PACKAGE = Path(demo.__file__).parents[2]
@@ -47,19 +48,15 @@ def test_help_imports_nothing_heavy(command):
     assert ended.stderr == "[]\n"
 
 
-def test_without_deepspeed_the_demo_trains_on_fsdp(monkeypatch, capsys):
+def test_ranks_are_those_of_the_engine(monkeypatch):
+    assert demo.choose_ranks("single", None) == 1
+    assert demo.choose_ranks("fsdp", None) == demo.choose_ranks("zero3", None) == 2
+    assert demo.choose_ranks("fsdp", 3) == 3
+    with pytest.raises(UserError, match="--ranks=2 needs an engine that shards"):
+        demo.choose_ranks("single", 2)
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    assert demo.choose_engine("auto") == "fsdp"
-    assert "pip install 'craft-ds[deepspeed,world]'" in capsys.readouterr().out
-    assert demo.choose_engine("fsdp") == "fsdp"
-    with pytest.raises(UserError, match="--engine=zero3: DeepSpeed is not installed"):
-        demo.choose_engine("zero3")
-
-
-def test_with_deepspeed_the_demo_trains_on_zero3(monkeypatch):
-    monkeypatch.setattr(demo, "find_spec", lambda name: object())
-    assert demo.choose_engine("auto") == demo.choose_engine("zero3") == "zero3"
-    assert demo.choose_engine("fsdp") == "fsdp"
+    with pytest.raises(UserError, match="--engine=zero3: DeepSpeed is not installed; pip install"):
+        demo.choose_ranks("zero3", None)
 
 
 def test_without_gl_the_demo_uses_the_blocks(monkeypatch, capsys):
@@ -70,23 +67,37 @@ def test_without_gl_the_demo_uses_the_blocks(monkeypatch, capsys):
         demo.choose_world("metaworld")
 
 
-@pytest.mark.parametrize("engine", list(demo.ENGINES))
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
 def test_ranks_start_the_installed_package(engine):
-    command = demo.training_command(engine, 3)
+    command = training_command(engine, 3)
     assert command[:2] == [sys.executable, "-m"]
     assert command[command.index("craft_ds") + 1] == "train"
     assert any(part.endswith("=3") for part in command)
     assert not any("scripts" in part for part in command)
 
 
-def test_the_demo_uses_all_seeds_and_methods():
-    args = demo.parse_arguments(["--lora", "--batch_size=6", "--ranks=2", "--", "--craft.lambda_lr=1"])
+def test_the_demo_uses_all_methods():
+    args = demo.parse_arguments(["--lora", "--batch_size=6", "--", "--craft.lambda_lr=1"])
+    args.ranks = 2
     flags = demo.methods(Path("cache"), args)
     assert tuple(flags) == demo.METHODS[1:]
     assert flags["baseline"] == []
     assert flags["lora_baseline"] == demo.LORA_FLAGS
-    assert flags["craft"][-2:] == ["--craft.anchor_batch_size=3", "--craft.lambda_lr=1"]
+    for name, preset in (("replay", "replay"), ("craft", "recommended")):
+        assert flags[name][0] == f"--craft.preset={preset}"
+        assert {"--craft.anchor_cache_dir=cache", "--craft.anchor_batch_size=3"} <= set(flags[name])
+    assert flags["craft"][-1] == "--craft.lambda_lr=1"
     assert flags["lora_craft"] == [*demo.LORA_FLAGS, *flags["craft"]]
+
+
+def test_no_setting_was_chosen_with_the_seeds_and_scenes_of_the_demo(monkeypatch):
+    monkeypatch.syspath_prepend(PACKAGE / "benchmarks")
+    from continual_parts.cells import SCENES
+    from continual_parts.tiers import TIERS
+
+    seeds = {seed for tier in TIERS.values() for seed in (*tier.seeds, *tier.tuning_seeds)}
+    assert seeds.isdisjoint(demo.SEEDS)
+    assert demo.EVAL_SEED not in {first + seed for first in SCENES.values() for seed in seeds}
 
 
 def test_a_bad_number_is_named(capsys):
@@ -98,7 +109,7 @@ def test_a_bad_number_is_named(capsys):
 
 def test_a_failed_command_stops_the_demo_with_a_line(capsys):
     with pytest.raises(SystemExit) as ended:
-        demo.call([sys.executable, "-c", "raise SystemExit(3)"])
+        call([sys.executable, "-c", "raise SystemExit(3)"])
     assert ended.value.code == 1
     assert "failed with status 3" in capsys.readouterr().err
 
@@ -108,7 +119,7 @@ def test_a_failed_command_stops_the_demo_with_a_line(capsys):
 def test_a_small_demo_runs_in_an_empty_directory(tmp_path):
     flags = [
         "--world=blocks",
-        "--engine=fsdp",
+        "--seeds=3",
         "--steps=2",
         "--episodes=1",
         "--num_anchors=16",
@@ -126,9 +137,10 @@ def test_a_small_demo_runs_in_an_empty_directory(tmp_path):
     assert ended.returncode == 0, ended.stdout + ended.stderr
     summary = json.loads((tmp_path / "outputs/demo/summary.json").read_text())
     assert [(row["method"], row["seed"]) for row in summary["rows"]] == [
-        ("teacher", 0),
-        ("baseline", 0),
-        ("craft", 0),
+        ("teacher", 3),
+        ("baseline", 3),
+        ("replay", 3),
+        ("craft", 3),
     ]
     assert summary["eval_seed"] == demo.EVAL_SEED
     assert (tmp_path / "outputs/demo/summary.png").stat().st_size > 10_000

@@ -12,7 +12,7 @@ import torch
 
 from craft_ds.cli import run_command
 from craft_ds.commands.evaluate import parse_arguments
-from craft_ds.commands.subcommands import call, training_command
+from craft_ds.commands.subcommands import call, call_side_by_side, training_command
 from craft_ds.data.lerobot_dataset import open_dataset
 from craft_ds.errors import PREEMPTED_STATUS, Preempted, UserError
 from craft_ds.policies.loading import load_policy, load_policy_config, load_processors
@@ -44,6 +44,31 @@ def test_a_preempted_command_preempts_its_caller():
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     call(python(""))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_commands_side_by_side_write_their_logs(tmp_path):
+    """At most `jobs` run at once: each writes how many ran beside it."""
+    count = (
+        "import sys, time, pathlib; own = pathlib.Path(sys.argv[1]); own.touch(); time.sleep(0.5); "
+        "print(len(list(own.parent.glob('*.runs')))); own.unlink()"
+    )
+    commands = {f"run{i}": [*python(count), str(tmp_path / f"{i}.runs")] for i in range(4)}
+    call_side_by_side(commands, tmp_path, 2)
+    found = [int((tmp_path / f"{name}.log").read_text()) for name in commands]
+    assert max(found) == 2
+
+
+def test_a_failed_command_side_by_side_names_its_log(tmp_path, capsys):
+    """What runs beside it ends first; no other starts."""
+    wait = python("import time; time.sleep(1); print('complete')")
+    fails = python("print('why'); raise SystemExit(3)")
+    with pytest.raises(SystemExit) as ended:
+        call_side_by_side({"good": wait, "bad": fails, "late": wait}, tmp_path, 2)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"error: bad failed: see {tmp_path / 'bad.log'}\n"
+    assert (tmp_path / "bad.log").read_text() == "why\n"
+    assert (tmp_path / "good.log").read_text() == "complete\n"
+    assert not (tmp_path / "late.log").exists()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_presets_are_what_their_names_say():
         config = parse_arguments([f"--craft.preset={name}", *OWN]).craft
         assert (config.multiplier, config.initial_lambda, config.retention_freq) == ("fixed", 1.0, 1)
         assert (config.use_grad_projection, config.merging, config.retention_loss) == (False, "guide", loss)
-    assert "recommended" not in PRESETS
+    assert flags["recommended"] == flags["kl"]
 
 
 @pytest.mark.parametrize("flags", [["--craft.retention_freq=5"], ["--craft.retention_freq", "5"]])
