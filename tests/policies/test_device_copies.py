@@ -35,6 +35,23 @@ def test_another_mask_is_read_from_the_device():
     assert waits.take() == {"craft_ds": 1}
 
 
+@pytest.mark.parametrize("changed", ["mask", "copy"])
+def test_a_mask_that_was_changed_is_read_from_the_device(changed):
+    waits, mask = HostWaits(), MASK.clone()
+    copy = waits.copy_to_device(mask, "cpu")
+    {"mask": mask, "copy": copy}[changed].fill_(True)
+    with waits:
+        found = on_host(copy)
+    assert waits.take() == {"craft_ds": 1}
+    assert torch.equal(found, copy)
+
+
+@torch.inference_mode()
+def test_masks_of_inference_mode_are_kept_too():
+    mask = MASK.clone()
+    assert on_host(copy_to_device(mask, "meta")) is mask
+
+
 @pytest.mark.parametrize(
     "wait",
     [
