@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
+from continual_parts.ablation import ablation_lines
 from continual_parts.cells import cells
 from continual_parts.measures import MEASURES, Result, measurable
 from continual_parts.methods import METHODS
@@ -49,6 +50,13 @@ def page_lines(tier: str, results: Sequence[Result], picture: str) -> list[str]:
         "## Against what was wanted",
         "",
         *_verdicts(tier, results),
+        "",
+        "## What each part gives",
+        "",
+        "Differences of success between two methods that differ in one part, by seed, with Student's 95 % "
+        "intervals. An interval that contains 0 shows no effect.",
+        "",
+        *ablation_lines(tier, results),
         "",
         "## Tuning",
         "",

@@ -213,6 +213,10 @@ def test_the_page_says_what_was_met(gain, verdict, tmp_path):
     assert line.endswith(f"| {gain:+.2f} ± 0.00 | {verdict} |")
     assert "| kl_3 | 100 | 1 | 0.80 | 0.90 | 0.75 | -0.10 | 0.25 |" in page
     assert f"| b | {0.4 + 2 * gain + 0.012:.2f} | 0.50 |" in page
+    parts = [line for line in page if " − " in line]
+    [target] = parts  # of the others, one of the two methods has no results
+    assert target.startswith("| target: the teacher's distribution")
+    assert f"| kl_1 − replay_1 | 100 | 3 | {gain:+.2f} ± 0.00 |" in target
     plot_tier("cw5", known, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
