@@ -81,9 +81,12 @@ def cells(name: str, purposes: tuple[str, ...] = ("tuning", "report")) -> list[C
     tuned = [method for method in compared if METHODS[method].family and families[METHODS[method].family] > 1]
     found = []
     for purpose in purposes:
-        for seed in tier.tuning_seeds if purpose == "tuning" else tier.seeds:
+        seeds = dict.fromkeys(tier.seeds, compared) | dict.fromkeys(tier.more_seeds, tier.telling)
+        if purpose == "tuning":
+            seeds = dict.fromkeys(tier.tuning_seeds, tuple(tuned))
+        for seed, methods in seeds.items():
             for order in range(len(tier.orders) if purpose == "report" else 1):
-                for method in tuned if purpose == "tuning" else compared:
+                for method in methods:
                     if method == "joint" and order:
                         continue
                     budgets = tier.budgets if METHODS[method].stores else (0,)

@@ -37,7 +37,13 @@ def page_lines(tier: str, results: Sequence[Result], picture: str) -> list[str]:
         f"{size.batch_size} samples (and as many anchors), {size.demonstrations} demonstrations a task, "
         f"{size.episodes} episodes a task. Settings are chosen with the seeds "
         f"{', '.join(map(str, size.tuning_seeds))} and their scenes; the seeds "
-        f"{', '.join(map(str, size.seeds))} and theirs are reported: means over seeds, with Student's 95 % "
+        f"{', '.join(map(str, size.seeds))} and theirs are reported"
+        + (
+            f", of the methods that matter most also {', '.join(map(str, size.more_seeds))}"
+            if size.more_seeds
+            else ""
+        )
+        + ": means over seeds, with Student's 95 % "
         "intervals. *New tasks*: success right after their stage; *NBT*: mean drop of success since a task "
         "was learned"
         + (" (the start policy's tasks count as the first)" if size.keeps_old else "")

@@ -25,6 +25,8 @@ class Tier:
         seeds: Training seeds that are reported.
         tuning_seeds: Training seeds that settings are chosen on, with scenes of their own.
         methods: Methods that the tier compares; empty: all.
+        more_seeds: Further training seeds that are reported of `telling`.
+        telling: Methods whose comparison needs them: intervals of three seeds are wide.
     """
 
     world: str
@@ -41,6 +43,8 @@ class Tier:
     drift: float = 0.0
     episodes: int = 20
     methods: tuple[str, ...] = ()
+    more_seeds: tuple[int, ...] = ()
+    telling: tuple[str, ...] = ()
 
 
 _CW = Tier(
@@ -87,6 +91,18 @@ TIERS = {
         seeds=(11, 12, 13),
         tuning_seeds=(1, 2),
         episodes=40,
+        more_seeds=(14, 15, 16, 17, 18),
+        telling=(
+            "sequential",
+            "replay_0.1",
+            "replay_0.3",
+            "replay_1",
+            "kl_0.3",
+            "kl_1",
+            "kl_3",
+            "kl_observations_1",
+            "kl_observations_3",
+        ),
         **_WITH_TEACHER,
     ),
     "cw5": _CW,

@@ -95,7 +95,7 @@ def test_no_setting_was_chosen_with_the_seeds_and_scenes_of_the_demo(monkeypatch
     from continual_parts.cells import SCENES
     from continual_parts.tiers import TIERS
 
-    seeds = {seed for tier in TIERS.values() for seed in (*tier.seeds, *tier.tuning_seeds)}
+    seeds = {seed for tier in TIERS.values() for seed in (*tier.seeds, *tier.more_seeds, *tier.tuning_seeds)}
     assert seeds.isdisjoint(demo.SEEDS)
     assert demo.EVAL_SEED not in {first + seed for first in SCENES.values() for seed in seeds}
 
