@@ -188,7 +188,9 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(runs, ignore_errors=True)
     runs.mkdir()
     kinds = methods(cache, args)
-    trained = {f"{method}_seed{seed}": (method, seed) for seed in args.seeds for method in kinds}
+    # The longest first: then all cores are in use until the end.
+    order = sorted(kinds, key=lambda method: method in ("baseline", "lora_baseline"))
+    trained = {f"{method}_seed{seed}": (method, seed) for method in order for seed in args.seeds}
     say(
         f"{args.steps} steps in {place(args)} each, {args.jobs} at once, with their output in {runs}/*.log: "
         f"{', '.join(trained)}"
