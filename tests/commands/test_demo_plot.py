@@ -106,7 +106,7 @@ def test_no_label_covers_another(tmp_path, figures):
     assert collisions == []
 
 
-@pytest.mark.parametrize("name", ["demo_summary.json", "demo_summary_lora.json", "demo_summary_fsdp.json"])
+@pytest.mark.parametrize("name", ["demo_summary.json", "demo_summary_lora.json"])
 def test_the_shipped_summaries_can_be_drawn(name, tmp_path):
     run_command("demo", ["--plot", str(DOCS / name), str(tmp_path / "demo.png")])
     assert (tmp_path / "demo.png").stat().st_size > 10_000
