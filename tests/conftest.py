@@ -24,6 +24,10 @@ from craft_ds.testing.permissions import is_not_permitted
 from craft_ds.testing.policies import make_test_policy_dir
 from craft_ds.worlds import gl_problem
 
+# Bits of runs are compared, in this process and in others: all compute with one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("craft-ds")
@@ -273,14 +277,10 @@ def train(inputs, monkeypatch, capsys) -> Callable[..., Ended]:
         monkeypatch.setattr(sys, "argv", ["train_craft.py", *defaults, *map(str, flags)])
         capsys.readouterr()
         status = 0
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
             run_command("train", sys.argv[1:])
         except SystemExit as leaving:
             status = leaving.code
-        finally:
-            torch.set_num_threads(threads)
         printed = capsys.readouterr()
         return Ended(status, printed.out, printed.err)
 

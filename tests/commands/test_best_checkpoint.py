@@ -60,14 +60,9 @@ def chosen(inputs, tmp_path_factory):
     from craft_ds.training.trainer import train_craft
 
     run = tmp_path_factory.mktemp("best") / "run"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sys, "argv", ["train_craft.py"])
-            train_craft(parse_arguments([*inputs.flags(run), *inputs.craft_flags(), *BEST]))
-    finally:
-        torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["train_craft.py"])
+        train_craft(parse_arguments([*inputs.flags(run), *inputs.craft_flags(), *BEST]))
     return run
 
 

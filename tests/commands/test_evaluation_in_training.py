@@ -47,14 +47,9 @@ def success(row):
 @pytest.fixture(scope="module")
 def one_process(teaching, inputs, tmp_path_factory):
     run = tmp_path_factory.mktemp("one_process") / "world"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sys, "argv", ["train_craft.py"])
-            train_craft(parse_arguments([*inputs.flags(run), *teaching, *WORLD]))
-    finally:
-        torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["train_craft.py"])
+        train_craft(parse_arguments([*inputs.flags(run), *teaching, *WORLD]))
     return run
 
 

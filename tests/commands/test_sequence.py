@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from runs import assert_same_bits
 
@@ -469,27 +468,22 @@ def test_flags_of_every_stage_are_checked_at_the_start(tmp_path, blocks_plan, mo
 def test_a_killed_sequence_continues_to_the_same_result(tmp_path, blocks_plan, monkeypatch, capfd):
     monkeypatch.setattr(sequence, "call", run_in_process)
     monkeypatch.setattr(sys, "argv", ["craft-ds"])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for name in ("unbroken", "killed"):
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "plan.yaml").write_text(yaml.safe_dump(blocks_plan))
-        unbroken, killed = tmp_path / "unbroken" / "out", tmp_path / "killed" / "out"
-        monkeypatch.chdir(tmp_path / "unbroken")
-        run_command("sequence", ["plan.yaml"])
+    for name in ("unbroken", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.yaml").write_text(yaml.safe_dump(blocks_plan))
+    unbroken, killed = tmp_path / "unbroken" / "out", tmp_path / "killed" / "out"
+    monkeypatch.chdir(tmp_path / "unbroken")
+    run_command("sequence", ["plan.yaml"])
 
-        # As if it had been killed after its first step, and again in the middle of the first training.
-        killed.mkdir()
-        shutil.copy(unbroken / "plan.json", killed)
-        shutil.copytree(unbroken / "00_start", killed / "00_start")
-        kill_in_training(tmp_path / "killed", killed / "01_new" / "train")
-        assert not (killed / "01_new" / "train" / "final").exists()
-        monkeypatch.chdir(tmp_path / "killed")
-        capfd.readouterr()
-        run_command("sequence", ["plan.yaml"])
-    finally:
-        torch.set_num_threads(threads)
+    # As if it had been killed after its first step, and again in the middle of the first training.
+    killed.mkdir()
+    shutil.copy(unbroken / "plan.json", killed)
+    shutil.copytree(unbroken / "00_start", killed / "00_start")
+    kill_in_training(tmp_path / "killed", killed / "01_new" / "train")
+    assert not (killed / "01_new" / "train" / "final").exists()
+    monkeypatch.chdir(tmp_path / "killed")
+    capfd.readouterr()
+    run_command("sequence", ["plan.yaml"])
     assert "sequence: evaluation of all tasks after start: complete" in capfd.readouterr().out
     for stage in ("01_new", "02_old"):
         assert_same_bits(killed / stage / "train" / "final", unbroken / stage / "train" / "final")

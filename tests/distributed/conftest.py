@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 from lab import Lab, Result
 from launch import ForkServer
 from registry import EVERY, SINGLE, SPAWNS, Ranks, Spawn, by_default
@@ -28,12 +27,7 @@ class Reference:
 
     def __getitem__(self, name: str) -> Result:
         if name not in self._results:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                self._results[name] = Result.of([SINGLE[name](self.lab)])
-            finally:
-                torch.set_num_threads(threads)
+            self._results[name] = Result.of([SINGLE[name](self.lab)])
         return self._results[name]
 
 
