@@ -16,6 +16,7 @@ from craft_ds.worlds import teacher_directory
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+PAGES = sorted((BENCHMARKS.parent / "docs").glob("continual_*.md"))
 
 import continual  # noqa: E402
 from continual_parts.cells import (  # noqa: E402
@@ -226,6 +227,14 @@ def test_the_page_says_what_was_met(gain, verdict, tmp_path):
     assert f"| kl_1 − replay_1 | 100 | 3 | {gain:+.2f} ± 0.00 |" in target
     plot_tier("cw5", known, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_of_the_documents_is_that_of_the_results(page, monkeypatch, tmp_path):
+    tier = page.stem.removeprefix("continual_")
+    monkeypatch.setattr(sys, "argv", ["continual.py", f"--tier={tier}", f"--page={tmp_path}"])
+    continual.main()
+    assert (tmp_path / page.name).read_text() == page.read_text(), f"run it with --tier {tier} --page docs"
 
 
 def test_the_evaluation_of_the_start_is_shared_by_methods_but_not_by_scenes(tmp_path):
