@@ -89,7 +89,7 @@ def unforkable() -> list[str]:
 
 
 def run_rank(request: dict[str, Any]) -> int:
-    """Run a program, or the training command after its fault injectors, as one rank."""
+    """Run a program or the training command as one rank, after applying its fault injectors."""
     os.environ.update(request["environment"])
     faulthandler.enable()
     # The last resort, with the stacks of all threads, even if the starting process is gone.
@@ -100,13 +100,13 @@ def run_rank(request: dict[str, Any]) -> int:
     program = request["program"]
     sys.argv = [program or "train_craft.py", *request["argv"]]
     try:
+        for module, function, arguments in request["injectors"]:
+            getattr(importlib.import_module(module), function)(**arguments)
         if program:
             sys.path.insert(0, str(Path(program).parent))
             runpy.run_path(program, run_name="__main__")
-            return 0
-        for module, function, arguments in request["injectors"]:
-            getattr(importlib.import_module(module), function)(**arguments)
-        run_command("train", sys.argv[1:])
+        else:
+            run_command("train", sys.argv[1:])
     except SystemExit as exiting:
         return int(exiting.code or 0)
     except BaseException:

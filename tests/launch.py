@@ -16,7 +16,7 @@ _POLL_S = 0.01
 
 
 class FaultInjector(NamedTuple):
-    """A function that runs in a rank before the training command.
+    """A function that runs in a rank before its program.
 
     Attributes:
         function: `module:function`; the module is in tests/faults.
@@ -139,7 +139,7 @@ class ForkServer:
         Args:
             argv: Arguments of the command.
             world_size: Number of ranks.
-            program: A Python file to run in place of the training command, without injectors.
+            program: A Python file to run in place of the training command.
             kill: Ranks to kill, and when.
             injectors: Fault injectors by rank.
             timeout: Seconds after which ranks print their stacks and exit.

@@ -1,4 +1,4 @@
-"""What each part of a method gives: differences between methods that differ in one part, by seed."""
+"""What each part of a method gives: differences between a method that has it and one that lacks it."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from continual_parts.measures import MEASURES, Result
 from continual_parts.methods import METHODS
-from continual_parts.report import Group, paired, reported, shown
+from continual_parts.report import Group, find_group, paired, reported, shown
 
 _MEASURES = ("all tasks", "earlier tasks", "new tasks")
 
@@ -44,12 +44,12 @@ def ablation_lines(tier: str, results: Sequence[Result]) -> Iterator[str]:
     yield "|---" * (4 + len(_MEASURES)) + "|"
     for part in PARTS:
         for budget in sorted({budget for _, budget in groups}):
-            having, lacking = (_find(groups, name, budget) for name in (part.having, part.lacking))
+            having, lacking = (find_group(groups, name, budget) for name in (part.having, part.lacking))
             if having and lacking:
                 yield _row(part.name, groups, having, lacking)
     budgets = sorted({budget for name, budget in groups if METHODS[name].family == "kl"})
     for fewer, more in pairwise(budgets):
-        having, lacking = (_find(groups, "kl", budget) for budget in (more, fewer))
+        having, lacking = (find_group(groups, "kl", budget) for budget in (more, fewer))
         if having and lacking:
             yield _row(f"{more} stored samples per task, not {fewer}", groups, having, lacking)
 
@@ -64,9 +64,3 @@ def _row(part: str, groups: dict[Group, list[Result]], having: Group, lacking: G
         str(len(differences[0])),
     ]
     return f"| {' | '.join([*cells, *(shown(each, sign='+') for each in differences)])} |"
-
-
-def _find(groups: dict[Group, list[Result]], name: str, budget: int) -> Group | None:
-    """Return the group of a method, or of a family whose setting is chosen; None without results."""
-    found = [key for key in groups if name in (key[0], METHODS[key[0]].family) and key[1] == budget]
-    return found[0] if len(found) == 1 else None

@@ -81,10 +81,12 @@ def cells(name: str, purposes: tuple[str, ...] = ("tuning", "report")) -> list[C
     tuned = [method for method in compared if METHODS[method].family and families[METHODS[method].family] > 1]
     found = []
     for purpose in purposes:
-        seeds = dict.fromkeys(tier.seeds, compared) | dict.fromkeys(tier.more_seeds, tier.telling)
         if purpose == "tuning":
-            seeds = dict.fromkeys(tier.tuning_seeds, tuple(tuned))
-        for seed, methods in seeds.items():
+            methods_by_seed = dict.fromkeys(tier.tuning_seeds, tuned)
+        else:
+            methods_by_seed = dict.fromkeys(tier.seeds, list(compared))
+            methods_by_seed |= dict.fromkeys(tier.more_seeds, ["sequential", *tuned])
+        for seed, methods in methods_by_seed.items():
             for order in range(len(tier.orders) if purpose == "report" else 1):
                 for method in methods:
                     if method == "joint" and order:

@@ -11,9 +11,9 @@ from continual_parts.methods import METHODS
 from continual_parts.report import (
     Group,
     by_seed,
+    find_group,
     mean_interval,
     paired,
-    replay_group,
     report_lines,
     reported,
     shown,
@@ -24,6 +24,8 @@ from continual_parts.tiers import TIERS
 def page_lines(tier: str, results: Sequence[Result], picture: str) -> list[str]:
     """Return the page in Markdown; `picture` is the name of the file with the plots."""
     size, found = TIERS[tier], results[0]
+    cells_of = [result["cell"] for result in results]
+    seeds = sorted({cell["seed"] for cell in cells_of if cell["purpose"] == "report"})
     return [
         f"# Continual learning: the tier `{tier}`",
         "",
@@ -37,13 +39,8 @@ def page_lines(tier: str, results: Sequence[Result], picture: str) -> list[str]:
         f"{size.batch_size} samples (and as many anchors), {size.demonstrations} demonstrations a task, "
         f"{size.episodes} episodes a task. Settings are chosen with the seeds "
         f"{', '.join(map(str, size.tuning_seeds))} and their scenes; the seeds "
-        f"{', '.join(map(str, size.seeds))} and theirs are reported"
-        + (
-            f", of the methods that matter most also {', '.join(map(str, size.more_seeds))}"
-            if size.more_seeds
-            else ""
-        )
-        + ": means over seeds, with Student's 95 % "
+        f"{', '.join(map(str, seeds))} and theirs are reported (not all of every method: column *runs*): "
+        "means over seeds, with Student's 95 % "
         "intervals. *New tasks*: success right after their stage; *NBT*: mean drop of success since a task "
         "was learned"
         + (" (the start policy's tasks count as the first)" if size.keeps_old else "")
@@ -59,8 +56,8 @@ def page_lines(tier: str, results: Sequence[Result], picture: str) -> list[str]:
         "",
         "## What each part gives",
         "",
-        "Differences of success between two methods that differ in one part, by seed, with Student's 95 % "
-        "intervals. An interval that contains 0 shows no effect.",
+        "Differences of success by seed, with Student's 95 % intervals: a row names what the first method "
+        "has and the second lacks. Where an interval contains 0, these seeds show no effect.",
         "",
         *ablation_lines(tier, results),
         "",
@@ -82,7 +79,7 @@ def _verdicts(tier: str, results: Sequence[Result]) -> Iterator[str]:
     yield "| KL from the teacher, as tuned | wanted | measured | |"
     yield "|---|---|---|---|"
     for budget, name in sorted(best.items()):
-        own, replay = groups[name, budget], replay_group(groups, budget)
+        own, replay = groups[name, budget], find_group(groups, "replay", budget)
         if replay is None:
             continue
         where = f"{budget} stored per task"

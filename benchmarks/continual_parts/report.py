@@ -65,10 +65,13 @@ def reported(tier: str, results: Sequence[Result]) -> dict[Group, list[Result]]:
     return {group: found for group, found in groups.items() if found}
 
 
-def replay_group(groups: dict[Group, list[Result]], budget: int) -> Group | None:
-    """Return the group of replay with as many samples; none while tuning has not chosen one setting."""
-    replays = [key for key in groups if METHODS[key[0]].family == "replay" and key[1] == budget]
-    return replays[0] if len(replays) == 1 else None
+def find_group(groups: dict[Group, list[Result]], name: str, budget: int) -> Group | None:
+    """Return the group of a method, or of a family, with as many stored samples.
+
+    None without results, and while tuning has not chosen one setting of the family.
+    """
+    found = [key for key in groups if name in (key[0], METHODS[key[0]].family) and key[1] == budget]
+    return found[0] if len(found) == 1 else None
 
 
 def paired(
@@ -90,7 +93,7 @@ def report_lines(tier: str, results: Sequence[Result]) -> list[str]:
         row = [method, str(budget) if budget else "–", str(len(found))]
         for name, value in MEASURES.items():
             row.append(shown(by_seed(found, value)) if measurable(name, found[0]) else "–")
-        replay = replay_group(groups, budget)
+        replay = find_group(groups, "replay", budget)
         for name in ("all tasks", "NBT"):
             compared = replay is not None and replay[0] != method
             differences = paired(found, groups[replay], MEASURES[name]) if compared and replay else {}

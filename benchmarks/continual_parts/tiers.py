@@ -25,8 +25,8 @@ class Tier:
         seeds: Training seeds that are reported.
         tuning_seeds: Training seeds that settings are chosen on, with scenes of their own.
         methods: Methods that the tier compares; empty: all.
-        more_seeds: Further training seeds that are reported of `telling`.
-        telling: Methods whose comparison needs them: intervals of three seeds are wide.
+        more_seeds: Further training seeds, which are reported of sequential fine-tuning and of the settings
+            that tuning chose: intervals of three seeds are wide.
     """
 
     world: str
@@ -44,7 +44,6 @@ class Tier:
     episodes: int = 20
     methods: tuple[str, ...] = ()
     more_seeds: tuple[int, ...] = ()
-    telling: tuple[str, ...] = ()
 
 
 _CW = Tier(
@@ -92,17 +91,6 @@ TIERS = {
         tuning_seeds=(1, 2),
         episodes=40,
         more_seeds=(14, 15, 16, 17, 18),
-        telling=(
-            "sequential",
-            "replay_0.1",
-            "replay_0.3",
-            "replay_1",
-            "kl_0.3",
-            "kl_1",
-            "kl_3",
-            "kl_observations_1",
-            "kl_observations_3",
-        ),
         **_WITH_TEACHER,
     ),
     "cw5": _CW,

@@ -96,9 +96,10 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"--{name}={value} must be at least 1")
     started = time.monotonic()
     args.ranks = choose_ranks(args.engine, args.ranks)
-    args.jobs = args.jobs or max(1, (os.cpu_count() or 1) // args.ranks)
+    cores, runs = os.cpu_count() or 1, len(args.seeds) * len(methods(Path(), args))
+    args.jobs = args.jobs or min(max(1, cores // args.ranks), runs)
     # Processes side by side share the cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (args.jobs * args.ranks))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // (args.jobs * args.ranks))))
     args.world = choose_world(args.world)
     summary = run_demo(args)
     file, picture = args.output_dir / "summary.json", args.output_dir / "summary.png"
@@ -195,14 +196,11 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
         f"{args.steps} steps in {place(args)} each, {args.jobs} at once, with their output in {runs}/*.log: "
         f"{', '.join(trained)}"
     )
-    call_side_by_side(
-        {
-            name: training(args, teacher, data / "new", runs / name, seed, kinds[method])
-            for name, (method, seed) in trained.items()
-        },
-        runs,
-        args.jobs,
+    commands = (
+        (name, training(args, teacher, data / "new", runs / name, seed, kinds[method]))
+        for name, (method, seed) in trained.items()
     )
+    call_side_by_side(commands, runs, args.jobs)
     policies = {"teacher": teacher, **{name: runs / name / "final" for name in trained}}
     say(f"closed-loop evaluation, {args.episodes} episodes per task")
     results = evaluate_policies(policies, args, heldout, runs)
@@ -285,11 +283,12 @@ def evaluate_policies(
 ) -> dict[str, dict[str, Any]]:
     """Return success and loss by task of each policy."""
     files = {name: output / f"{name}_eval.json" for name in policies}
-    commands = {}
-    for name, policy in policies.items():
-        command = subcommand("eval", f"--policy.path={policy}", "--world", args.world)
-        command += ["--episodes", str(args.episodes), "--seed", str(args.eval_seed)]
-        commands[f"{name}_eval"] = [*command, "--data_root", str(heldout), "--output", str(files[name])]
+    options = ["--world", args.world, "--episodes", args.episodes, "--seed", args.eval_seed]
+    options += ["--data_root", heldout]
+    commands = (
+        (file.stem, subcommand("eval", f"--policy.path={policies[name]}", *options, "--output", file))
+        for name, file in files.items()
+    )
     call_side_by_side(commands, output, os.cpu_count() or 1)
     results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
     return {

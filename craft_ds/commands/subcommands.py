@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -73,28 +74,30 @@ def call(command: Sequence[str]) -> None:
         fail(f"a command failed with status {status} (its message is above): {shlex.join(command)}")
 
 
-def call_side_by_side(commands: Mapping[str, Sequence[str]], logs: Path, jobs: int) -> None:
+def call_side_by_side(commands: Iterable[tuple[str, Sequence[str]]], logs: Path, jobs: int) -> None:
     """Run commands to their ends, several at once, each with its output in a file.
 
     After a failure no further command starts. If this process is stopped, the commands receive SIGTERM.
 
     Args:
-        commands: The commands by name, in the order in which they start.
+        commands: Names and commands. Each is taken when it can start: a launcher's port, which is part of a
+            command, must not be chosen long before.
         logs: Directory for their output, `NAME.log`.
         jobs: How many run at once.
 
     Raises:
         SystemExit: A command failed; names its log.
     """
-    waiting, running, failed = list(commands), dict[str, subprocess.Popen[bytes]](), list[str]()
+    waiting, running, failed = iter(commands), dict[str, subprocess.Popen[bytes]](), list[str]()
     try:
-        while running or (waiting and not failed):
-            while waiting and not failed and len(running) < jobs:
-                name = waiting.pop(0)
+        while True:
+            for name, command in islice(waiting, 0 if failed else jobs - len(running)):
                 with (logs / f"{name}.log").open("wb") as log:
                     running[name] = subprocess.Popen(
-                        commands[name], stdout=log, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
+                        command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
                     )
+            if not running:
+                break
             time.sleep(_POLL_S)
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 if running.pop(name).returncode:

@@ -63,6 +63,7 @@ _JOINT_LOSS = _CRAFT | {
     "craft.multiplier": "fixed",
     "craft.initial_lambda": 1.0,
 }
+_KL = _JOINT_LOSS | {"craft.retention_loss": "teacher_kl"}
 
 PRESETS = {
     "guide": Preset("CRaFT with the guide's defaults", _CRAFT),
@@ -72,14 +73,8 @@ PRESETS = {
         "A-GEM: in every step g_t is projected off g_r where they conflict",
         _CRAFT | {"craft.retention_freq": 1, "craft.merging": "agem"},
     ),
-    "kl": Preset(
-        "replay with the KL divergence from the teacher in place of the recorded actions",
-        _JOINT_LOSS | {"craft.retention_loss": "teacher_kl"},
-    ),
-    "recommended": Preset(
-        "`kl`, which led on the tuning seeds of docs/continual_metaworld.md",
-        _JOINT_LOSS | {"craft.retention_loss": "teacher_kl"},
-    ),
+    "kl": Preset("replay with the KL divergence from the teacher in place of the recorded actions", _KL),
+    "recommended": Preset("`kl`, which led on the tuning seeds of docs/continual_metaworld.md", _KL),
     "l2": Preset(
         "L2-SP: penalty on the distance from the start",
         _DEFAULTS | {"penalty.name": "l2", "penalty.weight": 0.1},

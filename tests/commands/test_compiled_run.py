@@ -10,6 +10,7 @@ def test_a_compiled_run_is_the_eager_one(inductor, train, saving, tmp_path, unbr
     run = tmp_path / "run"
     ended = train(run, *saving, "--engine.compile=true")
     assert ended.status == 0, ended.errors
+    assert "(cpu, float32, compiled layers)" in ended.output
     assert losses(run) == pytest.approx(losses(unbroken), rel=1e-4)
     assert trained(run / "final").keys() == trained(unbroken / "final").keys()
 

@@ -54,9 +54,10 @@ def test_the_checkpoint_holds_what_the_format_can(compact):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(train, compact, tmp_path):
-    _, run = compact
+    state, run = compact
     again, ended = resumed(train, run, tmp_path)
     assert "changed since" not in ended.output
+    assert f"(cpu, float32, moments in {state})" in ended.output
     assert_same_bits(again / "final", run / "final")
 
 

@@ -53,7 +53,7 @@ def test_commands_side_by_side_write_their_logs(tmp_path):
         "print(len(list(own.parent.glob('*.runs')))); own.unlink()"
     )
     commands = {f"run{i}": [*python(count), str(tmp_path / f"{i}.runs")] for i in range(4)}
-    call_side_by_side(commands, tmp_path, 2)
+    call_side_by_side(commands.items(), tmp_path, 2)
     found = [int((tmp_path / f"{name}.log").read_text()) for name in commands]
     assert max(found) == 2
 
@@ -63,12 +63,38 @@ def test_a_failed_command_side_by_side_names_its_log(tmp_path, capsys):
     wait = python("import time; time.sleep(1); print('complete')")
     fails = python("print('why'); raise SystemExit(3)")
     with pytest.raises(SystemExit) as ended:
-        call_side_by_side({"good": wait, "bad": fails, "late": wait}, tmp_path, 2)
+        call_side_by_side({"good": wait, "bad": fails, "late": wait}.items(), tmp_path, 2)
     assert ended.value.code == 1
     assert capsys.readouterr().err == f"error: bad failed: see {tmp_path / 'bad.log'}\n"
     assert (tmp_path / "bad.log").read_text() == "why\n"
     assert (tmp_path / "good.log").read_text() == "complete\n"
     assert not (tmp_path / "late.log").exists()
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=["terminated", "interrupted", "killed"]
+)
+def test_commands_side_by_side_end_in_order_with_their_caller(tmp_path, number):
+    program = (
+        "from pathlib import Path\nfrom craft_ds.cli import run_main\n"
+        "from craft_ds.commands.subcommands import call_side_by_side\n"
+        f"commands = [('one', {python(WAITING)}), ('other', {python(WAITING)})]\n"
+        f"run_main(lambda: call_side_by_side(commands, Path({str(tmp_path)!r}), 2))"
+    )
+    logs = [tmp_path / "one.log", tmp_path / "other.log"]
+    caller = subprocess.Popen(python(program), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def printed(what: str) -> None:
+        deadline = time.monotonic() + 30
+        while not all(log.exists() and log.read_text() == what for log in logs):
+            assert time.monotonic() < deadline, [log.exists() and log.read_text() for log in logs]
+            time.sleep(0.05)
+
+    printed("ready\n")
+    os.kill(caller.pid, number)
+    caller.communicate(timeout=30)
+    assert caller.returncode
+    printed("ready\nsaved\n")
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,20 @@ def test_other_moments_are_refused():
 
 
 @states
+def test_a_moment_is_packed_before_the_next_one_is_read(state):
+    """Both in fp32 at once may not fit where the checkpoint was written."""
+    [parameter] = found = [torch.nn.Parameter(torch.zeros(600))]
+    optimizer, packed = compact(KINDS["adamw"](found), state), []
+
+    def read(name: str, start: int, stop: int) -> torch.Tensor:
+        packed.append((name, "exp_avg" in optimizer.state[parameter]))
+        return torch.zeros(stop - start)
+
+    load_moments(optimizer, parameter, [Part("p", 0, 0, 600)], read, ["exp_avg", "exp_avg_sq"], 1)
+    assert packed == [("p.exp_avg", False), ("p.exp_avg_sq", True)]
+
+
+@states
 def test_small_gradients_beside_large_ones(state):
     """A divisor rounded to 0 would throw a weight far away as soon as its gradient is 0."""
     found = [torch.nn.Parameter(torch.zeros(256))]
