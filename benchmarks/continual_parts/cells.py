@@ -84,8 +84,8 @@ def cells(name: str, purposes: tuple[str, ...] = ("tuning", "report")) -> list[C
         if purpose == "tuning":
             methods_by_seed = dict.fromkeys(tier.tuning_seeds, tuned)
         else:
-            methods_by_seed = dict.fromkeys(tier.seeds, list(compared))
-            methods_by_seed |= dict.fromkeys(tier.more_seeds, ["sequential", *tuned])
+            methods_by_seed = {seed: list(compared) for seed in tier.seeds}
+            methods_by_seed |= {seed: ["sequential", *tuned] for seed in tier.more_seeds}
         for seed, methods in methods_by_seed.items():
             for order in range(len(tier.orders) if purpose == "report" else 1):
                 for method in methods:
