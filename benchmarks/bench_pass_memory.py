@@ -1,15 +1,16 @@
-"""Count the bytes of one forward and backward pass of the full-size pi0_fast, LeRobot's and ours.
+"""Count bytes and FLOPs of one forward and backward pass of the full-size pi0_fast, LeRobot's and ours.
 
     python benchmarks/bench_pass_memory.py
 
-Tensors have no storage, so that the figures are exact and the same on every machine. They are the peak beside
-parameters and accumulated gradients; one gradient at a time is counted while it is computed. 80 of 200
-prompt tokens and 100 of 256 action tokens are not padding.
+Tensors have no storage, so that the figures are exact and the same on every machine. Bytes are the peak
+beside parameters and accumulated gradients; one gradient at a time is counted while it is computed. FLOPs are
+those of matrix products and attention (`torch.utils.flop_counter`). 80 of 200 prompt tokens and 100 of 256
+action tokens are not padding.
 """
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from harness import argument_parser, as_in_lerobot_, write_result
@@ -23,6 +24,7 @@ from lerobot.utils.constants import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from craft_ds.cli import run_main
 from craft_ds.engines.base import Batch
@@ -57,10 +59,17 @@ def our_loss(policy: PI0FastPolicy, batch: Batch) -> Tensor:
     return token_loss(policy, batch).total
 
 
-def peak_bytes(
+class Costs(NamedTuple):
+    """Costs of a pass."""
+
+    peak_bytes: int
+    flops: int
+
+
+def costs(
     loss: Callable[[PI0FastPolicy, Batch], Tensor], dtype: torch.dtype, workload: Workload, present: int
-) -> int:
-    """Return the peak of a pass with weights of a dtype and images of the first `present` cameras."""
+) -> Costs:
+    """Return the costs of a pass with weights of a dtype and images of the first `present` cameras."""
     config = with_cameras(PI0FastConfig(), workload.cameras)
     policy = meta_policy_without_tokenizers(config).train()
     assert isinstance(policy, PI0FastPolicy)
@@ -78,25 +87,29 @@ def peak_bytes(
     batch = fake_batch(config, workload, fake)
     for camera in list(config.image_features)[present:]:
         del batch[camera]
-    with MemoryCounter() as counter:
+    with FlopCounterMode(display=False) as flops, MemoryCounter() as memory:
         loss(policy, batch).backward()
-    return counter.peak
+    return Costs(memory.peak, flops.get_total_flops())
 
 
 def main() -> None:
     args = parse_arguments()
     result: dict[str, Any] = {"batch_size": args.batch_size}
-    print("| cameras | dtype | LeRobot | craft-ds | ratio |\n|---|---|---|---|---|")
+    print("| cameras | dtype | LeRobot | craft-ds | ratio | TFLOP: LeRobot | craft-ds | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, (cameras, present) in CAMERAS.items():
         for dtype in (torch.float32, torch.bfloat16):
             theirs, ours = (
-                peak_bytes(loss, dtype, Workload(args.batch_size, prompt, action, cameras), present)
+                costs(loss, dtype, Workload(args.batch_size, prompt, action, cameras), present)
                 for loss, prompt, action in ((lerobots_loss, 200, 256), (our_loss, 80, 100))
             )
             kind = str(dtype).removeprefix("torch.")
-            result[f"{name}, {kind}"] = {"lerobot_bytes": theirs, "craft_ds_bytes": ours}
-            sizes = f"{theirs / 2**30:.2f} GiB | {ours / 2**30:.2f} GiB"
-            print(f"| {name} | {kind} | {sizes} | {ours / theirs:.2f} |", flush=True)
+            result[f"{name}, {kind}"] = {"lerobot": theirs._asdict(), "craft_ds": ours._asdict()}
+            sizes = [f"{each.peak_bytes / 2**30:.2f} GiB" for each in (theirs, ours)]
+            flops = [f"{each.flops / 1e12:.1f}" for each in (theirs, ours)]
+            row = [*sizes, f"{ours.peak_bytes / theirs.peak_bytes:.2f}"]
+            row += [*flops, f"{theirs.flops / ours.flops:.2f}"]
+            print(f"| {name} | {kind} | {' | '.join(row)} |", flush=True)
     write_result("pass_memory", result)
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.pi_gemma import PiGemmaModel
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
-from transformers.models.gemma.modeling_gemma import GemmaMLP
+from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaMLP
 
 from craft_ds.cli import exit_without_teardown
 from craft_ds.config.configs import FsdpConfig
@@ -34,6 +35,7 @@ from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
 from craft_ds.policies.directory import WEIGHTS
 from craft_ds.policies.feed_forward import LeanGemmaMLP
+from craft_ds.policies.last_layer import LastAttention
 from craft_ds.policies.loading import load_policy_config
 from craft_ds.policies.meta_init import build_on_meta
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastConfig
@@ -144,6 +146,11 @@ def as_in_lerobot_(policy: PreTrainedPolicy) -> None:
     for module in policy.modules():
         if isinstance(module, LeanGemmaMLP):
             module.__class__ = GemmaMLP
+        if isinstance(module, LastAttention):
+            module.__class__ = GemmaAttention
+        if isinstance(module, PiGemmaModel):
+            layer = module.layers[-1]
+            layer.__class__ = type(layer).__base__
 
 
 def random_values(name: str, start: int, stop: int) -> Tensor:

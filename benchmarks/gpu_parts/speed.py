@@ -32,6 +32,7 @@ from craft_ds.memory_planner.plan import plan_memory
 from craft_ds.memory_planner.shapes import Workload, meta_policy_without_tokenizers
 from craft_ds.memory_planner.simulate import simulate_pass
 from craft_ds.policies.device_copies import copy_to_device
+from craft_ds.policies.last_layer import skip_unread_outputs_
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastConfig
 from craft_ds.policies.weights import unique_tensors
@@ -176,6 +177,7 @@ def cut_layers(policy: PreTrainedPolicy, layers: int | None) -> None:
         decoder, encoder = model.language_model, model.vision_tower.vision_model.encoder
         decoder.layers, encoder.layers = (part.layers[:layers] for part in (decoder, encoder))
         decoder.config.num_hidden_layers = len(decoder.layers)
+        skip_unread_outputs_(policy)
 
 
 def _lerobot_steps(policy: PreTrainedPolicy) -> dict[str, Callable[[Batch, Batch], Any]]:

@@ -22,14 +22,20 @@ def blocks(*lists: Sequence[Tensor], cast: bool = True) -> Iterator[tuple[Tensor
     """Yield the elements of lists of tensors block by block, 1-D, so that temporaries stay small.
 
     Args:
-        *lists: Tensors in the same order and sizes.
-        cast: Cast each block to fp32; otherwise the blocks are views of contiguous tensors.
+        *lists: Tensors in the same order and sizes, on one device or some of them in host memory.
+        cast: Return fp32 blocks on the accelerator, if any tensor is on one; otherwise the blocks are views
+            of contiguous tensors.
     """
     for run in flat_runs(*lists):
-        size = CPU_BLOCK if run[0].device.type == "cpu" else DEVICE_BLOCK
+        device = next((tensor.device for tensor in run if tensor.device.type != "cpu"), run[0].device)
+        size = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
         for block in zip(*(tensor.split(size) for tensor in run), strict=True):
-            # Here, so that bf16 shards need no complete fp32 copy.
-            yield tuple(map(Tensor.float, block)) if cast else block
+            # Here, so that shards in bf16 or in host memory need no complete copy.
+            yield tuple(_fp32(part, device) for part in block) if cast else block
+
+
+def _fp32(block: Tensor, device: torch.device) -> Tensor:
+    return block.to(device, torch.float32, non_blocking=True)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -50,14 +56,14 @@ def gram(task: Sequence[Tensor], retention: Sequence[Tensor]) -> Tensor:
     """Return this rank's part of the Gram triple (tt, tr, rr): fp64, shape (3,), on the shards' device.
 
     Args:
-        task: Shards of g_t.
+        task: Shards of g_t; may be in bf16 or in host memory (`craft_ds.engines.gradient_buffer`).
         retention: Shards of g_r, in the same order and shapes.
     """
     products: tuple[list[Tensor], ...] = ([], [], [])
     for t, r in blocks(task, retention):
         for target, (x, y) in zip(products, ((t, t), (t, r), (r, r)), strict=True):
             target.append(dot(x, y))
-    return torch.stack([sum_products(entries, task) for entries in products])
+    return torch.stack([sum_products(entries, retention) for entries in products])
 
 
 def squared_norm(shards: Sequence[Tensor]) -> Tensor:
@@ -68,12 +74,18 @@ def squared_norm(shards: Sequence[Tensor]) -> Tensor:
 def merge_(retention: Sequence[Tensor], task: Sequence[Tensor], a: float, b: float) -> None:
     """Merge in place and without a temporary: g_r ← a·g_t + b·g_r.
 
-    The retention shards are overwritten, since they are where the engine's optimizer reads gradients.
+    The retention shards are overwritten, since they are where the engine's optimizer reads gradients. The
+    task's may be in bf16 or in host memory, and are then copied to the device block by block.
     """
     retention, task = _in_place(retention, task)
     scale_(retention, b)
-    if retention:
+    if not retention:
+        return
+    if retention[0].device == task[0].device:
         torch._foreach_add_(retention, task, alpha=a)
+        return
+    for r, t in blocks(retention, task, cast=False):
+        r.add_(t.to(r.device, non_blocking=True), alpha=a)
 
 
 def scale_(shards: Sequence[Tensor], factor: float) -> None:

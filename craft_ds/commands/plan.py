@@ -69,6 +69,13 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         help="that of the run; false, as in the presets replay and kl, needs one gradient in place of two "
         "(default: true)",
     )
+    add(
+        "--craft.gradient_buffer",
+        dest="gradient_buffer",
+        choices=("device", "bf16", "cpu"),
+        default="device",
+        help="that of the run: where g_t waits during the second pass (default: device)",
+    )
     add("--gpu_gb", default="24,48,80", help="sizes of GPUs to try, in GiB (default: 24,48,80)")
     add(
         "--headroom",
@@ -141,6 +148,7 @@ def plan_request(args: argparse.Namespace) -> Any:
         penalty=args.penalty,
         ema=args.ema_decay > 0,
         one_gradient=args.projection == "false" and args.penalty == "none",
+        gradient_buffer=args.gradient_buffer,
         optimizer_state=args.optimizer_state,
         gpus=args.gpus,
         headroom=args.headroom,

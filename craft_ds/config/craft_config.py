@@ -17,6 +17,7 @@ SurgeryScope = Literal["global", "layer"]
 MultiplierScope = Literal["global", "task"]
 RetentionScale = Literal["none", "freq"]
 AnchorAugmentationName = Literal["none", "lerobot"]
+GradientBuffer = Literal["device", "bf16", "cpu"]
 
 
 def split_directories(text: str) -> list[str]:
@@ -92,6 +93,10 @@ class CraftConfig:
     surgery_scope: SurgeryScope = "global"
     """Merge the complete gradients as one (`global`), or each layer by its own Gram triple (`layer`):
     conflict, projection and weights are those of the layer, clipping is of all layers together."""
+    gradient_buffer: GradientBuffer = "device"
+    """Where g_t waits during the second backward pass: `device` (4 bytes per trainable parameter / ranks),
+    `bf16` (half of that; g_t of retention steps is rounded to 8 bits of mantissa) or `cpu` (in host memory,
+    with the same result)."""
     multiplier_scope: MultiplierScope = "global"
     """One λ for all old tasks (`global`), or one for each (`task`): each task's loss is weighted by its λ,
     which follows the task's own L_ret and ε (with `epsilon_relative`, a multiple of its own L0)."""
@@ -183,6 +188,7 @@ class CraftConfig:
         check_choice("--craft.merging", self.merging, Merging)
         check_choice("--craft.multiplier", self.multiplier, MultiplierRule)
         check_choice("--craft.surgery_scope", self.surgery_scope, SurgeryScope)
+        check_choice("--craft.gradient_buffer", self.gradient_buffer, GradientBuffer)
         check_choice("--craft.multiplier_scope", self.multiplier_scope, MultiplierScope)
         check_choice("--craft.retention_scale", self.retention_scale, RetentionScale)
         require(

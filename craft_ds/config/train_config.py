@@ -111,6 +111,12 @@ class TrainConfig(RunOptions, TrainPipelineConfig):
             f"--craft.conflict_threshold={threshold} has no effect with --craft.use_grad_projection=false, "
             "which measures no conflict: omit one of them",
         )
+        buffer = self.craft.gradient_buffer
+        require(
+            not self.one_gradient or buffer == "device",
+            f"--craft.gradient_buffer={buffer} has no effect with --craft.use_grad_projection=false: both "
+            "losses accumulate in one gradient; omit one of them",
+        )
         require(0.0 <= self.ema_decay < 1.0, f"--ema_decay={self.ema_decay} must lie in [0, 1)")
         self.engine.resolve()
         if self.peft is not None:

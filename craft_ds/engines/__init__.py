@@ -43,8 +43,11 @@ def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
             f"--engine.optimizer_state={state} is for Adam and AdamW, not for {type(optimizer).__name__}: "
             "omit it, or set --optimizer.type=adamw with --use_policy_training_preset=false"
         )
+    buffer = f"--craft.gradient_buffer={config.craft.gradient_buffer}"
     if config.engine.name == "fsdp":
         mesh_shape(config.engine.fsdp, world_size)
+        if config.engine.fsdp.cpu_offload and config.craft.gradient_buffer == "cpu":
+            raise UserError(f"{buffer}: --engine.fsdp.cpu_offload=true has gradients there already; omit it")
     assert config.policy is not None
     if config.engine.compile:
         check_compile(config.policy)
@@ -64,6 +67,9 @@ def check_engine(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
     )
     if config.engine.compile:
         refuse_zero3(resolved)
+    offload = resolved["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    if config.craft.gradient_buffer != "device" and offload != "none":
+        raise UserError(f"{buffer}: with offload_optimizer DeepSpeed has room for g_t on the CPU; omit it")
     return resolved
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from craft_ds.config.craft_config import GradientBuffer
 from craft_ds.policies.token_loss import Loss, PolicyWithLoss, TokenLoss, token_loss
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
@@ -89,8 +90,12 @@ class Engine(Protocol):
         """Return views of the accumulated local shards, which `step` uses; zero for unused parameters."""
         ...
 
-    def take_gradient(self) -> Sequence[Tensor]:
-        """Return the accumulated shards and leave the engine empty, ready for a second pass."""
+    def take_gradient(self, buffer: GradientBuffer = "device") -> Sequence[Tensor]:
+        """Return the accumulated shards and leave the engine empty, ready for a second pass.
+
+        Args:
+            buffer: Where the returned shards are kept.
+        """
         ...
 
     def by_parameter(self, gradient: Sequence[Tensor]) -> Sequence[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
+from craft_ds.config.craft_config import GradientBuffer
 from craft_ds.distributed.collectives import init_process_group
 from craft_ds.distributed.env import RANK_TIMEOUT_S, set_local_rank
 from craft_ds.engines.base import Batch, ReadRange, Shard, fill_
@@ -152,9 +153,9 @@ class DeepSpeedEngine:
         """Return the accumulated shards, flat or one tensor per parameter."""
         return self._layout.gradient()
 
-    def take_gradient(self) -> Sequence[Tensor]:
+    def take_gradient(self, buffer: GradientBuffer = "device") -> Sequence[Tensor]:
         """Return the accumulated shards or copies of them, and clear the accumulator."""
-        return self._layout.take_gradient()
+        return self._layout.take_gradient(buffer)
 
     def by_parameter(self, gradient: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         """Return this rank's parts of a gradient with the names of their parameters, without padding."""

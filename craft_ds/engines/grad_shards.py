@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from craft_ds.config.craft_config import GradientBuffer
+from craft_ds.engines.gradient_buffer import buffered
 from craft_ds.policies.token_loss import PolicyWithLoss
 
 
@@ -34,9 +36,9 @@ class GradShards:
             gradients.append(self._local(parameter.grad))
         return gradients
 
-    def take_gradient(self) -> Sequence[Tensor]:
-        """Return the `.grad` tensors themselves, without a copy, and clear them."""
-        gradients = self.gradient()
+    def take_gradient(self, buffer: GradientBuffer = "device") -> Sequence[Tensor]:
+        """Return the `.grad` tensors themselves, without a copy, or copies in a buffer; clear them."""
+        gradients = buffered(self.gradient(), buffer)
         self.zero_grad()
         return gradients
 

@@ -8,6 +8,8 @@ import torch
 from deepspeed.runtime import engine as deepspeed_engine
 from torch import Tensor, nn
 
+from craft_ds.config.craft_config import GradientBuffer
+from craft_ds.engines.gradient_buffer import buffered
 from craft_ds.engines.zero_shards import FrozenPart, Partition, ZeroShards
 from craft_ds.policies.replace_attribute import replace_attribute
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
@@ -119,10 +121,10 @@ class Zero2Shards(ZeroShards):
             buffers[key] = torch.zeros(parameter.numel(), dtype=parameter.dtype)
         return buffers[key].narrow(0, part.start, part.numel)
 
-    def take_gradient(self) -> list[Tensor]:
+    def take_gradient(self, buffer: GradientBuffer = "device") -> list[Tensor]:
         """Return the tensors themselves if DeepSpeed creates new ones; otherwise a copy in `.grad`."""
-        keeps = self.offloaded and not self._compact
-        taken = self._into_masters() if keeps else self.gradient()
+        keeps = self.offloaded and not self._compact and buffer == "device"
+        taken = self._into_masters() if keeps else buffered(self.gradient(), buffer)
         self.clear_gradient()
         return taken
 

@@ -7,6 +7,8 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from craft_ds.config.craft_config import GradientBuffer
+from craft_ds.engines.gradient_buffer import buffered
 from craft_ds.engines.zero_shards import FrozenPart, Partition, ZeroShards
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
@@ -97,9 +99,14 @@ class Zero3Shards(ZeroShards):
         """Return the flat buffer, split into the sub-groups; zero in the padding."""
         return list(self._zero.grad_partitions_flat_buffer.split([flat.numel() for flat in self.masters]))
 
-    def take_gradient(self) -> list[Tensor]:
+    def take_gradient(self, buffer: GradientBuffer = "device") -> list[Tensor]:
         """Return a copy: with offload in the masters' unused `.grad`, otherwise in new memory."""
-        taken = self._into_masters() if self.offloaded else [part.clone() for part in self.gradient()]
+        if buffer != "device":
+            taken = buffered(self.gradient(), buffer)
+        elif self.offloaded:
+            taken = self._into_masters()
+        else:
+            taken = [part.clone() for part in self.gradient()]
         self.clear_gradient()
         return taken
 

@@ -16,6 +16,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 
+from craft_ds.config.craft_config import GradientBuffer
 from craft_ds.engines.optimizer_state import Part, load_moments, read_moments
 from craft_ds.tensor_io.tensor_file import ReadRange, fill_
 
@@ -125,7 +126,7 @@ class ZeroShards(ABC):
         return [flat.detach() for flat in self.masters]
 
     @abstractmethod
-    def take_gradient(self) -> list[Tensor]:
+    def take_gradient(self, buffer: GradientBuffer = "device") -> list[Tensor]:
         """Return the gradient in tensors like those of `gradient`, and clear the accumulator."""
 
     def by_parameter(self, gradient: Sequence[Tensor]) -> list[tuple[str, Tensor]]:

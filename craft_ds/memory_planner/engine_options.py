@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from craft_ds.config.configs import OptimizerState
+from craft_ds.config.craft_config import GradientBuffer
 from craft_ds.engines.deepspeed_config import SUB_GROUP
 
 
@@ -24,6 +25,7 @@ class EngineOptions:
             (θ_0), 2 for `ewc` (θ_0 and F), and 1 for `--ema_decay`.
         one_gradient: Both losses of a retention step accumulate in one gradient
             (`craft_ds.training.joint_step`).
+        gradient_buffer: `--craft.gradient_buffer`.
         optimizer_state: `--engine.optimizer_state`.
         sub_group: ZeRO-3: `sub_group_size`; elements that the optimizer updates at once.
     """
@@ -39,6 +41,7 @@ class EngineOptions:
     max_reuse: int = 1_000_000_000
     copies: int = 0
     one_gradient: bool = False
+    gradient_buffer: GradientBuffer = "device"
     optimizer_state: OptimizerState = "fp32"
     sub_group: int = SUB_GROUP
 

@@ -87,9 +87,13 @@ def plan_memory(trace: PassTrace, options: EngineOptions) -> Plan:
 def _kept(trace: PassTrace, s: EngineOptions) -> Plan:
     """Return the memory that does not change during a step."""
     plan = _kept_by_engine(trace, s)
+    on_host = 4 * -(-trace.trainable // s.ranks) * (s.engine == "fsdp_offload")  # ZeRO has it in any case
     if s.one_gradient:
-        g_t = 4 * -(-trace.trainable // s.ranks) * (s.engine == "fsdp_offload")  # that of ZeRO-3 is unused
-        plan = replace(plan, second_gradient=0, host=plan.host - g_t)
+        plan = replace(plan, second_gradient=0, host=plan.host - on_host)
+    elif s.gradient_buffer == "bf16":
+        plan = replace(plan, second_gradient=plan.second_gradient // 2, host=plan.host - on_host // 2)
+    elif s.gradient_buffer == "cpu":
+        plan = replace(plan, second_gradient=0, host=plan.host + plan.second_gradient)
     copies = 4 * s.copies * -(-trace.trainable // s.ranks)
     if s.offloads:
         return replace(plan, host=plan.host + copies)

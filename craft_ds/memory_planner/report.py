@@ -10,6 +10,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 
 from craft_ds.config.configs import LoraConfig, OptimizerState
+from craft_ds.config.craft_config import GradientBuffer
 from craft_ds.config.penalty import PenaltyName
 from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.plan import Plan, plan_memory
@@ -44,6 +45,7 @@ class PlanRequest:
         penalty: `--penalty.name`.
         ema: The run keeps a moving average of the weights.
         one_gradient: As in `EngineOptions`.
+        gradient_buffer: As in `EngineOptions`.
         optimizer_state: As in `EngineOptions`.
         gpus: GPU memory sizes to try, in GiB.
         headroom: Share of GPU memory kept free for context and fragmentation.
@@ -59,6 +61,7 @@ class PlanRequest:
     penalty: PenaltyName
     ema: bool
     one_gradient: bool
+    gradient_buffer: GradientBuffer
     optimizer_state: OptimizerState
     gpus: tuple[float, ...]
     headroom: float
@@ -111,6 +114,7 @@ def plan_all(config: PreTrainedConfig, request: PlanRequest) -> Iterator[Row]:
             reduce_bucket=bucket,
             copies=_COPIES[request.penalty] + request.ema,
             one_gradient=request.one_gradient,
+            gradient_buffer=request.gradient_buffer,
             optimizer_state=request.optimizer_state,
         )
         # Without frozen weights every layer keeps its input in any case.

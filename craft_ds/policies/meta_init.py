@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.initialization import no_init_weights
 
 from craft_ds.policies.feed_forward import keep_gate_and_up_
+from craft_ds.policies.last_layer import skip_unread_outputs_
 from craft_ds.policies.replace_attribute import replace_attribute
 
 # Fields of policies' configurations that make a constructor download weights, and their value for none.
@@ -28,7 +29,8 @@ _INITIAL_WEIGHTS = {"load_vlm_weights": False, "pretrained_backbone_weights": No
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
     """Build a policy whose parameters take no memory, in evaluation mode.
 
-    Its feed-forward layers keep less for the backward pass (`craft_ds.policies.feed_forward`).
+    Its feed-forward layers keep less for the backward pass (`craft_ds.policies.feed_forward`), and the last
+    layer of its decoder can be run for some outputs (`craft_ds.policies.last_layer`).
 
     Args:
         config: From `load_policy_config`; not changed.
@@ -44,6 +46,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedPolicy:
     for name, value in given.items():
         setattr(policy.config, name, value)
     keep_gate_and_up_(policy)
+    skip_unread_outputs_(policy)
     return policy.eval()
 
 

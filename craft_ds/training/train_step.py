@@ -202,7 +202,7 @@ def retention_step(
     weights = multiplier if isinstance(multiplier, tuple) else ()
     task_sums = accumulate(engine, task)
     with phase("surgery"):
-        g_t = engine.take_gradient()
+        g_t = engine.take_gradient(craft.gradient_buffer)
     anchor_sums = accumulate(engine, anchors, anchor_loss, weights, name="retention")
     g_r = engine.gradient()
     t_layers, r_layers = (_layers(engine, gradient, craft) for gradient in (g_t, g_r))

@@ -88,6 +88,19 @@ def test_a_tracker_that_is_not_installed_before_the_data_set_is_opened(refuses, 
         (["--craft.anchor_batch_size=0"], ["--craft.anchor_batch_size=0"]),
         (["--craft.anchor_cache_dir="], ["--craft.anchor_cache_dir"]),
         (["--craft.projection_mode=sum"], ["--craft.projection_mode=sum"]),
+        (["--craft.gradient_buffer=disk"], ["--craft.gradient_buffer=disk", "device, bf16, cpu"]),
+        (
+            ["--craft.gradient_buffer=bf16", "--craft.use_grad_projection=false"],
+            ["--craft.gradient_buffer=bf16", "--craft.use_grad_projection=false"],
+        ),
+        (
+            ["--craft.gradient_buffer=cpu", "--engine=fsdp", "--engine.fsdp.cpu_offload=true"],
+            ["--craft.gradient_buffer=cpu", "--engine.fsdp.cpu_offload=true"],
+        ),
+        (
+            ["--craft.gradient_buffer=bf16", "--ds_config=zero3_offload"],
+            ["--craft.gradient_buffer=bf16", "offload_optimizer"],
+        ),
     ],
 )
 def test_a_bad_craft_flag_is_named(refuses, inputs, run, flags, names):

@@ -61,6 +61,10 @@ CORE: Scenarios = {
     "layers": partial(surgery, mode="weighted", threshold=SOME, surgery_scope="layer"),
     "layers-bf16": partial(surgery, mode="weighted", threshold=SOME, surgery_scope="layer", dtype="bfloat16"),
     "scopes": scopes,
+    "buffer-bf16": partial(surgery, mode="weighted", threshold=ALWAYS, gradient_buffer="bf16"),
+    "buffer-cpu": partial(
+        surgery, mode="weighted", threshold=SOME, gradient_buffer="cpu", surgery_scope="layer"
+    ),
     "joint": joint,
     "joint-bf16": partial(joint, dtype="bfloat16"),
     "pi0-accumulate2": partial(pi0, accumulation=2),

@@ -67,6 +67,28 @@ def test_steps_by_layer_and_task(ranks, name, reference):
     assert_training_close(ranks, ranks[name], reference[name])
 
 
+@every("buffer-cpu")
+def test_g_t_in_host_memory(ranks, name, reference):
+    """Against the reference that keeps it on the device."""
+    assert_surgery_close(ranks[name], reference["layers"])
+    assert_close(ranks[name].tensors, reference["layers"].tensors)
+
+
+@every("buffer-bf16")
+def test_g_t_in_bf16(ranks, name, reference):
+    """Against the reference that keeps it in fp32; it is rounded to 8 bits, and nothing else is."""
+    found, exact = ranks[name], reference["surgery-weighted-conflict"]
+    assert_close_overall(found.tensors, exact.tensors, 2**-9)
+    with pytest.raises(AssertionError):
+        assert_close_overall(found.tensors, exact.tensors, 2**-13)
+    for values in found.values:
+        tt, tr, rr = values["triple"]
+        exact_tt, exact_tr, exact_rr = exact.values[0]["triple"]
+        assert rr == pytest.approx(exact_rr, rel=1e-6)
+        assert tt == pytest.approx(exact_tt, rel=2**-8)
+        assert tr == pytest.approx(exact_tr, abs=2**-8 * math.sqrt(exact_tt * exact_rr))
+
+
 @every("joint")
 def test_both_losses_in_one_gradient(ranks, name, reference):
     """Against the reference's steps with two gradients."""

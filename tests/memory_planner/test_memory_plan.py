@@ -39,17 +39,19 @@ def options_of(engine, ranks, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("lora", "one_gradient", "state"),
+    ("lora", "gradients", "state"),
     [
-        (None, False, "fp32"),
-        (LORA, False, "fp32"),
-        (None, True, "fp32"),
-        (None, False, "bf16"),
-        (None, False, "int8"),
-        (LORA, False, "int8"),
+        (None, "device", "fp32"),
+        (LORA, "device", "fp32"),
+        (None, "one", "fp32"),
+        (None, "bf16", "fp32"),
+        (None, "device", "bf16"),
+        (None, "device", "int8"),
+        (LORA, "device", "int8"),
     ],
 )
-def test_the_plan_matches_a_measured_retention_step(lora, one_gradient, state, dtype):
+def test_the_plan_matches_a_measured_retention_step(lora, gradients, state, dtype):
+    one_gradient, buffer = gradients == "one", "device" if gradients == "one" else gradients
     config = small_config()
     policy = meta_policy_without_tokenizers(config)
     if lora:
@@ -77,12 +79,12 @@ def test_the_plan_matches_a_measured_retention_step(lora, one_gradient, state, d
                 anchors=[anchors],
                 constraint=None,
                 multiplier=1.0,
-                craft=CraftConfig(enabled=True, use_grad_projection=not one_gradient),
+                craft=CraftConfig(enabled=True, use_grad_projection=not one_gradient, gradient_buffer=buffer),
                 max_norm=1.0,
             )
     trace = simulate_pass(config, WORKLOAD, dtype=dtype, autocast=True, lora=lora)
-    options = {"compute": dtype.itemsize, "one_gradient": one_gradient, "optimizer_state": state}
-    planned = plan_memory(trace, options_of("single", 1, **options))
+    options = {"one_gradient": one_gradient, "gradient_buffer": buffer, "optimizer_state": state}
+    planned = plan_memory(trace, options_of("single", 1, compute=dtype.itemsize, **options))
     assert planned.total == pytest.approx(counter.peak, rel=0.02)
 
 
@@ -117,6 +119,20 @@ def test_the_second_gradient_takes_one_shard(trace):
     assert plan_memory(trace, options_of("fsdp", 4)).second_gradient == 4 * shard
     assert plan_memory(trace, options_of("zero3", 4)).second_gradient == 4 * shard
     assert plan_memory(trace, options_of("zero3_offload", 4)).second_gradient == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_buffer_saves_half_of_g_t_or_all_of_it(trace, engine):
+    ranks = 1 if engine == "single" else 4
+    device, bf16, cpu = (
+        plan_memory(trace, options_of(engine, ranks, gradient_buffer=buffer))
+        for buffer in ("device", "bf16", "cpu")
+    )
+    g_t = device.second_gradient
+    assert [bf16.second_gradient, cpu.second_gradient] == [g_t // 2, 0]
+    assert (g_t == 0) is engine.endswith("_offload")
+    assert cpu.host - device.host == g_t
+    assert device.host - bf16.host == 2 * -(-trace.trainable // 4) * (engine == "fsdp_offload")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

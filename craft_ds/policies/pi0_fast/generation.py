@@ -105,6 +105,7 @@ def greedy_action_tokens(policy: PI0FastPolicy, batch: Batch) -> Tensor:
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
+            last_outputs=1,
         )
         token = lm_head(output.last_hidden_state[:, -1]).argmax(dim=-1)
         tokens[:, step] = token.where(~finished, 0)

@@ -5,6 +5,7 @@ does not affect it:
 
 - prompt and action padding is cut to the longest sample of the batch;
 - the last action token is a target but not an input: nothing is predicted after it;
+- the decoder's last layer runs only where an action token is predicted (`craft_ds.policies.last_layer`);
 - `lm_head`, 257,152 wide on the real model, runs only where a token is supervised, and in blocks of the
   vocabulary (`craft_ds.policies.pi0_fast.vocabulary_blocks`);
 - all cameras pass the vision tower in one call, so that a sharded tower is gathered once; they skip the
@@ -133,6 +134,7 @@ def supervised_hidden(policy: PI0FastPolicy, batch: Batch) -> SupervisedHidden:
     action_mask_on_host = on_host(action_mask)
     prompt_length, action_length = longest(on_host(prompt_mask)), max(longest(action_mask_on_host), 1)
     prompt, actions = prompt[:, :prompt_length], actions[:, :action_length]
+    columns = action_length - 1
     places = action_mask_on_host[:, 1:action_length].flatten().nonzero().squeeze(1)
     supervised = copy_to_device(places, device)
 
@@ -144,12 +146,12 @@ def supervised_hidden(policy: PI0FastPolicy, batch: Batch) -> SupervisedHidden:
     if decoder.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16:
         embeddings = embeddings.to(torch.bfloat16)
 
-    segments = [("image", vision.shape[1]), ("language", prompt_length), ("fast", action_length - 1)]
+    segments = [("image", vision.shape[1]), ("language", prompt_length), ("fast", columns)]
     present = torch.cat(
         [
             *(mask[:, None].expand(-1, vision.shape[1] // len(camera_masks)) for mask in camera_masks),
             prompt_mask[:, :prompt_length],
-            action_mask[:, : action_length - 1],
+            action_mask[:, :columns],
         ],
         dim=1,
     )
@@ -159,11 +161,12 @@ def supervised_hidden(policy: PI0FastPolicy, batch: Batch) -> SupervisedHidden:
         attention_mask=prepare_attention_masks_4d(attention, dtype=embeddings.dtype),
         position_ids=present.cumsum(dim=1) - 1,
         use_cache=False,
+        last_outputs=max(columns, 1),  # one that nothing reads, so that all parameters are used on every rank
     ).last_hidden_state
 
-    predicting = hidden[:, vision.shape[1] + prompt_length :].flatten(0, 1).index_select(0, supervised)
+    predicting = hidden[:, hidden.shape[1] - columns :].flatten(0, 1).index_select(0, supervised)
     targets = actions[:, 1:].flatten().index_select(0, supervised)
-    return SupervisedHidden(predicting, targets, supervised, action_length - 1)
+    return SupervisedHidden(predicting, targets, supervised, columns)
 
 
 def longest(mask: Tensor) -> int:
