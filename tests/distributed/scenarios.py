@@ -7,7 +7,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from collectives import CollectiveCounter
 from lab import FSDP, Lab, Output, craft_config, gradients, masters, moments
 from lerobot.transforms import ImageTransformsConfig
 from lerobot.utils.constants import ACTION_TOKEN_MASK
@@ -30,6 +29,7 @@ from craft_ds.policies.pi0_fast.retention import RETENTION_LOSSES
 from craft_ds.policies.token_loss import Loss, token_loss
 from craft_ds.policies.weights import WeightReader
 from craft_ds.tensor_io.tensor_file import TensorFile
+from craft_ds.testing.collective_counter import CollectiveCounter
 from craft_ds.testing.datasets import write_test_cache
 from craft_ds.training.joint_step import joint_step
 from craft_ds.training.train_step import accumulate, measure, retention_step, task_step

@@ -1,4 +1,4 @@
-"""Counter of collectives, as c10d operators at the dispatcher."""
+"""Counter of collectives, as c10d operators at the dispatcher, for tests and benchmarks."""
 
 from collections import Counter
 from typing import Any, Self
