@@ -23,8 +23,9 @@ from lerobot.utils.constants import (
     OBS_LANGUAGE_TOKENS,
 )
 
-from craft_ds.config.configs import LoraConfig
+from craft_ds.config.configs import LoraConfig, OptimizerState
 from craft_ds.engines.base import Batch
+from craft_ds.engines.compact_adam import compact
 from craft_ds.lora.adapters import add_adapters
 from craft_ds.lora.peft_config import make_peft_config
 from craft_ds.memory_planner.engine_options import EngineOptions
@@ -42,6 +43,7 @@ from gpu_parts.timing import allocated_bytes, launches, peak_bytes, seconds
 SYSTEMS = {
     "lerobot_bf16": "LeRobot `update_policy`, bf16 weights and moments",
     "fsdp_bf16": "craft-ds FSDP2, bf16, fp32 masters and moments",
+    "fsdp_int8": "craft-ds FSDP2, bf16, fp32 masters, 8-bit moments",
     "lora_bf16": "craft-ds FSDP2, LoRA, bf16",
     "lerobot_fp32": "LeRobot `update_policy`, fp32 with TF32",
     "fsdp_fp32": "craft-ds FSDP2, fp32 with TF32",
@@ -133,7 +135,7 @@ def run(small: bool, system: str, layers: int | None = None) -> dict[str, Any]:
         layers: Layers of decoder and vision tower; None: all.
     """
     torch.backends.cuda.matmul.allow_tf32 = True
-    dtype = torch.bfloat16 if system.endswith("bf16") else torch.float32
+    dtype = _dtype(system)
     # LeRobot casts the weights where the configuration says so; craft-ds's are fp32, and the engine casts.
     policy = meta_policy_without_tokenizers(
         config(small, 3, dtype if system.startswith("lerobot") else torch.float32)
@@ -168,6 +170,16 @@ def run(small: bool, system: str, layers: int | None = None) -> dict[str, Any]:
                 row[f"{kind}_error"] = str(error).splitlines()[0][:200]
         result["cameras"][name] = row
     return result
+
+
+def _dtype(system: str) -> torch.dtype:
+    """Return the dtype of forward and backward."""
+    return torch.float32 if system.endswith("fp32") else torch.bfloat16
+
+
+def _moments(system: str) -> OptimizerState:
+    """Return the format of Adam's moments."""
+    return "int8" if system.endswith("int8") else "fp32"
 
 
 def cut_layers(policy: PreTrainedPolicy, layers: int | None) -> None:
@@ -210,7 +222,7 @@ def _craft_steps(
 
     def optimizer() -> torch.optim.Optimizer:
         trainable = [p for p in policy.parameters() if p.requires_grad]
-        return policy.config.get_optimizer_preset().build(trainable)
+        return compact(policy.config.get_optimizer_preset().build(trainable), _moments(system))
 
     engine = make_engine(kind, policy, random_values, dtype, optimizer)
 
@@ -232,7 +244,7 @@ def plan(small: bool, layers: int | None = None) -> dict[str, Any]:
     for system in SYSTEMS:
         if system.startswith("lerobot"):
             continue
-        dtype = torch.bfloat16 if system.endswith("bf16") else torch.float32
+        dtype = _dtype(system)
         engine = "zero3" if system.startswith("zero3") else "fsdp"
         planned[system] = {}
         for name, (cameras, _) in CAMERAS.items():
@@ -247,7 +259,7 @@ def plan(small: bool, layers: int | None = None) -> dict[str, Any]:
                 lora=LORA if system.startswith("lora") else None,
                 prepare=lambda policy: cut_layers(policy, layers),
             )
-            options = EngineOptions(engine, 1, compute=dtype.itemsize)
+            options = EngineOptions(engine, 1, compute=dtype.itemsize, optimizer_state=_moments(system))
             planned[system][name] = plan_memory(trace, options).total
     return planned
 

@@ -16,7 +16,7 @@ def test_every_part_runs_without_a_gpu(tmp_path, request):
     parts = ["card", "parity", "surgery", "save", "speed"]
     if request.config.getoption("--all"):  # what it runs are the commands, which have tests of their own
         parts.append("trainer")
-    chosen = ["--parts", *parts, "--systems", "lerobot_fp32", "zero3_bf16"]
+    chosen = ["--parts", *parts, "--systems", "lerobot_fp32", "fsdp_int8", "zero3_bf16"]
     end = subprocess.run(
         [*command, *chosen, "--output", tmp_path], capture_output=True, text=True, check=False
     )

@@ -5,6 +5,7 @@ import torch
 
 from craft_ds.algorithm.flat_runs import flat_runs
 from craft_ds.algorithm.gram import gram, merge_
+from craft_ds.algorithm.penalty import QuadraticPenalty
 from craft_ds.engines.gradient_buffer import buffered
 
 SHAPES = [(7, 5), (0, 5), (3,), (), (1,), (13, 11)]
@@ -61,3 +62,13 @@ def test_triple_and_merge_of_a_copy(buffer, neighbours):
     for merged, exact in zip(retention, expected, strict=True):
         assert merged.dtype == torch.float32
         torch.testing.assert_close(merged, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("buffer", ["bf16", "cpu"])
+def test_a_penalty_reads_a_copy(buffer):
+    masters, start, task, retention = (shards(seed) for seed in range(4))
+    copies = buffered(task, buffer)
+    penalty = QuadraticPenalty(0.3, start)
+    found = penalty.sums(masters, copies, retention)
+    expected = penalty.sums(masters, [copy.float() for copy in copies], retention)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
