@@ -15,7 +15,17 @@ from dataclasses import replace
 from typing import get_args
 
 import torch
-from harness import CRAFT, TEACHER, argument_parser, default_device, hardware, make_engine, write_result
+from harness import (
+    CRAFT,
+    TEACHER,
+    argument_parser,
+    default_device,
+    hardware,
+    make_engine,
+    run_case,
+    serve_case,
+    write_result,
+)
 
 from craft_ds.algorithm.gram import gram, merge_
 from craft_ds.cli import run_main
@@ -29,6 +39,8 @@ from craft_ds.training.train_step import retention_step
 
 BUFFERS = get_args(GradientBuffer)
 BYTES = {"device": 4, "bf16": 2, "cpu": 0}
+KEEPING_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+"""Makes glibc keep freed memory: else the page faults of temporaries are most of what is measured."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,10 +100,12 @@ def losses(buffer: GradientBuffer, steps: int) -> torch.Tensor:
 
 
 def main() -> None:
+    serve_case(lambda case: seconds(**case))
     args = parse_arguments()
     device = torch.cuda.get_device_name() if default_device().type == "cuda" else hardware()
     torch.set_num_threads(1)
-    times = seconds(args.elements, args.repeats)
+    case = {"elements": args.elements, "repeats": args.repeats}
+    times = run_case(case, 1, environment=KEEPING_ALLOCATOR)[0]
     curves = {buffer: losses(buffer, args.steps) for buffer in BUFFERS}
     exact = curves["device"]
     fall = (exact[:4].mean() - exact[-4:].mean()).item()
