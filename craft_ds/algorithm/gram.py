@@ -16,6 +16,7 @@ from craft_ds.algorithm.flat_runs import flat_runs
 CPU_BLOCK = 1 << 16
 # On an accelerator a kernel launch costs more than the cache saves, and its dot is a tree reduction.
 DEVICE_BLOCK = 1 << 26
+DEVICE_JOINED = 1 << 22
 
 
 def blocks(*lists: Sequence[Tensor], cast: bool = True) -> Iterator[tuple[Tensor, ...]]:
@@ -23,19 +24,32 @@ def blocks(*lists: Sequence[Tensor], cast: bool = True) -> Iterator[tuple[Tensor
 
     Args:
         *lists: Tensors in the same order and sizes, on one device or some of them in host memory.
-        cast: Return fp32 blocks on the accelerator, if any tensor is on one; otherwise the blocks are views
-            of contiguous tensors.
+        cast: Return fp32 blocks on the accelerator, if any tensor is on one, with small tensors joined in
+            blocks of several; otherwise the blocks are views of contiguous tensors, in order.
     """
+    small: list[tuple[Tensor, ...]] = []  # a kernel for each would cost more than copying them
     for run in flat_runs(*lists):
         device = next((tensor.device for tensor in run if tensor.device.type != "cpu"), run[0].device)
-        size = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+        size, joined = (CPU_BLOCK, CPU_BLOCK) if device.type == "cpu" else (DEVICE_BLOCK, DEVICE_JOINED)
         for block in zip(*(tensor.split(size) for tensor in run), strict=True):
+            if not cast:
+                yield block
+                continue
             # Here, so that shards in bf16 or in host memory need no complete copy.
-            yield tuple(_fp32(part, device) for part in block) if cast else block
+            block = tuple(part.to(device, torch.float32, non_blocking=True) for part in block)
+            if block[0].numel() > joined // 8:
+                yield block
+                continue
+            if small and sum(each[0].numel() for each in small) + block[0].numel() > joined:
+                yield _join(small)
+                small = []
+            small.append(block)
+    if small:
+        yield _join(small)
 
 
-def _fp32(block: Tensor, device: torch.device) -> Tensor:
-    return block.to(device, torch.float32, non_blocking=True)
+def _join(small: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return small[0] if len(small) == 1 else tuple(map(torch.cat, zip(*small, strict=True)))
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
