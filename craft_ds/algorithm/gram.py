@@ -27,7 +27,8 @@ def blocks(*lists: Sequence[Tensor], cast: bool = True) -> Iterator[tuple[Tensor
         cast: Return fp32 blocks on the accelerator, if any tensor is on one, with small tensors joined in
             blocks of several; otherwise the blocks are views of contiguous tensors, in order.
     """
-    small: list[tuple[Tensor, ...]] = []  # a kernel for each would cost more than copying them
+    # A kernel for each small tensor would cost more than copying them.
+    small, held = list[tuple[Tensor, ...]](), 0
     for run in flat_runs(*lists):
         device = next((tensor.device for tensor in run if tensor.device.type != "cpu"), run[0].device)
         size, joined = (CPU_BLOCK, CPU_BLOCK) if device.type == "cpu" else (DEVICE_BLOCK, DEVICE_JOINED)
@@ -40,10 +41,11 @@ def blocks(*lists: Sequence[Tensor], cast: bool = True) -> Iterator[tuple[Tensor
             if block[0].numel() > joined // 8:
                 yield block
                 continue
-            if small and sum(each[0].numel() for each in small) + block[0].numel() > joined:
+            if held + block[0].numel() > joined:
                 yield _join(small)
-                small = []
+                small, held = [], 0
             small.append(block)
+            held += block[0].numel()
     if small:
         yield _join(small)
 
