@@ -92,7 +92,7 @@ def test_commands_side_by_side_end_in_order_with_their_caller(tmp_path, number):
 
     printed("ready\n")
     os.kill(caller.pid, number)
-    caller.communicate(timeout=30)
+    caller.communicate(timeout=120)
     assert caller.returncode
     printed("ready\nsaved\n")
 
@@ -109,7 +109,7 @@ def test_a_command_ends_in_order_with_its_caller(number):
     assert caller.stdout.readline() == "ready\n"
     time.sleep(0.1)  # the caller sets its handlers after it has started the command
     os.kill(caller.pid, number)
-    output, errors = caller.communicate(timeout=30)
+    output, errors = caller.communicate(timeout=120)
     assert output == "saved\n"
     if number != signal.SIGKILL:
         assert (caller.returncode, errors.count("\n")) == (PREEMPTED_STATUS, 1)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from collectives import CollectiveCounter
 from lab import Lab, masters
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -25,6 +24,7 @@ from craft_ds.engines.single import SingleEngine
 from craft_ds.errors import UserError
 from craft_ds.policies.token_loss import PolicyWithLoss
 from craft_ds.policies.wrapping import shard_units
+from craft_ds.testing.collective_counter import CollectiveCounter
 from craft_ds.testing.policies import read_from
 from craft_ds.training.train_step import accumulate, measure, retention_step, task_step
 

@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-from collectives import CollectiveCounter
 from lab import Lab, Output, craft_config, masters, moments
 from scenarios import ALWAYS, _steps, _train_config, load_checkpoint, operate
 from torch import nn
@@ -12,6 +11,7 @@ from craft_ds.checkpoints import save_checkpoint
 from craft_ds.config.configs import LoraConfig
 from craft_ds.engines.base import Engine
 from craft_ds.memory_planner.tensor_memory import MemoryCounter
+from craft_ds.testing.collective_counter import CollectiveCounter
 from craft_ds.training.train_step import accumulate, retention_step, task_step
 
 PLAIN = LoraConfig(enabled=True, rank=4)
