@@ -9,7 +9,7 @@ that in an all-reduce. The model on paper counts parameters:
 - FSDP2 gathers them for forward and for backward (once what ends the forward pass, and an embedding), and
   reduce-scatters one gradient per pass.
 - ZeRO-3 does so too, but keeps what it uses again within `stage3_max_reuse_distance`: all of a policy of this
-  size, which it gathers once per pass; parameters up to the persistence threshold once per step.
+  size, which it gathers once per pass.
 - ZeRO-2 all-reduces one gradient per pass, and gathers the updated parameters once per step.
 
 A retention step is two passes, and a forward pass more where held-out anchors measure the constraint.
@@ -39,7 +39,6 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 
 from craft_ds.cli import run_main
 from craft_ds.engines.base import Batch, Engine
-from craft_ds.memory_planner.engine_options import EngineOptions
 from craft_ds.memory_planner.shapes import meta_policy_without_tokenizers, with_cameras
 from craft_ds.policies.wrapping import ends_forward, only_looks_up, parameter_count, shard_units
 from craft_ds.testing.collective_counter import CollectiveCounter
@@ -59,12 +58,10 @@ class Sizes:
     Attributes:
         total: All of them.
         once: Those that FSDP2 gathers once per pass: an embedding, the head, what belongs to no unit.
-        persistent: Those that ZeRO-3 gathers once per step.
     """
 
     total: int
     once: int
-    persistent: int
 
     @classmethod
     def of(cls, policy: PreTrainedPolicy) -> "Sizes":
@@ -74,9 +71,7 @@ class Sizes:
             parameter_count(unit) for unit in units if not (ends_forward(policy, unit) or only_looks_up(unit))
         )
         total = parameter_count(policy)
-        sizes = [parameter.numel() for parameter in policy.parameters()]
-        persistent = sum(size for size in sizes if size <= EngineOptions.persistence)
-        return cls(total, total - twice, persistent)
+        return cls(total, total - twice)
 
 
 def paper(kind: str, sizes: Sizes, step: str, gathered: int = 4, reduced: int = 4) -> dict[str, float]:
@@ -94,8 +89,7 @@ def paper(kind: str, sizes: Sizes, step: str, gathered: int = 4, reduced: int = 
     if kind == "zero2":
         return {"gather": gathered * sizes.total, "reduce": passes * 2 * reduced * sizes.total}
     if kind == "zero3":
-        in_passes = (passes + forward_only) * (sizes.total - sizes.persistent)
-        gathers = in_passes + sizes.persistent
+        gathers = (passes + forward_only) * sizes.total
     else:
         gathers = passes * (2 * sizes.total - sizes.once) + forward_only * sizes.total
     return {"gather": gathered * gathers, "reduce": passes * reduced * sizes.total}
