@@ -1,6 +1,6 @@
 """Compare steps of craft-ds with what a user would take instead, each pair in turn in one run.
 
-    python benchmarks/train.py                     # about 25 minutes on two cores
+    python benchmarks/train.py                     # every comparison
     python benchmarks/train.py --parts surgery     # a single comparison
 
 Prints one table of ratios: passes against LeRobot's, retention steps against plain ones, surgery against the
