@@ -3,8 +3,8 @@
     python benchmarks/train.py                     # every comparison
     python benchmarks/train.py --parts surgery     # a single comparison
 
-Prints one table of ratios: passes against LeRobot's, retention steps against plain ones, surgery against the
-guide's procedure and TorchJD, and steps without CRaFT against plain loops of FSDP2 and ZeRO-3. Intervals are
+Prints one table of ratios: retention steps against plain ones, surgery against the
+guide's procedure and TorchJD, and steps without CRaFT against a plain loop of FSDP2. Intervals are
 95 % over repeats. FLOPs, memory and sent bytes do not depend on the machine and are counted by
 `bench_pass_memory.py` and `bench_traffic.py`.
 """
@@ -16,7 +16,7 @@ from harness import argument_parser, hardware, run_case, serve_case, write_resul
 
 from craft_ds.cli import run_main
 
-PARTS = ("steps", "surgery", "loops", "lerobot")
+PARTS = ("steps", "surgery", "loops")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,8 +26,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=15, help="timed repeats (default: 15; twice in loops)")
     add("--elements", type=int, default=50_000_000, help="of the gradients of surgery (default: 50 million)")
     add("--batch_size", type=int, default=2, help="samples per step (default: 2)")
-    add("--layers", type=int, default=2, help="layers in the part lerobot (default: 2)")
-    add("--rounds", type=int, default=2, help="processes of each system in the part lerobot (default: 2)")
     return parser.parse_args()
 
 
@@ -38,10 +36,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             from train_parts import steps as part
         case "surgery":
             from train_parts import surgery as part
-        case "loops":
-            from train_parts import loops as part
         case _:
-            from train_parts import lerobot as part
+            from train_parts import loops as part
     return part.measure(case)
 
 
@@ -81,38 +77,17 @@ def run_surgery(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_loops(args: argparse.Namespace) -> dict[str, Any]:
-    results = {}
-    for kind, label in (("fsdp", "FSDP2"), ("zero3", "ZeRO-3")):
-        case = {"part": "loops", "kind": kind, "repeats": 2 * args.repeats, "batch_size": 1}
-        found = results[kind] = run_case(case, 2, environment={}, timeout=1800)[0]
-        print(
-            f"| step without CRaFT, 2 ranks | plain loop of {label} | {shown(found['speed'])} times as fast |"
-        )
-    return results
-
-
-def run_lerobot(args: argparse.Namespace) -> dict[str, Any]:
-    best: dict[str, dict[str, float]] = {}
-    for _ in range(args.rounds):
-        for system in ("lerobot", "craft"):
-            case = {"part": "lerobot", "system": system, "layers": args.layers, "threads": 2, "repeats": 2}
-            found = run_case(case | {"batch_size": 1}, 1, environment={}, timeout=1800)[0]
-            least = best.setdefault(system, found)
-            best[system] = {name: min(value, least[name]) for name, value in found.items()}
-    for name, theirs in best["lerobot"].items():
-        ours = best["craft"][name]
-        print(
-            f"| forward and backward, {name} cameras | LeRobot | {theirs / ours:.2f} times as fast "
-            f"({theirs:.1f} and {ours:.1f} s) |"
-        )
-    return best
+    case = {"part": "loops", "repeats": 2 * args.repeats, "batch_size": 1}
+    found: dict[str, Any] = run_case(case, 2, environment={}, timeout=1800)[0]
+    print(f"| step without CRaFT, 2 ranks | plain loop of FSDP2 | {shown(found['speed'])} times as fast |")
+    return found
 
 
 def main() -> None:
     serve_case(measure)
     args = parse_arguments()
     print(f"{hardware()}\n\n| craft-ds | against | |\n|---|---|---|", flush=True)
-    runs = {"steps": run_steps, "surgery": run_surgery, "loops": run_loops, "lerobot": run_lerobot}
+    runs = {"steps": run_steps, "surgery": run_surgery, "loops": run_loops}
     results = {name: runs[name](args) for name in PARTS if name in args.parts}
     write_result("train", {"hardware": hardware(), **vars(args), "results": results})
 

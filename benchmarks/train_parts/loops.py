@@ -1,4 +1,4 @@
-"""Steps of craft-ds without CRaFT against a plain loop of FSDP2 or DeepSpeed ZeRO-3 on the same ranks.
+"""Steps of craft-ds without CRaFT against a plain loop of FSDP2 on the same ranks.
 
 Both train the same pi0_fast of 119 M parameters on the same loss and batches, in turn, in the same processes.
 """
@@ -6,16 +6,14 @@ Both train the same pi0_fast of 119 M parameters on the same loss and batches, i
 from collections.abc import Callable
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from harness import ROOT, init_ranks, make_engine, mid_size_config, random_values
+from harness import init_ranks, make_engine, mid_size_config, random_values
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from craft_ds.engines.base import Batch
-from craft_ds.engines.deepspeed_config import read_ds_config
 from craft_ds.memory_planner.shapes import meta_policy_without_tokenizers
 from craft_ds.policies.meta_init import materialize_
 from craft_ds.policies.token_loss import PolicyWithLoss, token_loss
@@ -51,34 +49,6 @@ def plain_fsdp(policy: PreTrainedPolicy) -> Step:
     return step
 
 
-def plain_zero3(policy: PreTrainedPolicy) -> Step:
-    """Return the step of a loop as in DeepSpeed's tutorial, with the shipped configuration."""
-    config = read_ds_config(ROOT / "ds_configs" / "zero3.json")
-    config |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": False},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 31,
-    }
-    config.pop("train_batch_size", None)
-    config.pop("data_types", None)
-    module = PolicyWithLoss(policy)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, fused=True)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-
-    def step(batches: list[Batch]) -> float:
-        for batch in batches:
-            found = engine(batch, call=token_loss)
-            loss = found.total / found.count
-            engine.backward(loss)
-            engine.step()
-        return loss.item()
-
-    return step
-
-
 def with_weights() -> PreTrainedPolicy:
     """Return a policy with random weights on the CPU."""
     policy = meta_policy_without_tokenizers(mid_size_config())
@@ -91,10 +61,9 @@ def with_weights() -> PreTrainedPolicy:
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Return the time of a plain step in multiples of ours: above 1, ours is faster."""
-    kind = case["kind"]
-    init_ranks(kind)
-    engine = make_engine(kind, meta_policy_without_tokenizers(mid_size_config()), random_values)
-    plain = {"fsdp": plain_fsdp, "zero3": plain_zero3}[kind](with_weights())
+    init_ranks("fsdp")
+    engine = make_engine("fsdp", meta_policy_without_tokenizers(mid_size_config()), random_values)
+    plain = plain_fsdp(with_weights())
     batches = [random_batch(mid_size_config(), case["batch_size"], engine.rank)]
     losses: dict[str, float] = {}
 
@@ -105,4 +74,4 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         losses["plain"] = plain(batches)
 
     times = in_turn({"craft": of_craft, "plain": of_plain}, case["repeats"], before=lambda: dist.barrier())
-    return {"kind": kind, "seconds": times, "losses": losses, "speed": ratio(times["plain"], times["craft"])}
+    return {"seconds": times, "losses": losses, "speed": ratio(times["plain"], times["craft"])}
