@@ -17,24 +17,20 @@ from typing import get_args
 import torch
 from harness import (
     CRAFT,
-    TEACHER,
     argument_parser,
+    batches,
     default_device,
     hardware,
-    make_engine,
     run_case,
     serve_case,
+    teacher_engine,
     write_result,
 )
 
 from craft_ds.algorithm.gram import gram, merge_
 from craft_ds.cli import run_main
 from craft_ds.config.craft_config import GradientBuffer
-from craft_ds.engines.base import Batch
 from craft_ds.engines.gradient_buffer import buffered
-from craft_ds.policies.loading import build_policy, load_policy_config
-from craft_ds.policies.weights import WeightReader
-from craft_ds.testing.policies import random_batch
 from craft_ds.training.train_step import retention_step
 
 BUFFERS = get_args(GradientBuffer)
@@ -71,25 +67,15 @@ def seconds(elements: int, repeats: int) -> dict[str, float]:
 
 def losses(buffer: GradientBuffer, steps: int) -> torch.Tensor:
     """Return the task loss of every step."""
-    config = load_policy_config(TEACHER)
-    policy = build_policy(config, TEACHER)
-    with WeightReader(TEACHER, policy) as weights:
-        engine = make_engine("single", policy, weights.read)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = 3e-4
-
-    def batches(first: int) -> list[Batch]:
-        made = (random_batch(config, 4, seed) for seed in range(first, first + 4))
-        return [{name: values.to(engine.device) for name, values in batch.items()} for batch in made]
-
-    task, anchors = batches(0), batches(100)
+    engine = teacher_engine(3e-4)
+    task, anchors = ([batches(engine, 4, first + seed) for seed in range(4)] for first in (0, 100))
     craft = replace(CRAFT, gradient_buffer=buffer)
     found = []
     for step in range(steps):
         result = retention_step(
             engine,
-            task=[task[step % 4]],
-            anchors=[anchors[step % 4]],
+            task=task[step % 4],
+            anchors=anchors[step % 4],
             constraint=None,
             multiplier=1.0,
             craft=craft,

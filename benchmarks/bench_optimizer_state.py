@@ -12,15 +12,12 @@ import time
 from typing import get_args
 
 import torch
-from harness import TEACHER, argument_parser, hardware, make_engine, write_result
+from harness import argument_parser, batches, hardware, teacher_engine, write_result
 
 from craft_ds.cli import run_main
 from craft_ds.config.configs import OptimizerState
 from craft_ds.engines.compact_adam import compact
 from craft_ds.engines.moment_formats import moment_bytes
-from craft_ds.policies.loading import build_policy, load_policy_config
-from craft_ds.policies.weights import WeightReader
-from craft_ds.testing.policies import random_batch
 from craft_ds.training.train_step import task_step
 
 STATES = get_args(OptimizerState)
@@ -54,14 +51,9 @@ def seconds(tensors: int, repeats: int) -> dict[str, float]:
 
 def losses(state: str, steps: int) -> torch.Tensor:
     """Return the loss of every step."""
-    config = load_policy_config(TEACHER)
-    policy = build_policy(config, TEACHER)
-    with WeightReader(TEACHER, policy) as weights:
-        engine = make_engine("single", policy, weights.read, optimizer_state=state)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = 3e-4
-    batches = [random_batch(config, 4, seed) for seed in range(4)]
-    return torch.tensor([task_step(engine, [batches[step % 4]], 1.0).loss for step in range(steps)])
+    engine = teacher_engine(3e-4, state)
+    cycle = [batches(engine, 4, seed) for seed in range(4)]
+    return torch.tensor([task_step(engine, cycle[step % 4], 1.0).loss for step in range(steps)])
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from craft_ds.errors import UserError
 from craft_ds.policies.directory import WEIGHTS
 from craft_ds.policies.feed_forward import LeanGemmaMLP
 from craft_ds.policies.last_layer import LastAttention
-from craft_ds.policies.loading import load_policy_config
+from craft_ds.policies.loading import build_policy, load_policy_config
 from craft_ds.policies.meta_init import build_on_meta
 from craft_ds.policies.tiny_pi0_fast.policy import TinyPI0FastConfig
 from craft_ds.policies.token_loss import PolicyWithLoss
@@ -254,6 +254,16 @@ def build_engine() -> Engine:
     policy = build_on_meta(load_policy_config(TEACHER))
     with WeightReader(TEACHER, policy) as weights:
         return make_engine(kind, policy, weights.read)
+
+
+def teacher_engine(learning_rate: float, optimizer_state: str = "fp32") -> Engine:
+    """Return the shipped teacher in one process, in fp32, with AdamW."""
+    policy = build_policy(load_policy_config(TEACHER), TEACHER)
+    with WeightReader(TEACHER, policy) as weights:
+        engine = make_engine("single", policy, weights.read, optimizer_state=optimizer_state)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    return engine
 
 
 def batches(engine: Engine, batch_size: int, seed: int) -> list[Batch]:

@@ -73,5 +73,5 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     def of_plain() -> None:
         losses["plain"] = plain(batches)
 
-    times = in_turn({"craft": of_craft, "plain": of_plain}, case["repeats"], before=lambda: dist.barrier())
+    times = in_turn({"craft": of_craft, "plain": of_plain}, case["repeats"], before=dist.barrier)
     return {"seconds": times, "losses": losses, "speed": ratio(times["plain"], times["craft"])}

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from harness import default_device, make_engine, mid_size_config, random_values
+from lerobot.utils.constants import ACTION_TOKEN_MASK
 
 from craft_ds.config.craft_config import CraftConfig
 from craft_ds.engines.base import Batch
@@ -57,4 +58,4 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokens(batches: list[Batch]) -> int:
-    return sum(int(batch["action.token_mask"][:, 1:].sum()) for batch in batches)
+    return sum(int(batch[ACTION_TOKEN_MASK][:, 1:].sum()) for batch in batches)

@@ -16,7 +16,6 @@ from craft_ds.algorithm.flat_runs import flat_runs
 CPU_BLOCK = 1 << 16
 # On an accelerator a kernel launch costs more than the cache saves, and its dot is a tree reduction.
 DEVICE_BLOCK = 1 << 26
-DEVICE_JOINED = 1 << 22
 
 
 def blocks(*lists: Sequence[Tensor], cast: bool = True) -> Iterator[tuple[Tensor, ...]]:
@@ -24,34 +23,19 @@ def blocks(*lists: Sequence[Tensor], cast: bool = True) -> Iterator[tuple[Tensor
 
     Args:
         *lists: Tensors in the same order and sizes, on one device or some of them in host memory.
-        cast: Return fp32 blocks on the accelerator, if any tensor is on one, with small tensors joined in
-            blocks of several; otherwise the blocks are views of contiguous tensors, in order.
+        cast: Return fp32 blocks on the accelerator, if any tensor is on one; otherwise the blocks are views
+            of contiguous tensors.
     """
-    # A kernel for each small tensor would cost more than copying them.
-    small, held = list[tuple[Tensor, ...]](), 0
     for run in flat_runs(*lists):
         device = next((tensor.device for tensor in run if tensor.device.type != "cpu"), run[0].device)
-        size, joined = (CPU_BLOCK, CPU_BLOCK) if device.type == "cpu" else (DEVICE_BLOCK, DEVICE_JOINED)
+        size = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
         for block in zip(*(tensor.split(size) for tensor in run), strict=True):
-            if not cast:
-                yield block
-                continue
             # Here, so that shards in bf16 or in host memory need no complete copy.
-            block = tuple(part.to(device, torch.float32, non_blocking=True) for part in block)
-            if block[0].numel() > joined // 8:
-                yield block
-                continue
-            if held + block[0].numel() > joined:
-                yield _join(small)
-                small, held = [], 0
-            small.append(block)
-            held += block[0].numel()
-    if small:
-        yield _join(small)
+            yield tuple(_fp32(part, device) for part in block) if cast else block
 
 
-def _join(small: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return small[0] if len(small) == 1 else tuple(map(torch.cat, zip(*small, strict=True)))
+def _fp32(part: Tensor, device: torch.device) -> Tensor:
+    return part.to(device, torch.float32, non_blocking=True)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -88,10 +72,10 @@ def squared_norm(shards: Sequence[Tensor]) -> Tensor:
 
 
 def merge_(retention: Sequence[Tensor], task: Sequence[Tensor], a: float, b: float) -> None:
-    """Merge in place and without a temporary: g_r ← a·g_t + b·g_r.
+    """Merge in place: g_r ← a·g_t + b·g_r.
 
     The retention shards are overwritten, since they are where the engine's optimizer reads gradients. The
-    task's may be in bf16 or in host memory, and are then copied to the device block by block.
+    task's may be in bf16 or in host memory; the latter are copied to the device block by block.
     """
     retention, task = _in_place(retention, task)
     scale_(retention, b)

@@ -74,7 +74,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         dest="gradient_buffer",
         choices=("device", "bf16", "cpu"),
         default="device",
-        help="that of the run: where g_t waits during the second pass (default: device)",
+        help="that of the run: where g_t waits during the second pass; where an offloaded engine refuses it, "
+        "the row is that of device (default: device)",
     )
     add("--gpu_gb", default="24,48,80", help="sizes of GPUs to try, in GiB (default: 24,48,80)")
     add(
@@ -96,6 +97,11 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     for name in ("world_size", "dp_replicate", "batch_size", "prompt_length", "action_length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+    if args.gradient_buffer != "device" and args.projection == "false" and args.penalty == "none":
+        raise UserError(
+            f"--craft.gradient_buffer={args.gradient_buffer} has no effect with "
+            "--craft.use_grad_projection=false: both losses accumulate in one gradient; omit one of them"
+        )
     if not 0.0 <= args.ema_decay < 1.0:
         raise UserError(f"--ema_decay={args.ema_decay} must lie in [0, 1)")
     if args.lora_rank < 0:

@@ -1,9 +1,8 @@
 """Decoders whose last layer computes only the outputs that are read.
 
 A loss reads the decoder's output at the action tokens, generation reads it at the last token, and no layer
-follows that would attend to the rest. So the last layer needs keys and values of all positions, but queries,
-output projection and feed-forward layer only of the last ones: with one camera three quarters of that layer's
-work are left out, with three cameras nine tenths, of 18 layers.
+follows that would attend to the others. So the last layer computes keys and values of all positions, but
+queries, output projection and feed-forward layer of the last positions only.
 """
 
 from functools import cache
@@ -16,15 +15,17 @@ from transformers.models.gemma.modeling_gemma import GemmaAttention, eager_atten
 
 
 def skip_unread_outputs_(policy: nn.Module) -> None:
-    """Let every Gemma decoder of a policy accept `last_outputs`; parameters are not touched.
+    """Let the Gemma decoders of a policy skip outputs in their last layer; parameters are not touched.
 
-    `decoder(..., last_outputs=n)` then returns the output of the last n positions only, at least one. Without
-    it, or on a decoder that this function did not change, all positions are returned.
+    `decoder(..., last_outputs=n)` then returns the output of the last n positions, at least one. Without it,
+    or on a decoder that this function did not change, the output of all positions is returned. Decoders with
+    the adaptive norms of pi0.5 are not changed.
     """
     for decoder in policy.modules():
         if isinstance(decoder, PiGemmaModel) and len(decoder.layers):
             layer: Any = decoder.layers[decoder.config.num_hidden_layers - 1]
-            if type(layer.self_attn) is GemmaAttention:
+            adaptive = getattr(decoder.config, "use_adarms", False)
+            if type(layer.self_attn) is GemmaAttention and not adaptive:
                 # Not a new `forward` on the instance, which would refer to this module in copies too.
                 layer.__class__ = _last_layer_class(layer.__class__)
                 layer.self_attn.__class__ = LastAttention
@@ -98,7 +99,7 @@ def _last_layer_class(base: type[nn.Module]) -> type[nn.Module]:
             """Return the output of the last positions: of all without `last_outputs`."""
             if last_outputs is None:
                 return super().forward(hidden_states, **kwargs)
-            # Norms also return a gate, which is None but in pi0.5.
+            # Norms also return a gate, which is None without adaptive norms.
             normalized, _ = self.input_layernorm(hidden_states)
             attended, _ = self.self_attn(normalized, last_outputs=last_outputs, **kwargs)
             hidden = hidden_states[:, -last_outputs:] + attended

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from craft_ds.algorithm.gram import CPU_BLOCK, blocks, gram, merge_, scale_, squared_norm
+from craft_ds.algorithm.gram import CPU_BLOCK, gram, merge_, scale_, squared_norm
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -118,22 +118,3 @@ def test_scale():
 def test_scale_by_one_does_not_touch_the_memory(monkeypatch):
     monkeypatch.setattr(torch, "_foreach_mul_", lambda *_: pytest.fail("a pass for nothing"))
     scale_([torch.ones(3)], 1.0)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_small_tensors_are_joined_in_blocks(seed):
-    """Each element once, beside the one at the same place of the other list; few blocks, none too large."""
-    edges = [0, 1, CPU_BLOCK // 8, CPU_BLOCK // 8 + 1, CPU_BLOCK, CPU_BLOCK + 3, 2 * CPU_BLOCK + 9]
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [*edges, *torch.randint(0, CPU_BLOCK // 8, (60,), generator=generator).tolist()]
-    sizes = [sizes[i] for i in torch.randperm(len(sizes), generator=generator)]
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    first = [
-        torch.arange(end - size, end, dtype=torch.float32) for end, size in zip(ends, sizes, strict=True)
-    ]
-    found = list(blocks(first, [-tensor for tensor in first]))
-    assert all(torch.equal(x, -y) for x, y in found)
-    assert torch.equal(torch.cat([x for x, _ in found]).sort().values, torch.cat(first))
-    assert max(len(x) for x, _ in found) <= CPU_BLOCK
-    assert len(found) <= 2 * sum(sizes) / CPU_BLOCK + 8
-    assert_triple(gram(first, [tensor.sin() for tensor in first]), first, [tensor.sin() for tensor in first])

@@ -78,6 +78,10 @@ def test_a_policy_directory_needs_only_its_configuration(inputs, tmp_path):
         ([], "error: give either --policy.path or --policy.type"),
         (["--policy.type=pi0_fast", "--nonsense=1"], "error: unknown argument --nonsense=1"),
         (["--policy.type=nonsense"], "error: no policy configuration from these --policy.* flags"),
+        (
+            [*SMALL, "--craft.gradient_buffer=bf16", "--craft.use_grad_projection=false"],
+            "error: --craft.gradient_buffer=bf16 has no effect with --craft.use_grad_projection=false",
+        ),
         ([*SMALL, "--lora_rank=-1"], "error: --lora_rank=-1 must not be negative"),
         ([*SMALL, "--dp_replicate=3"], "error: --dp_replicate=3 must divide --world_size=2"),
     ],

@@ -120,12 +120,15 @@ def test_bf16_weights_act_close_to_fp32(teacher, observations):
 
 def test_the_vision_tower_runs_once_and_the_head_on_one_position(policy):
     batch = random_batch(policy.config, 3, seed=0)
-    gemma, calls, heads, lengths = policy.model.paligemma_with_expert.paligemma, [], [], []
+    gemma, calls, heads, lengths, last = policy.model.paligemma_with_expert.paligemma, [], [], [], []
     hooks = [
         gemma.model.vision_tower.register_forward_pre_hook(lambda *_: calls.append(1)),
         gemma.lm_head.register_forward_pre_hook(lambda _, args: heads.append(tuple(args[0].shape))),
         gemma.model.language_model.register_forward_pre_hook(
             lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        ),
+        gemma.model.language_model.layers[-1].mlp.register_forward_pre_hook(
+            lambda _, args: last.append(args[0].shape[1])
         ),
     ]
     greedy_action_tokens(policy, batch)
@@ -135,7 +138,7 @@ def test_the_vision_tower_runs_once_and_the_head_on_one_position(policy):
     assert calls == [1]
     assert set(heads) == {(3, 32)}
     assert lengths[0] == 16 * len(policy.config.image_features) + longest + 1
-    assert set(lengths[1:]) == {1}
+    assert set(lengths[1:]) == set(last) == {1}
 
 
 def test_a_rank_goes_on_until_all_have_finished(teacher, observations, monkeypatch):

@@ -138,6 +138,17 @@ def test_only_the_last_layer_differs_and_copies_are_their_own():
         assert torch.equal(model(**given, last_outputs=2).last_hidden_state, before)
 
 
+def test_adaptive_norms_are_left_alone():
+    """Their gates, which only pi0.5 has, are not part of the short layer."""
+    config = decoder(skips=False).config
+    config.use_adarms, config.adarms_cond_dim = True, 4
+    model = PiGemmaModel(config)
+    skip_unread_outputs_(model)
+    given = inputs() | {"adarms_cond": torch.ones(2, 4)}
+    with torch.no_grad():
+        assert model(**given, last_outputs=2).last_hidden_state.shape[1] == LENGTH
+
+
 def test_the_decoder_of_a_policy_is_changed():
     directory = teacher_directory("blocks")
     policy = build_policy(load_policy_config(directory), directory)

@@ -118,7 +118,7 @@ def test_the_sum_over_samples_is_the_loss_of_the_batch(policy):
 def test_lm_head_and_decoder_see_only_what_they_need(policy):
     config = policy.config
     batch = uneven_batch(config)
-    rows, lengths, calls = [], [], []
+    rows, lengths, calls, last = [], [], [], []
     gemma = policy.model.paligemma_with_expert.paligemma
     hooks = [
         gemma.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0])),
@@ -126,6 +126,9 @@ def test_lm_head_and_decoder_see_only_what_they_need(policy):
             lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
         ),
         gemma.model.vision_tower.register_forward_pre_hook(lambda *_: calls.append(1)),
+        gemma.model.language_model.layers[-1].mlp.register_forward_pre_hook(
+            lambda _, args: last.append(args[0].shape[1])
+        ),
     ]
     loss = token_loss(policy, batch)
     for hook in hooks:
@@ -134,6 +137,7 @@ def test_lm_head_and_decoder_see_only_what_they_need(policy):
     assert rows == [int(loss.count)]
     assert lengths == [16 * cameras + config.tokenizer_max_length - 5 + config.max_action_tokens - 3 - 1]
     assert calls == [1]
+    assert last == [config.max_action_tokens - 3 - 1]
 
 
 @pytest.mark.parametrize("policy", [2], indirect=True)
